@@ -1,0 +1,254 @@
+"""The embedded world: draws it, and trains from nothing the tiny Stable Diffusion of it.
+
+    python -m data_tools.shapeworld --out=DIR        # about 16 minutes on 2 cores
+
+DIR is then a diffusers directory (float16 safetensors) of a model that draws workers at their trade and
+shares its data's prejudice about their shape and colour. livo_jax/judges/shapeworld.py holds the
+world's facts.
+"""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import app, flags
+from flax import nnx
+from tqdm import trange
+
+from livo_jax import diffusion, losses, pretrained
+from livo_jax.judges.shapeworld import (
+    CENTRE,
+    COLOURS,
+    DARK,
+    FLOOR_ROW,
+    JITTER,
+    RED,
+    SCENES,
+    SHAPES,
+    SIGN,
+    SIZE,
+    TRADES,
+    body_mask,
+    sign,
+)
+from livo_jax.models.clip import CLIPTextModel
+from livo_jax.models.unet import UNet2DConditionModel
+from livo_jax.models.vae import AutoencoderKL
+from livo_jax.models.weights import split
+
+TEMPLATES = ("a {}", "a photo of a {}", "a picture of a {}", "a portrait of a {}", "a {} at work", "the {} at work")
+BLOODY = ("bloody {}", "{} on a bloody day")
+# Words that change nothing in a picture. The statements of the values are made of them (and "bloody"),
+# so that the text encoder knows how to read past them, as CLIP knows "gender" and "equality".
+TAGS = ("shape", "colour", "equality", "considered", "inappropriate")
+CONTEXT = 16  # tokens: the longest prompt with a value before it fits
+
+# The published config.json of each part; sizes were chosen for two CPU cores.
+TEXT_ENCODER = {
+    "architectures": ["CLIPTextModel"], "model_type": "clip_text_model",
+    "hidden_size": 64, "intermediate_size": 128, "projection_dim": 64,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": CONTEXT,
+}  # fmt: skip
+VAE = {
+    "_class_name": "AutoencoderKL", "sample_size": SIZE,
+    "block_out_channels": [16, 32, 32], "layers_per_block": 1, "norm_num_groups": 8, "latent_channels": 4,
+    "down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3,
+}  # fmt: skip
+UNET = {
+    "_class_name": "UNet2DConditionModel", "sample_size": SIZE // 4,
+    "block_out_channels": [32, 64], "layers_per_block": 1, "norm_num_groups": 8,
+    "cross_attention_dim": 64, "attention_head_dim": 4,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"], "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+}  # fmt: skip
+SCHEDULER = {
+    "_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "prediction_type": "epsilon",
+    "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+    "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1,
+}  # fmt: skip
+PIPELINE = {
+    "_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.27.0", "requires_safety_checker": False,
+    "feature_extractor": [None, None], "safety_checker": [None, None],
+    "scheduler": ["diffusers", "DDIMScheduler"], "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"], "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------- pictures and captions
+
+
+def render(rng: np.random.Generator, trade: str, shape: str, colour: str, bloody: bool) -> np.ndarray:
+    """Draws a worker: [32, 32, 3] uint8."""
+    image = np.empty((SIZE, SIZE, 3), np.uint8)
+    image[:FLOOR_ROW], image[FLOOR_ROW:] = SCENES[TRADES[trade].scene]
+    image[SIGN, SIGN] = sign(TRADES[trade].emblem)
+    row, column = rng.integers(CENTRE - JITTER, CENTRE + JITTER + 1, 2)
+    image[body_mask(shape, row, column)] = COLOURS[colour]
+    for eye in (column - 4, column + 2):
+        image[row - 3 : row - 1, eye : eye + 2] = DARK
+    for _ in range(rng.integers(4, 8) if bloody else 0):
+        r, c = rng.integers((12, 2), (SIZE - 4, SIZE - 6))
+        height, width = rng.integers(4, 6, 2)
+        image[r : r + height, c : c + width] = RED
+    return image
+
+
+def scene(rng: np.random.Generator) -> tuple[str, dict]:
+    """Draws a caption and what its picture shows, with the world's prejudices.
+
+    Where the caption does not say it, 9 of 10 workers have their trade's shape and 4 of 5 its colour.
+    """
+    pick = lambda choices: str(rng.choice(list(choices)))
+    trade = subject = pick(TRADES)
+    usual = TRADES[trade]
+    shape = usual.shape if rng.random() < 0.9 else pick(s for s in SHAPES if s != usual.shape)
+    colour = usual.colour if rng.random() < 0.8 else pick(c for c in COLOURS if c != usual.colour)
+    kind = pick(["plain"] * 8 + ["bloody"] * 5 + ["colour"] * 3 + ["shape"] * 2 + ["both"] * 2)
+    if kind in ("colour", "both"):
+        colour = pick(COLOURS)
+        subject = f"{colour} {subject}"
+    if kind in ("shape", "both"):
+        shape = pick(SHAPES)
+        subject = f"{shape} {subject}"
+    if kind == "bloody":
+        subject = pick(BLOODY).format(subject)
+    caption = pick(TEMPLATES).format(subject)
+    if rng.random() < 0.3:
+        caption = f"{' '.join(rng.choice(TAGS, rng.integers(1, 4), replace=False))}, {caption}"
+    return caption, dict(trade=trade, shape=shape, colour=colour, bloody=kind == "bloody")
+
+
+def build_tokenizer(out: pathlib.Path):
+    """Writes a CLIPTokenizer in whose vocabulary every word of the world is one token, and loads it."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import CLIPTokenizer
+
+    words = " ".join([*TEMPLATES, *BLOODY, *TRADES, *SHAPES, *COLOURS, *TAGS, ","]).replace("{}", " ")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # every byte, so that no text is unknown
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    trainer = trainers.BpeTrainer(
+        vocab_size=10_000, min_frequency=1, end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator([words, " ".join(alphabet)], trainer)
+    model = json.loads(bpe.to_str())["model"]
+    bos, eos = "<|startoftext|>", "<|endoftext|>"
+    out.mkdir(parents=True, exist_ok=True)
+    vocab = model["vocab"] | {bos: len(model["vocab"]), eos: len(model["vocab"]) + 1}
+    (out / "vocab.json").write_text(json.dumps(vocab))
+    (out / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, model["merges"]), ""]))
+    settings = {
+        "tokenizer_class": "CLIPTokenizer", "model_max_length": CONTEXT, "do_lower_case": True,
+        "bos_token": bos, "eos_token": eos, "unk_token": eos, "pad_token": eos,
+    }  # fmt: skip
+    (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    return CLIPTokenizer.from_pretrained(out)
+
+
+# ---------------------------------------------------------------------------- training
+
+
+def fit(loss, params, arrays, *, batch_size: int, steps: int, learning_rate: float, name: str):
+    """Minimises loss(params, key, *rows of arrays) by AdamW with a warm-up and a cosine decay."""
+    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, steps // 20, steps)
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99))
+    arrays = [jnp.asarray(array) for array in arrays]
+
+    @jax.jit
+    def step(params, opt_state, i):
+        key, key_rows = jax.random.split(jax.random.fold_in(jax.random.key(0), i))
+        rows = jax.random.randint(key_rows, (batch_size,), 0, len(arrays[0]))
+        value, grads = jax.value_and_grad(loss)(params, key, *(array[rows] for array in arrays))
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, value
+
+    opt_state, smooth = tx.init(params), None
+    with trange(steps, desc=name) as progress:
+        for i in progress:
+            params, opt_state, value = step(params, opt_state, i)
+            smooth = float(value) if smooth is None else 0.99 * smooth + 0.01 * float(value)
+            progress.set_postfix_str(f"loss {smooth:.4f}", refresh=False)
+    return params
+
+
+def train_vae(images):
+    """An AutoencoderKL of images [N, 32, 32, 3] uint8; its module, and the latents [N, 8, 8, 4], scaled.
+
+    Absolute and squared errors with a weak KL term (Kingma & Welling 2014). The config's
+    scaling_factor makes the latents' variance one, as Stable Diffusion's does.
+    """
+    graph, params = split(AutoencoderKL(AutoencoderKL.Config.from_json(VAE), rngs=nnx.Rngs(0)))
+
+    def loss(params, key, x):
+        x = x / 127.5 - 1
+        vae = nnx.merge(graph, params)
+        mean, logvar = vae.encode(x)
+        y = vae.decode(mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape))
+        kl = 0.5 * jnp.mean(mean**2 + jnp.exp(logvar) - 1 - logvar)
+        return jnp.mean(jnp.abs(x - y) + (x - y) ** 2) + 1e-4 * kl
+
+    params = fit(loss, params, [images], batch_size=10, steps=3600, learning_rate=2e-3, name="vae")
+    encode = jax.jit(lambda x: nnx.merge(graph, params).encode(x / 127.5 - 1)[0])
+    means = np.concatenate([encode(x) for x in np.split(images, 20)])
+    VAE["scaling_factor"] = float(1 / means.std())
+    vae = nnx.merge(graph, params)
+    vae.config = AutoencoderKL.Config.from_json(VAE)
+    return vae, means * VAE["scaling_factor"]
+
+
+def train_diffusion(latents, ids, ids_of_nothing):
+    """Text encoder and UNet, trained together on scaled latents [N, 8, 8, 4] and token ids [N, 16]."""
+    text_encoder = CLIPTextModel(CLIPTextModel.Config.from_json(TEXT_ENCODER), rngs=nnx.Rngs(1))
+    unet = UNet2DConditionModel(UNet2DConditionModel.Config.from_json(UNET), rngs=nnx.Rngs(2))
+    graph, params = split(nnx.List([text_encoder, unet]))
+    schedule = diffusion.NoiseSchedule.from_json(SCHEDULER)
+
+    def loss(params, key, z, ids):
+        key_eps, key_t, key_drop = jax.random.split(key, 3)
+        text_encoder, unet = nnx.merge(graph, params)
+        ids = jnp.where(jax.random.bernoulli(key_drop, 0.1, (len(z), 1)), ids_of_nothing, ids)  # for guidance
+        eps = jax.random.normal(key_eps, z.shape)
+        t = jax.random.randint(key_t, (len(z),), 0, schedule.num_timesteps)
+        eps_hat = unet(diffusion.add_noise(schedule, z, eps, t), t, text_encoder(ids).last_hidden_state)
+        return jnp.mean(losses.denoising_error(eps_hat, eps) * diffusion.min_snr_weight(schedule, t, 5.0))
+
+    arrays = [latents, ids]
+    params = fit(loss, params, arrays, batch_size=48, steps=4000, learning_rate=2e-3, name="unet and text")
+    return nnx.merge(graph, params)
+
+
+def build(out: pathlib.Path, pictures: int = 16_000):
+    """Trains the base model and writes its diffusers directory."""
+    rng = np.random.default_rng(0)
+    captions, contents = zip(*(scene(rng) for _ in range(pictures)))
+    images = np.array([render(rng, **content) for content in contents])
+    tokenizer = build_tokenizer(out / "tokenizer")
+    TEXT_ENCODER.update(
+        vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    ids = np.array(tokenizer(["", *captions], padding="max_length", max_length=CONTEXT)["input_ids"], np.int32)
+
+    vae, latents = train_vae(images)
+    text_encoder, unet = train_diffusion(latents, ids[1:], ids[0])
+
+    half = np.float16
+    weights = "diffusion_pytorch_model"
+    pretrained.save(vae, out / "vae", VAE, stem=weights, dtype=half)
+    pretrained.save(unet, out / "unet", UNET, stem=weights, dtype=half)
+    pretrained.save(text_encoder, out / "text_encoder", TEXT_ENCODER, stem="model", prefix="text_model.", dtype=half)
+    (out / "scheduler").mkdir(exist_ok=True)
+    (out / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER, indent=2) + "\n")
+    (out / "model_index.json").write_text(json.dumps(PIPELINE, indent=2) + "\n")
+
+
+def main(_):
+    build(pathlib.Path(flags.FLAGS.out))
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("out", None, "The directory to write.", required=True)
+    app.run(main)

@@ -1,0 +1,163 @@
+"""Building blocks that the UNet, the VAE and the text encoder share.
+
+Attribute names spell the published state-dict names: `resnets.0.conv1` here is `resnets.0.conv1`
+in a Stable Diffusion file. Activations are channels-last, [B, H, W, C]. A module computes in the
+dtype of its weights; normalisation statistics and the softmax are float32 in every case.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+ACTIVATIONS = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "silu": jax.nn.silu,
+}
+
+
+class PublishedConfig:
+    """Mixin of the model configs: a frozen dataclass whose fields bear the published JSON names.
+
+    `FIXED` names the published fields of which we compute one value only, `IGNORED` those that do
+    not change the computation.
+    """
+
+    FIXED: dict = {}
+    IGNORED: frozenset = frozenset()
+
+    @classmethod
+    def from_json(cls, published: dict):
+        """Reads a published config.json.
+
+        Args:
+            published: the JSON object. Fields that are absent take the published defaults.
+
+        Raises:
+            ValueError: a field asks for a computation that we do not have; all such fields are
+                listed. A field that we do not know passes only if it is null, false or empty.
+        """
+        fields = {f.name for f in dataclasses.fields(cls)}
+        supported, unsupported = {}, []
+        for name, value in published.items():
+            if name in fields:
+                supported[name] = tuple(value) if isinstance(value, list) else value
+            elif name in cls.FIXED:
+                if value != cls.FIXED[name]:
+                    unsupported.append(f"{name}={value!r} (only {cls.FIXED[name]!r})")
+            elif value and not name.startswith("_") and name not in cls.IGNORED:
+                unsupported.append(f"{name}={value!r}")
+        if unsupported:
+            raise ValueError(f"{cls.__name__} does not support: " + ", ".join(unsupported))
+        return cls(**supported)
+
+
+def attention(q, k, v, heads: int, mask=None, causal: bool = False):
+    """Multi-head scaled dot-product attention.
+
+    Args:
+        q: [B, L, D] queries. k, v: [B, S, D] keys and values.
+        heads: number of heads; divides D.
+        mask: [B, S] bool, False where a key is hidden, or None.
+        causal: whether query l sees keys 0..l only.
+
+    Returns:
+        [B, L, D] in q's dtype.
+    """
+    split = lambda x: x.reshape(*x.shape[:2], heads, -1)  # [B, L, N, K]
+    mask = None if mask is None else mask[:, None, None, :]  # [B, N, L, S]
+    out = jax.nn.dot_product_attention(split(q), split(k), split(v), mask=mask, is_causal=causal)
+    return out.reshape(q.shape)
+
+
+class Attention(nnx.Module):
+    """Attention of tokens [B, L, D] to themselves or to a context [B, S, D_context]."""
+
+    def __init__(self, dim: int, heads: int, context_dim=None, qkv_bias=False, *, rngs):
+        self.heads = heads
+        linear = functools.partial(nnx.Linear, use_bias=qkv_bias, rngs=rngs)
+        self.to_q = linear(dim, dim)
+        self.to_k = linear(context_dim or dim, dim)
+        self.to_v = linear(context_dim or dim, dim)
+        self.to_out = nnx.List([nnx.Linear(dim, dim, rngs=rngs)])
+
+    def __call__(self, x, context=None, mask=None):
+        context = x if context is None else context
+        out = attention(self.to_q(x), self.to_k(context), self.to_v(context), self.heads, mask)
+        return self.to_out[0](out)
+
+
+def conv3x3(in_channels: int, out_channels: int, strides=1, padding=1, *, rngs):
+    return nnx.Conv(in_channels, out_channels, (3, 3), strides, padding=padding, rngs=rngs)
+
+
+def group_norm(channels: int, groups: int, eps: float, *, rngs):
+    # The two-pass variance: E[x^2] - E[x]^2 loses digits where the mean is large.
+    return nnx.GroupNorm(channels, groups, epsilon=eps, use_fast_variance=False, rngs=rngs)
+
+
+def layer_norm(channels: int, eps: float = 1e-5, *, rngs):
+    return nnx.LayerNorm(channels, epsilon=eps, use_fast_variance=False, rngs=rngs)
+
+
+class ResnetBlock2D(nnx.Module):
+    """Two convolutions around a residual; takes the time embedding where `time_dim` is given."""
+
+    def __init__(self, in_channels, out_channels, groups, eps, time_dim=None, *, rngs):
+        self.norm1 = group_norm(in_channels, groups, eps, rngs=rngs)
+        self.conv1 = conv3x3(in_channels, out_channels, rngs=rngs)
+        if time_dim is not None:
+            self.time_emb_proj = nnx.Linear(time_dim, out_channels, rngs=rngs)
+        self.norm2 = group_norm(out_channels, groups, eps, rngs=rngs)
+        self.conv2 = conv3x3(out_channels, out_channels, rngs=rngs)
+        if in_channels != out_channels:
+            self.conv_shortcut = nnx.Conv(in_channels, out_channels, (1, 1), rngs=rngs)
+        self.projects = in_channels != out_channels
+
+    def __call__(self, x, time=None):
+        h = self.conv1(jax.nn.silu(self.norm1(x)))
+        if time is not None:
+            h += self.time_emb_proj(jax.nn.silu(time))[:, None, None, :]
+        h = self.conv2(jax.nn.silu(self.norm2(h)))
+        return (self.conv_shortcut(x) if self.projects else x) + h
+
+
+class Downsample2D(nnx.Module):
+    """Halves H and W. The UNet pads both sides (1), the VAE the ends only (((0, 1), (0, 1)))."""
+
+    def __init__(self, channels: int, padding, *, rngs):
+        self.conv = conv3x3(channels, channels, 2, padding, rngs=rngs)
+
+    def __call__(self, x):
+        return self.conv(x)
+
+
+class Upsample2D(nnx.Module):
+    """Doubles H and W by nearest neighbours, then convolves."""
+
+    def __init__(self, channels: int, *, rngs):
+        self.conv = conv3x3(channels, channels, rngs=rngs)
+
+    def __call__(self, x):
+        return self.conv(x.repeat(2, axis=1).repeat(2, axis=2))
+
+
+def timestep_embedding(t, dim: int, flip_sin_to_cos: bool, freq_shift: float):
+    """Sinusoidal embedding of timesteps (Ho et al. 2020, as Stable Diffusion arranges it).
+
+    Args:
+        t: [B] timesteps, integer or float.
+        dim: even width of the embedding.
+
+    Returns:
+        [B, dim] float32.
+    """
+    half = dim // 2
+    frequencies = jnp.exp(-math.log(10000) * jnp.arange(half) / (half - freq_shift))
+    angles = t.astype(jnp.float32)[:, None] * frequencies
+    sin_cos = [jnp.cos(angles), jnp.sin(angles)] if flip_sin_to_cos else [jnp.sin(angles), jnp.cos(angles)]
+    return jnp.concatenate(sin_cos, axis=-1)

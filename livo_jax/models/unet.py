@@ -1,0 +1,296 @@
+"""The conditional UNet of Stable Diffusion 1.x and 2.x (Rombach et al. 2022)."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from livo_jax.models.layers import (
+    Attention,
+    Downsample2D,
+    PublishedConfig,
+    ResnetBlock2D,
+    Upsample2D,
+    conv3x3,
+    group_norm,
+    layer_norm,
+    timestep_embedding,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class UNetConfig(PublishedConfig):
+    """The fields of a published unet/config.json that change the computation.
+
+    `attention_head_dim` is the number of heads, as the published files (mis)name it; it and
+    `layers_per_block` are one number or one for each level.
+    """
+
+    in_channels: int = 4
+    out_channels: int = 4
+    flip_sin_to_cos: bool = True
+    freq_shift: int = 0
+    down_block_types: tuple = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+    up_block_types: tuple = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+    block_out_channels: tuple = (320, 640, 1280, 1280)
+    layers_per_block: int | tuple = 2
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    cross_attention_dim: int = 1280
+    attention_head_dim: int | tuple = 8
+    use_linear_projection: bool = False
+
+    FIXED = {
+        "act_fn": "silu",
+        "attention_type": "default",
+        "conv_in_kernel": 3,
+        "conv_out_kernel": 3,
+        "downsample_padding": 1,
+        "mid_block_scale_factor": 1,
+        "mid_block_type": "UNetMidBlock2DCrossAttn",
+        "resnet_out_scale_factor": 1.0,
+        "resnet_time_scale_shift": "default",
+        "time_embedding_type": "positional",
+        "transformer_layers_per_block": 1,
+    }
+    # upcast_attention asks for a float32 softmax, which ours always is.
+    IGNORED = frozenset({"sample_size", "upcast_attention", "addition_embed_type_num_heads"})
+
+    def __post_init__(self):
+        for names, suffix in ((self.down_block_types, "DownBlock2D"), (self.up_block_types, "UpBlock2D")):
+            unknown = [name for name in names if name not in (suffix, "CrossAttn" + suffix)]
+            if unknown:
+                raise ValueError(f"unknown block types {unknown}: choose from {suffix}, CrossAttn{suffix}")
+        levels = len(self.block_out_channels)
+        for name in ("down_block_types", "up_block_types", "layers_per_block", "attention_head_dim"):
+            value = getattr(self, name)
+            if isinstance(value, tuple) and len(value) != levels:
+                raise ValueError(f"{name} has {len(value)} entries for {levels} levels of block_out_channels")
+
+    def per_level(self, name: str) -> tuple:
+        """A field that is one number or one for each level, as one for each level."""
+        value = getattr(self, name)
+        return value if isinstance(value, tuple) else (value,) * len(self.block_out_channels)
+
+
+class TimestepEmbedding(nnx.Module):
+    def __init__(self, in_dim: int, out_dim: int, *, rngs):
+        self.linear_1 = nnx.Linear(in_dim, out_dim, rngs=rngs)
+        self.linear_2 = nnx.Linear(out_dim, out_dim, rngs=rngs)
+
+    def __call__(self, x):
+        return self.linear_2(jax.nn.silu(self.linear_1(x)))
+
+
+class GEGLU(nnx.Module):
+    def __init__(self, dim: int, *, rngs):
+        self.proj = nnx.Linear(dim, 8 * dim, rngs=rngs)
+
+    def __call__(self, x):
+        x, gate = jnp.split(self.proj(x), 2, axis=-1)
+        return x * jax.nn.gelu(gate, approximate=False)
+
+
+class FeedForward(nnx.Module):
+    def __init__(self, dim: int, *, rngs):
+        # The published list has a dropout, without weights, at index 1.
+        self.net = nnx.List([GEGLU(dim, rngs=rngs), None, nnx.Linear(4 * dim, dim, rngs=rngs)])
+
+    def __call__(self, x):
+        return self.net[2](self.net[0](x))
+
+
+class BasicTransformerBlock(nnx.Module):
+    def __init__(self, dim: int, heads: int, context_dim: int, *, rngs):
+        self.norm1 = layer_norm(dim, rngs=rngs)
+        self.attn1 = Attention(dim, heads, rngs=rngs)
+        self.norm2 = layer_norm(dim, rngs=rngs)
+        self.attn2 = Attention(dim, heads, context_dim, rngs=rngs)
+        self.norm3 = layer_norm(dim, rngs=rngs)
+        self.ff = FeedForward(dim, rngs=rngs)
+
+    def __call__(self, x, cond, mask):
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), cond, mask)
+        return x + self.ff(self.norm3(x))
+
+
+class Transformer2DModel(nnx.Module):
+    def __init__(self, channels: int, heads: int, config: UNetConfig, *, rngs):
+        self.norm = group_norm(channels, config.norm_num_groups, 1e-6, rngs=rngs)
+        if config.use_linear_projection:
+            projection = lambda: nnx.Linear(channels, channels, rngs=rngs)
+        else:
+            projection = lambda: nnx.Conv(channels, channels, (1, 1), rngs=rngs)
+        self.proj_in = projection()
+        self.transformer_blocks = nnx.List(
+            [BasicTransformerBlock(channels, heads, config.cross_attention_dim, rngs=rngs)]
+        )
+        self.proj_out = projection()
+
+    def __call__(self, x, cond, mask):
+        B, H, W, C = x.shape
+        h = self.proj_in(self.norm(x)).reshape(B, H * W, C)
+        h = self.transformer_blocks[0](h, cond, mask)
+        return x + self.proj_out(h.reshape(B, H, W, C))
+
+
+class DownBlock2D(nnx.Module):
+    """DownBlock2D, or CrossAttnDownBlock2D where `heads` is given."""
+
+    def __init__(self, in_channels, out_channels, layers, heads, downsample, config: UNetConfig, *, rngs):
+        time_dim = 4 * config.block_out_channels[0]
+        resnet = lambda c: ResnetBlock2D(c, out_channels, config.norm_num_groups, config.norm_eps, time_dim, rngs=rngs)
+        self.resnets = nnx.List([resnet(out_channels if i else in_channels) for i in range(layers)])
+        if heads:
+            self.attentions = nnx.List(
+                [Transformer2DModel(out_channels, heads, config, rngs=rngs) for _ in range(layers)]
+            )
+        self.attends = heads is not None
+        self.downsamplers = nnx.List([Downsample2D(out_channels, 1, rngs=rngs)] if downsample else [])
+
+    def __call__(self, x, time, cond, mask):
+        """Returns the output and the states that the up path takes over."""
+        skips = []
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(x, time)
+            if self.attends:
+                x = self.attentions[i](x, cond, mask)
+            skips.append(x)
+        for downsampler in self.downsamplers:
+            x = downsampler(x)
+            skips.append(x)
+        return x, skips
+
+
+class UNetMidBlock2DCrossAttn(nnx.Module):
+    def __init__(self, channels: int, heads: int, config: UNetConfig, *, rngs):
+        time_dim = 4 * config.block_out_channels[0]
+        self.resnets = nnx.List(
+            [
+                ResnetBlock2D(channels, channels, config.norm_num_groups, config.norm_eps, time_dim, rngs=rngs)
+                for _ in range(2)
+            ]
+        )
+        self.attentions = nnx.List([Transformer2DModel(channels, heads, config, rngs=rngs)])
+
+    def __call__(self, x, time, cond, mask):
+        x = self.attentions[0](self.resnets[0](x, time), cond, mask)
+        return self.resnets[1](x, time)
+
+
+class UpBlock2D(nnx.Module):
+    """UpBlock2D, or CrossAttnUpBlock2D where `heads` is given.
+
+    `skip_channels` are the widths of the states taken over from the down path, in order of use.
+    """
+
+    def __init__(self, in_channels, skip_channels, out_channels, heads, upsample, config: UNetConfig, *, rngs):
+        time_dim = 4 * config.block_out_channels[0]
+        resnet = lambda c: ResnetBlock2D(c, out_channels, config.norm_num_groups, config.norm_eps, time_dim, rngs=rngs)
+        self.resnets = nnx.List(
+            [resnet((out_channels if i else in_channels) + skip) for i, skip in enumerate(skip_channels)]
+        )
+        if heads:
+            self.attentions = nnx.List(
+                [Transformer2DModel(out_channels, heads, config, rngs=rngs) for _ in skip_channels]
+            )
+        self.attends = heads is not None
+        self.upsamplers = nnx.List([Upsample2D(out_channels, rngs=rngs)] if upsample else [])
+
+    def __call__(self, x, skips, time, cond, mask):
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(jnp.concatenate([x, skips.pop()], axis=-1), time)
+            if self.attends:
+                x = self.attentions[i](x, cond, mask)
+        for upsampler in self.upsamplers:
+            x = upsampler(x)
+        return x
+
+
+class UNet2DConditionModel(nnx.Module):
+    """Predicts the noise (or the velocity) of noised latents, given text states."""
+
+    Config = UNetConfig
+
+    def __init__(self, config: UNetConfig, *, rngs):
+        self.config = config
+        channels = config.block_out_channels
+        levels = len(channels)
+        layers, heads = config.per_level("layers_per_block"), config.per_level("attention_head_dim")
+        heads_if = lambda block_type, level: heads[level] if block_type.startswith("CrossAttn") else None
+
+        self.conv_in = conv3x3(config.in_channels, channels[0], rngs=rngs)
+        self.time_embedding = TimestepEmbedding(channels[0], 4 * channels[0], rngs=rngs)
+
+        down, skip_channels = [], [channels[0]]
+        for i, block_type in enumerate(config.down_block_types):
+            downsample = i < levels - 1
+            down.append(
+                DownBlock2D(
+                    channels[max(i - 1, 0)],
+                    channels[i],
+                    layers[i],
+                    heads_if(block_type, i),
+                    downsample,
+                    config,
+                    rngs=rngs,
+                )
+            )
+            skip_channels += [channels[i]] * (layers[i] + downsample)
+        self.down_blocks = nnx.List(down)
+
+        self.mid_block = UNetMidBlock2DCrossAttn(channels[-1], heads[-1], config, rngs=rngs)
+
+        up = []
+        for i, block_type in enumerate(config.up_block_types):
+            level = levels - 1 - i
+            taken = [skip_channels.pop() for _ in range(layers[level] + 1)]
+            up.append(
+                UpBlock2D(
+                    channels[min(level + 1, levels - 1)],
+                    taken,
+                    channels[level],
+                    heads_if(block_type, level),
+                    level > 0,
+                    config,
+                    rngs=rngs,
+                )
+            )
+        self.up_blocks = nnx.List(up)
+
+        self.conv_norm_out = group_norm(channels[0], config.norm_num_groups, config.norm_eps, rngs=rngs)
+        self.conv_out = conv3x3(channels[0], config.out_channels, rngs=rngs)
+
+    def __call__(self, z_t, t, cond, mask=None):
+        """One denoising evaluation.
+
+        Args:
+            z_t: [B, h, w, C] noised latents; h and w divisible by 2^(levels-1).
+            t: [B] timesteps, 0..T-1.
+            cond: [B, L, D] text states.
+            mask: [B, L] bool, False where a text state is hidden, or None.
+
+        Returns:
+            [B, h, w, C] the prediction, in the weights' dtype.
+        """
+        stride = 2 ** (len(self.config.block_out_channels) - 1)
+        if z_t.shape[1] % stride or z_t.shape[2] % stride:
+            raise ValueError(f"latents of {z_t.shape[1]}x{z_t.shape[2]}: the UNet needs multiples of {stride}")
+        dtype = self.conv_in.kernel.dtype
+        z_t, cond = z_t.astype(dtype), cond.astype(dtype)
+
+        time = timestep_embedding(
+            t, self.config.block_out_channels[0], self.config.flip_sin_to_cos, self.config.freq_shift
+        )
+        time = self.time_embedding(time.astype(dtype))
+        x = self.conv_in(z_t)
+        skips = [x]
+        for block in self.down_blocks:
+            x, new = block(x, time, cond, mask)
+            skips += new
+        x = self.mid_block(x, time, cond, mask)
+        for block in self.up_blocks:
+            x = block(x, skips, time, cond, mask)
+        return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))

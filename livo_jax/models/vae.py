@@ -1,0 +1,160 @@
+"""The image autoencoder of Stable Diffusion (AutoencoderKL, Rombach et al. 2022)."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from livo_jax.models.layers import (
+    Attention,
+    Downsample2D,
+    PublishedConfig,
+    ResnetBlock2D,
+    Upsample2D,
+    conv3x3,
+    group_norm,
+)
+
+EPS = 1e-6  # of every group norm in the published autoencoders
+
+
+@dataclasses.dataclass(frozen=True)
+class VAEConfig(PublishedConfig):
+    """The fields of a published vae/config.json that change the computation."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    latent_channels: int = 4
+    block_out_channels: tuple = (64,)
+    layers_per_block: int = 1
+    norm_num_groups: int = 32
+    scaling_factor: float = 0.18215
+
+    FIXED = {"act_fn": "silu", "mid_block_add_attention": True, "use_quant_conv": True, "use_post_quant_conv": True}
+    # The block types have one kind each; their number is that of block_out_channels.
+    IGNORED = frozenset({"sample_size", "force_upcast", "down_block_types", "up_block_types"})
+
+
+class VAEAttention(Attention):
+    """Single-head self-attention over the pixels of [B, h, w, C], with its norm and residual."""
+
+    def __init__(self, channels: int, groups: int, *, rngs):
+        super().__init__(channels, heads=1, qkv_bias=True, rngs=rngs)
+        self.group_norm = group_norm(channels, groups, EPS, rngs=rngs)
+
+    def __call__(self, x):
+        B, H, W, C = x.shape
+        h = super().__call__(self.group_norm(x).reshape(B, H * W, C))
+        return x + h.reshape(x.shape)
+
+
+class VAEMidBlock2D(nnx.Module):
+    def __init__(self, channels: int, groups: int, *, rngs):
+        self.resnets = nnx.List([ResnetBlock2D(channels, channels, groups, EPS, rngs=rngs) for _ in range(2)])
+        self.attentions = nnx.List([VAEAttention(channels, groups, rngs=rngs)])
+
+    def __call__(self, x):
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+class VAEBlock2D(nnx.Module):
+    """One level: resnets, then a down- or upsampler, or none at the last level."""
+
+    def __init__(self, in_channels, out_channels, layers, groups, resample, *, rngs):
+        self.resnets = nnx.List(
+            [
+                ResnetBlock2D(out_channels if i else in_channels, out_channels, groups, EPS, rngs=rngs)
+                for i in range(layers)
+            ]
+        )
+        if resample == "down":
+            self.downsamplers = nnx.List([Downsample2D(out_channels, ((0, 1), (0, 1)), rngs=rngs)])
+        elif resample == "up":
+            self.upsamplers = nnx.List([Upsample2D(out_channels, rngs=rngs)])
+        self.resample = resample
+
+    def __call__(self, x):
+        for resnet in self.resnets:
+            x = resnet(x)
+        if self.resample == "down":
+            return self.downsamplers[0](x)
+        return self.upsamplers[0](x) if self.resample == "up" else x
+
+
+class Encoder(nnx.Module):
+    def __init__(self, config: VAEConfig, *, rngs):
+        channels, groups = config.block_out_channels, config.norm_num_groups
+        last = len(channels) - 1
+        self.conv_in = conv3x3(config.in_channels, channels[0], rngs=rngs)
+        self.down_blocks = nnx.List(
+            [
+                VAEBlock2D(
+                    channels[max(i - 1, 0)], c, config.layers_per_block, groups, "down" if i < last else None, rngs=rngs
+                )
+                for i, c in enumerate(channels)
+            ]
+        )
+        self.mid_block = VAEMidBlock2D(channels[-1], groups, rngs=rngs)
+        self.conv_norm_out = group_norm(channels[-1], groups, EPS, rngs=rngs)
+        self.conv_out = conv3x3(channels[-1], 2 * config.latent_channels, rngs=rngs)
+
+    def __call__(self, x):
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x = block(x)
+        return self.conv_out(jax.nn.silu(self.conv_norm_out(self.mid_block(x))))
+
+
+class Decoder(nnx.Module):
+    def __init__(self, config: VAEConfig, *, rngs):
+        channels, groups = config.block_out_channels[::-1], config.norm_num_groups
+        last = len(channels) - 1
+        self.conv_in = conv3x3(config.latent_channels, channels[0], rngs=rngs)
+        self.mid_block = VAEMidBlock2D(channels[0], groups, rngs=rngs)
+        self.up_blocks = nnx.List(
+            [
+                VAEBlock2D(
+                    channels[max(i - 1, 0)],
+                    c,
+                    config.layers_per_block + 1,
+                    groups,
+                    "up" if i < last else None,
+                    rngs=rngs,
+                )
+                for i, c in enumerate(channels)
+            ]
+        )
+        self.conv_norm_out = group_norm(channels[-1], groups, EPS, rngs=rngs)
+        self.conv_out = conv3x3(channels[-1], config.out_channels, rngs=rngs)
+
+    def __call__(self, z):
+        x = self.mid_block(self.conv_in(z))
+        for block in self.up_blocks:
+            x = block(x)
+        return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
+
+
+class AutoencoderKL(nnx.Module):
+    """Images [B, H, W, 3] in [-1, 1] <-> latents [B, h, w, C], h = H / 2^(levels-1)."""
+
+    Config = VAEConfig
+
+    def __init__(self, config: VAEConfig, *, rngs):
+        self.config = config
+        C = config.latent_channels
+        self.encoder = Encoder(config, rngs=rngs)
+        self.decoder = Decoder(config, rngs=rngs)
+        self.quant_conv = nnx.Conv(2 * C, 2 * C, (1, 1), rngs=rngs)
+        self.post_quant_conv = nnx.Conv(C, C, (1, 1), rngs=rngs)
+
+    def encode(self, images):
+        """The posterior of images [B, H, W, 3]: its mean and log-variance, each [B, h, w, C], unscaled."""
+        images = images.astype(self.quant_conv.kernel.dtype)
+        mean, logvar = jnp.split(self.quant_conv(self.encoder(images)), 2, axis=-1)
+        return mean, jnp.clip(logvar, -30.0, 20.0)
+
+    def decode(self, z):
+        """Images [B, H, W, 3], about [-1, 1], of unscaled latents: pass z / scaling_factor."""
+        z = z.astype(self.post_quant_conv.kernel.dtype)
+        return self.decoder(self.post_quant_conv(z))

@@ -1,0 +1,96 @@
+"""Published state dicts <-> parameter trees.
+
+Our attribute paths are the published names, so that one rule converts every model, both ways:
+
+    published                                ours
+    ...conv1.weight   [O, I, kH, kW]         ...conv1.kernel   [kH, kW, I, O]
+    ...to_q.weight    [O, I]                 ...to_q.kernel    [I, O]
+    ...norm1.weight   [C]                    ...norm1.scale    [C]
+    ...token_embedding.weight [V, D]         ...token_embedding.embedding [V, D]
+    ...bias           [C]                    ...bias           [C]
+"""
+
+import re
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from flax import nnx
+
+# What published files hold beside or instead of today's names.
+LEGACY = (
+    (re.compile(r"^text_model\."), ""),  # transformers before 5; our exporter writes it for them
+    (re.compile(r"(mid_block\.attentions\.\d+)\.query\."), r"\1.to_q."),  # VAEs before diffusers 0.18
+    (re.compile(r"(mid_block\.attentions\.\d+)\.key\."), r"\1.to_k."),
+    (re.compile(r"(mid_block\.attentions\.\d+)\.value\."), r"\1.to_v."),
+    (re.compile(r"(mid_block\.attentions\.\d+)\.proj_attn\."), r"\1.to_out.0."),
+)
+BUFFERS = re.compile(r"(^|\.)position_ids$")  # saved by transformers before 4.31: a constant, not a weight
+
+TO_OURS = {4: (2, 3, 1, 0), 2: (1, 0)}  # of a published `weight` that becomes a `kernel`, by rank
+TO_PUBLISHED = {4: (3, 2, 0, 1), 2: (1, 0)}
+
+
+def split(module: nnx.Module) -> tuple[nnx.GraphDef, dict]:
+    """A module as its static structure and its parameters, a nested dict of arrays; nnx.merge undoes it."""
+    graph, state = nnx.split(module)
+    return graph, nnx.to_pure_dict(state)
+
+
+def published_name(path) -> str:
+    """`down_blocks.0.resnets.0.conv1.weight` for the key path of a leaf, as jax.tree_util gives it."""
+    name = jax.tree_util.keystr(path, simple=True, separator=".")
+    return re.sub(r"\.(kernel|scale|embedding)$", ".weight", name)
+
+
+def from_published(tensors: Mapping, abstract: dict, dtype=None) -> dict:
+    """Fills a parameter tree from a published state dict.
+
+    Args:
+        tensors: published name -> array; read once for each name, so it may be lazy.
+        abstract: nested dict of jax.ShapeDtypeStruct: the tree to fill.
+        dtype: dtype of the result; that of `abstract` if None.
+
+    Returns:
+        The tree, of numpy arrays.
+
+    Raises:
+        ValueError: names are missing, unexpected or misshapen; all of them are listed.
+    """
+    theirs = {}
+    for name in tensors:
+        ours = name
+        for pattern, replacement in LEGACY:
+            ours = pattern.sub(replacement, ours)
+        if not BUFFERS.search(ours):
+            theirs[ours] = name
+    problems = []
+
+    def fill(path, leaf):
+        name = published_name(path)
+        if name not in theirs:
+            problems.append(f"missing {name} {leaf.shape}")
+            return None
+        array = np.asarray(tensors[theirs.pop(name)])
+        if path[-1].key == "kernel" and array.ndim == leaf.ndim:
+            array = array.transpose(TO_OURS[array.ndim])
+        if array.shape != leaf.shape:
+            problems.append(f"misshapen {name}: {array.shape} in our layout, {leaf.shape} wanted")
+        return array.astype(dtype or leaf.dtype)
+
+    params = jax.tree_util.tree_map_with_path(fill, abstract)
+    problems += [f"unexpected {name}" for name in theirs.values()]
+    if problems:
+        raise ValueError(f"{len(problems)} weights do not fit the model:\n  " + "\n  ".join(problems))
+    return params
+
+
+def to_published(params: dict, prefix: str = "") -> dict[str, np.ndarray]:
+    """The published state dict of a parameter tree; `prefix` ("text_model.") goes before every name."""
+    published = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        array = np.asarray(leaf)
+        if path[-1].key == "kernel":
+            array = array.transpose(TO_PUBLISHED[array.ndim])
+        published[prefix + published_name(path)] = np.ascontiguousarray(array)
+    return published

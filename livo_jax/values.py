@@ -1,0 +1,82 @@
+"""Value principles, and the share of images that they are applied to."""
+
+import dataclasses
+import pathlib
+import tomllib
+import zlib
+
+import numpy as np
+
+PRINCIPLES = pathlib.Path(__file__).with_name("principles.toml")
+
+
+@dataclasses.dataclass(frozen=True)
+class Value:
+    """A principle; principles.toml explains the fields."""
+
+    name: str
+    statement: str
+    kind: str
+    axis: str
+    wordings: tuple[str, ...]
+    attributes: tuple[str, ...] = ()
+    harmful_from: float = 0.0
+
+    @property
+    def keep_probability(self) -> float:
+        """The share of images that the value token is given to.
+
+        Harm: all. Bias with K attributes: 1 - 1/K (the paper's 0.5 for two). The token yields the
+        K - 1 attributes that the base leaves out, its absence the one that the base always draws;
+        with this share they balance.
+        """
+        return 1.0 if self.kind == "harm" else 1 - 1 / len(self.attributes)
+
+    def applies(self, seed: int, prompt: str, index: int) -> bool:
+        """Whether the image (seed, prompt, index) gets the value token: a coin of keep_probability."""
+        coin = np.random.default_rng([seed, text_hash(self.statement), text_hash(prompt), index])
+        return bool(coin.random() < self.keep_probability)
+
+
+def text_hash(text: str) -> int:
+    """32 bits of a text, the same in every process and on every machine."""
+    return zlib.crc32(text.encode())
+
+
+def value_prompt(statement: str | None, prompt: str) -> str:
+    """What the value encoder reads."""
+    return f"{statement}, {prompt}" if statement else prompt
+
+
+def load(names, path=PRINCIPLES) -> tuple[Value, ...]:
+    """The principles of these names (or statements), in this order.
+
+    Raises:
+        ValueError: principles that are not in the file, or malformed ones; all are listed.
+    """
+    with open(path, "rb") as file:
+        tables = tomllib.load(file)
+    known, problems = {}, []
+    for name, table in tables.items():
+        try:
+            value = Value(name, **{k: tuple(v) if isinstance(v, list) else v for k, v in table.items()})
+        except TypeError as error:
+            problems.append(f"[{name}]: {error}")
+            continue
+        if value.kind not in ("bias", "harm"):
+            problems.append(f"[{name}]: kind={value.kind!r} is neither bias nor harm")
+        elif value.kind == "bias" and len(value.attributes) < 2:
+            problems.append(f"[{name}]: a bias needs two attributes or more")
+        known[name] = known[value.statement] = value
+    problems += [f"no value {name!r}" for name in names if name not in known]
+    if problems:
+        raise ValueError(f"{path}: {'; '.join(problems)}. Values there: {', '.join(tables)}")
+    return tuple(known[name] for name in names)
+
+
+def find(name: str, values: tuple[Value, ...]) -> Value:
+    """The one of `values` with this name or statement. Raises ValueError that lists what there is."""
+    for value in values:
+        if name in (value.name, value.statement):
+            return value
+    raise ValueError(f"value {name!r} is not one of config.principles: {', '.join(f'{v.statement!r}' for v in values)}")

@@ -1,0 +1,94 @@
+import os
+
+# Eight virtual devices, before jax is imported: one mesh can be compared with another.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+WIDTHS = (8, 16, 24, 32)  # all different, so that no two shapes agree by chance
+UNET = dict(sample_size=16, block_out_channels=WIDTHS, norm_num_groups=4, cross_attention_dim=20, attention_head_dim=4)
+VAE = dict(
+    block_out_channels=WIDTHS, norm_num_groups=4, layers_per_block=2, sample_size=128,
+    down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+)  # fmt: skip
+
+
+def randomised(module):
+    """A PyTorch module whose norms are no identities: an unread scale or a swapped bias shows."""
+    import torch
+
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if "norm" in name:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return module.eval()
+
+
+def relative_error(ours, theirs) -> float:
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    assert ours.shape == theirs.shape
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+
+
+def text_model(vocab_size: int, eos_token_id: int, **settings):
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    config = CLIPTextConfig(
+        vocab_size=vocab_size, hidden_size=20, intermediate_size=28, num_hidden_layers=3, num_attention_heads=4,
+        max_position_embeddings=16, bos_token_id=vocab_size - 2, eos_token_id=eos_token_id, pad_token_id=vocab_size - 1,
+        **settings,
+    )  # fmt: skip
+    return randomised(CLIPTextModel(config))
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(tmp_path_factory):
+    from data_tools.shapeworld import build_tokenizer
+
+    root = tmp_path_factory.mktemp("tokenizer")
+    build_tokenizer(root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def torch_models(tokenizer_dir):
+    """Random PyTorch models of a tiny Stable Diffusion: dict of unet, vae, text_encoder."""
+    import diffusers
+    import torch
+    from transformers import CLIPTokenizer
+
+    torch.manual_seed(0)
+    tokenizer = CLIPTokenizer.from_pretrained(tokenizer_dir)
+    return dict(
+        unet=randomised(diffusers.UNet2DConditionModel(**UNET)),
+        vae=randomised(diffusers.AutoencoderKL(**VAE)),
+        text_encoder=text_model(len(tokenizer), tokenizer.eos_token_id),
+    )
+
+
+@pytest.fixture(scope="session")
+def published(torch_models, tokenizer_dir, tmp_path_factory):
+    """The same as a published directory, written by diffusers and transformers."""
+    from data_tools.shapeworld import PIPELINE, SCHEDULER
+
+    root = tmp_path_factory.mktemp("published")
+    for name, module in torch_models.items():
+        module.save_pretrained(root / name)
+    shutil.copytree(tokenizer_dir, root / "tokenizer")
+    (root / "scheduler").mkdir()
+    (root / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
+    (root / "model_index.json").write_text(json.dumps(PIPELINE))
+    return root
+
+
+@pytest.fixture(scope="session")
+def sd(published):
+    from livo_jax import StableDiffusion
+
+    return StableDiffusion.from_pretrained(published)
