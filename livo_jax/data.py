@@ -1,0 +1,122 @@
+"""Preference pairs: a TFDS dataset in array_record -> Grain -> batches.
+
+A dataset (data_tools/build_preferences.py writes them) holds records {prompt, value, scene, aligned,
+violating, provenance} with encoded images. All records of one value and scene lie together, and
+metadata.json lists these blocks, so that a violating partner can be drawn from the same scene without
+reading the others.
+"""
+
+import functools
+import io
+import pathlib
+from typing import NamedTuple
+
+import numpy as np
+
+from livo_jax.values import Value, value_prompt
+
+FEATURES = {"prompt", "value", "scene", "aligned", "violating", "provenance"}
+
+
+class Block(NamedTuple):
+    """The records start .. start + count - 1, of one value (its statement) and scene."""
+
+    value: str
+    scene: str
+    start: int
+    count: int
+
+
+class Preferences:
+    """An opened dataset: `source` gives record i as a dict of bytes, `blocks` partition the records."""
+
+    def __init__(self, directory):
+        """Opens and checks a dataset.
+
+        Raises:
+            FileNotFoundError: there is no dataset.
+            ValueError: it is empty, half-written or of another layout; the message says in what.
+        """
+        import tensorflow_datasets as tfds
+
+        self.directory = pathlib.Path(directory)
+        remedy = "make one with python -m data_tools.build_preferences --config=FILE --out=DIR"
+        if not (self.directory / "dataset_info.json").is_file():
+            raise FileNotFoundError(f"{self.directory} holds no preference dataset (no dataset_info.json): {remedy}")
+        builder = tfds.builder_from_directory(self.directory)
+        split = builder.info.splits.get("train")
+        if split is None or not split.num_examples:
+            raise ValueError(f"{self.directory} is an empty dataset: {remedy}")
+        if missing := FEATURES - set(builder.info.features):
+            raise ValueError(f"{self.directory} lacks the features {sorted(missing)}: {remedy}")
+        if missing := [str(path) for path in split.filepaths if not path.exists()]:
+            raise ValueError(f"{self.directory} is half-written, without {', '.join(missing)}: {remedy}")
+        images = {name: tfds.decode.SkipDecoding() for name in ("aligned", "violating")}
+        try:
+            self.source = builder.as_data_source(split="train", decoders=images)
+            self.source[len(self.source) - 1]
+        except Exception as error:  # array_record names no type of its own for a file that is cut short
+            raise ValueError(f"{self.directory} is damaged: {error}; {remedy}") from error
+        self.blocks = [Block(**block) for block in (builder.info.metadata or {}).get("blocks", [])]
+        covered = [i for b in self.blocks for i in (b.start, b.start + b.count)]
+        if len(self.source) != split.num_examples or covered[:1] + covered[-1:] != [0, len(self.source)]:
+            raise ValueError(f"{self.directory} is half-written: its blocks and its records differ; {remedy}")
+
+    def check_values(self, values: tuple[Value, ...]):
+        """Raises ValueError unless the dataset has every one of these values and no other."""
+        wanted, there = {v.statement for v in values}, {b.value for b in self.blocks}
+        if wanted != there:
+            raise ValueError(
+                f"{self.directory} has pairs for the values {sorted(there)}, the config lists {sorted(wanted)}:"
+                " set config.principles to those of the dataset, or build another"
+            )
+
+
+def decode(png: bytes, size: int, flip: bool = False) -> np.ndarray:
+    """An encoded image as [size, size, 3] float32 in [-1, 1]: shorter side to `size`, centre crop."""
+    from PIL import Image, ImageOps
+
+    image = Image.open(io.BytesIO(png)).convert("RGB")
+    if image.size != (size, size):
+        image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
+    array = np.asarray(image, np.float32) / 127.5 - 1
+    return array[:, ::-1] if flip else array
+
+
+def batches(preferences: Preferences, tokenize, *, batch_size: int, image_size: int, random_flip: bool, seed: int):
+    """An endless, deterministic, checkpointable iterator over this process's share of each batch.
+
+    Each epoch walks the aligned images in a new order; the violating partner of each is drawn at
+    random from the same value and scene. Both are flipped, or neither.
+
+    Args:
+        tokenize: texts -> ids [N, L] int32.
+        batch_size: of the global batch; divisible by the number of processes.
+
+    Returns:
+        A grain DatasetIterator (get_state, set_state) of dicts: `prompt_ids` and `value_prompt_ids`
+        [b, L] int32, `aligned` and `violating` [b, H, W, 3] float32 in [-1, 1].
+    """
+    import grain
+    import jax
+
+    source, blocks = preferences.source, preferences.blocks
+    starts = np.array([b.start for b in blocks])
+    ids = functools.cache(lambda text: tokenize([text])[0])
+
+    def pair(index, rng: np.random.Generator):
+        block = blocks[np.searchsorted(starts, index, side="right") - 1]
+        record, partner = source[index], source[block.start + int(rng.integers(block.count))]
+        flip = random_flip and rng.random() < 0.5
+        prompt, value = record["prompt"].decode(), record["value"].decode()
+        return {
+            "prompt_ids": ids(prompt),
+            "value_prompt_ids": ids(value_prompt(value, prompt)),
+            "aligned": decode(record["aligned"], image_size, flip),
+            "violating": decode(partner["violating"], image_size, flip),
+        }
+
+    dataset = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat().random_map(pair)
+    # Process p takes rows p*b .. (p+1)*b - 1 of each batch, so that rows do not depend on their number.
+    dataset = dataset.batch(batch_size // jax.process_count())[jax.process_index() :: jax.process_count()]
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=16, prefetch_buffer_size=16)))
