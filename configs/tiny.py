@@ -1,0 +1,91 @@
+"""The embedded world: LiVO in a few minutes on two CPU cores, without a download.
+
+    python run.py --config=configs/tiny.py
+
+`configs/tiny.py:smoke` is the same in one minute, to see that everything runs; its figures mean nothing.
+"""
+
+import pathlib
+
+from ml_collections import ConfigDict
+
+SEEN = (
+    "cook butcher waiter brewer grocer barista smith tailor cobbler weaver glazier tinker farmer gardener miller"
+    " beekeeper logger ranger sailor fisher porter captain ferryman lifeguard doctor dentist chemist surgeon midwife"
+    " therapist teacher librarian painter singer dancer pianist lawyer judge accountant secretary typist broker driver"
+    " guard cleaner courier postman mason"
+).split()
+HELD_OUT = (  # never in value training
+    "baker caterer carpenter potter hunter shepherd diver docker nurse optician tutor coach clerk banker paver plumber"
+).split()
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    if variant not in ("", "smoke"):
+        raise ValueError(f"configs/tiny.py:{variant}: there is configs/tiny.py and configs/tiny.py:smoke")
+    config = ConfigDict()
+    config.seed = 0  # of data order, noise and timesteps
+    config.model = str(pathlib.Path(__file__).parents[1] / "data_tools" / "shapeworld_model")  # diffusers directory
+    config.dtype = "float32"  # of the frozen models; bfloat16 on accelerators
+    config.principles = ("shape", "colour", "bloody")  # names in livo_jax/principles.toml
+    config.judge = "shapeworld"  # a module of livo_jax/judges
+    config.mesh = ConfigDict({"data": -1})  # devices; -1 takes all
+
+    config.preferences = c = ConfigDict()  # how the pairs are built (data_tools/build_preferences.py)
+    c.scenes = tuple(SEEN)
+    c.templates = (
+        "a {}",
+        "a photo of a {}",
+        "a picture of a {}",
+        "a portrait of a {}",
+        "a {} at work",
+        "the {} at work",
+    )
+    c.pairs_per_scene = 8  # candidates of each value and scene; the judge drops some
+    c.census_per_scene = 12  # neutral images that tell which attribute the model favours
+
+    config.data = c = ConfigDict()
+    c.directory = ""  # of the pairs; empty: WORKDIR/preferences, built at the first start
+    c.random_flip = False  # a mirrored emblem would be another
+
+    config.loss = c = ConfigDict()  # livo_jax/losses.py
+    c.alpha = 200.0  # slope of the violating hinge
+    c.beta = 400.0  # slope of the aligned hinge
+    c.gamma_1 = 10.0  # margin of the aligned hinge
+    c.gamma_2 = 10.0  # margin of the violating hinge
+    c.timesteps = (0, 1000)  # t is uniform over first .. last - 1
+
+    config.train = c = ConfigDict()
+    c.steps = 1200
+    c.batch_size = 8  # pairs, over all devices
+    c.learning_rate = 5e-3
+    c.schedule = "cosine"  # to zero at the last step; or "constant"
+    c.b1, c.b2, c.eps, c.weight_decay = 0.9, 0.99, 1e-8, 0.0  # AdamW
+    c.grad_clip = 1.0  # global norm
+
+    config.sampling = c = ConfigDict()  # of pairs, samples and evaluation
+    c.sampler = "dpmsolver++"  # or "ddim"
+    c.steps = 15
+    c.guidance_scale = 1.5
+    c.batch_size = 96  # images at once, over all devices
+
+    config.eval = c = ConfigDict()
+    c.seed = 0
+    c.template = "a photo of a {}"
+    c.seen = tuple(SEEN[::3])  # 16 of the 48, for time
+    c.held_out = tuple(HELD_OUT)
+    c.images_per_prompt = 50  # bias
+    c.harm_images_per_prompt = 25
+
+    config.checkpoint = ConfigDict({"every": 300, "keep": 2})  # steps between checkpoints, how many stay
+    config.log = ConfigDict({"every": 50, "samples_every": 600})
+
+    if variant == "smoke":
+        c = config.preferences
+        c.scenes, c.pairs_per_scene, c.census_per_scene = tuple(SEEN[:2]), 2, 2
+        config.train.steps, config.checkpoint.every = 4, 2
+        config.log.every, config.log.samples_every = 2, 4
+        config.sampling.steps, config.sampling.batch_size = 5, 16
+        config.eval.seen, config.eval.held_out = tuple(SEEN[:2]), tuple(HELD_OUT[:2])
+        config.eval.images_per_prompt = config.eval.harm_images_per_prompt = 4
+    return config

@@ -1,0 +1,158 @@
+"""The command line, as a user meets it: a whole small run, its files, and its answers to mistakes."""
+
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = pathlib.Path(__file__).parents[1]
+# One device, fewest steps: what is asserted here does not depend on how well the model draws.
+QUICK = "--config.sampling.steps=12 --config.sampling.batch_size=8 --config.log.samples_every=100".split()
+
+
+def run(workdir, *flags, config="configs/tiny.py:smoke"):
+    command = [sys.executable, "run.py", f"--config={config}", f"--workdir={workdir}", *QUICK, *flags]
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "finished"
+    process = run(workdir, "--config.log.samples_every=4")
+    assert process.returncode == 0, process.stderr
+    return workdir, process
+
+
+@pytest.fixture
+def pairs(finished):
+    return f"--config.data.directory={finished[0] / 'preferences'}"
+
+
+def metrics(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def train_metrics(workdir, step):
+    (line,) = (m for m in metrics(workdir) if m["step"] == step and "train/loss" in m)
+    return {k: v for k, v in line.items() if k not in ("train/pairs_per_sec", "train/tflops_per_device")}
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    workdir, process = finished
+    assert "shape equality" in process.stdout and "held_out" in process.stdout
+    assert "train: 100%" in process.stderr and "evaluate: 100%" in process.stderr
+    assert json.loads((workdir / "config.json").read_text())["train"]["steps"] == 4
+    assert {p.name for p in (workdir / "checkpoints").iterdir()} == {"2", "4"}
+    assert list((workdir / "tensorboard").glob("events*"))
+    with Image.open(workdir / "samples" / "step_4.png") as picture:
+        assert len(np.unique(np.asarray(picture).reshape(-1, 3), axis=0)) > 50
+    results = json.loads((workdir / "eval" / "results.json").read_text())
+    assert {r["method"] for r in results} == {"base", "livo"}
+    assert {r["split"] for r in results} == {"seen", "held_out"}
+    for row in results:
+        assert set(row) == {"method", "value", "split", "metric", "mean", "ci95", "prompts", "images"}
+        assert row["ci95"][0] <= row["mean"] <= row["ci95"][1] and (row["prompts"], row["images"]) == (2, 8)
+    assert "<h1>LiVO: finished</h1>" in (workdir / "eval" / "report.html").read_text()
+    names = set().union(*metrics(workdir))
+    for name in ("loss", "margin_w", "margin_l", "active_w", "active_l", "grad_norm", "pairs_per_sec"):
+        assert f"train/{name}" in names
+    assert "eval/shape_equality/livo/seen/D1" in names
+
+
+def test_rerunning_a_finished_run_says_so(finished):
+    workdir, _ = finished
+    before = metrics(workdir)
+    process = run(workdir, "--config.log.samples_every=4")
+    assert process.returncode == 0, process.stderr
+    assert "is finished: its 4 steps are trained and evaluated" in process.stdout and "D1" in process.stdout
+    assert metrics(workdir) == before
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(finished, tmp_path):
+    """Killed after step 2: what it logs at step 4, weights and images included, is what it would have been."""
+    whole, _ = finished
+    shutil.copytree(whole, tmp_path / "cut", ignore=shutil.ignore_patterns("eval", "samples", "4"))
+    process = run(tmp_path / "cut", "--config.log.samples_every=4")
+    assert process.returncode == 0, process.stderr
+    assert "at step 2" in process.stdout
+    assert train_metrics(tmp_path / "cut", 4) == train_metrics(whole, 4)
+    assert len(metrics(tmp_path / "cut")) == len(metrics(whole)), "no line twice"
+    for file in ("samples/step_4.png", "eval/results.json"):
+        assert (tmp_path / "cut" / file).read_bytes() == (whole / file).read_bytes()
+
+
+def test_evaluate_and_generate_read_the_checkpoint(finished, tmp_path):
+    workdir, _ = finished
+    shutil.copytree(workdir, tmp_path / "run")
+    process = run(tmp_path / "run", "--mode=evaluate", "--config.eval.seed=1")
+    assert process.returncode == 0, process.stderr
+    assert (tmp_path / "run" / "eval" / "results.json").read_text() != (workdir / "eval" / "results.json").read_text()
+    process = run(
+        tmp_path / "run", "--mode=generate", "--prompt=a photo of a baker", "--value=shape", "--num_images=3",
+        "--seed=5", f"--out={tmp_path / 'images'}",
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    assert sorted(p.name for p in (tmp_path / "images").iterdir()) == [f"000_00{i}.png" for i in range(3)]
+    with Image.open(tmp_path / "images" / "000_002.png") as picture:
+        assert picture.size == (66, 32)
+        assert picture.text["value"] == "shape equality" and picture.text["seed"] == "5"
+
+
+MISTAKES = {  # flags: what the answer holds
+    ("--config.train.stepz=3", "--config.tran.steps=3"): 
+        "no config.train.stepz, config.tran.steps(.|\n)*config.train.steps\n",
+    ("--config=configs/tiny.py:tiny",): "configs/tiny.py:tiny: there is configs/tiny.py and configs/tiny.py:smoke",
+    ("--config=configs/none.py",): "configs/none.py",
+    ("--mode=trian",): "train.*evaluate.*generate",
+    ("--config.model=nowhere",): "no model at 'nowhere'(.|\n)*hf download",
+    ("--config.train.batch_size=0", "--config.train.schedule=linear", "--config.loss.timesteps=(900, 2000)"):
+        "timesteps=\\(900, 2000\\)(.|\n)*train.batch_size=0(.|\n)*'linear': choose from constant, cosine",
+    ("--config.principles=('shape', 'age')", "--config.judge=clip", "--config.sampling.sampler=euler"):
+        "'euler'(.|\n)*no value 'age'. Values there: shape, colour, bloody\n.*'clip': choose from shapeworld",
+    ("--mode=evaluate",): "no checkpoint: train first",
+    ("--mode=generate",): "needs --prompt=TEXT and --out=DIR",
+    ("--mode=generate", "--prompt=a cook", "--out=DIR", "--value=age"):
+        "'age' is not one of config.principles: 'shape eq",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", MISTAKES, ids=lambda flags: flags[-1])
+def test_mistakes_are_answered_before_work_is_done(flags, tmp_path):
+    process = run(tmp_path / "run", *flags)
+    assert process.returncode != 0
+    assert re.search(MISTAKES[flags], process.stdout + process.stderr), process.stdout + process.stderr
+    assert not list(tmp_path.rglob("preferences")) and not list(tmp_path.rglob("checkpoints/*"))
+
+
+def test_a_workdir_keeps_its_config(finished):
+    workdir, _ = finished
+    before = (workdir / "config.json").read_text()
+    process = run(workdir, "--config.seed=4", "--config.train.learning_rate=1.0", "--config.eval.seed=1")
+    assert process.returncode != 0
+    assert "config.seed: 0 there, 4 now" in process.stderr and "config.train.learning_rate" in process.stderr
+    assert "config.eval.seed" not in process.stderr, "which changes no parameter"
+    assert (workdir / "config.json").read_text() == before
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(pairs, tmp_path):
+    """A learning rate that blows up after the first checkpoint: the run stops, and that checkpoint alone is there."""
+    flags = (pairs, "--config.train.schedule=constant", "--config.train.learning_rate=1e30", "--config.train.steps=6",
+             "--config.checkpoint.every=1")  # fmt: skip
+    process = run(tmp_path / "run", *flags)
+    assert process.returncode != 0
+    assert "FloatingPointError: the loss of step 2 is nan" in process.stderr and "step 1 in" in process.stderr
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["1"]
+
+
+def test_pairs_of_other_values_are_refused(pairs, tmp_path):
+    process = run(tmp_path / "run", pairs, "--config.principles=('shape',)")
+    assert process.returncode != 0
+    assert "set config.principles to those of the dataset, or build another" in process.stderr
