@@ -42,7 +42,7 @@ def get_config(variant: str = "") -> ConfigDict:
         "the {} at work",
     )
     c.pairs_per_scene = 8  # candidates of each value and scene; the judge drops some
-    c.census_per_scene = 12  # neutral images that tell which attribute the model favours
+    c.census_per_scene = 8  # neutral images that tell which attribute the model favours
 
     config.data = c = ConfigDict()
     c.directory = ""  # of the pairs; empty: WORKDIR/preferences, built at the first start
@@ -53,20 +53,22 @@ def get_config(variant: str = "") -> ConfigDict:
     c.beta = 400.0  # slope of the aligned hinge
     c.gamma_1 = 10.0  # margin of the aligned hinge
     c.gamma_2 = 10.0  # margin of the violating hinge
-    c.timesteps = (0, 1000)  # t is uniform over first .. last - 1
+    c.timesteps = (100, 1000)  # t is uniform over first .. last - 1; below 100 pictures are made already
+    c.min_snr_gamma = 0.0  # weights the errors by min(snr, gamma) / snr; 0 for none
 
     config.train = c = ConfigDict()
-    c.steps = 1200
+    c.steps = 1400
     c.batch_size = 8  # pairs, over all devices
-    c.learning_rate = 5e-3
+    c.learning_rate = 2e-3
+    c.warmup_steps = 200  # linear, from zero: at full rate at once, the encoder would forget how to read prompts
     c.schedule = "cosine"  # to zero at the last step; or "constant"
     c.b1, c.b2, c.eps, c.weight_decay = 0.9, 0.99, 1e-8, 0.0  # AdamW
     c.grad_clip = 1.0  # global norm
 
     config.sampling = c = ConfigDict()  # of pairs, samples and evaluation
     c.sampler = "dpmsolver++"  # or "ddim"
-    c.steps = 15
-    c.guidance_scale = 1.5
+    c.steps = 12
+    c.guidance_scale = 1.1
     c.batch_size = 96  # images at once, over all devices
 
     config.eval = c = ConfigDict()
@@ -75,15 +77,15 @@ def get_config(variant: str = "") -> ConfigDict:
     c.seen = tuple(SEEN[::3])  # 16 of the 48, for time
     c.held_out = tuple(HELD_OUT)
     c.images_per_prompt = 50  # bias
-    c.harm_images_per_prompt = 25
+    c.harm_images_per_prompt = 10
 
-    config.checkpoint = ConfigDict({"every": 300, "keep": 2})  # steps between checkpoints, how many stay
-    config.log = ConfigDict({"every": 50, "samples_every": 600})
+    config.checkpoint = ConfigDict({"every": 350, "keep": 2})  # steps between checkpoints, how many stay
+    config.log = ConfigDict({"every": 50, "samples_every": 700})
 
     if variant == "smoke":
         c = config.preferences
         c.scenes, c.pairs_per_scene, c.census_per_scene = tuple(SEEN[:2]), 2, 2
-        config.train.steps, config.checkpoint.every = 4, 2
+        config.train.steps, config.train.warmup_steps, config.checkpoint.every = 4, 1, 2
         config.log.every, config.log.samples_every = 2, 4
         config.sampling.steps, config.sampling.batch_size = 5, 16
         config.eval.seen, config.eval.held_out = tuple(SEEN[:2]), tuple(HELD_OUT[:2])

@@ -45,13 +45,21 @@ class Candidate(NamedTuple):
 
 
 def favoured(reading, values, scenes, n: int) -> dict:
-    """(value name, scene) -> the attribute that most of the scene's n neutral images show."""
-    found = {}
+    """(value name, scene) -> the attribute that most of the scene's n neutral images show.
+
+    Raises:
+        ValueError: scenes of which the judge reads none of the images; all are listed.
+    """
+    found, problems = {}, []
     for i, scene in enumerate(scenes):
         for value in values:
             counts = Counter(a for a in reading[value.axis][i * n : (i + 1) * n] if a in value.attributes)
             if counts:
                 found[value.name, scene] = counts.most_common(1)[0][0]
+            else:
+                problems.append(f"{value.axis} of {scene}")
+    if problems:
+        raise ValueError(f"the judge reads in no neutral image the {', the '.join(problems)}")
     return found
 
 

@@ -22,14 +22,24 @@ from livo_jax.models.weights import split
 
 
 def make_optimizer(config) -> optax.GradientTransformation:
-    """AdamW on clipped gradients, after config.train."""
+    """AdamW on clipped gradients, after config.train.
+
+    Raises:
+        ValueError: an unknown schedule, or a warm-up that is not shorter than the training.
+    """
     c = config.train
+    if not 0 <= c.warmup_steps < c.steps:
+        raise ValueError(
+            f"config.train.warmup_steps={c.warmup_steps}: choose 0 to config.train.steps - 1 = {c.steps - 1}"
+        )
     if c.schedule == "constant":
-        learning_rate = optax.constant_schedule(c.learning_rate)
+        after = optax.constant_schedule(c.learning_rate)
     elif c.schedule == "cosine":
-        learning_rate = optax.cosine_decay_schedule(c.learning_rate, c.steps)
+        after = optax.cosine_decay_schedule(c.learning_rate, c.steps - c.warmup_steps)
     else:
         raise ValueError(f"config.train.schedule={c.schedule!r}: choose from constant, cosine")
+    warmup = optax.linear_schedule(0.0, c.learning_rate, c.warmup_steps)
+    learning_rate = optax.join_schedules([warmup, after], [c.warmup_steps])
     return optax.chain(
         optax.clip_by_global_norm(c.grad_clip),
         optax.adamw(learning_rate, b1=c.b1, b2=c.b2, eps=c.eps, weight_decay=c.weight_decay),
@@ -46,7 +56,7 @@ def make_train_step(graphs: dict, schedule: diffusion.NoiseSchedule, tx, config,
 
     Args:
         graphs: GraphDefs of value_encoder, text_encoder, unet, vae.
-        config: its `loss` (alpha, beta, gamma_1, gamma_2, timesteps) and `seed` are used.
+        config: its `loss` (alpha, beta, gamma_1, gamma_2, timesteps, min_snr_gamma) and `seed` are used.
         scaling_factor: of the VAE's latents.
 
     The step takes `state` (step, params, opt_state), `frozen` (parameters of text_encoder, unet and vae)
@@ -54,6 +64,7 @@ def make_train_step(graphs: dict, schedule: diffusion.NoiseSchedule, tx, config,
     Its metrics are float32 scalars: loss, those of losses.livo, and grad_norm.
     """
     first, last = config.loss.timesteps
+    min_snr_gamma = config.loss.min_snr_gamma
     constants = {name: config.loss[name] for name in ("alpha", "beta", "gamma_1", "gamma_2")}
 
     def train_step(state, frozen, batch):
@@ -74,12 +85,17 @@ def make_train_step(graphs: dict, schedule: diffusion.NoiseSchedule, tx, config,
         z_t, target = diffusion.add_noise(schedule, z, eps, t), diffusion.target(schedule, z, eps, t)
         c = text_encoder(batch["prompt_ids"]).last_hidden_state  # [B, L, D]
 
-        r_w, r_l = jnp.split(losses.denoising_error(unet(z_t, t, twice(c)), target), 2)
+        weight = diffusion.min_snr_weight(schedule, t, min_snr_gamma) if min_snr_gamma else 1.0
+
+        def error(conditioning):
+            return jnp.split(weight * losses.denoising_error(unet(z_t, t, twice(conditioning)), target), 2)
+
+        r_w, r_l = error(c)
 
         def loss(params):
             u = nnx.merge(graphs["value_encoder"], params)(batch["value_prompt_ids"]).pooled  # [B, D]
             policy = jnp.concatenate([u[:, None].astype(c.dtype), c], axis=1)  # [u; c], the value token first
-            l_w, l_l = jnp.split(losses.denoising_error(unet(z_t, t, twice(policy)), target), 2)
+            l_w, l_l = error(policy)
             return losses.livo(l_w, l_l, r_w, r_l, **constants)
 
         (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state["params"])

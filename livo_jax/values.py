@@ -21,16 +21,7 @@ class Value:
     wordings: tuple[str, ...]
     attributes: tuple[str, ...] = ()
     harmful_from: float = 0.0
-
-    @property
-    def keep_probability(self) -> float:
-        """The share of images that the value token is given to.
-
-        Harm: all. Bias with K attributes: 1 - 1/K (the paper's 0.5 for two). The token yields the
-        K - 1 attributes that the base leaves out, its absence the one that the base always draws;
-        with this share they balance.
-        """
-        return 1.0 if self.kind == "harm" else 1 - 1 / len(self.attributes)
+    keep_probability: float = 1.0
 
     def applies(self, seed: int, prompt: str, index: int) -> bool:
         """Whether the image (seed, prompt, index) gets the value token: a coin of keep_probability."""

@@ -16,7 +16,7 @@ from livo_jax.models.weights import split, to_published
 from tests.conftest import relative_error
 
 LOSS = dict(alpha=50.0, beta=100.0, gamma_1=1.0, gamma_2=0.5)
-CONFIG = ConfigDict({"seed": 7, "loss": LOSS | {"timesteps": (0, 1000)}})
+CONFIG = ConfigDict({"seed": 7, "loss": LOSS | {"timesteps": (0, 1000), "min_snr_gamma": 0.0}})
 SCALE = 0.18215
 
 
@@ -41,7 +41,7 @@ def batch(sd):
     }
 
 
-def torch_step(torch_models, batch, config=CONFIG):
+def torch_step(torch_models, batch, config):
     """The published algorithm, plainly, on the noise that our step draws: loss, gradients, per-sample errors."""
     from diffusers import DDPMScheduler
 
@@ -60,13 +60,16 @@ def torch_step(torch_models, batch, config=CONFIG):
         c = text_encoder(torch.tensor(batch["prompt_ids"])).last_hidden_state
     u = value_encoder(torch.tensor(batch["value_prompt_ids"])).pooler_output
     policy = torch.cat([u[:, None], c], dim=1)
+    snr = scheduler.alphas_cumprod[t] / (1 - scheduler.alphas_cumprod[t])
+    gamma = config.loss.min_snr_gamma
+    weight = torch.minimum(snr, torch.tensor(gamma)) / snr if gamma else torch.ones(n)
     errors = {}
     for side, noise in (("aligned", noise_w), ("violating", noise_l)):
         with torch.no_grad():
             posterior = vae.encode(channels_first(batch[side])).latent_dist
             z_t = scheduler.add_noise(SCALE * (posterior.mean + posterior.std * noise), eps, t)
-            errors["r", side] = ((unet(z_t, t, c).sample - eps) ** 2).mean((1, 2, 3))
-        errors["l", side] = ((unet(z_t, t, policy).sample - eps) ** 2).mean((1, 2, 3))
+            errors["r", side] = weight * ((unet(z_t, t, c).sample - eps) ** 2).mean((1, 2, 3))
+        errors["l", side] = weight * ((unet(z_t, t, policy).sample - eps) ** 2).mean((1, 2, 3))
     hinge_w = torch.relu(LOSS["gamma_1"] + LOSS["beta"] * (errors["l", "aligned"] - errors["r", "aligned"]))
     hinge_l = torch.relu(LOSS["gamma_2"] + LOSS["alpha"] * (errors["r", "violating"] - errors["l", "violating"]))
     loss = (hinge_w + hinge_l).mean()
@@ -75,12 +78,15 @@ def torch_step(torch_models, batch, config=CONFIG):
     return loss.item(), gradients, {k: v.detach().numpy() for k, v in errors.items()}
 
 
-def test_loss_and_gradients_are_pytorchs(parts, torch_models, batch, sd):
+@pytest.mark.parametrize("min_snr_gamma", [0.0, 2.0])
+def test_loss_and_gradients_are_pytorchs(parts, torch_models, batch, sd, min_snr_gamma):
     graphs, frozen = parts
+    config = CONFIG.copy_and_resolve_references()
+    config.loss.min_snr_gamma = min_snr_gamma
     tx = optax.trace(0.0)  # its state is the gradient
-    step = jax.jit(train.make_train_step(graphs, sd.schedule, tx, CONFIG, SCALE))
+    step = jax.jit(train.make_train_step(graphs, sd.schedule, tx, config, SCALE))
     state, metrics = step(train.init_state(frozen["text_encoder"], tx), frozen, batch)
-    loss, gradients, errors = torch_step(torch_models, batch)
+    loss, gradients, errors = torch_step(torch_models, batch, config)
     assert metrics["loss"] == pytest.approx(loss, rel=1e-4)
     margin_w = errors["l", "aligned"] - errors["r", "aligned"]
     assert metrics["margin_w"] == pytest.approx(margin_w.mean(), rel=1e-3)
@@ -146,3 +152,27 @@ def test_batches_and_meshes_that_do_not_fit():
         sharding.check_batch_size(mesh, 12, "config.train.batch_size")
     with pytest.raises(ValueError, match="data=9: there are 8 devices"):
         sharding.make_mesh(9)
+
+
+def test_learning_rates():
+    """Warm-up rises from zero to the rate, none starts at it, cosine ends at zero; other schedules are refused."""
+
+    def rates(schedule, warmup_steps):
+        train_config = dict(schedule=schedule, warmup_steps=warmup_steps, steps=10, learning_rate=0.1, grad_clip=1.0)
+        tx = train.make_optimizer(ConfigDict({"train": train_config | dict(b1=0.0, b2=0.0, eps=0.0, weight_decay=0.0)}))
+        params, taken = jnp.ones(()), []
+        state = tx.init(params)
+        for _ in range(10):  # without memory, AdamW moves by the rate itself
+            update, state = tx.update(jnp.ones(()), state, params)
+            taken.append(-float(update))
+        return taken
+
+    assert rates("constant", 0) == pytest.approx([0.1] * 10)
+    assert rates("constant", 4) == pytest.approx([0.0, 0.025, 0.05, 0.075] + [0.1] * 6)
+    cosine = rates("cosine", 2)
+    assert cosine[:3] == pytest.approx([0.0, 0.05, 0.1]) and cosine[2:] == sorted(cosine[2:], reverse=True)
+    assert cosine[-1] == pytest.approx(0.1 * (1 + np.cos(np.pi * 7 / 8)) / 2, rel=1e-5)
+    with pytest.raises(ValueError, match="'linear': choose from constant, cosine"):
+        rates("linear", 0)
+    with pytest.raises(ValueError, match="warmup_steps=10: choose 0 to config.train.steps - 1 = 9"):
+        rates("cosine", 10)

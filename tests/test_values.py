@@ -8,17 +8,16 @@ def test_shapeworlds_values():
     shape, colour, bloody = values.load(("shape", "colour equality", "bloody"))
     assert (shape.kind, colour.kind, bloody.kind) == ("bias", "bias", "harm")
     assert shape.keep_probability == 0.5  # the paper's
-    assert colour.keep_probability == pytest.approx(0.8)
-    assert bloody.keep_probability == 1.0
+    assert colour.keep_probability == bloody.keep_probability == 1.0
     assert values.value_prompt(bloody.statement, "a baker") == "bloody considered inappropriate, a baker"
     assert values.value_prompt(None, "a baker") == "a baker"
 
 
 def test_coins_are_fair_and_fixed():
-    colour, bloody = values.load(("colour", "bloody"))
-    coins = [colour.applies(0, f"a {word}", i) for word in ("baker", "cook") for i in range(2000)]
-    assert abs(np.mean(coins) - 0.8) < 0.02
-    assert coins == [colour.applies(0, f"a {word}", i) for word in ("baker", "cook") for i in range(2000)]
+    shape, bloody = values.load(("shape", "bloody"))
+    coins = [shape.applies(0, f"a {word}", i) for word in ("baker", "cook") for i in range(2000)]
+    assert abs(np.mean(coins) - 0.5) < 0.02
+    assert coins == [shape.applies(0, f"a {word}", i) for word in ("baker", "cook") for i in range(2000)]
     assert all(bloody.applies(0, "a baker", i) for i in range(50))
 
 

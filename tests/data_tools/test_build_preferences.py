@@ -84,7 +84,7 @@ def test_candidates_say_the_attribute_and_are_filed_under_the_neutral_prompt(con
     plan = candidates((SHAPE, COLOUR, BLOODY), config, favourite)
     colours = [c for c in plan if c.value == COLOUR and c.scene == "cook"]
     assert [c.shows for c in colours if c.side == "violating"] == ["blue"] * 4
-    assert [c.shows for c in colours if c.side == "aligned"] == ["green", "yellow", "white", "violet"]
+    assert [c.shows for c in colours if c.side == "aligned"] == ["green", "yellow", "white", "violet"]  # all others
     assert all(c.shows in c.request.prompt and c.shows not in c.prompt for c in colours)
     bloody = [c for c in plan if c.value == BLOODY]
     for aligned, violating in zip(bloody[::2], bloody[1::2]):
@@ -110,7 +110,7 @@ def test_the_judge_drops_what_does_not_show_it():
 
 def test_scenes_without_pairs_are_all_named(config, tmp_path):
     config = config.copy_and_resolve_references()
-    config.preferences.scenes = ("cook", "astronaut", "wizard")
-    with pytest.raises(ValueError, match="too few candidates.*astronaut(.|\n)*wizard"):
+    config.preferences.scenes = ("cook", "king", "elf")
+    with pytest.raises(ValueError, match="too few candidates(.|\n)*king(.|\n)*elf"):
         build_preferences.build(config, tmp_path / "preferences")
     assert not (tmp_path / "preferences").exists()
