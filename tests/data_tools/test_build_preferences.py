@@ -77,6 +77,8 @@ def test_favourites_are_the_commonest():
         ("shape", "baker"): "round",
         ("shape", "cook"): "square",
     }
+    with pytest.raises(ValueError, match="no neutral image the shape of baker, the shape of cook"):
+        favoured({"shape": np.array([""] * 6)}, [SHAPE], ["baker", "cook"], 3)
 
 
 def test_candidates_say_the_attribute_and_are_filed_under_the_neutral_prompt(config):
