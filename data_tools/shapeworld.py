@@ -200,32 +200,24 @@ def train_vae(images):
 
 
 def train_diffusion(latents, ids, ids_of_nothing):
-    """Text encoder and UNet, trained together on scaled latents [N, 8, 8, 4] and token ids [N, 16].
-
-    The pooled output, which the diffusion model does not use, learns to tell a caption's words: CLIP's
-    tells sentences apart, and the value encoder starts from it.
-    """
+    """Text encoder and UNet, trained together on scaled latents [N, 8, 8, 4] and token ids [N, 16]."""
     text_encoder = CLIPTextModel(CLIPTextModel.Config.from_json(TEXT_ENCODER), rngs=nnx.Rngs(1))
     unet = UNet2DConditionModel(UNet2DConditionModel.Config.from_json(UNET), rngs=nnx.Rngs(2))
-    words = nnx.Linear(TEXT_ENCODER["hidden_size"], TEXT_ENCODER["vocab_size"], rngs=nnx.Rngs(3))
-    graph, params = split(nnx.List([text_encoder, unet, words]))
+    graph, params = split(nnx.List([text_encoder, unet]))
     schedule = diffusion.NoiseSchedule.from_json(SCHEDULER)
 
     def loss(params, key, z, ids):
         key_eps, key_t, key_drop = jax.random.split(key, 3)
-        text_encoder, unet, words = nnx.merge(graph, params)
+        text_encoder, unet = nnx.merge(graph, params)
         ids = jnp.where(jax.random.bernoulli(key_drop, 0.1, (len(z), 1)), ids_of_nothing, ids)  # for guidance
         eps = jax.random.normal(key_eps, z.shape)
         t = jax.random.randint(key_t, (len(z),), 0, schedule.num_timesteps)
-        text = text_encoder(ids)
-        eps_hat = unet(diffusion.add_noise(schedule, z, eps, t), t, text.last_hidden_state)
-        error = losses.denoising_error(eps_hat, eps) * diffusion.min_snr_weight(schedule, t, 5.0)
-        occurs = jax.nn.one_hot(ids, TEXT_ENCODER["vocab_size"]).max(1)
-        return jnp.mean(error) + jnp.mean(optax.sigmoid_binary_cross_entropy(words(text.pooled), occurs))
+        eps_hat = unet(diffusion.add_noise(schedule, z, eps, t), t, text_encoder(ids).last_hidden_state)
+        return jnp.mean(losses.denoising_error(eps_hat, eps) * diffusion.min_snr_weight(schedule, t, 5.0))
 
     arrays = [latents, ids]
     params = fit(loss, params, arrays, batch_size=48, steps=4000, learning_rate=2e-3, name="unet and text")
-    return nnx.merge(graph, params)[:2]
+    return nnx.merge(graph, params)
 
 
 def build(out: pathlib.Path, pictures: int = 16_000):
