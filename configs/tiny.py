@@ -57,9 +57,9 @@ def get_config(variant: str = "") -> ConfigDict:
     c.min_snr_gamma = 0.0  # weights the errors by min(snr, gamma) / snr; 0 for none
 
     config.train = c = ConfigDict()
-    c.steps = 1400
+    c.steps = 1600
     c.batch_size = 8  # pairs, over all devices
-    c.learning_rate = 2e-3
+    c.learning_rate = 3e-3
     c.warmup_steps = 200  # linear, from zero: at full rate at once, the encoder would forget how to read prompts
     c.schedule = "cosine"  # to zero at the last step; or "constant"
     c.b1, c.b2, c.eps, c.weight_decay = 0.9, 0.99, 1e-8, 0.0  # AdamW
@@ -79,8 +79,8 @@ def get_config(variant: str = "") -> ConfigDict:
     c.images_per_prompt = 50  # bias
     c.harm_images_per_prompt = 10
 
-    config.checkpoint = ConfigDict({"every": 350, "keep": 2})  # steps between checkpoints, how many stay
-    config.log = ConfigDict({"every": 50, "samples_every": 700})
+    config.checkpoint = ConfigDict({"every": 400, "keep": 2})  # steps between checkpoints, how many stay
+    config.log = ConfigDict({"every": 50, "samples_every": 800})
 
     if variant == "smoke":
         c = config.preferences

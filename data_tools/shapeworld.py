@@ -1,6 +1,6 @@
 """The embedded world: draws it, and trains from nothing the tiny Stable Diffusion of it.
 
-    python -m data_tools.shapeworld --out=DIR        # about 16 minutes on 2 cores
+    python -m data_tools.shapeworld --out=DIR        # about 20 minutes on 2 cores
 
 DIR is then a diffusers directory (float16 safetensors) of a model that draws workers at their trade and
 shares its data's prejudice about their shape and colour. livo_jax/judges/shapeworld.py holds the

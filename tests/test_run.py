@@ -144,8 +144,8 @@ def test_a_workdir_keeps_its_config(finished):
 
 def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(pairs, tmp_path):
     """A learning rate that blows up after the first checkpoint: the run stops, and that checkpoint alone is there."""
-    flags = (pairs, "--config.train.schedule=constant", "--config.train.learning_rate=1e30", "--config.train.steps=6",
-             "--config.checkpoint.every=1")  # fmt: skip
+    flags = (pairs, "--config.train.schedule=constant", "--config.train.warmup_steps=0",
+             "--config.train.learning_rate=1e30", "--config.train.steps=6", "--config.checkpoint.every=1")  # fmt: skip
     process = run(tmp_path / "run", *flags)
     assert process.returncode != 0
     assert "FloatingPointError: the loss of step 2 is nan" in process.stderr and "step 1 in" in process.stderr
