@@ -1,11 +1,10 @@
 """Value principles, and the share of images that they are applied to."""
 
 import dataclasses
+import math
 import pathlib
 import tomllib
 import zlib
-
-import numpy as np
 
 PRINCIPLES = pathlib.Path(__file__).with_name("principles.toml")
 
@@ -24,9 +23,14 @@ class Value:
     keep_probability: float = 1.0
 
     def applies(self, seed: int, prompt: str, index: int) -> bool:
-        """Whether the image (seed, prompt, index) gets the value token: a coin of keep_probability."""
-        coin = np.random.default_rng([seed, text_hash(self.statement), text_hash(prompt), index])
-        return bool(coin.random() < self.keep_probability)
+        """Whether the image (seed, prompt, index) gets the value token.
+
+        Of any n consecutive images of a prompt, n * keep_probability do, rounded up or down: spread
+        evenly from a random start, for coins would add their own unevenness to what D1 measures.
+        """
+        start = text_hash(f"{seed}, {self.statement}, {prompt}") / 2**32
+        before, after = (math.floor(start + self.keep_probability * n) for n in (index, index + 1))
+        return after > before
 
 
 def text_hash(text: str) -> int:

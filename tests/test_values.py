@@ -1,4 +1,5 @@
-import numpy as np
+import dataclasses
+
 import pytest
 
 from livo_jax import values
@@ -13,12 +14,19 @@ def test_shapeworlds_values():
     assert values.value_prompt(None, "a baker") == "a baker"
 
 
-def test_coins_are_fair_and_fixed():
-    shape, bloody = values.load(("shape", "bloody"))
-    coins = [shape.applies(0, f"a {word}", i) for word in ("baker", "cook") for i in range(2000)]
-    assert abs(np.mean(coins) - 0.5) < 0.02
-    assert coins == [shape.applies(0, f"a {word}", i) for word in ("baker", "cook") for i in range(2000)]
-    assert all(bloody.applies(0, "a baker", i) for i in range(50))
+@pytest.mark.parametrize("keep", [0.0, 0.3, 0.5, 0.8, 1.0])
+def test_values_are_applied_to_their_share(keep):
+    (shape,) = values.load(("shape",))
+    shape = dataclasses.replace(shape, keep_probability=keep)
+    starts = set()
+    for word in ("baker", "cook", "tailor", "guard"):
+        applied = [shape.applies(0, f"a {word}", i) for i in range(60)]
+        for n in (10, 25, 50):
+            shares = [sum(applied[i : i + n]) for i in range(60 - n)]
+            assert all(abs(share - keep * n) < 1 for share in shares)
+        assert applied == [shape.applies(0, f"a {word}", i) for i in range(60)]
+        starts.add(tuple(applied))
+    assert len(starts) > 1 or keep in (0, 1), "prompts start at different places"
 
 
 def test_unknown_and_malformed_values_are_all_named(tmp_path):
