@@ -1,8 +1,9 @@
-"""Trains, evaluates, samples: python run.py --config=configs/tiny.py [--workdir=DIR] [--mode=...].
+"""Trains, evaluates, samples, exports: python run.py --config=configs/tiny.py [--workdir=DIR] [--mode=...].
 
 Any config field can be set on the command line: --config.train.steps=200 --config.seed=1
 """
 
+import dataclasses
 import pathlib
 import sys
 
@@ -11,12 +12,18 @@ from ml_collections import config_flags
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The config file, FILE or FILE:VARIANT.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives. Default: runs/<config file's name>.")
-MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate", "generate"], "train also evaluates at its end.")
+MODE = flags.DEFINE_enum(
+    "mode", "train", ["train", "evaluate", "generate", "export"], "train also evaluates at its end."
+)
 PROMPT = flags.DEFINE_multi_string("prompt", [], "generate: a prompt; may be repeated.")
+PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "generate: a text file with a prompt on each line.")
 VALUE = flags.DEFINE_string("value", None, "generate: the value, by name or statement.")
+KEEP = flags.DEFINE_float(
+    "keep_probability", 1.0, "generate: the share of a prompt's images that the value is applied to.", 0.0, 1.0
+)
 NUM_IMAGES = flags.DEFINE_integer("num_images", 8, "generate: images of each prompt.", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "generate: of the noise.")
-OUT = flags.DEFINE_string("out", None, "generate: the directory to write.")
+OUT = flags.DEFINE_string("out", None, "generate, export: the directory to write.")
 
 
 def parse(argv):
@@ -50,21 +57,32 @@ def main(argv):
         train_and_evaluate(config, workdir, build)
         return
 
-    from livo_jax import evaluate, generate, sharding, train, values
+    from livo_jax import evaluate, export, generate, sharding, train, values
 
     mesh = sharding.make_mesh(**config.mesh)
+    if MODE.value in ("generate", "export") and not OUT.value:
+        raise app.UsageError(f"--mode={MODE.value} needs --out=DIR")
+    if MODE.value == "export" and pathlib.Path(OUT.value).exists():
+        raise app.UsageError(f"--out={OUT.value} exists: remove it, or export to another")
     if MODE.value == "generate":
-        if not PROMPT.value or not OUT.value:
-            raise app.UsageError("--mode=generate needs --prompt=TEXT and --out=DIR")
-        statement = values.find(VALUE.value, values.load(config.principles)).statement if VALUE.value else None
+        prompts = list(PROMPT.value)
+        if PROMPTS_FILE.value:
+            lines = pathlib.Path(PROMPTS_FILE.value).read_text(encoding="utf-8").splitlines()
+            prompts += [line.strip() for line in lines if line.strip()]
+        if not prompts:
+            raise app.UsageError("--mode=generate needs --prompt=TEXT or --prompts_file=FILE")
+        value = values.find(VALUE.value, values.load(config.principles)) if VALUE.value else None
+        value = value and dataclasses.replace(value, keep_probability=KEEP.value)
     sd, value_encoder = train.restore_run(config, workdir, mesh)
     if MODE.value == "evaluate":
         evaluate.evaluate_and_report(sd, value_encoder, config, mesh, workdir)
-    else:
+    elif MODE.value == "generate":
         generate.write_pairs(
-            OUT.value, sd, value_encoder, PROMPT.value, statement, NUM_IMAGES.value,
+            OUT.value, sd, value_encoder, prompts, value, NUM_IMAGES.value,
             seed=SEED.value, mesh=mesh, **config.sampling.to_dict(),
         )  # fmt: skip
+    else:
+        export.export(OUT.value, sd, value_encoder, config, evaluate.read_results(workdir), train.recipe(workdir))
 
 
 if __name__ == "__main__":

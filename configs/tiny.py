@@ -26,7 +26,10 @@ def get_config(variant: str = "") -> ConfigDict:
     config = ConfigDict()
     config.seed = 0  # of data order, noise and timesteps
     config.model = str(pathlib.Path(__file__).parents[1] / "data_tools" / "shapeworld_model")  # diffusers directory
+    config.variant = ""  # of the weight files; "fp16" where they are published in half precision
+    config.random_weights = False  # the architecture of config.model alone, untrained
     config.dtype = "float32"  # of the frozen models; bfloat16 on accelerators
+    config.value_encoder = ""  # directory or hub id to start from; empty: the model's text encoder
     config.principles = ("shape", "colour", "bloody")  # names in livo_jax/principles.toml
     config.judge = "shapeworld"  # a module of livo_jax/judges
     config.mesh = ConfigDict({"data": -1})  # devices; -1 takes all
@@ -41,7 +44,8 @@ def get_config(variant: str = "") -> ConfigDict:
         "a {} at work",
         "the {} at work",
     )
-    c.pairs_per_scene = 8  # candidates of each value and scene; the judge drops some
+    c.pairs_per_scene = 8  # candidates of each bias and scene; the judge drops some
+    c.harm_pairs_per_scene = 4  # its hinges are steeper: with as many, the encoder would forget to read trades
     c.census_per_scene = 8  # neutral images that tell which attribute the model favours
 
     config.data = c = ConfigDict()
@@ -49,7 +53,9 @@ def get_config(variant: str = "") -> ConfigDict:
     c.random_flip = False  # a mirrored emblem would be another
 
     config.loss = c = ConfigDict()  # livo_jax/losses.py
-    c.alpha = 200.0  # slope of the violating hinge
+    # While both hinges pull, the best prediction is (beta w - alpha l) / (beta - alpha): a steeper violating
+    # hinge pushes further past what the aligned images show, and the five colours out of balance.
+    c.alpha = 50.0  # slope of the violating hinge
     c.beta = 400.0  # slope of the aligned hinge
     c.gamma_1 = 10.0  # margin of the aligned hinge
     c.gamma_2 = 10.0  # margin of the violating hinge
@@ -57,18 +63,25 @@ def get_config(variant: str = "") -> ConfigDict:
     c.min_snr_gamma = 0.0  # weights the errors by min(snr, gamma) / snr; 0 for none
 
     config.train = c = ConfigDict()
-    c.steps = 1600
+    c.steps = 2400
     c.batch_size = 8  # pairs, over all devices
+    c.accumulate = 1  # micro-batches in which a step works off its batch: less memory, the same numbers
+    c.remat = "none"  # what the UNet's blocks keep for the backward pass: none recomputes nothing, or dots, full
     c.learning_rate = 3e-3
+    c.learning_rate_scaling = "none"  # "linear" or "sqrt" in batch_size / reference_batch_size
+    c.reference_batch_size = 8
     c.warmup_steps = 200  # linear, from zero: at full rate at once, the encoder would forget how to read prompts
     c.schedule = "cosine"  # to zero at the last step; or "constant"
-    c.b1, c.b2, c.eps, c.weight_decay = 0.9, 0.99, 1e-8, 0.0  # AdamW
+    c.b1, c.b2, c.eps, c.weight_decay = 0.9, 0.999, 1e-8, 0.0  # AdamW
     c.grad_clip = 1.0  # global norm
+    c.train_embeddings = False  # of tokens and positions; trained, they learn the pairs' trades by heart
+    c.ema_decay = 0.0  # moving average of the value encoder, used in its place; 0 for none
 
     config.sampling = c = ConfigDict()  # of pairs, samples and evaluation
-    c.sampler = "dpmsolver++"  # or "ddim"
-    c.steps = 12
+    c.sampler = "dpmsolver++"  # or dpmsolver++_karras, ddim, euler, pndm
+    c.steps = 10
     c.guidance_scale = 1.1
+    c.prompt_layout = "padded"  # or "official": the value token and the prompt's own tokens alone
     c.batch_size = 96  # images at once, over all devices
 
     config.eval = c = ConfigDict()
@@ -79,12 +92,13 @@ def get_config(variant: str = "") -> ConfigDict:
     c.images_per_prompt = 50  # bias
     c.harm_images_per_prompt = 10
 
-    config.checkpoint = ConfigDict({"every": 400, "keep": 2})  # steps between checkpoints, how many stay
-    config.log = ConfigDict({"every": 50, "samples_every": 800})
+    config.checkpoint = ConfigDict({"every": 600, "keep": 2})  # steps between checkpoints, how many stay
+    config.log = ConfigDict({"every": 50, "samples_every": 1200})
 
     if variant == "smoke":
         c = config.preferences
-        c.scenes, c.pairs_per_scene, c.census_per_scene = tuple(SEEN[:2]), 2, 2
+        c.scenes = tuple(SEEN[:2])
+        c.pairs_per_scene = c.harm_pairs_per_scene = c.census_per_scene = 2
         config.train.steps, config.train.warmup_steps, config.checkpoint.every = 4, 1, 2
         config.log.every, config.log.samples_every = 2, 4
         config.sampling.steps, config.sampling.batch_size = 5, 16

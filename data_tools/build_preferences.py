@@ -21,6 +21,7 @@ import uuid
 from collections import Counter, defaultdict
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -73,7 +74,7 @@ def candidates(values, config, favourite: dict) -> list[Candidate]:
         if value.kind == "bias":
             stereotype = favourite[value.name, scene]
             others = itertools.cycle(a for a in value.attributes if a != stereotype)
-        for i in range(c.pairs_per_scene):
+        for i in range(c.pairs_per_scene if value.kind == "bias" else c.harm_pairs_per_scene):
             template, wording = str(rng.choice(c.templates)), value.wordings[i % len(value.wordings)]
             neutral = template.format(scene)
             if value.kind == "bias":
@@ -161,7 +162,7 @@ def build(config, directory, sd: StableDiffusion | None = None):
         raise FileExistsError(f"{directory} exists: remove it, or build into another --out")
     values = principles.load(config.principles)
     judge = judges.load(config.judge)
-    sd = sd or StableDiffusion.from_pretrained(config.model)
+    sd = sd or StableDiffusion.from_pretrained(config.model, jnp.dtype(config.dtype), variant=config.variant or None)
     c = config.preferences
     draw = lambda requests, what: generate(
         sd, requests, seed=config.seed, description=what, **config.sampling.to_dict()

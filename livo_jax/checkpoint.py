@@ -26,11 +26,21 @@ class Checkpoints:
         )
 
     def restore(self, state: dict, iterator=None) -> dict:
-        """The newest checkpoint, in the shapes, dtypes and shardings of `state`; moves the iterator to its place."""
+        """The newest checkpoint, in the shapes, dtypes and shardings of `state`; moves the iterator to its place.
+
+        Raises:
+            ValueError: it is damaged, or holds another state: another model's, or another optimizer's.
+        """
         args = {"state": ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, state))}
         if iterator is not None:
             args["data"] = grain.checkpoint.CheckpointRestore(iterator)
-        return self.manager.restore(self.latest_step(), args=ocp.args.Composite(**args))["state"]
+        try:
+            return self.manager.restore(self.latest_step(), args=ocp.args.Composite(**args))["state"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{self.directory / str(self.latest_step())} does not fit this run: it is damaged, or was made with"
+                f" another config.model, config.train.ema_decay or train_embeddings: {error}"
+            ) from error
 
     def wait(self):
         """Returns when everything is on disk."""

@@ -161,6 +161,12 @@ def evaluate_and_report(sd, value_encoder, config, mesh, workdir: pathlib.Path):
     return results
 
 
+def read_results(workdir: pathlib.Path) -> list[dict]:
+    """The rows of eval/results.json; none where nothing was evaluated."""
+    file = workdir / "eval" / "results.json"
+    return json.loads(file.read_text()) if file.exists() else []
+
+
 def first_prompts(config) -> list[tuple]:
     """(value, split, prompt) of the first prompt of each value and split: those that are shown."""
     found = {}

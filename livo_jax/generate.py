@@ -1,6 +1,7 @@
 """The sampler as users call it: images of prompts, with and without the value token."""
 
 import functools
+import itertools
 import pathlib
 from collections import Counter
 from typing import NamedTuple
@@ -12,7 +13,9 @@ from flax import nnx
 
 from livo_jax import diffusion, sharding
 from livo_jax.models.weights import split
-from livo_jax.values import text_hash, value_prompt
+from livo_jax.values import Value, applies, text_hash, value_prompt
+
+PROMPT_LAYOUTS = ("padded", "official")
 
 
 class Request(NamedTuple):
@@ -31,8 +34,8 @@ def initial_noise(seed, prompt_hash, index, shape):
     return jax.random.normal(key, shape)
 
 
-@functools.partial(jax.jit, static_argnames=("graphs", "prediction_type", "shape"))
-def _sample(graphs, params, batch, table, guidance_scale, scaling_factor, *, prediction_type, shape):
+@functools.partial(jax.jit, static_argnames=("graphs", "shape"))
+def _sample(graphs, params, batch, table, guidance_scale, scaling_factor, *, shape):
     """One batch of images [B, H, W, 3] uint8; `batch` as `generate` makes it."""
     text_encoder, unet, vae, value_encoder = (graph and nnx.merge(graph, part) for graph, part in zip(graphs, params))
     noise = jax.vmap(functools.partial(initial_noise, shape=shape))(batch["seed"], batch["prompt_hash"], batch["index"])
@@ -40,19 +43,21 @@ def _sample(graphs, params, batch, table, guidance_scale, scaling_factor, *, pre
     cond = text_encoder(jnp.concatenate([batch["prompt_ids"], batch["negative_ids"]])).last_hidden_state
     mask = None
     if value_encoder:
-        # [u; c] against [masked; c]: the negative prompt and images without a value see 77 tokens.
+        # [u; c] against [masked; c]: the negative prompt and images without a value do not see the first token.
         u = value_encoder(batch["value_prompt_ids"]).pooled
         u = jnp.concatenate([u, jnp.zeros_like(u)])[:, None]
+        length = jnp.concatenate([batch["prompt_length"], batch["negative_length"]])
+        mask = jnp.arange(cond.shape[1]) < length[:, None]
+        has_value = jnp.concatenate([batch["has_value"], jnp.zeros_like(batch["has_value"])])
         cond = jnp.concatenate([u.astype(cond.dtype), cond], axis=1)
-        mask = jnp.ones(cond.shape[:2], bool)
-        mask = mask.at[:, 0].set(jnp.concatenate([batch["has_value"], jnp.zeros_like(batch["has_value"])]))
+        mask = jnp.concatenate([has_value[:, None], mask], axis=1)
 
     def predict(z, t):
         both = unet(jnp.concatenate([z, z]), jnp.full(2 * len(z), t), cond, mask)
         with_prompt, with_negative = jnp.split(both.astype(jnp.float32), 2)
         return with_negative + guidance_scale * (with_prompt - with_negative)
 
-    z = diffusion.sample(predict, noise, table, prediction_type)
+    z = diffusion.sample(predict, noise, table)
     images = vae.decode(z / scaling_factor).astype(jnp.float32)
     return jnp.round(jnp.clip((images + 1) * 127.5, 0, 255)).astype(jnp.uint8)
 
@@ -66,6 +71,7 @@ def generate(
     steps: int = 25,
     guidance_scale: float = 7.5,
     sampler: str = "dpmsolver++",
+    prompt_layout: str = "padded",
     batch_size: int = 8,
     mesh=None,
     description: str | None = None,
@@ -77,6 +83,9 @@ def generate(
         value_encoder: a ValueEncoder; needed where a request has a value.
         steps, sampler: of the sampler, one of diffusion.SAMPLERS.
         guidance_scale: classifier-free guidance (Ho & Salimans 2022), against the negative prompt.
+        prompt_layout: what an image with a value is conditioned on. "padded": the value token and the
+            padded prompt, as in training. "official": as the authors of LiVO sample, the value token
+            and the n tokens of the prompt alone, against n + 1 tokens of the negative prompt.
         batch_size: images at once, over the whole mesh. Images do not depend on it.
         mesh: the devices; all of them by default.
         description: of a progress bar; None for none.
@@ -85,8 +94,9 @@ def generate(
         [N, H, W, 3] uint8, in the order of the requests.
 
     Raises:
-        ValueError: no requests, a value without a value encoder, a batch size that the mesh does not
-            divide, a bad sampler or step count.
+        ValueError: no requests, a value without a value encoder or with one of another model, a text
+            that is no Unicode, a batch size that the mesh does not divide, a bad layout, sampler or
+            step count.
     """
     from tqdm import tqdm
 
@@ -94,6 +104,15 @@ def generate(
         raise ValueError("no images are asked for")
     if value_encoder is None and (wanting := [r.value for r in requests if r.value]):
         raise ValueError(f"value {wanting[0]!r} is asked for without a value encoder")
+    if value_encoder is not None:
+        check_value_encoder(sd, value_encoder)
+    if prompt_layout not in PROMPT_LAYOUTS:
+        raise ValueError(f"prompt_layout={prompt_layout!r}: choose from {', '.join(PROMPT_LAYOUTS)}")
+    for text in {text for r in requests for text in (r.prompt, r.value or "", r.negative, r.noise)}:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{ascii(text)} is no Unicode text: {error.reason} at {error.start}") from error
     mesh = mesh or sharding.make_mesh()
     sharding.check_batch_size(mesh, batch_size, "batch_size")
     table = diffusion.sampler_table(sd.scheduler_config, sampler, steps)
@@ -114,25 +133,52 @@ def generate(
     if value_encoder is not None:
         columns["value_prompt_ids"] = sd.tokenize([value_prompt(r.value, r.prompt) for r in padded])
         columns["has_value"] = np.array([r.value is not None for r in padded])
+        columns["prompt_length"], columns["negative_length"] = np.full((2, len(padded)), columns["prompt_ids"].shape[1])
+        if prompt_layout == "official":
+            official_layout(columns, sd.tokenizer)
     images = []
     progress = tqdm(range(0, len(padded), batch_size), desc=description, unit="batch", disable=description is None)
     for start in progress:
         batch = {name: column[start : start + batch_size] for name, column in columns.items()}
         batch = jax.device_put(batch, sharding.over_batch(mesh))
-        out = _sample(
-            graphs, params, batch, table, guidance_scale, sd.vae.config.scaling_factor,
-            prediction_type=sd.schedule.prediction_type, shape=shape,
-        )  # fmt: skip
+        out = _sample(graphs, params, batch, table, guidance_scale, sd.vae.config.scaling_factor, shape=shape)
         images.append(sharding.fetch(out))
     return np.concatenate(images)[: len(requests)]
 
 
-def requests_of(prompts, values=None) -> list[Request]:
+def official_layout(columns: dict, tokenizer):
+    """Cuts what images with a value are conditioned on to n tokens of the prompt, n + 1 of the negative prompt.
+
+    A causal text encoder gives a token the same state whatever follows it: hiding is as good as cutting.
+    """
+    length = lambda ids: (ids == tokenizer.eos_token_id).argmax(1) + 1
+    with_value, n = columns["has_value"], length(columns["prompt_ids"])
+    columns["prompt_length"] = np.where(with_value, n, columns["prompt_length"])
+    columns["negative_length"] = np.where(with_value, n + 1, columns["negative_length"])
+    negative = columns["negative_ids"]
+    cut = with_value & (length(negative) > n + 1)
+    negative[cut, n[cut]] = tokenizer.eos_token_id  # a negative prompt that is longer ends there
+
+
+def check_value_encoder(sd, value_encoder):
+    """Raises ValueError unless the value encoder reads this model's tokens and makes one of its width."""
+    differences = [
+        f"{name}: {theirs} in the value encoder, {ours} in the text encoder of the model"
+        for name in ("hidden_size", "vocab_size", "max_position_embeddings")
+        if (theirs := getattr(value_encoder.config, name)) != (ours := getattr(sd.text_encoder.config, name))
+    ]
+    if differences:
+        raise ValueError("the value encoder was made for another model:\n  " + "\n  ".join(differences))
+
+
+def requests_of(prompts, values=None, keep_probability: float = 1.0, seed: int = 0) -> list[Request]:
     """Requests for prompts; the n-th time a prompt occurs, it is its n-th image.
 
     Args:
         prompts: list of str.
         values: None, one statement for all, or a list of statements and Nones, one for each prompt.
+        keep_probability: the share of each prompt's images that its value is applied to; `seed`
+            decides which they are (values.applies).
     """
     if values is None or isinstance(values, str):
         values = [values] * len(prompts)
@@ -141,28 +187,56 @@ def requests_of(prompts, values=None) -> list[Request]:
     seen = Counter()
     requests = []
     for prompt, value in zip(prompts, values):
-        requests.append(Request(prompt, seen[prompt], value))
+        kept = value and applies(value, keep_probability, seed, prompt, seen[prompt])
+        requests.append(Request(prompt, seen[prompt], value if kept else None))
         seen[prompt] += 1
     return requests
 
 
-def write_pairs(directory, sd, value_encoder, prompts, statement: str | None, num_images: int, **settings):
+def write_pairs(
+    directory,
+    sd,
+    value_encoder,
+    prompts,
+    value: Value | None,
+    num_images: int,
+    *,
+    seed: int,
+    batch_size: int,
+    **settings,
+):
     """Writes images of each prompt, the base's and the aligned one of the same noise side by side.
 
-    Files are {prompt number}_{image number}.png in `directory`; each holds its settings as PNG text.
+    Files are {prompt number}_{image number}.png in `directory`, each written when it is drawn, with its
+    settings as PNG text.
+
+    Args:
+        value: applied to its keep_probability's share of the images; None for the base's images alone.
+        settings: of generate.
     """
     from PIL.PngImagePlugin import PngInfo
+    from tqdm import tqdm
 
     from livo_jax.report import sheet
 
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    requests = [Request(prompt, i) for prompt in prompts for i in range(num_images)]
-    sides = [requests] + ([[r._replace(value=statement) for r in requests]] if statement else [])
-    images = generate(sd, sum(sides, []), value_encoder, description="generate", **settings)
-    for i, request in enumerate(requests):
-        info = PngInfo()
-        for name, setting in {**request._asdict(), "value": statement, **settings}.items():
-            info.add_itxt(name, str(setting))
-        name = f"{i // num_images:03d}_{request.index:03d}.png"
-        sheet([images[i :: len(requests)]]).save(directory / name, pnginfo=info)
+    before = [prompts[:p].count(prompt) * num_images for p, prompt in enumerate(prompts)]  # of a prompt that recurs
+    numbered = ((p, i, Request(prompt, before[p] + i)) for p, prompt in enumerate(prompts) for i in range(num_images))
+    with tqdm(total=len(prompts) * num_images, desc="generate", unit="image") as progress:
+        while chunk := list(itertools.islice(numbered, batch_size // 2 if value and batch_size > 1 else batch_size)):
+            base = [request for *_, request in chunk]
+            sides = [base]
+            if value:
+                sides.append(
+                    [r._replace(value=value.statement) if value.applies(seed, r.prompt, r.index) else r for r in base]
+                )
+            images = generate(sd, sum(sides, []), value_encoder, seed=seed, batch_size=batch_size, **settings)
+            for k, (p, i, _) in enumerate(chunk):
+                info = PngInfo()
+                text = {**sides[-1][k]._asdict(), "seed": seed, **settings}
+                for name, setting in text.items():
+                    info.add_itxt(name, str(setting))
+                picture = sheet([images[k :: len(chunk)]])
+                picture.save(directory / f"{p:03d}_{i:03d}.png", pnginfo=info)
+            progress.update(len(chunk))

@@ -4,8 +4,9 @@ import json
 import os
 import pathlib
 import warnings
-from collections.abc import Mapping
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -23,14 +24,22 @@ SCHEDULERS = frozenset(
     " EulerAncestralDiscreteScheduler EulerDiscreteScheduler HeunDiscreteScheduler LMSDiscreteScheduler"
     " PNDMScheduler UniPCMultistepScheduler".split()
 )
+# The parts of a Stable Diffusion, and what their weight files are called.
+PARTS = {
+    "text_encoder": (CLIPTextModel, "model"),
+    "unet": (UNet2DConditionModel, "diffusion_pytorch_model"),
+    "vae": (AutoencoderKL, "diffusion_pytorch_model"),
+}
+
+DESCRIPTION = ["model_index.json", "tokenizer/*", "scheduler/*.json"]  # what is no weight, beside the configs
 
 
 def find(path_or_hub_id: str | os.PathLike, patterns: list[str]) -> pathlib.Path:
     """The local directory of a model: itself, or a snapshot of a hub repository.
 
     Args:
-        path_or_hub_id: a directory, or "owner/name" on the Hugging Face hub. HF_HOME and
-            HF_HUB_OFFLINE mean what they mean to huggingface_hub.
+        path_or_hub_id: a directory, or "owner/name" on the Hugging Face hub. HF_HOME, HF_ENDPOINT,
+            HF_TOKEN and HF_HUB_OFFLINE mean what they mean to huggingface_hub.
         patterns: the files that are fetched from the hub.
 
     Raises:
@@ -62,50 +71,107 @@ def read_json(path: pathlib.Path) -> dict:
         raise ValueError(f"{path} is damaged: {error}") from error
 
 
-class Tensors(Mapping):
-    """The tensors of a component's safetensors files, each read when it is asked for."""
+# ---------------------------------------------------------------------------- weight files
 
-    def __init__(self, directory: pathlib.Path):
+
+def weight_patterns(stem: str, variant: str | None) -> list[str]:
+    """The files of one set of weights: whole, or an index and its shards (both ways to name them)."""
+    dot = f".{variant}" if variant else ""
+    shard = "?????-of-?????"
+    names = (f"{stem}{dot}", f"{stem}{dot}-{shard}", f"{stem}-{shard}{dot}")
+    return [f"{name}.safetensors" for name in names] + [f"{stem}.safetensors.index{dot}.json"]
+
+
+def weight_files(directory: pathlib.Path, stem: str, variant: str | None) -> list[pathlib.Path]:
+    """The safetensors files of a component; without a variant asked for, half precision where it lies alone.
+
+    Raises:
+        FileNotFoundError: there are none, or a shard is missing.
+    """
+    for dot in [f".{variant}"] if variant else ["", ".fp16"]:
+        index = directory / f"{stem}.safetensors.index{dot}.json"
+        if index.is_file():
+            shards = [directory / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
+            if missing := [shard.name for shard in shards if not shard.is_file()]:
+                raise FileNotFoundError(f"{directory} lacks the shards {', '.join(missing)} that {index.name} lists")
+            return shards
+        if (whole := directory / f"{stem}{dot}.safetensors").is_file():
+            return [whole]
+    others = sorted(p.name for p in directory.glob("*") if p.suffix in (".safetensors", ".bin", ".ckpt", ".msgpack"))
+    raise FileNotFoundError(
+        f"{directory} has no {stem}{f'.{variant}' if variant else ''}.safetensors (variant={variant!r}). There"
+        f" {'are ' + ', '.join(others) if others else 'is none'}. Formats other than safetensors can run code: not"
+        " read. Where the hub has half precision alone, ask for variant='fp16'"
+    )
+
+
+class Tensor(NamedTuple):
+    """A tensor in a safetensors file, which np.asarray reads."""
+
+    path: pathlib.Path
+    name: str
+    shape: tuple
+
+    def __array__(self, dtype=None, copy=None):
         import safetensors
 
-        names = sorted(p.name for p in directory.glob("*.safetensors"))
-        full = [name for name in names if ".fp16." not in name]  # beside its half-precision variant
-        self.files = [directory / name for name in full or names]
-        if not self.files:
-            raise FileNotFoundError(f"{directory} has no .safetensors file (other formats can run code: not read)")
-        self.home = {}
-        for path in self.files:
-            try:
-                handle = safetensors.safe_open(path, framework="numpy")
-                self.home |= dict.fromkeys(handle.keys(), handle)
-            except safetensors.SafetensorError as error:
-                raise ValueError(f"{path} is damaged or cut short, fetch it again: {error}") from error
-
-    def __getitem__(self, name):
-        return self.home[name].get_tensor(name)
-
-    def __iter__(self):
-        return iter(self.home)
-
-    def __len__(self):
-        return len(self.home)
+        # Opened anew each time: a mapping that stays open keeps every page that was read in memory.
+        with safetensors.safe_open(self.path, framework="numpy") as file:
+            return np.asarray(file.get_tensor(self.name), dtype)
 
 
-def load(model_class, directory: pathlib.Path, dtype=jnp.float32):
-    """A module with the weights of a component directory (config.json, *.safetensors).
+def open_tensors(files: list[pathlib.Path]) -> dict[str, Tensor]:
+    """The tensors of safetensors files, by name. Raises ValueError for a damaged file."""
+    import safetensors
+
+    tensors = {}
+    for path in files:
+        try:
+            with safetensors.safe_open(path, framework="numpy") as file:
+                tensors |= {name: Tensor(path, name, tuple(file.get_slice(name).get_shape())) for name in file.keys()}
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{path} is damaged or cut short, fetch it again: {error}") from error
+    return tensors
+
+
+# ---------------------------------------------------------------------------- components
+
+
+def read_config(model_class, directory: pathlib.Path):
+    """The config of a component. Raises ValueError for what we do not compute, naming the directory."""
+    try:
+        return model_class.Config.from_json(read_json(directory / "config.json"))
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}") from error
+
+
+def load(model_class, directory: pathlib.Path, dtype=jnp.float32, *, variant=None, sharding=None):
+    """A module with the weights of a component directory (config.json, safetensors).
+
+    Args:
+        dtype, variant, sharding: as StableDiffusion.from_pretrained has them.
 
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: the config asks for what we do not compute, a file is damaged, or weights are
             missing, unexpected or misshapen; the message names the directory and all of them.
     """
+    stem = next(stem for known, stem in PARTS.values() if issubclass(model_class, known))
+    config = read_config(model_class, directory)
+    graph, abstract = split(nnx.eval_shape(lambda: model_class(config, rngs=nnx.Rngs(0))))
     try:
-        config = model_class.Config.from_json(read_json(directory / "config.json"))
-        graph, abstract = split(nnx.eval_shape(lambda: model_class(config, rngs=nnx.Rngs(0))))
-        params = from_published(Tensors(directory), abstract, dtype)
+        tensors = open_tensors(weight_files(directory, stem, variant))
+        params = from_published(tensors, abstract, dtype, sharding)
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from error
     return nnx.merge(graph, params)
+
+
+def initialise(model_class, directory: pathlib.Path, dtype=jnp.float32, *, seed: int = 0, sharding=None):
+    """A module of a component directory's config.json with random weights, the same in every dtype."""
+    config = read_config(model_class, directory)
+    graph, params = split(model_class(config, rngs=nnx.Rngs(seed)))
+    return nnx.merge(graph, jax.device_put(jax.tree.map(lambda x: x.astype(dtype), params), sharding))
 
 
 def save(module, directory: pathlib.Path, config: dict, *, stem: str, prefix: str = "", dtype=np.float32):
@@ -122,9 +188,21 @@ class ValueEncoder(CLIPTextModel):
     """E_V: reads token ids [B, L] of "value, prompt"; its pooled output [B, D] is the value token."""
 
     @classmethod
-    def from_pretrained(cls, path_or_hub_id, dtype=jnp.float32) -> "ValueEncoder":
-        """Loads a CLIP text model, with or without the `text_model.` prefix on its names."""
-        return load(cls, find(path_or_hub_id, ["*.json", "*.safetensors"]), dtype)
+    def from_pretrained(
+        cls, path_or_hub_id, dtype=jnp.float32, *, subfolder: str = "", variant=None, sharding=None
+    ) -> "ValueEncoder":
+        """Loads a CLIP text model, with or without the `text_model.` prefix on its names.
+
+        Args:
+            subfolder: where it is ("text_encoder" of a Stable Diffusion). If empty, at the root or in
+                value_encoder/, as an export has it.
+            dtype, variant, sharding: as StableDiffusion.from_pretrained has them.
+        """
+        patterns = ["config.json", *weight_patterns("model", variant)]
+        places = [subfolder] if subfolder else ["", "value_encoder"]
+        root = find(path_or_hub_id, [f"{place}/{name}".lstrip("/") for place in places for name in patterns])
+        place = next((place for place in places if (root / place / "config.json").is_file()), places[0])
+        return load(cls, root / place, dtype, variant=variant, sharding=sharding)
 
 
 class StableDiffusion:
@@ -132,46 +210,69 @@ class StableDiffusion:
 
     Attributes:
         text_encoder, unet, vae: Flax modules, called as their classes say.
-        tokenizer: a transformers.CLIPTokenizer.
+        root: its directory. tokenizer: a transformers.CLIPTokenizer.
         scheduler_config: the published scheduler_config.json. schedule: its NoiseSchedule.
         image_size: height and width in pixels for which the model was trained.
     """
 
-    def __init__(self, text_encoder, unet, vae, tokenizer, scheduler_config: dict, latent_size: int):
-        self.text_encoder, self.unet, self.vae = text_encoder, unet, vae
-        self.tokenizer, self.scheduler_config = tokenizer, scheduler_config
-        self.schedule = NoiseSchedule.from_json(scheduler_config)
-        self.image_size = latent_size * 2 ** (len(vae.config.block_out_channels) - 1)
+    def __init__(self, root: pathlib.Path, make_part):
+        """Assembles the parts of a diffusers directory; make_part(model class, directory) makes each."""
+        self.root = root
+        scheduler_config = read_json(root / "scheduler" / "scheduler_config.json")
+        if (name := scheduler_config.get("_class_name")) not in SCHEDULERS:
+            raise ValueError(f"{root}: unknown scheduler {name!r}; known are {', '.join(sorted(SCHEDULERS))}")
+        self.scheduler_config, self.schedule = scheduler_config, NoiseSchedule.from_json(scheduler_config)
+        # All configs are checked before the first weights are read.
+        text, unet, vae = (read_config(kind, root / part) for part, (kind, _) in PARTS.items())
+        problems = []
+        if text.hidden_size != unet.cross_attention_dim:
+            problems.append(f"its text encoder is {text.hidden_size} wide, its UNet wants {unet.cross_attention_dim}")
+        if not vae.latent_channels == unet.in_channels == unet.out_channels:
+            problems.append(
+                f"its VAE has {vae.latent_channels} latent channels, its UNet {unet.in_channels} in and"
+                f" {unet.out_channels} out (inpainting and depth models have more in)"
+            )
+        if problems:
+            raise ValueError(f"{root} is no Stable Diffusion 1.x or 2.x: {'; '.join(problems)}")
+        from transformers import CLIPTokenizer
+
+        self.tokenizer = CLIPTokenizer.from_pretrained(root / "tokenizer")
+        self.text_encoder, self.unet, self.vae = (make_part(kind, root / part) for part, (kind, _) in PARTS.items())
+        latent_size = read_json(root / "unet" / "config.json").get("sample_size", 64)
+        self.image_size = latent_size * 2 ** (len(vae.block_out_channels) - 1)
 
     @classmethod
-    def from_pretrained(cls, path_or_hub_id, dtype=jnp.float32) -> "StableDiffusion":
+    def from_pretrained(
+        cls, path_or_hub_id, dtype=jnp.float32, *, variant: str | None = None, sharding=None
+    ) -> "StableDiffusion":
         """Loads a diffusers directory or hub repository.
 
         Args:
             dtype: of the weights; modules compute in it.
+            variant: "fp16" for the published half-precision files, which are half to fetch.
+            sharding: a jax.sharding.Sharding that every weight goes to; the default device if None.
+                Host memory holds one weight at a time.
 
         Raises:
             FileNotFoundError, ValueError: as `find` and `load` say; an unknown scheduler or
-                prediction type.
+                prediction type; parts that do not belong together.
         """
-        root = find(
-            path_or_hub_id,
-            ["model_index.json", "tokenizer/*", "scheduler/*.json"]
-            + [f"{part}/*{kind}" for part in ("text_encoder", "unet", "vae") for kind in (".json", ".safetensors")],
-        )
-        scheduler_config = read_json(root / "scheduler" / "scheduler_config.json")
-        if (name := scheduler_config.get("_class_name")) not in SCHEDULERS:
-            raise ValueError(f"{root}: unknown scheduler {name!r}; known are {', '.join(sorted(SCHEDULERS))}")
-        from transformers import CLIPTokenizer
+        files = [
+            f"{part}/{name}"
+            for part, (_, stem) in PARTS.items()
+            for name in ("config.json", *weight_patterns(stem, variant))
+        ]
+        root = find(path_or_hub_id, DESCRIPTION + files)
+        return cls(root, lambda kind, place: load(kind, place, dtype, variant=variant, sharding=sharding))
 
-        return cls(
-            load(CLIPTextModel, root / "text_encoder", dtype),
-            load(UNet2DConditionModel, root / "unet", dtype),
-            load(AutoencoderKL, root / "vae", dtype),
-            CLIPTokenizer.from_pretrained(root / "tokenizer"),
-            scheduler_config,
-            read_json(root / "unet" / "config.json").get("sample_size", 64),
-        )
+    @classmethod
+    def from_config(cls, path_or_hub_id, dtype=jnp.float32, *, seed: int = 0, sharding=None) -> "StableDiffusion":
+        """The architecture, tokenizer and scheduler of a directory or hub repository, with random weights.
+
+        For tests and benchmarks: pictures show nothing. Arguments and errors as in from_pretrained.
+        """
+        root = find(path_or_hub_id, DESCRIPTION + [f"{part}/config.json" for part in PARTS])
+        return cls(root, lambda kind, place: initialise(kind, place, dtype, seed=seed, sharding=sharding))
 
     def tokenize(self, texts: list[str]) -> np.ndarray:
         """Token ids [B, L] int32, padded and cut to the text encoder's length; what is cut is warned of."""
@@ -184,7 +285,9 @@ class StableDiffusion:
                 warnings.warn(f"{text!r} is longer than {length} tokens; cut off: {cut!r}", stacklevel=2)
         return np.array(ids, np.int32)
 
-    def generate(self, prompts, values=None, value_encoder=None, **settings) -> np.ndarray:
+    def generate(
+        self, prompts, values=None, value_encoder=None, *, keep_probability: float = 1.0, seed: int = 0, **settings
+    ) -> np.ndarray:
         """Images [N, H, W, 3] uint8 of prompts, the n-th occurrence of a prompt being its n-th image.
 
         Args:
@@ -192,6 +295,11 @@ class StableDiffusion:
             values: what the value encoder is to read before each prompt ("gender equality"): one for
                 all, or one or None for each. None leaves the image as it is without LiVO.
             value_encoder: a ValueEncoder.
-            settings: seed, steps, guidance_scale, sampler, batch_size, mesh: as generate.generate has them.
+            keep_probability: the share of each prompt's images that its value is applied to.
+            seed: of the noise, and of which images these are.
+            settings: steps, guidance_scale, sampler, prompt_layout, batch_size, mesh: as
+                generate.generate has them.
         """
-        return generate(self, requests_of(prompts, values), value_encoder, **settings)
+        return generate(
+            self, requests_of(prompts, values, keep_probability, seed), value_encoder, seed=seed, **settings
+        )

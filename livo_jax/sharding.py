@@ -31,6 +31,8 @@ def over_batch(mesh: Mesh) -> NamedSharding:
 
 def check_batch_size(mesh: Mesh, batch_size: int, name: str):
     """Raises ValueError unless the mesh and the processes divide a global batch."""
+    if batch_size < 1:
+        raise ValueError(f"{name}={batch_size}: choose at least 1")
     if batch_size % mesh.shape["data"]:
         below = batch_size // mesh.shape["data"] * mesh.shape["data"]
         raise ValueError(

@@ -7,15 +7,14 @@ import collections
 import json
 import math
 import pathlib
-import time
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 
 from livo_jax import diffusion, losses, sharding
+from livo_jax.models.unet import REMAT
 from livo_jax.models.weights import split
 
 # ---------------------------------------------------------------------------- the step
@@ -25,30 +24,42 @@ def make_optimizer(config) -> optax.GradientTransformation:
     """AdamW on clipped gradients, after config.train.
 
     Raises:
-        ValueError: an unknown schedule, or a warm-up that is not shorter than the training.
+        ValueError: an unknown schedule or scaling, or a warm-up that is not shorter than the training.
     """
-    c = config.train
+    c, problems = config.train, []
     if not 0 <= c.warmup_steps < c.steps:
-        raise ValueError(
+        problems.append(
             f"config.train.warmup_steps={c.warmup_steps}: choose 0 to config.train.steps - 1 = {c.steps - 1}"
         )
-    if c.schedule == "constant":
-        after = optax.constant_schedule(c.learning_rate)
-    elif c.schedule == "cosine":
-        after = optax.cosine_decay_schedule(c.learning_rate, c.steps - c.warmup_steps)
-    else:
-        raise ValueError(f"config.train.schedule={c.schedule!r}: choose from constant, cosine")
-    warmup = optax.linear_schedule(0.0, c.learning_rate, c.warmup_steps)
-    learning_rate = optax.join_schedules([warmup, after], [c.warmup_steps])
-    return optax.chain(
-        optax.clip_by_global_norm(c.grad_clip),
-        optax.adamw(learning_rate, b1=c.b1, b2=c.b2, eps=c.eps, weight_decay=c.weight_decay),
-    )
+    ratio = c.batch_size / max(1, c.reference_batch_size)
+    scales = {"none": 1.0, "linear": ratio, "sqrt": ratio**0.5}
+    peak = c.learning_rate * scales.get(c.learning_rate_scaling, 1.0)
+    schedules = {
+        "constant": optax.constant_schedule(peak),
+        "cosine": optax.cosine_decay_schedule(peak, max(1, c.steps - c.warmup_steps)),
+    }
+    for name, choices in (("learning_rate_scaling", scales), ("schedule", schedules)):
+        if c[name] not in choices:
+            problems.append(f"config.train.{name}={c[name]!r}: choose from {', '.join(choices)}")
+    if problems:
+        raise ValueError("\n  ".join(problems))
+    warmup = optax.linear_schedule(0.0, peak, c.warmup_steps)
+    learning_rate = optax.join_schedules([warmup, schedules[c.schedule]], [c.warmup_steps])
+    adamw = optax.adamw(learning_rate, b1=c.b1, b2=c.b2, eps=c.eps, weight_decay=c.weight_decay)
+    if not c.train_embeddings:
+        adamw = optax.masked(adamw, lambda params: {name: name != "embeddings" for name in params})
+    return optax.chain(optax.clip_by_global_norm(c.grad_clip), adamw)
 
 
-def init_state(params: dict, tx: optax.GradientTransformation) -> dict:
-    """The state of step 0; `params` are the value encoder's, float32."""
-    return {"step": jnp.zeros((), jnp.int32), "params": params, "opt_state": tx.init(params)}
+def init_state(params: dict, tx: optax.GradientTransformation, ema_decay: float = 0.0) -> dict:
+    """The state of step 0. `params` are the value encoder's, float32; with a decay, so is their average `ema`."""
+    state = {"step": jnp.zeros((), jnp.int32), "params": params, "opt_state": tx.init(params)}
+    return state | ({"ema": jax.tree.map(jnp.copy, params)} if ema_decay else {})
+
+
+def trained_params(state: dict) -> dict:
+    """The value encoder's parameters to use: their moving average where there is one."""
+    return state.get("ema", state["params"])
 
 
 def make_train_step(graphs: dict, schedule: diffusion.NoiseSchedule, tx, config, scaling_factor: float):
@@ -56,53 +67,75 @@ def make_train_step(graphs: dict, schedule: diffusion.NoiseSchedule, tx, config,
 
     Args:
         graphs: GraphDefs of value_encoder, text_encoder, unet, vae.
-        config: its `loss` (alpha, beta, gamma_1, gamma_2, timesteps, min_snr_gamma) and `seed` are used.
+        config: its `loss` (alpha, beta, gamma_1, gamma_2, timesteps, min_snr_gamma), `seed` and `train`
+            (accumulate, ema_decay, train_embeddings) are used.
         scaling_factor: of the VAE's latents.
 
-    The step takes `state` (step, params, opt_state), `frozen` (parameters of text_encoder, unet and vae)
-    and a batch (prompt_ids, value_prompt_ids [B, L] int32; aligned, violating [B, H, W, 3] in [-1, 1]).
-    Its metrics are float32 scalars: loss, those of losses.livo, and grad_norm.
+    The step takes `state` (step, params, opt_state, perhaps ema), `frozen` (parameters of text_encoder,
+    unet and vae) and a batch (prompt_ids, value_prompt_ids [B, L] int32; aligned, violating [B, H, W, 3]
+    in [-1, 1]). Its metrics are float32 scalars: loss, those of losses.livo, and grad_norm.
     """
     first, last = config.loss.timesteps
     min_snr_gamma = config.loss.min_snr_gamma
     constants = {name: config.loss[name] for name in ("alpha", "beta", "gamma_1", "gamma_2")}
+    accumulate, ema_decay, train_embeddings = (config.train[n] for n in ("accumulate", "ema_decay", "train_embeddings"))
 
-    def train_step(state, frozen, batch):
-        # One base key, folded with the step, split once: no key serves two purposes.
-        key = jax.random.fold_in(jax.random.key(config.seed), state["step"])
-        key_w, key_l, key_eps, key_t = jax.random.split(key, 4)
-        text_encoder, unet, vae = (nnx.merge(graphs[n], frozen[n]) for n in ("text_encoder", "unet", "vae"))
+    def loss(params, frozen, batch):
+        """The loss and metrics of pairs with their noise_w, noise_l, eps [b, h, w, C] and t [b]."""
+        if not train_embeddings:
+            params = params | {"embeddings": jax.lax.stop_gradient(params["embeddings"])}
+        trees = {"value_encoder": params, **frozen}
+        value_encoder, text_encoder, unet, vae = (
+            nnx.merge(graphs[name], trees[name]) for name in ("value_encoder", "text_encoder", "unet", "vae")
+        )
 
-        def encode(images, key):
+        def encode(images, noise):
             mean, logvar = (x.astype(jnp.float32) for x in vae.encode(images))
-            return scaling_factor * (mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape))
+            return scaling_factor * (mean + jnp.exp(0.5 * logvar) * noise)
 
-        z_w, z_l = encode(batch["aligned"], key_w), encode(batch["violating"], key_l)  # [B, h, w, C]
-        eps = jax.random.normal(key_eps, z_w.shape)  # shared by w and l, as is t
-        t = jax.random.randint(key_t, z_w.shape[:1], first, last)
-        twice = lambda x: jnp.concatenate([x, x])  # w and l go through the UNet as one batch
-        z, eps, t = jnp.concatenate([z_w, z_l]), twice(eps), twice(t)
+        twice = lambda x: jnp.concatenate([x, x])  # w and l go through the UNet as one batch, with the same eps and t
+        z = jnp.concatenate([encode(batch["aligned"], batch["noise_w"]), encode(batch["violating"], batch["noise_l"])])
+        eps, t = twice(batch["eps"]), twice(batch["t"])
         z_t, target = diffusion.add_noise(schedule, z, eps, t), diffusion.target(schedule, z, eps, t)
-        c = text_encoder(batch["prompt_ids"]).last_hidden_state  # [B, L, D]
-
         weight = diffusion.min_snr_weight(schedule, t, min_snr_gamma) if min_snr_gamma else 1.0
 
-        def error(conditioning):
+        def errors(conditioning):
             return jnp.split(weight * losses.denoising_error(unet(z_t, t, twice(conditioning)), target), 2)
 
-        r_w, r_l = error(c)
+        c = text_encoder(batch["prompt_ids"]).last_hidden_state  # [b, L, D]
+        u = value_encoder(batch["value_prompt_ids"]).pooled  # [b, D]
+        r_w, r_l = errors(c)
+        l_w, l_l = errors(jnp.concatenate([u[:, None].astype(c.dtype), c], axis=1))  # [u; c], the value token first
+        return losses.livo(l_w, l_l, r_w, r_l, **constants)
 
-        def loss(params):
-            u = nnx.merge(graphs["value_encoder"], params)(batch["value_prompt_ids"]).pooled  # [B, D]
-            policy = jnp.concatenate([u[:, None].astype(c.dtype), c], axis=1)  # [u; c], the value token first
-            l_w, l_l = error(policy)
-            return losses.livo(l_w, l_l, r_w, r_l, **constants)
+    def train_step(state, frozen, batch):
+        # One base key, folded with the step, split once: no key serves two purposes. All is drawn for the
+        # whole batch, so that no number depends on how it is accumulated.
+        key = jax.random.fold_in(jax.random.key(config.seed), state["step"])
+        key_w, key_l, key_eps, key_t = jax.random.split(key, 4)
+        shape = jax.eval_shape(nnx.merge(graphs["vae"], frozen["vae"]).encode, batch["aligned"])[
+            0
+        ].shape  # [B, h, w, C]
+        noise_w, noise_l, eps = (jax.random.normal(key, shape) for key in (key_w, key_l, key_eps))
+        t = jax.random.randint(key_t, shape[:1], first, last)
+        batch = {**batch, "noise_w": noise_w, "noise_l": noise_l, "eps": eps, "t": t}
 
-        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state["params"])
+        gradient = lambda rows: jax.value_and_grad(loss, has_aux=True)(state["params"], frozen, rows)
+        if accumulate == 1:
+            (value, metrics), grads = gradient(batch)
+        else:  # micro-batches of every accumulate-th row: each device's rows stay its own
+            parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
+            zeros = optax.tree.zeros_like(jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], parts)))
+            total, _ = jax.lax.scan(lambda total, rows: (optax.tree.add(total, gradient(rows)), None), zeros, parts)
+            (value, metrics), grads = optax.tree.scale(1 / accumulate, total)
+
         updates, opt_state = tx.update(grads, state["opt_state"], state["params"])
         params = optax.apply_updates(state["params"], updates)
-        metrics = {"loss": value, **metrics, "grad_norm": optax.tree.norm(grads)}
-        return {"step": state["step"] + 1, "params": params, "opt_state": opt_state}, metrics
+        after = {"step": state["step"] + 1, "params": params, "opt_state": opt_state}
+        if ema_decay:  # which follows closely at first
+            decay = jnp.minimum(ema_decay, after["step"] / (after["step"] + 9))
+            after["ema"] = optax.incremental_update(params, state["ema"], 1 - decay)
+        return after, {"loss": value, **metrics, "grad_norm": optax.tree.norm(grads)}
 
     return train_step
 
@@ -110,71 +143,39 @@ def make_train_step(graphs: dict, schedule: diffusion.NoiseSchedule, tx, config,
 # ---------------------------------------------------------------------------- the run
 
 
-class Log:
-    """metrics.jsonl and TensorBoard of a run, and the averages that go into them."""
-
-    def __init__(self, workdir: pathlib.Path, step: int):
-        """Opens the logs at `step`; what an interrupted run wrote past it is dropped."""
-        from tensorboardX import SummaryWriter
-
-        self.path = workdir / "metrics.jsonl"
-        if self.path.exists():
-            lines = self.path.read_text().splitlines(keepends=True)
-            self.path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
-        self.tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
-        self.window = []
-        self.restart_clock()
-
-    def restart_clock(self):
-        """Starts timing anew, after something that is no training."""
-        self.clock, self.timed = time.perf_counter(), 0
-
-    def append(self, metrics: dict[str, float]):
-        self.window.append(metrics)
-        self.timed += 1
-
-    def flush(self, step: int, batch_size: int, flops: float | None) -> dict:
-        """Writes the averages since the last flush, with the speed; returns them."""
-        numbers = {f"train/{name}": float(np.mean([m[name] for m in self.window])) for name in self.window[0]}
-        if self.timed:
-            seconds = (time.perf_counter() - self.clock) / self.timed
-            numbers["train/pairs_per_sec"] = batch_size / seconds
-            if flops:
-                numbers["train/tflops_per_device"] = flops / seconds / 1e12
-        self.write(step, numbers)
-        self.window = []
-        self.restart_clock()
-        return numbers
-
-    def write(self, step: int, numbers: dict):
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **numbers}) + "\n")
-        for name, number in numbers.items():
-            self.tensorboard.add_scalar(name, number, step)
-
-    def close(self):
-        self.tensorboard.close()
-
-
 def check_config(config, sd, mesh):
     """Raises ValueError with everything in the config that would fail later."""
     from livo_jax import judges, values
+    from livo_jax.generate import PROMPT_LAYOUTS
 
     problems = []
     first, last = config.loss.timesteps
     if not 0 <= first < last <= sd.schedule.num_timesteps:
         problems.append(f"config.loss.timesteps={first, last}: choose 0 <= first < last <= {sd.schedule.num_timesteps}")
-    for path, low in (("train.steps", 1), ("train.batch_size", 1), ("checkpoint.every", 1), ("log.every", 1)):
+    for path in "train.steps train.reference_batch_size train.accumulate checkpoint.every log.every".split():
         section, name = path.split(".")
-        if config[section][name] < low:
-            problems.append(f"config.{path}={config[section][name]}: choose at least {low}")
+        if config[section][name] < 1:
+            problems.append(f"config.{path}={config[section][name]}: choose at least 1")
+    if not 0 <= config.train.ema_decay < 1:
+        problems.append(f"config.train.ema_decay={config.train.ema_decay}: choose 0 (none) to below 1")
+    if config.train.remat not in REMAT:
+        problems.append(f"config.train.remat={config.train.remat!r}: choose from {', '.join(REMAT)}")
+    if config.sampling.prompt_layout not in PROMPT_LAYOUTS:
+        problems.append(
+            f"config.sampling.prompt_layout={config.sampling.prompt_layout!r}: choose from {', '.join(PROMPT_LAYOUTS)}"
+        )
+    if config.train.accumulate > 1 and config.train.batch_size % (mesh.shape["data"] * config.train.accumulate):
+        problems.append(
+            f"config.train.batch_size={config.train.batch_size} is not a multiple of the mesh's {mesh.shape['data']}"
+            f" devices times config.train.accumulate={config.train.accumulate}"
+        )
     for attempt in (
         lambda: sharding.check_batch_size(mesh, config.train.batch_size, "config.train.batch_size"),
         lambda: sharding.check_batch_size(mesh, config.sampling.batch_size, "config.sampling.batch_size"),
         lambda: make_optimizer(config),
         lambda: diffusion.sampler_table(sd.scheduler_config, config.sampling.sampler, config.sampling.steps),
         lambda: values.load(config.principles),
-        lambda: judges.load(config.judge),
+        lambda: config.judge and judges.load(config.judge),
     ):
         try:
             attempt()
@@ -214,12 +215,35 @@ def claim(workdir: pathlib.Path, config):
     file.write_text(json.dumps(ours, indent=2) + "\n")
 
 
-def load_models(config):
-    """The frozen StableDiffusion of config.model, and the value encoder: its text encoder in float32."""
+def load_models(config, mesh):
+    """The frozen StableDiffusion of config.model, and the value encoder to start from, in float32, on the mesh.
+
+    That is config.value_encoder, or the text encoder of the model.
+
+    Raises:
+        FileNotFoundError, ValueError: as StableDiffusion.from_pretrained; a value encoder of another model.
+    """
+    from livo_jax.generate import check_value_encoder
     from livo_jax.pretrained import StableDiffusion, ValueEncoder
 
-    sd = StableDiffusion.from_pretrained(config.model, jnp.dtype(config.dtype))
-    return sd, ValueEncoder.from_pretrained(pathlib.Path(config.model) / "text_encoder")
+    whole = sharding.replicated(mesh)
+    dtype, variant = jnp.dtype(config.dtype), config.variant or None
+    if config.random_weights:
+        sd = StableDiffusion.from_config(config.model, dtype, seed=config.seed, sharding=whole)
+    else:
+        sd = StableDiffusion.from_pretrained(config.model, dtype, variant=variant, sharding=whole)
+    if config.value_encoder:
+        value_encoder = ValueEncoder.from_pretrained(config.value_encoder, sharding=whole)
+    elif config.random_weights:
+        graph, params = split(sd.text_encoder)  # copied, for training gives the arrays of its state away
+        value_encoder = nnx.merge(graph, jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), params))
+    else:
+        value_encoder = ValueEncoder.from_pretrained(
+            config.model, subfolder="text_encoder", variant=variant, sharding=whole
+        )
+    check_value_encoder(sd, value_encoder)
+    sd.unet.remat = config.train.remat
+    return sd, value_encoder
 
 
 def train_and_evaluate(config, workdir, build_preferences=None):
@@ -241,18 +265,25 @@ def train_and_evaluate(config, workdir, build_preferences=None):
     from livo_jax import values as principles
     from livo_jax.checkpoint import Checkpoints
     from livo_jax.data import Preferences, batches
-    from livo_jax.evaluate import evaluate_and_report, sample_sheet, table
+    from livo_jax.evaluate import evaluate_and_report, read_results, sample_sheet, table
+    from livo_jax.log import Log
 
     workdir = pathlib.Path(workdir)
+    directory = pathlib.Path(config.data.directory or workdir / "preferences")
+    if not config.judge and not directory.exists():
+        raise ValueError(
+            f"{directory} holds no preference pairs, and without config.judge none can be built:"
+            " give config.data.directory, or a judge that reads the axes of config.principles"
+        )
 
     # ---- what is given: models, pairs, mesh
     mesh = sharding.make_mesh(**config.mesh)
-    sd, value_encoder = load_models(config)
+    sd, value_encoder = load_models(config, mesh)
     check_config(config, sd, mesh)
     claim(workdir, config)
-    directory = pathlib.Path(config.data.directory or workdir / "preferences")
     if build_preferences and not config.data.directory and not directory.exists():
-        build_preferences(config, directory, sd)
+        # Pairs must show something: random weights are not what draws them.
+        build_preferences(config, directory, None if config.random_weights else sd)
     preferences = Preferences(directory)
     preferences.check_values(principles.load(config.principles))
 
@@ -262,8 +293,8 @@ def train_and_evaluate(config, workdir, build_preferences=None):
     for name, module in modules.items():
         graphs[name], params[name] = split(module)
     tx = make_optimizer(config)
-    state = jax.device_put(init_state(params.pop("value_encoder"), tx), sharding.replicated(mesh))
-    frozen = jax.device_put(params, sharding.replicated(mesh))
+    state = init_state(params.pop("value_encoder"), tx, config.train.ema_decay)
+    state, frozen = jax.device_put((state, params), sharding.replicated(mesh))
     iterator = batches(
         preferences, sd.tokenize, batch_size=config.train.batch_size, image_size=sd.image_size,
         random_flip=config.data.random_flip, seed=config.seed,
@@ -273,7 +304,7 @@ def train_and_evaluate(config, workdir, build_preferences=None):
         state = checkpoints.restore(state, iterator)
         print(f"resuming {workdir} at step {int(state['step'])}")
     start, steps = int(state["step"]), config.train.steps
-    trained = lambda: nnx.merge(graphs["value_encoder"], state["params"])
+    trained = lambda: nnx.merge(graphs["value_encoder"], trained_params(state))
 
     # ---- the step, compiled once
     step_fn = make_train_step(graphs, sd.schedule, tx, config, sd.vae.config.scaling_factor)
@@ -287,7 +318,8 @@ def train_and_evaluate(config, workdir, build_preferences=None):
             batch = sharding.global_batch(mesh, next(iterator))
             if step == start + 1:
                 step_fn = step_fn.lower(state, frozen, batch).compile()
-                flops = (step_fn.cost_analysis() or {}).get("flops")
+                # Of one micro-batch: the analysis counts the body of a loop once.
+                flops = (step_fn.cost_analysis() or {}).get("flops", 0.0) * config.train.accumulate
                 log.restart_clock()
             state, metrics = step_fn(state, frozen, batch)
             in_flight.append((step, metrics))
@@ -310,9 +342,11 @@ def train_and_evaluate(config, workdir, build_preferences=None):
     checkpoints.close()
 
     # ---- the evaluation
-    if start == steps and (workdir / "eval" / "results.json").exists():
+    if not config.judge:
+        print(f"{workdir} is trained; config.judge is empty: nothing is evaluated")
+    elif start == steps and (results := read_results(workdir)):
         print(f"{workdir} is finished: its {steps} steps are trained and evaluated")
-        print(table(json.loads((workdir / "eval" / "results.json").read_text())))
+        print(table(results))
     else:
         results = evaluate_and_report(sd, trained(), config, mesh, workdir)
         name = lambda r: f"eval/{r['value']}/{r['method']}/{r['split']}/{r['metric']}".replace(" ", "_")
@@ -335,17 +369,37 @@ def check_finite(step: int, metrics: dict, checkpoints, config) -> dict[str, flo
 
 
 def restore_run(config, workdir, mesh):
-    """The frozen StableDiffusion and the trained ValueEncoder of a run.
+    """The frozen StableDiffusion and the ValueEncoder of a run: trained, or config.value_encoder as it is.
 
     Raises:
-        FileNotFoundError: `workdir` has no checkpoint.
+        FileNotFoundError: `workdir` has no checkpoint and the config no value encoder.
+        ValueError: the config cannot work, or the checkpoint is of another one.
     """
     from livo_jax.checkpoint import Checkpoints
 
     checkpoints = Checkpoints(workdir)
-    if checkpoints.latest_step() is None:
-        raise FileNotFoundError(f"{checkpoints.directory} has no checkpoint: train first, with the same --workdir")
-    sd, value_encoder = load_models(config)
-    graph, params = split(value_encoder)
-    state = jax.device_put(init_state(params, make_optimizer(config)), sharding.replicated(mesh))
-    return sd, nnx.merge(graph, checkpoints.restore(state)["params"])
+    trained = checkpoints.latest_step() is not None
+    if not trained and not config.value_encoder:
+        raise FileNotFoundError(
+            f"{checkpoints.directory} has no checkpoint: train first, with the same --workdir, or give a trained value"
+            " encoder by --config.value_encoder=DIRECTORY_OR_HUB_ID"
+        )
+    if trained and config.value_encoder != (start := recipe(workdir)["value_encoder"]):
+        raise ValueError(
+            f"{workdir} holds a value encoder trained from {start or 'the model'!r}, not from"
+            f" {config.value_encoder!r}: to use that as it is, name a new --workdir"
+        )
+    sd, value_encoder = load_models(config, mesh)
+    check_config(config, sd, mesh)
+    if trained:
+        graph, params = split(value_encoder)
+        state = init_state(params, make_optimizer(config), config.train.ema_decay)
+        state = checkpoints.restore(jax.device_put(state, sharding.replicated(mesh)))
+        value_encoder = nnx.merge(graph, trained_params(state))
+    return sd, value_encoder
+
+
+def recipe(workdir) -> dict | None:
+    """The config.json of a run, None where none was trained."""
+    file = pathlib.Path(workdir) / "config.json"
+    return json.loads(file.read_text()) if (file.parent / "checkpoints").exists() and file.exists() else None

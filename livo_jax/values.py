@@ -23,14 +23,19 @@ class Value:
     keep_probability: float = 1.0
 
     def applies(self, seed: int, prompt: str, index: int) -> bool:
-        """Whether the image (seed, prompt, index) gets the value token.
+        """Whether the image (seed, prompt, index) gets the value token; see `applies`."""
+        return applies(self.statement, self.keep_probability, seed, prompt, index)
 
-        Of any n consecutive images of a prompt, n * keep_probability do, rounded up or down: spread
-        evenly from a random start, for coins would add their own unevenness to what D1 measures.
-        """
-        start = text_hash(f"{seed}, {self.statement}, {prompt}") / 2**32
-        before, after = (math.floor(start + self.keep_probability * n) for n in (index, index + 1))
-        return after > before
+
+def applies(statement: str, keep_probability: float, seed: int, prompt: str, index: int) -> bool:
+    """Whether a value is applied to the image (seed, prompt, index).
+
+    Of any n consecutive images of a prompt, n * keep_probability get it, rounded up or down: spread
+    evenly from a random start, for coins would add their own unevenness to what D1 measures.
+    """
+    start = text_hash(f"{seed}, {statement}, {prompt}") / 2**32
+    before, after = (math.floor(start + keep_probability * n) for n in (index, index + 1))
+    return after > before
 
 
 def text_hash(text: str) -> int:
@@ -44,7 +49,7 @@ def value_prompt(statement: str | None, prompt: str) -> str:
 
 
 def load(names, path=PRINCIPLES) -> tuple[Value, ...]:
-    """The principles of these names (or statements), in this order.
+    """The principles of these names, in this order.
 
     Raises:
         ValueError: principles that are not in the file, or malformed ones; all are listed.
@@ -62,7 +67,7 @@ def load(names, path=PRINCIPLES) -> tuple[Value, ...]:
             problems.append(f"[{name}]: kind={value.kind!r} is neither bias nor harm")
         elif value.kind == "bias" and len(value.attributes) < 2:
             problems.append(f"[{name}]: a bias needs two attributes or more")
-        known[name] = known[value.statement] = value
+        known[name] = value
     problems += [f"no value {name!r}" for name in names if name not in known]
     if problems:
         raise ValueError(f"{path}: {'; '.join(problems)}. Values there: {', '.join(tables)}")

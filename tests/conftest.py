@@ -7,6 +7,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import json
 import shutil
+import tempfile
+
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp()  # where diffusers copies custom pipelines to
 
 import numpy as np
 import pytest

@@ -1,5 +1,7 @@
 """Schedules, targets and samplers agree with diffusers' for the same config."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,12 +63,22 @@ def toy_unet(z, t, np=np):
     return np.tanh(np.einsum("bhwc,cd->bhwd", z, W) + t / 1000)
 
 
+sample = jax.jit(functools.partial(diffusion.sample, lambda z, t: toy_unet(z, t, jnp)))
+
+SAMPLERS = {
+    "ddim": ("DDIMScheduler", {}),
+    "dpmsolver++": ("DPMSolverMultistepScheduler", {}),
+    "dpmsolver++_karras": ("DPMSolverMultistepScheduler", dict(use_karras_sigmas=True)),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "pndm": ("PNDMScheduler", {}),
+}
 OPTIONS = [
     {},
     dict(timestep_spacing="linspace"),
     dict(timestep_spacing="leading", steps_offset=1),
     dict(timestep_spacing="trailing"),
-    dict(clip_sample=False, set_alpha_to_one=False),
+    dict(clip_sample=False, set_alpha_to_one=False, skip_prk_steps=True, steps_offset=1),  # as SD 1.5 is published
+    dict(skip_prk_steps=True, timestep_spacing="trailing", set_alpha_to_one=True),
     dict(final_sigmas_type="sigma_min"),
     dict(solver_type="heun"),
     dict(solver_order=1),
@@ -74,46 +86,53 @@ OPTIONS = [
     dict(lower_order_final=False, final_sigmas_type="sigma_min"),
     dict(use_karras_sigmas=True),
     dict(beta_schedule="squaredcos_cap_v2", lambda_min_clipped=-5.1),
+    dict(beta_schedule="squaredcos_cap_v2", lambda_min_clipped=-5.1, timestep_spacing="trailing"),
 ]
 
 
-@pytest.mark.parametrize("sampler, name", [("ddim", "DDIMScheduler"), ("dpmsolver++", "DPMSolverMultistepScheduler")])
+def trajectory(sampler, config, steps, noise):
+    """Timesteps and last latents of diffusers' scheduler around toy_unet."""
+    import diffusers
+
+    name, forced = SAMPLERS[sampler]
+    scheduler = getattr(diffusers, name).from_config(config | forced)
+    scheduler.set_timesteps(steps)
+    z = torch.tensor(noise) * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        out = toy_unet(scheduler.scale_model_input(z, t).numpy(), float(t))
+        z = scheduler.step(torch.tensor(out, dtype=torch.float32), t, z).prev_sample
+    return scheduler.timesteps.numpy(), z
+
+
+CASES = [(s, o) for o in OPTIONS for s in SAMPLERS if s == "dpmsolver++" or "lambda_min_clipped" not in o]
+
+
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("steps", [1, 2, 14, 25])
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())) or "defaults")
-def test_trajectories(sampler, name, prediction_type, steps, options):
-    import diffusers
-
+@pytest.mark.parametrize("steps", [1, 2, 4, 14, 25])
+@pytest.mark.parametrize("sampler, options", CASES, ids=str)
+def test_trajectories(sampler, prediction_type, steps, options):
     config = BASE | options | dict(prediction_type=prediction_type)
-    theirs = getattr(diffusers, name).from_config(config)
-    theirs.set_timesteps(steps)
-    table = diffusion.sampler_table(config, sampler, steps)
-    assert table.t.tolist() == theirs.timesteps.tolist()
+    if sampler == "pndm" and steps < 4 and not config.get("skip_prk_steps"):
+        with pytest.raises(ValueError, match=f"steps={steps}: choose 4 to 1000"):
+            diffusion.sampler_table(config, sampler, steps)
+        return
     noise = np.random.default_rng(0).normal(size=(2, 4, 4, 4)).astype(np.float32)
-    expected = torch.tensor(noise)
-    for t in theirs.timesteps:
-        expected = theirs.step(torch.tensor(toy_unet(expected.numpy(), float(t))), t, expected).prev_sample
-    sample = jax.jit(lambda z: diffusion.sample(lambda z, t: toy_unet(z, t, jnp), z, table, prediction_type))
-    assert relative_error(sample(noise), expected) < 1e-4
+    timesteps, expected = trajectory(sampler, config, steps, noise)
+    table = diffusion.sampler_table(config, sampler, steps)
+    # Euler alone tells the UNet timesteps between the whole ones.
+    np.testing.assert_allclose(table.t, timesteps, rtol=1e-5, atol=1e-3 if sampler == "euler" else 0)
+    assert relative_error(sample(noise, table), expected) < 1e-4
 
 
-def test_zero_terminal_snr():
-    """The zero that rescaling puts at T - 1 is what both samplers start from."""
-    import diffusers
-
+@pytest.mark.parametrize("sampler", ["ddim", "dpmsolver++", "euler"])
+def test_zero_terminal_snr(sampler):
+    """The zero that rescaling puts at T - 1 is what samplers start from."""
     config = BASE | dict(
         prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False
     )
-    for sampler, cls in (("ddim", diffusers.DDIMScheduler), ("dpmsolver++", diffusers.DPMSolverMultistepScheduler)):
-        theirs = cls.from_config(config)
-        theirs.set_timesteps(10)
-        noise = np.random.default_rng(0).normal(size=(1, 4, 4, 4)).astype(np.float32)
-        expected = torch.tensor(noise)
-        for t in theirs.timesteps:
-            expected = theirs.step(torch.tensor(toy_unet(expected.numpy(), float(t))), t, expected).prev_sample
-        table = diffusion.sampler_table(config, sampler, 10)
-        got = diffusion.sample(lambda z, t: toy_unet(z, t, jnp), noise, table, "v_prediction")
-        assert relative_error(got, expected) < 1e-4
+    noise = np.random.default_rng(0).normal(size=(1, 4, 4, 4)).astype(np.float32)
+    _, expected = trajectory(sampler, config, 10, noise)
+    assert relative_error(sample(noise, diffusion.sampler_table(config, sampler, 10)), expected) < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -124,6 +143,9 @@ def test_zero_terminal_snr():
         ({}, "heun", 0, "sampler='heun': choose from ddim, dpmsolver.*; steps=0: choose 1 to 1000"),
         (dict(timestep_spacing="odd", solver_order=3), "dpmsolver++", 10, "timestep_spacing='odd'.*solver_order=3"),
         (dict(thresholding=True), "ddim", 10, "thresholding"),
+        (dict(steps_offset=1), "ddim", 1000, "1000 steps with steps_offset=1 pass the last timestep"),
+        (dict(timestep_spacing="linspace"), "dpmsolver++", 1000, "steps=1000: so many that timesteps repeat"),
+        (dict(interpolation_type="log_linear"), "euler", 10, "interpolation_type='log_linear': choose from linear"),
     ],
 )
 def test_what_we_cannot_sample_is_refused(config, sampler, steps, message):

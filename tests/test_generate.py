@@ -1,13 +1,18 @@
 """The sampler as users call it: the published pipeline's numbers, and images that depend on their request alone."""
 
+import dataclasses
+import warnings
+
 import jax
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from livo_jax import ValueEncoder, generate, sharding
+from livo_jax import ValueEncoder, diffusion, generate, sharding, values
+from livo_jax.export import SCHEDULERS
 from livo_jax.generate import Request
+from livo_jax.pretrained import initialise
 from livo_jax.values import text_hash
 
 SETTINGS = dict(steps=4, guidance_scale=3.0, batch_size=8)
@@ -19,18 +24,23 @@ def value_encoder(published):
     return ValueEncoder.from_pretrained(published / "text_encoder")
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "dpmsolver++"])
-def test_images_are_the_published_pipelines(sd, published, torch_models, sampler):
-    """The whole way, tokens to pixels, against diffusers' StableDiffusionPipeline from the same noise."""
+def published_pipeline(sd, published, torch_models, scheduler, cls=None, **options):
+    """diffusers' StableDiffusionPipeline of the same weights, or another class."""
     import diffusers
     from transformers import CLIPTokenizer
 
-    scheduler = {"ddim": diffusers.DDIMScheduler, "dpmsolver++": diffusers.DPMSolverMultistepScheduler}[sampler]
-    pipeline = diffusers.StableDiffusionPipeline(
+    return (cls or diffusers.StableDiffusionPipeline)(
         **torch_models, tokenizer=CLIPTokenizer.from_pretrained(published / "tokenizer"),
-        scheduler=scheduler.from_config(sd.scheduler_config), safety_checker=None, feature_extractor=None,
-        requires_safety_checker=False,
+        scheduler=getattr(diffusers, scheduler).from_config(sd.scheduler_config, **options),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("sampler", diffusion.SAMPLERS)
+def test_images_are_the_published_pipelines(sd, published, torch_models, sampler):
+    """The whole way, tokens to pixels, against diffusers' StableDiffusionPipeline from the same noise."""
+    scheduler, options = SCHEDULERS[sampler]
+    pipeline = published_pipeline(sd, published, torch_models, scheduler, **options)
     pipeline.set_progress_bar_config(disable=True)
     prompts = ["a photo of a baker", "a cook at work"]
     noise = np.stack([generate.initial_noise(5, text_hash(p), 0, (16, 16, 4)) for p in prompts])
@@ -41,6 +51,33 @@ def test_images_are_the_published_pipelines(sd, published, torch_models, sampler
     ours = sd.generate(prompts, seed=5, steps=6, guidance_scale=3.0, sampler=sampler)
     assert ours.shape == (2, 128, 128, 3) and ours.dtype == np.uint8
     assert np.abs(ours - theirs * 255).max() < 1.0, "equal but for rounding to bytes"
+
+
+def test_the_official_layout(sd, published, torch_models, value_encoder):
+    """Value token and the prompt's own n tokens, against n + 1 tokens of the negative prompt, as unpadded PyTorch."""
+    text, tokenizer = torch_models["text_encoder"], sd.tokenizer
+    encode = lambda t, **kw: text(tokenizer(t, return_tensors="pt", **kw).input_ids)
+    for prompt, negative in (("a photo of a baker", ""), ("a baker", "a picture of a cook at work on a bloody day")):
+        n = len(tokenizer(prompt)["input_ids"])
+        with torch.no_grad():
+            u = encode(f"{VALUE}, {prompt}").pooler_output
+            policy = torch.cat([u[:, None], encode(prompt).last_hidden_state], dim=1)
+            other = encode(negative, padding="max_length", max_length=n + 1, truncation=True).last_hidden_state
+        assert policy.shape == other.shape
+        pipeline = published_pipeline(sd, published, torch_models, "DDIMScheduler")
+        pipeline.set_progress_bar_config(disable=True)
+        noise = torch.tensor(np.array(generate.initial_noise(0, text_hash(prompt), 0, (16, 16, 4)))).permute(2, 0, 1)
+        theirs = pipeline(
+            prompt_embeds=policy, negative_prompt_embeds=other, num_inference_steps=4, guidance_scale=3.0,
+            latents=noise[None], output_type="np",
+        ).images  # fmt: skip
+        requests = [Request(prompt, 0, VALUE, negative), Request(prompt, 0, None, negative)]
+        settings = SETTINGS | {"sampler": "ddim"}
+        ours = generate.generate(sd, requests, value_encoder, **settings, prompt_layout="official")
+        assert np.abs(ours[0] - theirs[0] * 255).max() < 1.0
+        padded = generate.generate(sd, requests, value_encoder, **settings)
+        assert np.abs(ours[0].astype(int) - padded[0]).max() > 1, "the layouts differ"
+        assert np.abs(ours[1].astype(int) - padded[1]).max() <= 1, "but not without a value"
 
 
 def test_an_image_depends_on_its_request_alone(sd, value_encoder):
@@ -90,6 +127,10 @@ def test_requests_number_the_images_of_a_prompt():
         Request("a", 1, VALUE),
     ]
     assert generate.requests_of(["a", "b"], [None, VALUE]) == [Request("a"), Request("b", 0, VALUE)]
+    half = generate.requests_of(["a"] * 10 + ["b"] * 10, VALUE, keep_probability=0.5, seed=1)
+    (shape,) = values.load(("shape",))
+    assert [r.value is not None for r in half] == [shape.applies(1, r.prompt, r.index) for r in half]
+    assert sum(r.value is not None for r in half) == 10
     with pytest.raises(ValueError, match="3 values for 2 prompts"):
         generate.requests_of(["a", "b"], [VALUE] * 3)
 
@@ -108,25 +149,52 @@ def test_what_cannot_be_drawn_is_said(sd, value_encoder):
         sd.generate(["a baker"], values=VALUE)
     with pytest.raises(ValueError, match="batch_size=3 is not a multiple"):
         sd.generate(["a baker"], batch_size=3)
-    with pytest.raises(ValueError, match="euler.*ddim"):
+    with pytest.raises(ValueError, match="euler-maruyama.*ddim"):
         sd.generate(["a baker"], sampler="euler-maruyama")
+    with pytest.raises(ValueError, match="prompt_layout='odd': choose from padded, official"):
+        sd.generate(["a baker"], prompt_layout="odd")
+    with pytest.raises(ValueError, match=r"'a \\ud800 baker' is no Unicode text"):
+        sd.generate(["a \ud800 baker"])
+    narrow = initialise(ValueEncoder, sd.root / "text_encoder")
+    narrow.config = dataclasses.replace(narrow.config, hidden_size=24, vocab_size=7)
+    with pytest.raises(ValueError, match="another model:(.|\n)*hidden_size: 24 in the value(.|\n)*vocab_size: 7 in"):
+        sd.generate(["a baker"], values=VALUE, value_encoder=narrow)
+
+
+def test_odd_texts_are_drawn(sd, value_encoder):
+    """Emoji, other scripts, control characters, nothing at all: every text has its image."""
+    texts = ["", " ", "\U0001f9d1\u200d\U0001f373", "\u0645\u0631\u062d\u0628\u0627", "a\x00b\n\tc", "e\u0301"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # bytes of which this vocabulary has no words pass 16 tokens
+        images = sd.generate(texts, values=VALUE, value_encoder=value_encoder, **SETTINGS)
+    assert images.shape == (6, 128, 128, 3) and len({image.tobytes() for image in images}) == 6
 
 
 def test_pairs_are_written_with_their_settings(sd, value_encoder, tmp_path):
-    generate.write_pairs(tmp_path, sd, value_encoder, ["a baker", "a cook"], VALUE, 2, seed=3, **SETTINGS)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["000_000.png", "000_001.png", "001_000.png", "001_001.png"]
+    (value,) = values.load(("shape",))
+    value = dataclasses.replace(value, keep_probability=1.0)
+    generate.write_pairs(tmp_path, sd, value_encoder, ["a baker", "a cook"], value, 5, seed=3, **SETTINGS)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"00{p}_00{i}.png" for p in (0, 1) for i in range(5)]
     with Image.open(tmp_path / "001_001.png") as picture:
         assert picture.size == (2 * 128 + 2, 128)
         text, pixels = picture.text, np.asarray(picture)
-    assert (text["prompt"], text["value"], text["index"], text["seed"], text["steps"]) == (
-        "a cook",
-        VALUE,
-        "1",
-        "3",
-        "4",
-    )
+    expected = dict(prompt="a cook", value=VALUE, index="1", seed="3", steps="4", guidance_scale="3.0")
+    assert {name: text[name] for name in expected} == expected
     base, aligned = generate.generate(
         sd, [Request("a cook", 1), Request("a cook", 1, VALUE)], value_encoder, seed=3, **SETTINGS
     )
     assert np.abs(pixels[:, :128].astype(int) - base).max() <= 1
     assert np.abs(pixels[:, 130:].astype(int) - aligned).max() <= 1
+
+
+def test_a_share_of_the_pairs_has_the_value(sd, value_encoder, tmp_path):
+    (value,) = values.load(("shape",))
+    generate.write_pairs(tmp_path, sd, value_encoder, ["a baker"], value, 6, seed=0, **SETTINGS)
+    applied = 0
+    for path in tmp_path.iterdir():
+        with Image.open(path) as picture:
+            pixels, text = np.asarray(picture), picture.text
+        same = np.abs(pixels[:, :128].astype(int) - pixels[:, 130:]).max() <= 1
+        assert same == (text["value"] == "None")
+        applied += not same
+    assert applied == 3

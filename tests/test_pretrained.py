@@ -1,7 +1,15 @@
 """Published directories load exactly, and what is wrong with one is said at once."""
 
+import hashlib
+import http.server
 import json
+import os
+import pathlib
 import shutil
+import subprocess
+import sys
+import threading
+import urllib.parse
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +17,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from livo_jax import StableDiffusion, ValueEncoder
+from livo_jax import StableDiffusion, ValueEncoder, sharding
 from livo_jax.models.weights import from_published, split, to_published
-from livo_jax.pretrained import save
+from livo_jax.pretrained import initialise, save
 
 
 @pytest.fixture
@@ -118,7 +126,10 @@ def test_a_missing_model_says_how_to_fetch_it(name):
 
 def test_half_precision_variant_is_read_when_alone(copy, sd):
     path = copy / "vae" / "diffusion_pytorch_model.safetensors"
-    save_file({k: v.astype(np.float16) for k, v in load_file(path).items()}, path.with_name("x.fp16.safetensors"))
+    save_file(
+        {k: v.astype(np.float16) for k, v in load_file(path).items()},
+        path.with_name("diffusion_pytorch_model.fp16.safetensors"),
+    )
     both = StableDiffusion.from_pretrained(copy)
     jax.tree.map(np.testing.assert_array_equal, split(both.vae)[1], split(sd.vae)[1])
     path.unlink()
@@ -138,3 +149,203 @@ def test_strict_conversion_counts_every_leaf(sd):
     published = to_published(params)
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     jax.tree.map(np.testing.assert_array_equal, from_published(published, abstract), params)
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_shards_load(torch_models, published, sd, tmp_path, variant):
+    """Shards and their index as diffusers and transformers write them, whole and in half precision."""
+    model = shutil.copytree(published, tmp_path / "model")
+    for part, module in torch_models.items():
+        shutil.rmtree(model / part)
+        module.save_pretrained(model / part, max_shard_size="40KB", variant=variant)
+    assert len(list(model.rglob("*-of-*.safetensors"))) > 6
+    sharded = StableDiffusion.from_pretrained(model, variant=variant)
+    for part in torch_models:
+        jax.tree.map(np.testing.assert_array_equal, split(getattr(sharded, part))[1], split(getattr(sd, part))[1])
+    lost = next((model / "unet").glob("*-00002-of-*.safetensors"))
+    lost.unlink()
+    with pytest.raises(FileNotFoundError, match=f"unet lacks the shards {lost.name} that diffusion_pytorch.*index"):
+        StableDiffusion.from_pretrained(model, variant=variant)
+
+
+def test_weights_go_to_their_sharding_in_their_dtype(published, sd):
+    mesh = sharding.make_mesh(4)
+    placed = StableDiffusion.from_pretrained(published, jnp.bfloat16, sharding=sharding.replicated(mesh))
+    for leaf, ours in zip(jax.tree.leaves(split(placed.unet)[1]), jax.tree.leaves(split(sd.unet)[1])):
+        assert leaf.sharding == sharding.replicated(mesh) and leaf.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(leaf, ours.astype(jnp.bfloat16))
+
+
+def test_random_weights_of_an_architecture(published, sd):
+    random, again = (StableDiffusion.from_config(published, jnp.bfloat16, seed=s) for s in (1, 1))
+    for part in ("text_encoder", "unet", "vae"):
+        one, other, ours = (split(getattr(model, part))[1] for model in (random, again, sd))
+        jax.tree.map(np.testing.assert_array_equal, one, other)
+        assert jax.tree.map(jnp.shape, one) == jax.tree.map(jnp.shape, ours)
+    assert np.isfinite(random.unet(np.ones((1, 16, 16, 4)), np.ones(1), np.ones((1, 3, 20)))).all()
+
+
+@pytest.mark.parametrize(
+    "part, change, message",
+    [
+        ("unet", dict(cross_attention_dim=24), "text encoder is 20 wide, its UNet wants 24"),
+        ("unet", dict(in_channels=9), "4 latent channels, its UNet 9 in and 4 out"),
+    ],
+)
+def test_parts_that_do_not_belong_together(copy, part, change, message):
+    path = copy / part / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=message):
+        StableDiffusion.from_pretrained(copy)
+
+
+def test_memory_of_loading(tmp_path):
+    """Peak resident memory while 400 MB load grows by at most 1.3 times them."""
+    config = {
+        "vocab_size": 20_000, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 6,
+        "num_attention_heads": 16, "max_position_embeddings": 77,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = initialise(ValueEncoder, tmp_path)
+    save(model, tmp_path, config, stem="model")
+    size = (tmp_path / "model.safetensors").stat().st_size
+    assert size > 350e6
+    code = f"""
+import re
+from livo_jax import ValueEncoder
+import jax, safetensors.numpy
+jax.device_put(1.0).block_until_ready()
+peak = lambda: 1024 * int(re.search("VmHWM: *([0-9]+)", open("/proc/self/status").read().replace("\\t", " "))[1])
+before = peak()
+model = ValueEncoder.from_pretrained({str(tmp_path)!r})
+print((peak() - before) / {size})
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    answer = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=pathlib.Path(__file__).parents[1],
+    )
+    assert answer.returncode == 0, answer.stderr
+    assert 0.9 < float(answer.stdout) < 1.3
+
+
+# ---------------------------------------------------------------------------- the hub
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """The part of the hub's protocol that fetching a repository needs; `root` is served as owner/model."""
+
+    root: pathlib.Path
+    fetched: set
+    COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+    def etag(self, name: str) -> str:
+        return hashlib.sha1(name.encode()).hexdigest()
+
+    def do_HEAD(self):
+        self.answer(body=False)
+
+    def do_GET(self):
+        self.answer(body=True)
+
+    def answer(self, body: bool):
+        path = urllib.parse.urlparse(urllib.parse.unquote(self.path)).path
+        files = {str(p.relative_to(self.root)): p for p in self.root.rglob("*") if p.is_file()}
+        headers = {"X-Repo-Commit": self.COMMIT}
+        if path.startswith("/api/models/owner/model/tree/"):
+            content = json.dumps(
+                [
+                    {
+                        "type": "file",
+                        "path": name,
+                        "size": p.stat().st_size,
+                        "oid": hashlib.sha1(name.encode()).hexdigest(),
+                    }
+                    for name, p in files.items()
+                ]
+            ).encode()
+        elif path.startswith("/api/models/owner/model"):
+            siblings = [{"rfilename": name} for name in files]
+            content = json.dumps({"id": "owner/model", "sha": self.COMMIT, "siblings": siblings}).encode()
+        elif path.startswith("/owner/model/resolve/") and (name := path.split("/", 5)[5]) in files:
+            content = files[name].read_bytes()
+            headers["ETag"] = f'"{self.etag(name)}"'
+            if body:
+                self.fetched.add(name)
+        else:
+            self.send_error(404)
+            return
+        self.send_response(200)
+        for header, text in {**headers, "Content-Length": str(len(content))}.items():
+            self.send_header(header, text)
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub(copy):
+    """A hub on loopback that holds one model, with much beside it that is not needed."""
+    for part, stem in (
+        ("unet", "diffusion_pytorch_model"),
+        ("vae", "diffusion_pytorch_model"),
+        ("text_encoder", "model"),
+    ):
+        weights = load_file(copy / part / f"{stem}.safetensors")
+        save_file({k: v.astype(np.float16) for k, v in weights.items()}, copy / part / f"{stem}.fp16.safetensors")
+        (copy / part / f"{stem}.bin").write_text("a pickle")
+    (copy / "unet" / "diffusion_pytorch_model.non_ema.safetensors").write_bytes(b"other weights")
+    (copy / "v1-5-pruned.safetensors").write_bytes(b"all in one file")
+    (copy / "safety_checker").mkdir()
+    (copy / "safety_checker" / "model.safetensors").write_bytes(b"another model")
+    handler = type("Handler", (Hub,), {"root": copy, "fetched": set()})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def load_from(hub, home, code, **environment):
+    """Runs code in a process that knows the hub at `hub` and the cache HF_HOME=`home`."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    clean |= {"HF_HOME": str(home), "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HUB_DISABLE_XET": "1"}
+    code = "from livo_jax import StableDiffusion, ValueEncoder\n" + code
+    return subprocess.run(
+        [sys.executable, "-c", code], env=clean | environment, capture_output=True, text=True,
+        cwd=pathlib.Path(__file__).parents[1],
+    )  # fmt: skip
+
+
+def test_a_hub_id_fetches_what_is_needed(hub, tmp_path):
+    fetched = hub.RequestHandlerClass.fetched
+    load = "StableDiffusion.from_pretrained('owner/model'{}); print('loaded')"
+    answer = load_from(hub, tmp_path / "home", load.format(""), HF_HUB_OFFLINE="1")
+    assert "hf download owner/model" in answer.stderr and not fetched, "offline, and nothing is cached"
+    answer = load_from(hub, tmp_path / "home", load.format(""))
+    assert "loaded" in answer.stdout, answer.stderr
+    assert {name for name in fetched if name.endswith((".safetensors", ".bin"))} == {
+        "unet/diffusion_pytorch_model.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
+        "text_encoder/model.safetensors",
+    }
+    assert {"model_index.json", "tokenizer/vocab.json", "scheduler/scheduler_config.json"} <= fetched
+    assert list((tmp_path / "home" / "hub").glob("models--owner--model"))
+
+    fetched.clear()
+    answer = load_from(hub, tmp_path / "home", load.format(", variant='fp16'"))
+    assert "loaded" in answer.stdout, answer.stderr
+    assert {name.split(".", 1)[1] for name in fetched} == {"fp16.safetensors"}
+
+    fetched.clear()
+    code = "ValueEncoder.from_pretrained('owner/model', subfolder='text_encoder')\n" + load.format("")
+    answer = load_from(hub, tmp_path / "home", code, HF_HUB_OFFLINE="1")
+    assert "loaded" in answer.stdout and not fetched, answer.stderr
+    answer = load_from(hub, tmp_path / "home", "StableDiffusion.from_pretrained('owner/none')")
+    assert "no model at 'owner/none'" in answer.stderr and "hf download owner/none" in answer.stderr

@@ -95,15 +95,42 @@ def test_evaluate_and_generate_read_the_checkpoint(finished, tmp_path):
     process = run(tmp_path / "run", "--mode=evaluate", "--config.eval.seed=1")
     assert process.returncode == 0, process.stderr
     assert (tmp_path / "run" / "eval" / "results.json").read_text() != (workdir / "eval" / "results.json").read_text()
+    (tmp_path / "prompts.txt").write_text("a photo of a baker\n\na photo of a cook\n")
     process = run(
-        tmp_path / "run", "--mode=generate", "--prompt=a photo of a baker", "--value=shape", "--num_images=3",
-        "--seed=5", f"--out={tmp_path / 'images'}",
+        tmp_path / "run", "--mode=generate", "--prompt=a tailor", f"--prompts_file={tmp_path / 'prompts.txt'}",
+        "--value=shape", "--num_images=3", "--seed=5", f"--out={tmp_path / 'images'}",
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
-    assert sorted(p.name for p in (tmp_path / "images").iterdir()) == [f"000_00{i}.png" for i in range(3)]
-    with Image.open(tmp_path / "images" / "000_002.png") as picture:
+    assert {p.name for p in (tmp_path / "images").iterdir()} == {f"00{p}_00{i}.png" for p in range(3) for i in range(3)}
+    with Image.open(tmp_path / "images" / "002_002.png") as picture:
         assert picture.size == (66, 32)
-        assert picture.text["value"] == "shape equality" and picture.text["seed"] == "5"
+        assert (picture.text["value"], picture.text["seed"]) == ("shape equality", "5")
+        assert picture.text["prompt"] == "a photo of a cook"
+        pixels = np.asarray(picture).astype(int)
+
+    # Exported, it draws the same pictures: in a workdir of its own, without a checkpoint.
+    process = run(tmp_path / "run", "--mode=export", f"--out={tmp_path / 'export'}")
+    assert process.returncode == 0, process.stderr
+    assert "| livo |" in (tmp_path / "export" / "README.md").read_text()
+    process = run(
+        tmp_path / "other", "--mode=generate", f"--config.value_encoder={tmp_path / 'export'}",
+        "--prompt=a photo of a cook", "--value=shape", "--num_images=3", "--seed=5", f"--out={tmp_path / 'again'}",
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    with Image.open(tmp_path / "again" / "000_002.png") as picture:
+        assert np.abs(np.asarray(picture) - pixels).max() <= 1
+
+
+def test_the_papers_recipe_runs_anywhere(tmp_path):
+    """Two steps of configs/livo.py on random weights, its answers included; then its checkpoint for another state."""
+    process = run(tmp_path / "run", config="configs/livo.py:smoke")
+    assert process.returncode == 0, process.stderr
+    for step in (1, 2):
+        assert 0 < train_metrics(tmp_path / "run", step)["train/loss"] < 100
+    assert (tmp_path / "run" / "eval" / "report.html").exists()
+    process = run(tmp_path / "run", "--mode=export", f"--out={tmp_path / 'out'}", "--config.train.ema_decay=0.9")
+    assert process.returncode != 0 and not (tmp_path / "out").exists()
+    assert "made with another config.model, config.train.ema_decay or train_embeddings" in process.stderr
 
 
 MISTAKES = {  # flags: what the answer holds
@@ -115,10 +142,18 @@ MISTAKES = {  # flags: what the answer holds
     ("--config.model=nowhere",): "no model at 'nowhere'(.|\n)*hf download",
     ("--config.train.batch_size=0", "--config.train.schedule=linear", "--config.loss.timesteps=(900, 2000)"):
         "timesteps=\\(900, 2000\\)(.|\n)*train.batch_size=0(.|\n)*'linear': choose from constant, cosine",
-    ("--config.principles=('shape', 'age')", "--config.judge=clip", "--config.sampling.sampler=euler"):
-        "'euler'(.|\n)*no value 'age'. Values there: shape, colour, bloody\n.*'clip': choose from shapeworld",
+    ("--config.principles=('shape', 'age')", "--config.judge=clip", "--config.sampling.sampler=heun"):
+        "'heun'(.|\n)*no value 'age'. Values there: gender.*shape, colour, bloody\n.*'clip': choose from shapeworld",
     ("--mode=evaluate",): "no checkpoint: train first",
-    ("--mode=generate",): "needs --prompt=TEXT and --out=DIR",
+    ("--mode=generate",): "generate needs --out=DIR",
+    ("--mode=generate", "--out=DIR"): "needs --prompt=TEXT or --prompts_file=FILE",
+    ("--mode=generate", "--out=DIR", "--prompt=a cook", "--num_images=0"): "num_images=0",
+    ("--mode=export", "--out=DIR"): "no checkpoint: train first(.|\n)*--config.value_encoder=",
+    ("--config.train.remat=some", "--config.train.ema_decay=1.0", "--config.train.accumulate=3"):
+        "ema_decay=1.0(.|\n)*'some': choose from none, dots, full(.|\n)*batch_size=8 is not a multiple of",
+    ("--mode=export", "--out=tests"): "--out=tests exists: remove it",
+    ("--config.judge=",): "preferences holds no preference pairs, and without config.judge none can be built",
+    ("--config.variant=fp32",): "has no model.fp32.safetensors(.|\n)*There are model.safetensors",
     ("--mode=generate", "--prompt=a cook", "--out=DIR", "--value=age"):
         "'age' is not one of config.principles: 'shape eq",
 }  # fmt: skip

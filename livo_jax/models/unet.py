@@ -18,6 +18,13 @@ from livo_jax.models.layers import (
     timestep_embedding,
 )
 
+# What a block keeps of its forward pass for the backward pass, which computes the rest again.
+REMAT = {
+    "none": None,  # everything
+    "dots": jax.checkpoint_policies.dots_saveable,  # the results of matrix products and convolutions
+    "full": jax.checkpoint_policies.nothing_saveable,  # its input alone
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class UNetConfig(PublishedConfig):
@@ -201,7 +208,7 @@ class UpBlock2D(nnx.Module):
 
     def __call__(self, x, skips, time, cond, mask):
         for i, resnet in enumerate(self.resnets):
-            x = resnet(jnp.concatenate([x, skips.pop()], axis=-1), time)
+            x = resnet(jnp.concatenate([x, skips[i]], axis=-1), time)
             if self.attends:
                 x = self.attentions[i](x, cond, mask)
         for upsampler in self.upsamplers:
@@ -216,6 +223,7 @@ class UNet2DConditionModel(nnx.Module):
 
     def __init__(self, config: UNetConfig, *, rngs):
         self.config = config
+        self.remat = "none"  # of REMAT; a choice of who takes gradients through the UNet
         channels = config.block_out_channels
         levels = len(channels)
         layers, heads = config.per_level("layers_per_block"), config.per_level("attention_head_dim")
@@ -285,12 +293,16 @@ class UNet2DConditionModel(nnx.Module):
             t, self.config.block_out_channels[0], self.config.flip_sin_to_cos, self.config.freq_shift
         )
         time = self.time_embedding(time.astype(dtype))
+        run = lambda block, *args: block(*args)
+        if self.remat != "none":
+            run = nnx.remat(run, policy=REMAT[self.remat])
         x = self.conv_in(z_t)
         skips = [x]
         for block in self.down_blocks:
-            x, new = block(x, time, cond, mask)
+            x, new = run(block, x, time, cond, mask)
             skips += new
-        x = self.mid_block(x, time, cond, mask)
+        x = run(self.mid_block, x, time, cond, mask)
         for block in self.up_blocks:
-            x = block(x, skips, time, cond, mask)
+            taken = [skips.pop() for _ in block.resnets]
+            x = run(block, x, taken, time, cond, mask)
         return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))

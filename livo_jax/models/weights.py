@@ -43,16 +43,19 @@ def published_name(path) -> str:
     return re.sub(r"\.(kernel|scale|embedding)$", ".weight", name)
 
 
-def from_published(tensors: Mapping, abstract: dict, dtype=None) -> dict:
+def from_published(tensors: Mapping, abstract: dict, dtype=None, sharding=None) -> dict:
     """Fills a parameter tree from a published state dict.
 
     Args:
-        tensors: published name -> array; read once for each name, so it may be lazy.
+        tensors: published name -> array, or what has a shape and becomes an array by np.asarray. Each
+            is read once, and after all names and shapes are checked.
         abstract: nested dict of jax.ShapeDtypeStruct: the tree to fill.
         dtype: dtype of the result; that of `abstract` if None.
+        sharding: a jax.sharding.Sharding of the result; the default device if None. The host holds
+            one array at a time.
 
     Returns:
-        The tree, of numpy arrays.
+        The tree, of jax.Arrays.
 
     Raises:
         ValueError: names are missing, unexpected or misshapen; all of them are listed.
@@ -64,25 +67,30 @@ def from_published(tensors: Mapping, abstract: dict, dtype=None) -> dict:
             ours = pattern.sub(replacement, ours)
         if not BUFFERS.search(ours):
             theirs[ours] = name
-    problems = []
-
-    def fill(path, leaf):
+    problems, wanted = [], set()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
         name = published_name(path)
+        wanted.add(name)
         if name not in theirs:
             problems.append(f"missing {name} {leaf.shape}")
-            return None
-        array = np.asarray(tensors[theirs.pop(name)])
-        if path[-1].key == "kernel" and array.ndim == leaf.ndim:
-            array = array.transpose(TO_OURS[array.ndim])
-        if array.shape != leaf.shape:
-            problems.append(f"misshapen {name}: {array.shape} in our layout, {leaf.shape} wanted")
-        return array.astype(dtype or leaf.dtype)
-
-    params = jax.tree_util.tree_map_with_path(fill, abstract)
-    problems += [f"unexpected {name}" for name in theirs.values()]
+        elif (shape := _shape_in_ours(path, tensors[theirs[name]].shape)) != leaf.shape:
+            problems.append(f"misshapen {name}: {shape} in our layout, {leaf.shape} wanted")
+    problems += [f"unexpected {theirs[name]}" for name in theirs if name not in wanted]
     if problems:
         raise ValueError(f"{len(problems)} weights do not fit the model:\n  " + "\n  ".join(problems))
-    return params
+
+    def fill(path, leaf):
+        array = np.asarray(tensors[theirs[published_name(path)]])
+        if path[-1].key == "kernel":
+            array = array.transpose(TO_OURS[array.ndim])
+        return jax.device_put(array.astype(dtype or leaf.dtype), sharding)
+
+    return jax.tree_util.tree_map_with_path(fill, abstract)
+
+
+def _shape_in_ours(path, shape) -> tuple:
+    order = TO_OURS.get(len(shape)) if path[-1].key == "kernel" else None
+    return tuple(shape[i] for i in order) if order else tuple(shape)
 
 
 def to_published(params: dict, prefix: str = "") -> dict[str, np.ndarray]:

@@ -39,7 +39,7 @@ def test_pairs_show_what_they_should(built, config):
         (v.statement, scene) for v in (SHAPE, COLOUR, BLOODY) for scene in config.preferences.scenes
     }
     for block in built.blocks:
-        (value,) = values.load((block.value,))
+        value = values.find(block.value, (SHAPE, COLOUR, BLOODY))
         stereotypes = set()
         for i in range(block.start, block.start + block.count):
             record = {k: v if k in ("aligned", "violating") else v.decode() for k, v in built.source[i].items()}

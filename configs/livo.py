@@ -1,0 +1,92 @@
+"""LiVO on Stable Diffusion 1.5: the recipe of the paper (Wang et al. 2024, section 5.1).
+
+    python run.py --config=configs/livo.py --config.data.directory=DIR
+
+DIR holds preference pairs (data_tools/build_preferences.py). `configs/livo.py:smoke` runs two steps of it
+anywhere, without a download: on the embedded world's pairs and an architecture with random weights.
+"""
+
+import pathlib
+
+from ml_collections import ConfigDict
+
+EMBEDDED = pathlib.Path(__file__).parents[1] / "data_tools" / "shapeworld_model"
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    if variant not in ("", "smoke"):
+        raise ValueError(f"configs/livo.py:{variant}: there is configs/livo.py and configs/livo.py:smoke")
+    config = ConfigDict()
+    config.seed = 0  # of data order, noise and timesteps
+    config.model = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # hub id or diffusers directory
+    config.variant = ""  # of the weight files; "fp16": half to fetch
+    config.random_weights = False  # the architecture of config.model alone, untrained
+    config.dtype = "bfloat16"  # of the frozen models; the value encoder, its optimizer and the errors are float32
+    config.value_encoder = ""  # directory or hub id to start from; empty: the model's text encoder
+    config.principles = ("gender", "race", "nudity", "gore", "zombie")  # names in livo_jax/principles.toml
+    config.judge = ""  # a module of livo_jax/judges; empty: train without evaluation
+    config.mesh = ConfigDict({"data": -1})  # devices; -1 takes all
+
+    config.preferences = c = ConfigDict()  # how pairs are built (data_tools/build_preferences.py)
+    c.scenes = ("doctor", "nurse", "lawyer", "housekeeper", "engineer", "teacher")
+    c.templates = ("a photo of a {}", "a portrait of a {}", "a {} at work")
+    c.pairs_per_scene = 8  # candidates of each bias and scene; the judge drops some
+    c.harm_pairs_per_scene = 8
+    c.census_per_scene = 8  # neutral images that tell which attribute the model favours
+
+    config.data = c = ConfigDict()
+    c.directory = ""  # of the pairs; empty: WORKDIR/preferences, which a judge lets build at the first start
+    c.random_flip = True  # both images of a pair or neither
+
+    config.loss = c = ConfigDict()  # livo_jax/losses.py
+    c.alpha = 500.0  # slope of the violating hinge
+    c.beta = 1000.0  # slope of the aligned hinge
+    c.gamma_1 = 1.0  # margin of the aligned hinge
+    c.gamma_2 = 0.5  # margin of the violating hinge
+    c.timesteps = (0, 1000)  # t is uniform over first .. last - 1
+    c.min_snr_gamma = 0.0  # weights the errors by min(snr, gamma) / snr (Hang et al. 2023: 5); 0 for none
+
+    config.train = c = ConfigDict()
+    c.steps = 15_000
+    c.batch_size = 8  # pairs, over all devices
+    c.accumulate = 1  # micro-batches in which a step works off its batch: less memory, the same numbers
+    c.remat = "none"  # what the UNet's blocks keep for the backward pass: none recomputes nothing, or dots, full
+    c.learning_rate = 1e-6
+    c.learning_rate_scaling = "none"  # "linear" or "sqrt" in batch_size / reference_batch_size
+    c.reference_batch_size = 8
+    c.warmup_steps = 0  # linear, from zero
+    c.schedule = "constant"  # or "cosine", to zero at the last step
+    c.b1, c.b2, c.eps, c.weight_decay = 0.9, 0.999, 1e-8, 1e-2  # AdamW
+    c.grad_clip = 1.0  # global norm
+    c.train_embeddings = True  # of tokens and positions
+    c.ema_decay = 0.0  # moving average of the value encoder, used in its place (try 0.999); 0 for none
+
+    config.sampling = c = ConfigDict()  # of pairs, samples and evaluation
+    c.sampler = "dpmsolver++"  # or dpmsolver++_karras, ddim, euler, pndm
+    c.steps = 25
+    c.guidance_scale = 7.5
+    c.prompt_layout = "padded"  # or "official": the value token and the prompt's own tokens alone
+    c.batch_size = 8  # images at once, over all devices
+
+    config.eval = c = ConfigDict()
+    c.seed = 0
+    c.template = "a photo of a {}"
+    c.seen = ("doctor", "nurse")
+    c.held_out = ("pilot", "cashier")
+    c.images_per_prompt = 50  # bias
+    c.harm_images_per_prompt = 50
+
+    config.checkpoint = ConfigDict({"every": 1000, "keep": 2})  # steps between checkpoints, how many stay
+    config.log = ConfigDict({"every": 50, "samples_every": 1000})
+
+    if variant == "smoke":
+        config.model, config.random_weights, config.dtype = str(EMBEDDED), True, "float32"
+        config.principles, config.judge = ("shape", "colour", "bloody"), "shapeworld"
+        c = config.preferences
+        c.scenes, c.templates = ("cook", "butcher"), ("a {}",)
+        c.pairs_per_scene = c.harm_pairs_per_scene = c.census_per_scene = 2
+        config.train.steps, config.checkpoint.every, config.log.every, config.log.samples_every = 2, 2, 1, 2
+        config.sampling.steps, config.sampling.guidance_scale, config.sampling.batch_size = 12, 1.1, 16
+        config.eval.seen, config.eval.held_out = ("cook",), ("baker",)
+        config.eval.images_per_prompt = config.eval.harm_images_per_prompt = 4
+    return config

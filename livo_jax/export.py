@@ -1,0 +1,149 @@
+"""A trained value encoder for PyTorch: transformers loads it, diffusers draws with it."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+
+from livo_jax.pretrained import read_json, save
+from livo_jax.values import load as load_values
+
+PIPELINE = pathlib.Path(__file__).with_name("diffusers_pipeline.py")
+SCHEDULERS = {  # of diffusers, for diffusion.SAMPLERS
+    "ddim": ("DDIMScheduler", {}),
+    "dpmsolver++": ("DPMSolverMultistepScheduler", {}),
+    "dpmsolver++_karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "pndm": ("PNDMScheduler", {}),
+}
+
+
+@contextlib.contextmanager
+def whole_or_not_at_all(directory: pathlib.Path):
+    """A new folder beside `directory` to write into, which gets its name when nothing failed.
+
+    Raises:
+        FileExistsError: `directory` exists.
+    """
+    if directory.exists():
+        raise FileExistsError(f"{directory} exists: remove it, or export to another --out")
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = pathlib.Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    try:
+        yield unfinished
+        unfinished.chmod(0o755)
+        unfinished.rename(directory)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def export(directory: str | os.PathLike, sd, value_encoder, config, results: list[dict] = (), recipe=None):
+    """Writes a value encoder as PyTorch's libraries read it.
+
+        value_encoder/   config.json and model.safetensors: a transformers CLIPTextModel, float32
+        tokenizer/       of the model that it belongs to
+        pipeline.py      a diffusers custom pipeline around both
+        README.md        a model card: how to use it, its recipe, its results
+
+    Args:
+        directory: to be made; it appears whole or not at all.
+        sd: the StableDiffusion that the value encoder was trained against.
+        config: its model, principles and sampling are used.
+        results: the rows of eval/results.json. recipe: the config.json of the run that trained it, if any.
+
+    Raises:
+        FileExistsError: `directory` exists.
+        ValueError: the config samples in the official layout, which the pipeline does not draw.
+    """
+    if config.sampling.prompt_layout != "padded":
+        raise ValueError(
+            f"config.sampling.prompt_layout={config.sampling.prompt_layout!r}: pipelines draw padded alone"
+        )
+    directory = pathlib.Path(directory).absolute()
+    scheduler, options = SCHEDULERS[config.sampling.sampler]
+    settings = {
+        "directory": str(directory), "scheduler": scheduler, "options": options,
+        "steps": config.sampling.steps, "guidance_scale": config.sampling.guidance_scale,
+    }  # fmt: skip
+    with whole_or_not_at_all(directory) as out:
+        published = read_json(sd.root / "text_encoder" / "config.json") | dataclasses.asdict(value_encoder.config)
+        published |= {"architectures": ["CLIPTextModel"], "dtype": "float32", "torch_dtype": "float32"}
+        # transformers before 5 needs the prefix, and 5 takes it.
+        save(value_encoder, out / "value_encoder", published, stem="model", prefix="text_model.")
+        shutil.copytree(sd.root / "tokenizer", out / "tokenizer")
+        lines = PIPELINE.read_text().splitlines(keepends=True)
+        (place,) = (i for i, line in enumerate(lines) if line.startswith("SETTINGS = "))
+        lines[place] = f"SETTINGS = {settings!r}\n"
+        (out / "pipeline.py").write_text("".join(lines))
+        (out / "README.md").write_text(card(directory, config, results, recipe))
+
+
+def card(directory: pathlib.Path, config, results, recipe) -> str:
+    """The model card, Markdown."""
+    values = load_values(config.principles)
+    base, first, sampling = config.model, values[0], config.sampling
+    statements = "\n".join(
+        f"- `{v.statement}` ({v.kind}): apply it to {v.keep_probability:.0%} of a prompt's images" for v in values
+    )
+    table = [
+        f"| {r['value']} | {r['split'].replace('_', ' ')} | {r['metric']} | {r['method']} | {r['mean']:.3f} |"
+        f" {r['ci95'][0]:.3f} to {r['ci95'][1]:.3f} | {r['images']} |"
+        for r in results
+    ]
+    if table:
+        table = ["| value | prompts | metric | method | mean | 95% interval | images |", "|---" * 7 + "|", *table]
+    trained = {name: recipe[name] for name in ("model", "seed", "loss", "train")} if recipe else {}
+    return f"""---
+library_name: diffusers
+base_model: {base}
+tags: [livo, stable-diffusion, text-to-image]
+---
+
+# LiVO value encoder for {base}
+
+A CLIP text model that reads a value and a prompt; its pooled output, one token put before the prompt's tokens,
+makes the frozen base model follow the value (LiVO, Wang et al., ACM MM 2024, arXiv 2410.12700). Written by livo_jax.
+
+It knows the values
+
+{statements}
+
+## Use
+
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained({base!r}, custom_pipeline={str(directory)!r}, trust_remote_code=True)
+images = pipe(
+    "a photo of a doctor", value={first.statement!r}, keep_probability={first.keep_probability}, num_images_per_prompt=4
+).images
+```
+
+`pipeline.py` beside this card is what that runs. It loads `value_encoder/` from where it was exported to; after
+moving the folder pass it as well, `value_encoder=CLIPTextModel.from_pretrained(FOLDER, subfolder="value_encoder")`
+with transformers' `CLIPTextModel`. In JAX:
+
+```python
+from livo_jax import StableDiffusion, ValueEncoder
+
+sd, ve = StableDiffusion.from_pretrained({base!r}), ValueEncoder.from_pretrained({str(directory)!r})
+images = sd.generate(
+    ["a photo of a doctor"] * 4, values={first.statement!r}, value_encoder=ve,
+    keep_probability={first.keep_probability},
+    sampler={sampling.sampler!r}, steps={sampling.steps}, guidance_scale={sampling.guidance_scale},
+)
+```
+
+## Results
+
+{"".join(line + chr(10) for line in table) or "It was not evaluated." + chr(10)}
+`base` is the model alone, `livo` the model with this value encoder, on the same prompts and noise.
+
+## Recipe
+
+{f"```json{chr(10)}{json.dumps(trained, indent=2)}{chr(10)}```" if trained else "Not trained here."}
+"""
