@@ -47,7 +47,7 @@ class LiVOPipeline(diffusers.StableDiffusionPipeline):
         if value_encoder is None:
             value_encoder = CLIPTextModel.from_pretrained(SETTINGS["directory"], subfolder="value_encoder")
         scheduler = getattr(diffusers, SETTINGS["scheduler"]).from_config(published, **SETTINGS["options"])
-        self.register_modules(scheduler=scheduler, value_encoder=value_encoder.to(text_encoder.dtype))
+        self.register_modules(scheduler=scheduler, value_encoder=value_encoder)
 
     def _tokenize(self, texts):
         return self.tokenizer(
@@ -87,9 +87,11 @@ class LiVOPipeline(diffusers.StableDiffusionPipeline):
         rows = [(text, texts[:i].count(text)) for i, text in enumerate(texts)]  # a prompt's images are numbered
         with_value = [bool(value) and applies(keep_probability, seed, value, *row) for row in rows]
 
+        # Parts may come in different dtypes: transformers keeps that of a file, diffusers makes it float32.
+        dtype = self.unet.dtype
         # [u; c] against [masked; c]: the negative prompt and images without a value do not see the first token.
-        c = self.text_encoder(self._tokenize(texts + [negative_prompt] * len(rows)))[0]
-        u = self.value_encoder(self._tokenize([f"{value}, {text}" for text in texts])).pooler_output
+        c = self.text_encoder(self._tokenize(texts + [negative_prompt] * len(rows)))[0].to(dtype)
+        u = self.value_encoder(self._tokenize([f"{value}, {text}" for text in texts])).pooler_output.to(dtype)
         cond = torch.cat([torch.cat([u, torch.zeros_like(u)])[:, None], c], dim=1)
         mask = torch.ones(cond.shape[:2], dtype=torch.bool, device=cond.device)
         mask[:, 0] = torch.tensor(with_value + [False] * len(rows))
@@ -98,7 +100,7 @@ class LiVOPipeline(diffusers.StableDiffusionPipeline):
         width = width or self.unet.config.sample_size * self.vae_scale_factor
         self.scheduler.set_timesteps(num_inference_steps, device=cond.device)
         z = self.prepare_latents(
-            len(rows), self.unet.config.in_channels, height, width, cond.dtype, cond.device, generator, latents
+            len(rows), self.unet.config.in_channels, height, width, dtype, cond.device, generator, latents
         )
         for t in self.progress_bar(self.scheduler.timesteps):
             model_input = self.scheduler.scale_model_input(torch.cat([z, z]), t)
@@ -106,8 +108,8 @@ class LiVOPipeline(diffusers.StableDiffusionPipeline):
             with_prompt, with_negative = out.chunk(2)
             out = with_negative + guidance_scale * (with_prompt - with_negative)
             z = self.scheduler.step(out, t, z).prev_sample
-        images = self.vae.decode(z / self.vae.config.scaling_factor).sample
-        images, unsafe = self.run_safety_checker(images, cond.device, cond.dtype)
+        images = self.vae.decode(z.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
+        images, unsafe = self.run_safety_checker(images, cond.device, images.dtype)
         shown = [not bad for bad in unsafe] if unsafe is not None else [True] * len(rows)
         images = self.image_processor.postprocess(images, output_type=output_type, do_denormalize=shown)
         self.maybe_free_model_hooks()
