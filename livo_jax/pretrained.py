@@ -170,8 +170,19 @@ def load(model_class, directory: pathlib.Path, dtype=jnp.float32, *, variant=Non
 def initialise(model_class, directory: pathlib.Path, dtype=jnp.float32, *, seed: int = 0, sharding=None):
     """A module of a component directory's config.json with random weights, the same in every dtype."""
     config = read_config(model_class, directory)
-    graph, params = split(model_class(config, rngs=nnx.Rngs(seed)))
-    return nnx.merge(graph, jax.device_put(jax.tree.map(lambda x: x.astype(dtype), params), sharding))
+    graph, abstract = split(nnx.eval_shape(lambda: model_class(config, rngs=nnx.Rngs(0))))
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):  # on the host: hundreds of small draws on a device are as many compilations
+        kind = path[-1].key
+        if kind in ("kernel", "embedding"):
+            deviation = 0.02 if kind == "embedding" else np.prod(leaf.shape[:-1]) ** -0.5
+            array = deviation * rng.standard_normal(leaf.shape, np.float32)
+        else:
+            array = np.full(leaf.shape, kind == "scale", np.float32)
+        return jax.device_put(array.astype(dtype), sharding)
+
+    return nnx.merge(graph, jax.tree_util.tree_map_with_path(draw, abstract))
 
 
 def save(module, directory: pathlib.Path, config: dict, *, stem: str, prefix: str = "", dtype=np.float32):

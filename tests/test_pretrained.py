@@ -182,7 +182,9 @@ def test_random_weights_of_an_architecture(published, sd):
         one, other, ours = (split(getattr(model, part))[1] for model in (random, again, sd))
         jax.tree.map(np.testing.assert_array_equal, one, other)
         assert jax.tree.map(jnp.shape, one) == jax.tree.map(jnp.shape, ours)
-    assert np.isfinite(random.unet(np.ones((1, 16, 16, 4)), np.ones(1), np.ones((1, 3, 20)))).all()
+        assert {x.dtype for x in jax.tree.leaves(one)} == {jnp.dtype(jnp.bfloat16)}
+    pooled = random.text_encoder(sd.tokenize(["a baker", "a cook"])).pooled.astype(jnp.float32)
+    assert np.isfinite(pooled).all() and np.abs(pooled[0] - pooled[1]).max() > 0.1
 
 
 @pytest.mark.parametrize(
