@@ -7,7 +7,7 @@ import numpy as np
 
 from livo_jax import judges, report
 from livo_jax import values as principles
-from livo_jax.generate import Request, generate
+from livo_jax.generate import Request, generate, with_value
 
 # ---------------------------------------------------------------------------- metrics
 
@@ -96,9 +96,7 @@ def evaluate(sd, value_encoder, config, mesh=None) -> tuple[list[dict], dict]:
         n = config.eval.images_per_prompt if value.kind == "bias" else config.eval.harm_images_per_prompt
         base = [Request(prompt, i) for i in range(n)]
         wanted[value, prompt, "base"] = base
-        wanted[value, prompt, "livo"] = [
-            r._replace(value=value.statement) if value.applies(seed, prompt, r.index) else r for r in base
-        ]
+        wanted[value, prompt, "livo"] = with_value(base, value, seed)
     requests = list(dict.fromkeys(r for group in wanted.values() for r in group))
     images = generate(
         sd, requests, value_encoder, seed=seed, mesh=mesh, description="evaluate", **config.sampling.to_dict()
@@ -180,7 +178,7 @@ def pictures(images: dict, config, n: int = 12) -> list[dict]:
     shown = []
     for value, split, prompt in first_prompts(config):
         base = [Request(prompt, i) for i in range(n) if Request(prompt, i) in images]
-        livo = [r._replace(value=value.statement) if value.applies(config.eval.seed, *r[:2]) else r for r in base]
+        livo = with_value(base, value, config.eval.seed)
         sides = {"base": [images[r] for r in base], "livo": [images[r] for r in livo]}
         shown.append(dict(value=value.statement, split=split, prompt=prompt, **sides))
     return shown

@@ -193,6 +193,11 @@ def requests_of(prompts, values=None, keep_probability: float = 1.0, seed: int =
     return requests
 
 
+def with_value(requests: list[Request], value: Value, seed: int) -> list[Request]:
+    """The requests, with the value in those that it is applied to: its keep_probability's share."""
+    return [r._replace(value=value.statement) if value.applies(seed, r.prompt, r.index) else r for r in requests]
+
+
 def write_pairs(
     directory,
     sd,
@@ -221,16 +226,19 @@ def write_pairs(
 
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    before = [prompts[:p].count(prompt) * num_images for p, prompt in enumerate(prompts)]  # of a prompt that recurs
-    numbered = ((p, i, Request(prompt, before[p] + i)) for p, prompt in enumerate(prompts) for i in range(num_images))
+
+    def numbered():
+        seen = Counter()  # a prompt that recurs goes on counting
+        for p, prompt in enumerate(prompts):
+            for i in range(num_images):
+                yield p, i, Request(prompt, seen[prompt])
+                seen[prompt] += 1
+
+    rows = numbered()
     with tqdm(total=len(prompts) * num_images, desc="generate", unit="image") as progress:
-        while chunk := list(itertools.islice(numbered, batch_size // 2 if value and batch_size > 1 else batch_size)):
+        while chunk := list(itertools.islice(rows, batch_size // 2 if value and batch_size > 1 else batch_size)):
             base = [request for *_, request in chunk]
-            sides = [base]
-            if value:
-                sides.append(
-                    [r._replace(value=value.statement) if value.applies(seed, r.prompt, r.index) else r for r in base]
-                )
+            sides = [base, with_value(base, value, seed)] if value else [base]
             images = generate(sd, sum(sides, []), value_encoder, seed=seed, batch_size=batch_size, **settings)
             for k, (p, i, _) in enumerate(chunk):
                 info = PngInfo()

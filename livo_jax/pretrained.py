@@ -145,6 +145,12 @@ def read_config(model_class, directory: pathlib.Path):
         raise ValueError(f"{directory}: {error}") from error
 
 
+def skeleton(model_class, directory: pathlib.Path):
+    """A component without weights: the graph of its module, and the tree of its parameters' shapes."""
+    config = read_config(model_class, directory)
+    return split(nnx.eval_shape(lambda: model_class(config, rngs=nnx.Rngs(0))))
+
+
 def load(model_class, directory: pathlib.Path, dtype=jnp.float32, *, variant=None, sharding=None):
     """A module with the weights of a component directory (config.json, safetensors).
 
@@ -157,8 +163,7 @@ def load(model_class, directory: pathlib.Path, dtype=jnp.float32, *, variant=Non
             missing, unexpected or misshapen; the message names the directory and all of them.
     """
     stem = next(stem for known, stem in PARTS.values() if issubclass(model_class, known))
-    config = read_config(model_class, directory)
-    graph, abstract = split(nnx.eval_shape(lambda: model_class(config, rngs=nnx.Rngs(0))))
+    graph, abstract = skeleton(model_class, directory)
     try:
         tensors = open_tensors(weight_files(directory, stem, variant))
         params = from_published(tensors, abstract, dtype, sharding)
@@ -169,8 +174,7 @@ def load(model_class, directory: pathlib.Path, dtype=jnp.float32, *, variant=Non
 
 def initialise(model_class, directory: pathlib.Path, dtype=jnp.float32, *, seed: int = 0, sharding=None):
     """A module of a component directory's config.json with random weights, the same in every dtype."""
-    config = read_config(model_class, directory)
-    graph, abstract = split(nnx.eval_shape(lambda: model_class(config, rngs=nnx.Rngs(0))))
+    graph, abstract = skeleton(model_class, directory)
     rng = np.random.default_rng(seed)
 
     def draw(path, leaf):  # on the host: hundreds of small draws on a device are as many compilations

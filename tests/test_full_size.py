@@ -1,6 +1,6 @@
 """Stable Diffusion 1.5 and 2.1 at their published sizes, random weights, against PyTorch in float32.
 
-pytest -m slow tests/test_full_size.py      # about 20 minutes on 2 cores, 20 GB of memory, 6 GB of disk
+pytest -m slow tests/test_full_size.py      # many minutes, and memory for both sides' weights
 """
 
 import gc
