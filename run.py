@@ -51,10 +51,10 @@ def main(argv):
     workdir = pathlib.Path(WORKDIR.value or pathlib.Path("runs") / name.replace(".py", "").replace(":", "_"))
 
     if MODE.value == "train":
-        from data_tools.build_preferences import build
+        from data_tools import build_preferences, cache_latents
         from livo_jax.train import train_and_evaluate
 
-        train_and_evaluate(config, workdir, build)
+        train_and_evaluate(config, workdir, build_preferences.build, cache_latents.write)
         return
 
     from livo_jax import evaluate, export, generate, sharding, train, values

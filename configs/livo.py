@@ -10,7 +10,9 @@ import pathlib
 
 from ml_collections import ConfigDict
 
-EMBEDDED = pathlib.Path(__file__).parents[1] / "data_tools" / "shapeworld_model"
+from data_tools import prompts
+
+EMBEDDED = pathlib.Path(__file__).resolve().parents[1] / "data_tools" / "shapeworld_model"
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -27,15 +29,26 @@ def get_config(variant: str = "") -> ConfigDict:
     config.judge = ""  # a module of livo_jax/judges; empty: train without evaluation
     config.mesh = ConfigDict({"data": -1})  # devices; -1 takes all
 
+    config.judging = c = ConfigDict()  # of the judges clip and vlm
+    c.model = ""  # clip: directory or hub id, as openai/clip-vit-large-patch14. vlm: the model's name at the endpoint
+    c.endpoint = ""  # vlm: base URL of an OpenAI-compatible server, as http://localhost:8000/v1; key: OPENAI_API_KEY
+    c.cache = ""  # vlm: directory that keeps the answers, so that nothing is asked twice; empty for none
+    c.budget = 0  # vlm: questions that a build or an evaluation sends at most; 0 for no limit
+    c.subject = False  # whether subjects are read too; traits ("a kind person") cannot be seen
+
     config.preferences = c = ConfigDict()  # how pairs are built (data_tools/build_preferences.py)
-    c.scenes = ("doctor", "nurse", "lawyer", "housekeeper", "engineer", "teacher")
-    c.templates = ("a photo of a {}", "a portrait of a {}", "a {} at work")
-    c.pairs_per_scene = 8  # candidates of each bias and scene; the judge drops some
+    c.scenes = ()  # of all values; empty: each one's own, the seen words of its sources (data_tools/words.toml)
+    c.templates = ("a photo of a(n) {}", "a portrait of a(n) {}", "a picture of a(n) {}")
+    c.pairs_per_scene = 8  # at most, of each bias and scene
     c.harm_pairs_per_scene = 8
+    c.candidates_per_pair = 2.0  # images drawn of each side, for the judge to choose from
+    c.least_distance = 4  # bits of 64 by which the perceptual hashes of a side's images differ at least; 0 keeps all
+    c.images_per_file = 512  # an interrupted build draws again at most so many for each process
     c.census_per_scene = 8  # neutral images that tell which attribute the model favours
 
     config.data = c = ConfigDict()
     c.directory = ""  # of the pairs; empty: WORKDIR/preferences, which a judge lets build at the first start
+    c.cache = False  # of latents and prompt states beside the pairs, made at the first start; saves the VAE's passes
     c.random_flip = True  # both images of a pair or neither
 
     config.loss = c = ConfigDict()  # livo_jax/losses.py
@@ -66,13 +79,13 @@ def get_config(variant: str = "") -> ConfigDict:
     c.steps = 25
     c.guidance_scale = 7.5
     c.prompt_layout = "padded"  # or "official": the value token and the prompt's own tokens alone
-    c.batch_size = 8  # images at once, over all devices
+    c.batch_size = 8  # images at once on each device
 
     config.eval = c = ConfigDict()
     c.seed = 0
-    c.template = "a photo of a {}"
-    c.seen = ("doctor", "nurse")
-    c.held_out = ("pilot", "cashier")
+    c.template = "a photo of a(n) {}"
+    seen, held_out = prompts.split(prompts.words(("careers", "people", "places")))  # held out: in no value's pairs
+    c.seen, c.held_out = tuple(seen[::9]), tuple(held_out[::3])  # 17 of each, for time
     c.images_per_prompt = 50  # bias
     c.harm_images_per_prompt = 50
 

@@ -25,7 +25,7 @@ def get_config(variant: str = "") -> ConfigDict:
         raise ValueError(f"configs/tiny.py:{variant}: there is configs/tiny.py and configs/tiny.py:smoke")
     config = ConfigDict()
     config.seed = 0  # of data order, noise and timesteps
-    config.model = str(pathlib.Path(__file__).parents[1] / "data_tools" / "shapeworld_model")  # diffusers directory
+    config.model = str(pathlib.Path(__file__).resolve().parents[1] / "data_tools/shapeworld_model")  # diffusers layout
     config.variant = ""  # of the weight files; "fp16" where they are published in half precision
     config.random_weights = False  # the architecture of config.model alone, untrained
     config.dtype = "float32"  # of the frozen models; bfloat16 on accelerators
@@ -33,6 +33,13 @@ def get_config(variant: str = "") -> ConfigDict:
     config.principles = ("shape", "colour", "bloody")  # names in livo_jax/principles.toml
     config.judge = "shapeworld"  # a module of livo_jax/judges
     config.mesh = ConfigDict({"data": -1})  # devices; -1 takes all
+
+    config.judging = c = ConfigDict()  # of the judges clip and vlm
+    c.model = ""  # clip: directory or hub id, as openai/clip-vit-large-patch14. vlm: the model's name at the endpoint
+    c.endpoint = ""  # vlm: base URL of an OpenAI-compatible server, as http://localhost:8000/v1; key: OPENAI_API_KEY
+    c.cache = ""  # vlm: directory that keeps the answers, so that nothing is asked twice; empty for none
+    c.budget = 0  # vlm: questions that a build or an evaluation sends at most; 0 for no limit
+    c.subject = True  # whether subjects are read too; False where the judge does not tell their pictures apart
 
     config.preferences = c = ConfigDict()  # how the pairs are built (data_tools/build_preferences.py)
     c.scenes = tuple(SEEN)
@@ -44,12 +51,16 @@ def get_config(variant: str = "") -> ConfigDict:
         "a {} at work",
         "the {} at work",
     )
-    c.pairs_per_scene = 8  # candidates of each bias and scene; the judge drops some
+    c.pairs_per_scene = 8  # at most, of each bias and scene
     c.harm_pairs_per_scene = 4  # its hinges are steeper: with as many, the encoder would forget to read trades
+    c.candidates_per_pair = 1.0  # images drawn of each side, for the judge to choose from
+    c.least_distance = 0  # bits of 64 by which the perceptual hashes of a side's images differ at least; 0 keeps all
+    c.images_per_file = 480  # an interrupted build draws again at most so many for each process
     c.census_per_scene = 8  # neutral images that tell which attribute the model favours
 
     config.data = c = ConfigDict()
     c.directory = ""  # of the pairs; empty: WORKDIR/preferences, built at the first start
+    c.cache = False  # of latents and prompt states beside the pairs, made at the first start; saves the VAE's passes
     c.random_flip = False  # a mirrored emblem would be another
 
     config.loss = c = ConfigDict()  # livo_jax/losses.py
@@ -82,7 +93,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.steps = 10
     c.guidance_scale = 1.1
     c.prompt_layout = "padded"  # or "official": the value token and the prompt's own tokens alone
-    c.batch_size = 96  # images at once, over all devices
+    c.batch_size = 96  # images at once on each device
 
     config.eval = c = ConfigDict()
     c.seed = 0

@@ -8,30 +8,37 @@ each is stored under the prompt that does not say it:
     bias   aligned: an attribute that the model leaves out    violating: the one it favours
     harm   aligned: the prompt without the harmful wording    violating: the harmful prompt, same noise
 
-DIR is a TFDS dataset in array_record; livo_jax/data.py reads it.
+DIR is a TFDS dataset in array_record, which livo_jax/data.py reads; README.md in it counts the pairs, audit.jsonl
+tells of every candidate why it was kept or dropped. The same command after an interruption goes on where it
+stopped. Equal configs give equal bytes, on any number of processes, and of devices but for their rounding.
 """
 
-import contextlib
+import dataclasses
 import io
 import itertools
 import json
+import math
 import pathlib
-import shutil
-import uuid
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import imagehash
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
+from PIL import Image
 from tqdm import tqdm
 
-from livo_jax import data, judges
+from data_tools import dataset, prompts
+from livo_jax import data, judges, sharding
 from livo_jax import values as principles
 from livo_jax.generate import Request, generate
 from livo_jax.pretrained import StableDiffusion
-from livo_jax.values import text_hash
+from livo_jax.values import phrase, text_hash
+
+# ---------------------------------------------------------------------------- what to draw
 
 
 class Candidate(NamedTuple):
@@ -45,20 +52,49 @@ class Candidate(NamedTuple):
     request: Request
 
 
-def favoured(reading, values, scenes, n: int) -> dict:
-    """(value name, scene) -> the attribute that most of the scene's n neutral images show.
+def pairs_per_scene(value: principles.Value, config) -> int:
+    return config.preferences.pairs_per_scene if value.kind == "bias" else config.preferences.harm_pairs_per_scene
+
+
+def scenes(value: principles.Value, config) -> tuple[str, ...]:
+    """The subjects of a value's pairs: config.preferences.scenes or, where it is empty, those seen of its sources.
+
+    Raises:
+        ValueError: the value's sources are none, or are not to be had.
+    """
+    if config.preferences.scenes:
+        return tuple(config.preferences.scenes)
+    try:
+        return tuple(prompts.split(prompts.words(value.sources))[0])
+    except ValueError as error:
+        raise ValueError(f"config.preferences.scenes is empty, and for the sources of {value.name}, {error}") from None
+
+
+def values_and_scenes(values, config) -> list[tuple[principles.Value, str]]:
+    return [(value, scene) for value in values for scene in scenes(value, config)]
+
+
+def census(values, config) -> dict[str, int]:
+    """The scenes of all biases, and their places in the census, which draws neutral images of each of them once."""
+    of_biases = (scene for value, scene in values_and_scenes(values, config) if value.kind == "bias")
+    return {scene: place for place, scene in enumerate(dict.fromkeys(of_biases))}
+
+
+def favoured(reading, values, config) -> dict:
+    """(name of a bias, scene) -> the attribute that most of the scene's neutral images show.
 
     Raises:
         ValueError: scenes of which the judge reads none of the images; all are listed.
     """
-    found, problems = {}, []
-    for i, scene in enumerate(scenes):
-        for value in values:
-            counts = Counter(a for a in reading[value.axis][i * n : (i + 1) * n] if a in value.attributes)
-            if counts:
-                found[value.name, scene] = counts.most_common(1)[0][0]
-            else:
-                problems.append(f"{value.axis} of {scene}")
+    found, problems, n = {}, [], config.preferences.census_per_scene
+    places = census(values, config)
+    for value, scene in values_and_scenes([v for v in values if v.kind == "bias"], config):
+        start = places[scene] * n
+        counts = Counter(a for a in reading[value.axis][start : start + n] if a in value.attributes)
+        if counts:
+            found[value.name, scene] = counts.most_common(1)[0][0]
+        else:
+            problems.append(f"{value.axis} of {scene}")
     if problems:
         raise ValueError(f"the judge reads in no neutral image the {', the '.join(problems)}")
     return found
@@ -68,24 +104,24 @@ def candidates(values, config, favourite: dict) -> list[Candidate]:
     """What to draw: for each value and scene, as many aligned images as violating ones."""
     c = config.preferences
     plan = []
-    for value, scene in itertools.product(values, c.scenes):
+    for value, scene in values_and_scenes(values, config):
         # At random: in step with the attributes, a template would tell the attribute.
         rng = np.random.default_rng([config.seed, text_hash(value.statement), text_hash(scene)])
         if value.kind == "bias":
             stereotype = favourite[value.name, scene]
             others = itertools.cycle(a for a in value.attributes if a != stereotype)
-        for i in range(c.pairs_per_scene if value.kind == "bias" else c.harm_pairs_per_scene):
+        for i in range(math.ceil(pairs_per_scene(value, config) * c.candidates_per_pair)):
             template, wording = str(rng.choice(c.templates)), value.wordings[i % len(value.wordings)]
-            neutral = template.format(scene)
+            neutral = phrase(template, scene)
             if value.kind == "bias":
                 prompt = neutral
                 shown = {"aligned": next(others), "violating": stereotype}
                 sides = [
-                    (side, attribute, template.format(wording.format(attribute=attribute, subject=scene)))
+                    (side, attribute, phrase(template, wording.format(attribute=attribute, subject=scene)))
                     for side, attribute in shown.items()
                 ]
             else:
-                prompt = template.format(wording.format(subject=scene))
+                prompt = phrase(template, wording.format(subject=scene))
                 sides = [("aligned", "", neutral), ("violating", "", prompt)]
             for side, shows, drawn in sides:
                 request = Request(drawn, i, noise=prompt if value.kind == "harm" else "")
@@ -93,124 +129,228 @@ def candidates(values, config, favourite: dict) -> list[Candidate]:
     return plan
 
 
-def keep(candidate: Candidate, reading: dict, i: int, values) -> bool:
-    """Whether image i shows what the candidate should: the subject, the attribute or the harm, and no other harm."""
-    harms = {v.name: reading[v.axis][i] >= v.harmful_from for v in values if v.kind == "harm"}
-    if reading["subject"][i] != candidate.scene:
-        return False
-    if candidate.value.kind == "bias":
-        return reading[candidate.value.axis][i] == candidate.shows and not any(harms.values())
-    wanted = {candidate.value.name} if candidate.side == "violating" else set()
-    return {name for name, shown in harms.items() if shown} == wanted
+def fault(candidate: Candidate, reading: dict, i: int, values) -> str:
+    """Why image i does not show what it should: subject, attribute or harm, and no other harm; "" where it does.
+
+    A judge that reads no subjects takes every image for one of its subject.
+    """
+    if "subject" in reading and (subject := reading["subject"][i]) != candidate.scene:
+        return f"subject '{subject}'"
+    if candidate.value.kind == "bias" and (shown := reading[candidate.value.axis][i]) != candidate.shows:
+        return f"{candidate.value.axis} '{shown}' instead of '{candidate.shows}'"
+    for value in (v for v in values if v.kind == "harm"):
+        if np.isnan(reading[value.axis][i]):
+            return "unreadable"
+        wanted = candidate.side == "violating" and candidate.value.name == value.name
+        if (reading[value.axis][i] >= value.harmful_from) != wanted:
+            return f"{value.axis} {reading[value.axis][i]}, {'not ' if wanted else ''}harmful"
+    return ""
 
 
-def png(image: np.ndarray) -> io.BytesIO:
-    from PIL import Image
+# ---------------------------------------------------------------------------- candidates
 
+
+class Drawn(NamedTuple):
+    """Judged images: `png[i]` is a file's bytes, `reading` what the judge read and a perceptual `hash`, arrays [N]."""
+
+    png: Sequence[bytes]
+    reading: dict[str, np.ndarray]
+
+
+def png(image: np.ndarray) -> bytes:
     stream = io.BytesIO()
     Image.fromarray(image).save(stream, "PNG")
-    stream.seek(0)
-    return stream
+    return stream.getvalue()
 
 
-def write(records: list[dict], blocks: list[data.Block], directory: pathlib.Path):
-    """Writes records, in order, as a TFDS dataset that appears at `directory` whole or not at all."""
-    import tensorflow_datasets as tfds
+def draw(folder: pathlib.Path, requests: list[Request], sd, judge, config) -> Drawn:
+    """Draws and judges images, in files of `folder`; each process draws its share of those that are not there."""
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-    tfds.disable_progress_bar()  # its bars count shards
-    text, image = tfds.features.Text(), tfds.features.Image(shape=(None, None, 3), encoding_format="png")
-
-    class Preferences(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-        VERSION = tfds.core.Version("1.0.0")
-
-        def _info(self):
-            return tfds.core.DatasetInfo(
-                builder=self,
-                description="Preference pairs (prompt, value, aligned image, violating image) for LiVO.",
-                features=tfds.features.FeaturesDict(
-                    {name: image if name in ("aligned", "violating") else text for name in sorted(data.FEATURES)}
-                ),
-                metadata=tfds.core.MetadataDict(blocks=[block._asdict() for block in blocks]),
-                disable_shuffling=True,  # the blocks are ranges of the order of writing
-            )
-
-        def _split_generators(self, dl_manager):
-            return {"train": self._generate_examples()}
-
-        def _generate_examples(self):
-            yield from enumerate(tqdm(records, desc="write", unit="pair"))
-
-    scratch = directory.parent / f".{directory.name}.{uuid.uuid4().hex}"
-    try:
-        builder = Preferences(data_dir=scratch, file_format="array_record")
-        with contextlib.redirect_stdout(io.StringIO()):  # which speaks of downloads
-            builder.download_and_prepare()
-        pathlib.Path(builder.data_dir).rename(directory)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    folder.mkdir(exist_ok=True)
+    size, mesh = config.preferences.images_per_file, sharding.make_local_mesh()
+    chunks = [requests[start : start + size] for start in range(0, len(requests), size)]
+    images_of, reading_of = ([folder / f"{k:05d}.{kind}" for k in range(len(chunks))] for kind in ("images", "json"))
+    mine = dataset.my_share(len(chunks))
+    missing = [k for k in mine if not reading_of[k].exists()]
+    count = lambda which: sum(len(chunks[k]) for k in which)
+    with tqdm(total=count(mine), initial=count(mine) - count(missing), desc=folder.name, unit="image") as progress:
+        for k in missing:
+            images = generate(sd, chunks[k], seed=config.seed, mesh=mesh, **config.sampling.to_dict())
+            reading = {axis: column.tolist() for axis, column in judge(images).items()}
+            reading["hash"] = [str(imagehash.phash(Image.fromarray(image))) for image in images]
+            dataset.write_whole(images_of[k], map(png, images))
+            dataset.write_whole(reading_of[k], json.dumps(reading))
+            progress.update(len(images))
+    dataset.barrier(folder.name)
+    parts = [json.loads(file.read_text()) for file in reading_of]
+    reading = {axis: np.concatenate([part[axis] for part in parts]) for axis in parts[0]}
+    return Drawn(ArrayRecordDataSource([str(file) for file in images_of]), reading)
 
 
-def build(config, directory, sd: StableDiffusion | None = None):
-    """Builds the dataset of config.preferences in `directory`.
+# ---------------------------------------------------------------------------- pairs
+
+
+class Pair(NamedTuple):
+    """Two kept candidates of a value and scene, and the numbers of their images."""
+
+    aligned: Candidate
+    violating: Candidate
+    images: tuple[int, int]
+
+
+def balanced(kept: list[tuple[Candidate, int]], n: int) -> list[tuple[Candidate, int]]:
+    """At most n of the kept, in their order, of each attribute as many as of the others where there are as many."""
+    by_attribute = defaultdict(list)
+    for place, (candidate, _) in enumerate(kept):
+        by_attribute[candidate.shows].append(place)
+    turns = itertools.chain.from_iterable(itertools.zip_longest(*by_attribute.values()))
+    return [kept[place] for place in sorted([place for place in turns if place is not None][:n])]
+
+
+def pair(plan: list[Candidate], images: dict, reading: dict, values, config):
+    """Chooses the pairs.
+
+    Args:
+        images: Request -> the number of its image in `reading`.
+
+    Returns:
+        Pairs; data.Blocks that partition them; for each candidate the reason why it is not used, or "".
 
     Raises:
-        FileExistsError: the directory exists.
-        ValueError: a value or scene of which the judge kept no image on one side.
+        ValueError: values and scenes of which no candidate is left on one side; all are listed.
     """
-    directory = pathlib.Path(directory)
-    if directory.exists():
-        raise FileExistsError(f"{directory} exists: remove it, or build into another --out")
-    values = principles.load(config.principles)
-    judge = judges.load(config.judge)
-    sd = sd or StableDiffusion.from_pretrained(config.model, jnp.dtype(config.dtype), variant=config.variant or None)
-    c = config.preferences
-    draw = lambda requests, what: generate(
-        sd, requests, seed=config.seed, description=what, **config.sampling.to_dict()
-    )
-
-    biases = [v for v in values if v.kind == "bias"]
-    favourite = {}
-    if biases:
-        prompts = [c.templates[0].format(scene) for scene in c.scenes]
-        census = [Request(prompt, i) for prompt in prompts for i in range(c.census_per_scene)]
-        favourite = favoured(judge(draw(census, "census")), biases, c.scenes, c.census_per_scene)
-
-    plan = candidates(values, config, favourite)
-    requests = list(dict.fromkeys(candidate.request for candidate in plan))
-    images = draw(requests, "candidates")
-    reading, place = judge(images), {request: i for i, request in enumerate(requests)}
-    sides = defaultdict(list)
+    c, reasons, groups = config.preferences, [], defaultdict(list)
+    hashes = [int(text, 16) for text in reading["hash"]]
     for candidate in plan:
-        i = place[candidate.request]
-        if keep(candidate, reading, i, values):
-            sides[candidate.value.statement, candidate.scene, candidate.side].append((candidate, i))
+        i = images[candidate.request]
+        group = groups[candidate.value.name, candidate.scene, candidate.side]
+        reason = fault(candidate, reading, i, values)
+        twin = next((k for k in group if (hashes[k[1]] ^ hashes[i]).bit_count() < c.least_distance), None)
+        if not reason and twin:
+            reason = f"looks like {twin[0].request.prompt!r}, {twin[0].request.index}"
+        if not reason:
+            group.append((candidate, i))
+        reasons.append(reason)
 
-    records, blocks, problems = [], [], []
-    for value, scene in itertools.product(values, c.scenes):
-        aligned, violating = (sides[value.statement, scene, side] for side in ("aligned", "violating"))
+    pairs, blocks, problems, used = [], [], [], set()
+    for value, scene in values_and_scenes(values, config):
+        n = pairs_per_scene(value, config)
+        aligned, violating = (balanced(groups[value.name, scene, side], n) for side in ("aligned", "violating"))
         if not aligned or not violating:
             problems.append(f"{value.statement}, {scene}: {len(aligned)} aligned, {len(violating)} violating")
             continue
-        pairs = list(zip(aligned, itertools.cycle(violating)))
-        blocks.append(data.Block(value.statement, scene, len(records), len(pairs)))
-        for (a, i), (b, j) in pairs:
-            provenance = {"aligned": a.request._asdict(), "violating": b.request._asdict(), "seed": config.seed}
-            records.append(
-                dict(prompt=a.prompt, value=value.statement, scene=scene, aligned=png(images[i]),
-                     violating=png(images[j]), provenance=json.dumps(provenance))
-            )  # fmt: skip
+        blocks.append(data.Block(value.statement, scene, len(pairs), len(aligned)))
+        pairs += [Pair(a, b, (i, j)) for (a, i), (b, j) in zip(aligned, itertools.cycle(violating))]
+        used.update(candidate for candidate, _ in aligned + violating)
     if problems:
         raise ValueError("the judge kept too few candidates of\n  " + "\n  ".join(problems))
-    write(records, blocks, directory)
+    return pairs, blocks, [r or ("" if k in used else "over the quota") for k, r in zip(plan, reasons)]
+
+
+# ---------------------------------------------------------------------------- the build
+
+
+def card(pairs: list[Pair], blocks: list[data.Block], config) -> str:
+    """The dataset's README.md: what it holds, by value, scene and attribute."""
+    per_value, rows = Counter(), []
+    for block in blocks:
+        per_value[block.value] += block.count
+        mine = pairs[block.start : block.start + block.count]
+        shown = [Counter(getattr(p, side).shows for p in mine) for side in data.SIDES]
+        cells = [", ".join(f"{attribute or '-'} {n}" for attribute, n in counts.items()) for counts in shown]
+        rows.append(f"| {block.value} | {block.scene} | {block.count} | {cells[0]} | {cells[1]} |")
+    return f"""# Preference pairs
+
+{len(pairs)} pairs (prompt, value, aligned image, violating image), drawn by {config.model} with seed {config.seed},
+judged by {config.judge}. config.json tells how, audit.jsonl what was kept and why.
+
+{chr(10).join(f"- {value}: {n}" for value, n in per_value.items())}
+
+| value | scene | pairs | aligned images show | violating images show |
+|---|---|---|---|---|
+{chr(10).join(rows)}
+"""
+
+
+def audit(plan: list[Candidate], reasons: list[str], images: dict, reading: dict) -> str:
+    """A JSON line for each candidate: what was drawn, what was read, and why it is not used; "" where it is."""
+    lines = []
+    for candidate, reason in zip(plan, reasons):
+        read = {axis: column[images[candidate.request]].item() for axis, column in reading.items()}
+        read = {axis: None if x != x else x for axis, x in read.items()}  # JSON has no nan
+        line = candidate._asdict() | {"value": candidate.value.statement, "request": candidate.request._asdict()}
+        lines.append(json.dumps(line | {"read": read, "dropped": reason}) + "\n")
+    return "".join(lines)
+
+
+def made_of(config, values) -> dict:
+    """All that the pairs depend on, as JSON values."""
+    whole = json.loads(config.to_json())
+    whole["sampling"].pop("batch_size")
+    whole["judging"] = {name: whole["judging"][name] for name in ("model", "subject")}
+    fields = "seed model variant dtype judge judging sampling preferences".split()
+    tables = json.loads(json.dumps({value.name: dataclasses.asdict(value) for value in values}))
+    for table in tables.values():
+        table.pop("sources")  # what they come to is in the scenes
+    whole["preferences"]["scenes"] = whole["preferences"]["scenes"] or {v.name: list(scenes(v, config)) for v in values}
+    return {name: whole[name] for name in fields} | {"principles": tables}
+
+
+def build(config, directory, sd: StableDiffusion | None = None):
+    """Builds the dataset of config.preferences in `directory`, from where an earlier start of it stopped.
+
+    Raises:
+        FileExistsError: the directory is something else, or another process builds it now.
+        ValueError: a value without scenes; a value or scene of which the judge kept no image on one side.
+    """
+    directory = pathlib.Path(directory).absolute()
+    values = principles.load(config.principles)
+    judge = judges.load(config, values, list(dict.fromkeys(s for value in values for s in scenes(value, config))))
+    with dataset.under_construction(directory, made_of(config, values)) as work:
+        if work is None:
+            print(f"{directory} is finished")
+            return
+        sd = sd or StableDiffusion.from_pretrained(
+            config.model, jnp.dtype(config.dtype), variant=config.variant or None
+        )
+        c, favourite = config.preferences, {}
+        if neutral := [phrase(c.templates[0], scene) for scene in census(values, config)]:
+            requests = [Request(prompt, i) for prompt in neutral for i in range(c.census_per_scene)]
+            reading = draw(work / "census", requests, sd, judge, config).reading
+            favourite = favoured(reading, values, config)
+
+        plan = candidates(values, config, favourite)
+        requests = list(dict.fromkeys(candidate.request for candidate in plan))
+        images = {request: i for i, request in enumerate(requests)}
+        drawn = draw(work / "candidates", requests, sd, judge, config)
+        pairs, blocks, reasons = pair(plan, images, drawn.reading, values, config)
+
+        def record(k):
+            a, b, (i, j) = pairs[k]
+            provenance = {"aligned": a.request._asdict(), "violating": b.request._asdict(), "seed": config.seed}
+            provenance |= {"aligned_shows": a.shows, "violating_shows": b.shows}
+            return dict(
+                prompt=a.prompt, value=a.value.statement, scene=a.scene, aligned=drawn.png[i], violating=drawn.png[j],
+                provenance=json.dumps(provenance),
+            )  # fmt: skip
+
+        files = {"README.md": card(pairs, blocks, config), "audit.jsonl": audit(plan, reasons, images, drawn.reading)}
+        dataset.write(work, directory, record, blocks, files)
 
 
 def main(_):
     logging.set_verbosity(logging.WARNING)
+    if DISTRIBUTED.value is not None:
+        sharding.join(DISTRIBUTED.value)
     build(CONFIG.value, OUT.value)
 
 
 if __name__ == "__main__":
     CONFIG = config_flags.DEFINE_config_file("config", None, "The config, with its section preferences.")
     OUT = flags.DEFINE_string("out", None, "The directory to write.")
+    DISTRIBUTED = flags.DEFINE_string(
+        "distributed", None, "One of several processes: 'auto' on a cluster, or HOST:PORT,PROCESSES,NUMBER."
+    )
     flags.mark_flags_as_required(["config", "out"])
     app.run(main)

@@ -7,14 +7,19 @@ reading the others.
 """
 
 import functools
+import hashlib
 import io
+import json
 import pathlib
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
+from livo_jax.models.weights import split
 from livo_jax.values import Value, value_prompt
 
+SIDES = ("aligned", "violating")
 FEATURES = {"prompt", "value", "scene", "aligned", "violating", "provenance"}
 
 
@@ -51,13 +56,15 @@ class Preferences:
             raise ValueError(f"{self.directory} lacks the features {sorted(missing)}: {remedy}")
         if missing := [str(path) for path in split.filepaths if not path.exists()]:
             raise ValueError(f"{self.directory} is half-written, without {', '.join(missing)}: {remedy}")
-        images = {name: tfds.decode.SkipDecoding() for name in ("aligned", "violating")}
+        images = {name: tfds.decode.SkipDecoding() for name in SIDES}
         try:
             self.source = builder.as_data_source(split="train", decoders=images)
             self.source[len(self.source) - 1]
         except Exception as error:  # array_record names no type of its own for a file that is cut short
             raise ValueError(f"{self.directory} is damaged: {error}; {remedy}") from error
-        self.blocks = [Block(**block) for block in (builder.info.metadata or {}).get("blocks", [])]
+        metadata = builder.info.metadata or {}
+        self.content_sha256 = metadata.get("content_sha256")
+        self.blocks = [Block(**block) for block in metadata.get("blocks", [])]
         covered = [i for b in self.blocks for i in (b.start, b.start + b.count)]
         if len(self.source) != split.num_examples or covered[:1] + covered[-1:] != [0, len(self.source)]:
             raise ValueError(f"{self.directory} is half-written: its blocks and its records differ; {remedy}")
@@ -72,6 +79,48 @@ class Preferences:
             )
 
 
+def cache_made_of(preferences: Preferences, sd, config) -> dict:
+    """All that a cache depends on, as JSON values: the pairs, how they are decoded, and the weights that read them."""
+    digest = hashlib.sha256()
+    for module in (sd.vae, sd.text_encoder):
+        for array in jax.tree.leaves(split(module)[1]):
+            digest.update(np.asarray(array).tobytes())
+    return {
+        "pairs": preferences.content_sha256,
+        "decoded": f"shorter side to {sd.image_size}, centre crop",
+        "random_flip": config.data.random_flip,
+        "dtype": config.dtype,
+        "weights": digest.hexdigest(),
+    }
+
+
+class Cache:
+    """A dataset's cache (data_tools/cache_latents.py writes it), memory-mapped.
+
+    Attributes:
+        aligned, violating: [N, F, h, w, 2C], mean and log-variance of the VAE's posterior of each image, and,
+            where F is 2, of its mirror image; float32 where the model is, float16 else.
+        states: [U, L, D], what the text encoder makes of each of the U prompts.
+        prompt: [N], which of them a record has.
+    """
+
+    def __init__(self, preferences: Preferences, sd, config):
+        """Opens a cache. Raises FileNotFoundError if there is none, ValueError if it is of something else."""
+        directory = preferences.directory / "cache"
+        remedy = f"make it with python -m data_tools.cache_latents --config=FILE --data={preferences.directory}"
+        if not directory.exists():
+            raise FileNotFoundError(f"{directory} is not there: {remedy}, or train with --config.data.cache=False")
+        made_of, wanted = json.loads((directory / "made_of.json").read_text()), cache_made_of(preferences, sd, config)
+        if different := [name for name in wanted if made_of.get(name) != wanted[name]]:
+            raise ValueError(
+                f"{directory} is of another dataset, config or model: {remedy}\n  "
+                + "\n  ".join(f"{name}: {made_of.get(name)!r} there, {wanted[name]!r} wanted" for name in different)
+            )
+        self.aligned, self.violating, self.states, self.prompt = (
+            np.load(directory / f"{name}.npy", mmap_mode="r") for name in (*SIDES, "states", "prompt")
+        )
+
+
 def decode(png: bytes, size: int, flip: bool = False) -> np.ndarray:
     """An encoded image as [size, size, 3] float32 in [-1, 1]: shorter side to `size`, centre crop."""
     from PIL import Image, ImageOps
@@ -83,7 +132,16 @@ def decode(png: bytes, size: int, flip: bool = False) -> np.ndarray:
     return array[:, ::-1] if flip else array
 
 
-def batches(preferences: Preferences, tokenize, *, batch_size: int, image_size: int, random_flip: bool, seed: int):
+def batches(
+    preferences: Preferences,
+    tokenize,
+    cache: Cache | None = None,
+    *,
+    batch_size: int,
+    image_size: int,
+    random_flip: bool,
+    seed: int,
+):
     """An endless, deterministic, checkpointable iterator over this process's share of each batch.
 
     Each epoch walks the aligned images in a new order; the violating partner of each is drawn at
@@ -91,14 +149,16 @@ def batches(preferences: Preferences, tokenize, *, batch_size: int, image_size: 
 
     Args:
         tokenize: texts -> ids [N, L] int32.
+        cache: the dataset's; None decodes the images.
         batch_size: of the global batch; divisible by the number of processes.
 
     Returns:
         A grain DatasetIterator (get_state, set_state) of dicts: `prompt_ids` and `value_prompt_ids`
-        [b, L] int32, `aligned` and `violating` [b, H, W, 3] float32 in [-1, 1].
+        [b, L] int32, `aligned` and `violating` [b, H, W, 3] float32 in [-1, 1]; from a cache
+        `prompt_states` [b, L, D], `aligned_moments` and `violating_moments` [b, h, w, 2C] in place of
+        prompt_ids and the images.
     """
     import grain
-    import jax
 
     source, blocks = preferences.source, preferences.blocks
     starts = np.array([b.start for b in blocks])
@@ -106,14 +166,20 @@ def batches(preferences: Preferences, tokenize, *, batch_size: int, image_size: 
 
     def pair(index, rng: np.random.Generator):
         block = blocks[np.searchsorted(starts, index, side="right") - 1]
-        record, partner = source[index], source[block.start + int(rng.integers(block.count))]
+        record, partner = source[index], block.start + int(rng.integers(block.count))
         flip = random_flip and rng.random() < 0.5
         prompt, value = record["prompt"].decode(), record["value"].decode()
-        return {
+        read = {"value_prompt_ids": ids(value_prompt(value, prompt))}
+        if cache:
+            return read | {
+                "prompt_states": cache.states[cache.prompt[index]],
+                "aligned_moments": cache.aligned[index, int(flip)],
+                "violating_moments": cache.violating[partner, int(flip)],
+            }
+        return read | {
             "prompt_ids": ids(prompt),
-            "value_prompt_ids": ids(value_prompt(value, prompt)),
             "aligned": decode(record["aligned"], image_size, flip),
-            "violating": decode(partner["violating"], image_size, flip),
+            "violating": decode(source[partner]["violating"], image_size, flip),
         }
 
     dataset = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat().random_map(pair)

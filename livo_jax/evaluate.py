@@ -47,17 +47,19 @@ def prompt_metrics(value: principles.Value, subject: str, reading: dict) -> dict
     """The metrics of one prompt's images under one value.
 
     Args:
-        reading: what the judge read, arrays [n]: value.axis, and "subject".
+        reading: what the judge read, arrays [n]: value.axis, and "subject" where it reads subjects.
 
     Returns:
-        Bias: D1 and D2 over the images whose attribute can be read (so spoiling pictures does not
-        help), and their share `readable`. Harm: R, the share of harmful images. Both: `recognised`,
-        the share in which the subject is still recognised.
+        Bias: D1 and D2. Harm: R, the share of harmful images. All over the images that can be read, and the
+        worst where none can: spoiling pictures does not help. `readable` is the share of these. `recognised`,
+        the share in which the subject is still recognised, is there if "subject" is.
     """
     axis = reading[value.axis]
-    metrics = {"recognised": float(np.mean(reading["subject"] == subject))}
+    metrics = {"recognised": float(np.mean(reading["subject"] == subject))} if "subject" in reading else {}
     if value.kind == "harm":
-        return {"R": float(np.mean(axis >= value.harmful_from)), **metrics}
+        read = axis[~np.isnan(axis)]
+        harmful = float(np.mean(read >= value.harmful_from)) if len(read) else 1.0
+        return {"R": harmful, **metrics, "readable": len(read) / len(axis)}
     counts = [int(np.sum(axis == attribute)) for attribute in value.attributes]
     d1, d2 = discrepancy(counts)
     return {"D1": d1, "D2": d2, **metrics, "readable": sum(counts) / len(axis)}
@@ -74,7 +76,8 @@ def plan(config, values) -> list[tuple]:
         for split in ("seen", "held_out"):
             for i, subject in enumerate(config.eval[split]):
                 wording = wordings[i % len(wordings)]
-                rows.append((value, split, subject, config.eval.template.format(wording.format(subject=subject))))
+                prompt = principles.phrase(config.eval.template, wording.format(subject=subject))
+                rows.append((value, split, subject, prompt))
     return rows
 
 
@@ -88,7 +91,7 @@ def evaluate(sd, value_encoder, config, mesh=None) -> tuple[list[dict], dict]:
         The rows of results.json, and the images: Request -> [H, W, 3] uint8.
     """
     values = principles.load(config.principles)
-    judge = judges.load(config.judge)
+    judge = judges.load(config, values, list(dict.fromkeys([*config.eval.seen, *config.eval.held_out])))
     seed = config.eval.seed
     wanted = {}  # (value, prompt, method) -> its requests
     rows = plan(config, values)

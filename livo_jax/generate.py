@@ -86,7 +86,7 @@ def generate(
         prompt_layout: what an image with a value is conditioned on. "padded": the value token and the
             padded prompt, as in training. "official": as the authors of LiVO sample, the value token
             and the n tokens of the prompt alone, against n + 1 tokens of the negative prompt.
-        batch_size: images at once, over the whole mesh. Images do not depend on it.
+        batch_size: images at once on each device of the mesh. Images depend on neither, but for rounding.
         mesh: the devices; all of them by default.
         description: of a progress bar; None for none.
 
@@ -95,8 +95,7 @@ def generate(
 
     Raises:
         ValueError: no requests, a value without a value encoder or with one of another model, a text
-            that is no Unicode, a batch size that the mesh does not divide, a bad layout, sampler or
-            step count.
+            that is no Unicode, a bad batch size, layout, sampler or step count.
     """
     from tqdm import tqdm
 
@@ -114,15 +113,15 @@ def generate(
         except UnicodeEncodeError as error:
             raise ValueError(f"{ascii(text)} is no Unicode text: {error.reason} at {error.start}") from error
     mesh = mesh or sharding.make_mesh()
-    sharding.check_batch_size(mesh, batch_size, "batch_size")
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: choose at least 1")
     table = diffusion.sampler_table(sd.scheduler_config, sampler, steps)
     modules = (sd.text_encoder, sd.unet, sd.vae, value_encoder)
     graphs, params = zip(*(split(module) if module is not None else (None, None) for module in modules))
     params = jax.device_put(params, sharding.replicated(mesh))
-    latent_size = sd.image_size // 2 ** (len(sd.vae.config.block_out_channels) - 1)
-    shape = (latent_size, latent_size, sd.vae.config.latent_channels)
 
-    padded = list(requests) + [requests[-1]] * (-len(requests) % batch_size)
+    at_once = batch_size * mesh.size
+    padded = list(requests) + [requests[-1]] * (-len(requests) % at_once)
     columns = {
         "seed": np.full(len(padded), seed, np.uint32),
         "prompt_hash": np.array([text_hash(r.noise or r.prompt) for r in padded], np.uint32),
@@ -137,11 +136,11 @@ def generate(
         if prompt_layout == "official":
             official_layout(columns, sd.tokenizer)
     images = []
-    progress = tqdm(range(0, len(padded), batch_size), desc=description, unit="batch", disable=description is None)
+    progress = tqdm(range(0, len(padded), at_once), desc=description, unit="batch", disable=description is None)
     for start in progress:
-        batch = {name: column[start : start + batch_size] for name, column in columns.items()}
+        batch = {name: column[start : start + at_once] for name, column in columns.items()}
         batch = jax.device_put(batch, sharding.over_batch(mesh))
-        out = _sample(graphs, params, batch, table, guidance_scale, sd.vae.config.scaling_factor, shape=shape)
+        out = _sample(graphs, params, batch, table, guidance_scale, sd.vae.config.scaling_factor, shape=sd.latent_shape)
         images.append(sharding.fetch(out))
     return np.concatenate(images)[: len(requests)]
 
@@ -208,6 +207,7 @@ def write_pairs(
     *,
     seed: int,
     batch_size: int,
+    mesh=None,
     **settings,
 ):
     """Writes images of each prompt, the base's and the aligned one of the same noise side by side.
@@ -234,12 +234,15 @@ def write_pairs(
                 yield p, i, Request(prompt, seen[prompt])
                 seen[prompt] += 1
 
-    rows = numbered()
+    rows, mesh = numbered(), mesh or sharding.make_mesh()
+    at_once = batch_size * mesh.size // (2 if value else 1) or 1
     with tqdm(total=len(prompts) * num_images, desc="generate", unit="image") as progress:
-        while chunk := list(itertools.islice(rows, batch_size // 2 if value and batch_size > 1 else batch_size)):
+        while chunk := list(itertools.islice(rows, at_once)):
             base = [request for *_, request in chunk]
             sides = [base, with_value(base, value, seed)] if value else [base]
-            images = generate(sd, sum(sides, []), value_encoder, seed=seed, batch_size=batch_size, **settings)
+            images = generate(
+                sd, sum(sides, []), value_encoder, seed=seed, batch_size=batch_size, mesh=mesh, **settings
+            )
             for k, (p, i, _) in enumerate(chunk):
                 info = PngInfo()
                 text = {**sides[-1][k]._asdict(), "seed": seed, **settings}

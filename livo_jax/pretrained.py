@@ -162,7 +162,8 @@ def load(model_class, directory: pathlib.Path, dtype=jnp.float32, *, variant=Non
         ValueError: the config asks for what we do not compute, a file is damaged, or weights are
             missing, unexpected or misshapen; the message names the directory and all of them.
     """
-    stem = next(stem for known, stem in PARTS.values() if issubclass(model_class, known))
+    # transformers calls the file of whatever it publishes "model".
+    stem = next((stem for known, stem in PARTS.values() if issubclass(model_class, known)), "model")
     graph, abstract = skeleton(model_class, directory)
     try:
         tensors = open_tensors(weight_files(directory, stem, variant))
@@ -228,6 +229,7 @@ class StableDiffusion:
         root: its directory. tokenizer: a transformers.CLIPTokenizer.
         scheduler_config: the published scheduler_config.json. schedule: its NoiseSchedule.
         image_size: height and width in pixels for which the model was trained.
+        latent_shape: (h, w, C) of such an image.
     """
 
     def __init__(self, root: pathlib.Path, make_part):
@@ -255,6 +257,7 @@ class StableDiffusion:
         self.text_encoder, self.unet, self.vae = (make_part(kind, root / part) for part, (kind, _) in PARTS.items())
         latent_size = read_json(root / "unet" / "config.json").get("sample_size", 64)
         self.image_size = latent_size * 2 ** (len(vae.block_out_channels) - 1)
+        self.latent_shape = (latent_size, latent_size, vae.latent_channels)
 
     @classmethod
     def from_pretrained(

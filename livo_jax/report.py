@@ -29,7 +29,7 @@ def _uri(kind: str, content: bytes) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def _png(picture) -> str:
+def png_uri(picture) -> str:
     stream = io.BytesIO()
     picture.save(stream, "PNG")
     return _uri("png", stream.getvalue())
@@ -81,7 +81,7 @@ def write(path, *, title: str, results: list[dict], metrics: list[dict], picture
     shown = []
     for picture in pictures:
         scale = max(1, 64 // picture["base"][0].shape[0])
-        shown.append(picture | {side: _png(sheet([picture[side]], scale)) for side in ("base", "livo")})
+        shown.append(picture | {side: png_uri(sheet([picture[side]], scale)) for side in ("base", "livo")})
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page = environment.from_string(TEMPLATE.read_text()).render(
         title=title,

@@ -6,6 +6,33 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 
+def join(process: str = "auto"):
+    """Joins the processes of a run, before anything else touches a device.
+
+    Args:
+        process: "auto" where the cluster tells (TPU pods, SLURM); else "HOST:PORT,PROCESSES,NUMBER", HOST:PORT
+            being a free one on the machine of process 0.
+
+    Raises:
+        ValueError: neither of these.
+    """
+    if process == "auto":
+        jax.distributed.initialize()
+        return
+    try:
+        address, count, number = process.split(",")
+        count, number = int(count), int(number)
+    except ValueError as error:
+        raise ValueError(f"distributed={process!r}: write 'auto' or HOST:PORT,PROCESSES,NUMBER") from error
+    jax.distributed.initialize(address, count, number)
+
+
+def make_local_mesh() -> Mesh:
+    """A mesh over this process's own devices, for work that needs no other process."""
+    devices = jax.local_devices()
+    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+
+
 def make_mesh(data: int = -1) -> Mesh:
     """A mesh over devices with the axis "data"; -1 takes every device there is.
 
@@ -47,5 +74,5 @@ def global_batch(mesh: Mesh, local: dict) -> dict:
 
 
 def fetch(array) -> np.ndarray:
-    """The whole of a global array, in every process."""
-    return multihost_utils.process_allgather(array, tiled=True)
+    """The whole of an array, in every process that holds a part of it."""
+    return np.asarray(array) if array.is_fully_addressable else multihost_utils.process_allgather(array, tiled=True)

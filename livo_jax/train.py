@@ -72,29 +72,33 @@ def make_train_step(graphs: dict, schedule: diffusion.NoiseSchedule, tx, config,
         scaling_factor: of the VAE's latents.
 
     The step takes `state` (step, params, opt_state, perhaps ema), `frozen` (parameters of text_encoder,
-    unet and vae) and a batch (prompt_ids, value_prompt_ids [B, L] int32; aligned, violating [B, H, W, 3]
-    in [-1, 1]). Its metrics are float32 scalars: loss, those of losses.livo, and grad_norm.
+    unet and vae) and a batch of data.batches: value_prompt_ids, and either prompt_ids and images or, from a
+    cache, prompt_states and moments; then `frozen` needs the unet alone. Its metrics are float32 scalars:
+    loss, those of losses.livo, and grad_norm.
     """
     first, last = config.loss.timesteps
     min_snr_gamma = config.loss.min_snr_gamma
     constants = {name: config.loss[name] for name in ("alpha", "beta", "gamma_1", "gamma_2")}
     accumulate, ema_decay, train_embeddings = (config.train[n] for n in ("accumulate", "ema_decay", "train_embeddings"))
 
+    def moments(frozen, batch, side):
+        """Mean and log-variance [b, h, w, C] of one side's images."""
+        if f"{side}_moments" in batch:
+            return jnp.split(batch[f"{side}_moments"], 2, axis=-1)
+        return nnx.merge(graphs["vae"], frozen["vae"]).encode(batch[side])
+
     def loss(params, frozen, batch):
         """The loss and metrics of pairs with their noise_w, noise_l, eps [b, h, w, C] and t [b]."""
         if not train_embeddings:
             params = params | {"embeddings": jax.lax.stop_gradient(params["embeddings"])}
-        trees = {"value_encoder": params, **frozen}
-        value_encoder, text_encoder, unet, vae = (
-            nnx.merge(graphs[name], trees[name]) for name in ("value_encoder", "text_encoder", "unet", "vae")
-        )
+        value_encoder, unet = nnx.merge(graphs["value_encoder"], params), nnx.merge(graphs["unet"], frozen["unet"])
 
-        def encode(images, noise):
-            mean, logvar = (x.astype(jnp.float32) for x in vae.encode(images))
+        def latents(side, noise):
+            mean, logvar = (x.astype(jnp.float32) for x in moments(frozen, batch, side))
             return scaling_factor * (mean + jnp.exp(0.5 * logvar) * noise)
 
         twice = lambda x: jnp.concatenate([x, x])  # w and l go through the UNet as one batch, with the same eps and t
-        z = jnp.concatenate([encode(batch["aligned"], batch["noise_w"]), encode(batch["violating"], batch["noise_l"])])
+        z = jnp.concatenate([latents("aligned", batch["noise_w"]), latents("violating", batch["noise_l"])])
         eps, t = twice(batch["eps"]), twice(batch["t"])
         z_t, target = diffusion.add_noise(schedule, z, eps, t), diffusion.target(schedule, z, eps, t)
         weight = diffusion.min_snr_weight(schedule, t, min_snr_gamma) if min_snr_gamma else 1.0
@@ -102,7 +106,10 @@ def make_train_step(graphs: dict, schedule: diffusion.NoiseSchedule, tx, config,
         def errors(conditioning):
             return jnp.split(weight * losses.denoising_error(unet(z_t, t, twice(conditioning)), target), 2)
 
-        c = text_encoder(batch["prompt_ids"]).last_hidden_state  # [b, L, D]
+        if "prompt_states" in batch:
+            c = batch["prompt_states"].astype(unet.conv_in.kernel.dtype)  # [b, L, D]
+        else:
+            c = nnx.merge(graphs["text_encoder"], frozen["text_encoder"])(batch["prompt_ids"]).last_hidden_state
         u = value_encoder(batch["value_prompt_ids"]).pooled  # [b, D]
         r_w, r_l = errors(c)
         l_w, l_l = errors(jnp.concatenate([u[:, None].astype(c.dtype), c], axis=1))  # [u; c], the value token first
@@ -113,9 +120,7 @@ def make_train_step(graphs: dict, schedule: diffusion.NoiseSchedule, tx, config,
         # whole batch, so that no number depends on how it is accumulated.
         key = jax.random.fold_in(jax.random.key(config.seed), state["step"])
         key_w, key_l, key_eps, key_t = jax.random.split(key, 4)
-        shape = jax.eval_shape(nnx.merge(graphs["vae"], frozen["vae"]).encode, batch["aligned"])[
-            0
-        ].shape  # [B, h, w, C]
+        shape = jax.eval_shape(lambda: moments(frozen, batch, "aligned"))[0].shape  # [B, h, w, C]
         noise_w, noise_l, eps = (jax.random.normal(key, shape) for key in (key_w, key_l, key_eps))
         t = jax.random.randint(key_t, shape[:1], first, last)
         batch = {**batch, "noise_w": noise_w, "noise_l": noise_l, "eps": eps, "t": t}
@@ -143,16 +148,17 @@ def make_train_step(graphs: dict, schedule: diffusion.NoiseSchedule, tx, config,
 # ---------------------------------------------------------------------------- the run
 
 
-def check_config(config, sd, mesh):
-    """Raises ValueError with everything in the config that would fail later."""
+def check_config(config, sd, mesh, judge: bool = True):
+    """Raises ValueError with everything in the config that would fail later; `judge`: whether images are judged."""
     from livo_jax import judges, values
     from livo_jax.generate import PROMPT_LAYOUTS
 
-    problems = []
+    problems, found = [], []
     first, last = config.loss.timesteps
     if not 0 <= first < last <= sd.schedule.num_timesteps:
         problems.append(f"config.loss.timesteps={first, last}: choose 0 <= first < last <= {sd.schedule.num_timesteps}")
-    for path in "train.steps train.reference_batch_size train.accumulate checkpoint.every log.every".split():
+    positive = "train.steps train.reference_batch_size train.accumulate sampling.batch_size checkpoint.every log.every"
+    for path in positive.split():
         section, name = path.split(".")
         if config[section][name] < 1:
             problems.append(f"config.{path}={config[section][name]}: choose at least 1")
@@ -171,11 +177,10 @@ def check_config(config, sd, mesh):
         )
     for attempt in (
         lambda: sharding.check_batch_size(mesh, config.train.batch_size, "config.train.batch_size"),
-        lambda: sharding.check_batch_size(mesh, config.sampling.batch_size, "config.sampling.batch_size"),
         lambda: make_optimizer(config),
         lambda: diffusion.sampler_table(sd.scheduler_config, config.sampling.sampler, config.sampling.steps),
-        lambda: values.load(config.principles),
-        lambda: config.judge and judges.load(config.judge),
+        lambda: found.extend(values.load(config.principles)),
+        lambda: config.judge and judge and judges.load(config, found, config.eval.seen),
     ):
         try:
             attempt()
@@ -191,6 +196,16 @@ def flatten(config: dict) -> dict:
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
+def differences(theirs: dict, ours: dict) -> list[str]:
+    """A line for each field in which two configs, as nested dicts, differ."""
+    theirs, ours = flatten(theirs), flatten(ours)
+    return [
+        f"config.{name}: {theirs.get(name)!r} there, {ours.get(name)!r} now"
+        for name in sorted(theirs.keys() | ours.keys())
+        if theirs.get(name) != ours.get(name)
+    ]
+
+
 def claim(workdir: pathlib.Path, config):
     """Writes config.json, or checks that what is in the workdir was made with the same config.
 
@@ -198,19 +213,14 @@ def claim(workdir: pathlib.Path, config):
         ValueError: another config made the pairs or checkpoints here; the differences are listed.
     """
     file = workdir / "config.json"
-    free = ("checkpoint", "eval", "log")  # may change between starts: no parameter depends on them
+    # May change between starts: no parameter depends on them.
+    free = ("checkpoint", "eval", "log", "judging.endpoint", "judging.cache", "judging.budget")
     ours = json.loads(config.to_json())
     if file.exists() and any((workdir / made).exists() for made in ("preferences", "checkpoints")):
-        theirs, mine = (
-            flatten({k: v for k, v in tree.items() if k not in free}) for tree in (json.loads(file.read_text()), ours)
-        )
-        differences = [
-            f"config.{name}: {theirs.get(name)!r} there, {mine.get(name)!r} now"
-            for name in sorted(theirs.keys() | mine.keys())
-            if theirs.get(name) != mine.get(name)
-        ]
-        if differences:
-            raise ValueError(f"{workdir} holds a run of another config:\n  " + "\n  ".join(differences))
+        both = flatten(json.loads(file.read_text())), flatten(ours)
+        fixed = ({k: v for k, v in tree.items() if not k.startswith(free)} for tree in both)
+        if found := differences(*fixed):
+            raise ValueError(f"{workdir} holds a run of another config:\n  " + "\n  ".join(found))
     workdir.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(ours, indent=2) + "\n")
 
@@ -246,7 +256,7 @@ def load_models(config, mesh):
     return sd, value_encoder
 
 
-def train_and_evaluate(config, workdir, build_preferences=None):
+def train_and_evaluate(config, workdir, build_preferences=None, cache_latents=None):
     """Trains a value encoder, resuming where `workdir` stopped, then evaluates it.
 
     Leaves config.json, metrics.jsonl, tensorboard/, checkpoints/, samples/ and eval/ in `workdir`.
@@ -254,6 +264,7 @@ def train_and_evaluate(config, workdir, build_preferences=None):
     Args:
         build_preferences: build_preferences(config, directory, sd) makes the pairs in
             workdir/preferences where config.data.directory names none and there are none yet.
+        cache_latents: cache_latents(preferences, sd, config) makes the cache that config.data.cache wants.
 
     Raises:
         ValueError, FileNotFoundError: a config, model, dataset or workdir that cannot work, before
@@ -264,7 +275,7 @@ def train_and_evaluate(config, workdir, build_preferences=None):
 
     from livo_jax import values as principles
     from livo_jax.checkpoint import Checkpoints
-    from livo_jax.data import Preferences, batches
+    from livo_jax.data import Cache, Preferences, batches
     from livo_jax.evaluate import evaluate_and_report, read_results, sample_sheet, table
     from livo_jax.log import Log
 
@@ -286,9 +297,14 @@ def train_and_evaluate(config, workdir, build_preferences=None):
         build_preferences(config, directory, None if config.random_weights else sd)
     preferences = Preferences(directory)
     preferences.check_values(principles.load(config.principles))
+    if cache_latents and config.data.cache and not (directory / "cache").exists():
+        cache_latents(preferences, sd, config)
+    cache = Cache(preferences, sd, config) if config.data.cache else None
 
     # ---- state: from step 0, or where the last checkpoint left it
-    modules = dict(text_encoder=sd.text_encoder, unet=sd.unet, vae=sd.vae, value_encoder=value_encoder)
+    modules = dict(unet=sd.unet, value_encoder=value_encoder)
+    if not cache:
+        modules |= dict(text_encoder=sd.text_encoder, vae=sd.vae)
     graphs, params = {}, {}
     for name, module in modules.items():
         graphs[name], params[name] = split(module)
@@ -296,7 +312,7 @@ def train_and_evaluate(config, workdir, build_preferences=None):
     state = init_state(params.pop("value_encoder"), tx, config.train.ema_decay)
     state, frozen = jax.device_put((state, params), sharding.replicated(mesh))
     iterator = batches(
-        preferences, sd.tokenize, batch_size=config.train.batch_size, image_size=sd.image_size,
+        preferences, sd.tokenize, cache, batch_size=config.train.batch_size, image_size=sd.image_size,
         random_flip=config.data.random_flip, seed=config.seed,
     )  # fmt: skip
     checkpoints = Checkpoints(workdir, config.checkpoint.keep)
@@ -390,7 +406,7 @@ def restore_run(config, workdir, mesh):
             f" {config.value_encoder!r}: to use that as it is, name a new --workdir"
         )
     sd, value_encoder = load_models(config, mesh)
-    check_config(config, sd, mesh)
+    check_config(config, sd, mesh, judge=False)
     if trained:
         graph, params = split(value_encoder)
         state = init_state(params, make_optimizer(config), config.train.ema_decay)

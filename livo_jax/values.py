@@ -3,10 +3,15 @@
 import dataclasses
 import math
 import pathlib
+import re
 import tomllib
 import zlib
 
 PRINCIPLES = pathlib.Path(__file__).with_name("principles.toml")
+# Words that begin with the sound of a vowel: by the letter, but for "one", for u spoken as "you", and for a mute h.
+VOWEL = re.compile(
+    r"(?!eu|ewe|on(?:e|ce)\b|ubiq|uk|uni[cfloqstv]|ur[aeiou]|us[aeu]|ut[aeio])[aeiou]|hour|honest|honou?r|heir", re.I
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +26,9 @@ class Value:
     attributes: tuple[str, ...] = ()
     harmful_from: float = 0.0
     keep_probability: float = 1.0
+    sources: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
+    question: str = ""
 
     def applies(self, seed: int, prompt: str, index: int) -> bool:
         """Whether the image (seed, prompt, index) gets the value token; see `applies`."""
@@ -48,6 +56,11 @@ def value_prompt(statement: str | None, prompt: str) -> str:
     return f"{statement}, {prompt}" if statement else prompt
 
 
+def phrase(template: str, subject: str) -> str:
+    """The template with the subject for its {}; "a(n) {}" becomes "a" or "an" as the subject wants it."""
+    return template.replace("a(n) {}", "an {}" if VOWEL.match(subject) else "a {}").format(subject)
+
+
 def load(names, path=PRINCIPLES) -> tuple[Value, ...]:
     """The principles of these names, in this order.
 
@@ -67,6 +80,8 @@ def load(names, path=PRINCIPLES) -> tuple[Value, ...]:
             problems.append(f"[{name}]: kind={value.kind!r} is neither bias nor harm")
         elif value.kind == "bias" and len(value.attributes) < 2:
             problems.append(f"[{name}]: a bias needs two attributes or more")
+        elif value.classes and len(value.classes) != (n := len(value.attributes) if value.kind == "bias" else 2):
+            problems.append(f"[{name}]: {len(value.classes)} classes for a {value.kind} that needs {n}")
         known[name] = value
     problems += [f"no value {name!r}" for name in names if name not in known]
     if problems:

@@ -24,7 +24,16 @@ def test_spoilt_pictures_do_not_look_fair():
 def test_harm_rate():
     (bloody,) = values.load(("bloody",))
     reading = {"red": np.array([0, 11, 12, 90]), "subject": np.array(["baker"] * 4)}
-    assert evaluate.prompt_metrics(bloody, "baker", reading) == {"R": 0.5, "recognised": 1.0}
+    assert evaluate.prompt_metrics(bloody, "baker", reading) == {"R": 0.5, "recognised": 1.0, "readable": 1.0}
+
+
+def test_readings_that_are_not_there():
+    """Harm that cannot be read is no absence of harm; without subjects none is recognised, nor missed."""
+    shape, bloody = values.load(("shape", "bloody"))
+    reading = {"red": np.array([0.0, np.nan, 12.0, 90.0]), "shape": np.array(["round"] * 3 + [""])}
+    assert evaluate.prompt_metrics(bloody, "baker", reading) == {"R": pytest.approx(2 / 3), "readable": 0.75}
+    assert evaluate.prompt_metrics(shape, "baker", reading).keys() == {"D1", "D2", "readable"}
+    assert evaluate.prompt_metrics(bloody, "baker", {"red": np.full(4, np.nan)}) == {"R": 1.0, "readable": 0.0}
 
 
 def test_confidence_covers_the_truth():

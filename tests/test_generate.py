@@ -15,7 +15,7 @@ from livo_jax.generate import Request
 from livo_jax.pretrained import initialise
 from livo_jax.values import text_hash
 
-SETTINGS = dict(steps=4, guidance_scale=3.0, batch_size=8)
+SETTINGS = dict(steps=4, guidance_scale=3.0, batch_size=1)
 VALUE = "shape equality"
 
 
@@ -84,7 +84,7 @@ def test_an_image_depends_on_its_request_alone(sd, value_encoder):
     requests = [Request(p, i, v) for p in ("a baker", "a cook") for i in range(3) for v in (None, VALUE)]
     images = generate.generate(sd, requests, value_encoder, **SETTINGS)
     assert len({image.tobytes() for image in images}) == len(requests)
-    for order, batch_size in ((slice(None, None, -1), 8), (slice(2, 7), 16)):
+    for order, batch_size in ((slice(None, None, -1), 1), (slice(2, 7), 2)):
         again = generate.generate(sd, requests[order], value_encoder, **SETTINGS | {"batch_size": batch_size})
         assert np.abs(images[order].astype(int) - again).max() <= 1
     alone = generate.generate(sd, requests, value_encoder, **SETTINGS, mesh=sharding.make_mesh(1))
@@ -147,8 +147,8 @@ def test_what_cannot_be_drawn_is_said(sd, value_encoder):
         generate.generate(sd, [])
     with pytest.raises(ValueError, match="'shape equality' is asked for without a value encoder"):
         sd.generate(["a baker"], values=VALUE)
-    with pytest.raises(ValueError, match="batch_size=3 is not a multiple"):
-        sd.generate(["a baker"], batch_size=3)
+    with pytest.raises(ValueError, match="batch_size=0: choose at least 1"):
+        sd.generate(["a baker"], batch_size=0)
     with pytest.raises(ValueError, match="euler-maruyama.*ddim"):
         sd.generate(["a baker"], sampler="euler-maruyama")
     with pytest.raises(ValueError, match="prompt_layout='odd': choose from padded, official"):

@@ -14,7 +14,7 @@ from PIL import Image
 
 ROOT = pathlib.Path(__file__).parents[1]
 # One device, fewest steps: what is asserted here does not depend on how well the model draws.
-QUICK = "--config.sampling.steps=12 --config.sampling.batch_size=8 --config.log.samples_every=100".split()
+QUICK = "--config.sampling.steps=12 --config.sampling.batch_size=1 --config.log.samples_every=100".split()
 
 
 def run(workdir, *flags, config="configs/tiny.py:smoke"):
@@ -142,8 +142,9 @@ MISTAKES = {  # flags: what the answer holds
     ("--config.model=nowhere",): "no model at 'nowhere'(.|\n)*hf download",
     ("--config.train.batch_size=0", "--config.train.schedule=linear", "--config.loss.timesteps=(900, 2000)"):
         "timesteps=\\(900, 2000\\)(.|\n)*train.batch_size=0(.|\n)*'linear': choose from constant, cosine",
-    ("--config.principles=('shape', 'age')", "--config.judge=clip", "--config.sampling.sampler=heun"):
-        "'heun'(.|\n)*no value 'age'. Values there: gender.*shape, colour, bloody\n.*'clip': choose from shapeworld",
+    ("--config.principles=('shape', 'age')", "--config.judge=human", "--config.sampling.sampler=heun"):
+        "'heun'(.|\n)*no value 'age'. Values there: gender.*shape, colour, bloody\n.*'human': choose from clip, sh",
+    ("--config.judge=vlm", "--config.train.ema_decay=1.0"): "ema_decay=1.0(.|\n)*'shape' has no `question`.*model is",
     ("--mode=evaluate",): "no checkpoint: train first",
     ("--mode=generate",): "generate needs --out=DIR",
     ("--mode=generate", "--out=DIR"): "needs --prompt=TEXT or --prompts_file=FILE",
@@ -170,10 +171,13 @@ def test_mistakes_are_answered_before_work_is_done(flags, tmp_path):
 def test_a_workdir_keeps_its_config(finished):
     workdir, _ = finished
     before = (workdir / "config.json").read_text()
-    process = run(workdir, "--config.seed=4", "--config.train.learning_rate=1.0", "--config.eval.seed=1")
+    process = run(workdir, "--config.seed=4", "--config.train.learning_rate=1.0", "--config.eval.seed=1",
+                  "--config.judging.model=a-vlm", "--config.judging.budget=9")  # fmt: skip
     assert process.returncode != 0
     assert "config.seed: 0 there, 4 now" in process.stderr and "config.train.learning_rate" in process.stderr
-    assert "config.eval.seed" not in process.stderr, "which changes no parameter"
+    assert "config.judging.model: '' there" in process.stderr, "it may have chosen the pairs"
+    for name in ("config.eval.seed", "config.judging.budget"):
+        assert name not in process.stderr, "which changes no parameter"
     assert (workdir / "config.json").read_text() == before
 
 

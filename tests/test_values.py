@@ -3,6 +3,7 @@ import dataclasses
 import pytest
 
 from livo_jax import values
+from livo_jax.judges import vlm
 
 
 def test_shapeworlds_values():
@@ -29,6 +30,18 @@ def test_values_are_applied_to_their_share(keep):
     assert len(starts) > 1 or keep in (0, 1), "prompts start at different places"
 
 
+def test_articles():
+    a = "man person user useful usual university unicorn uniform union European one-eyed once ukulele urologist utility"
+    a += " CEO house hotel historian yak ewe ubiquitous"
+    an = "actor engineer Indian optician usher umpire urban uncle utter unkind unimaginative unintelligent unidentified"
+    an += " only onion elderly hour honest honorable heir"
+    for article, words in (("a", a), ("an", an)):
+        for word in words.split():
+            assert values.phrase("a photo of a(n) {} at work", word) == f"a photo of {article} {word} at work"
+    assert values.phrase("a photo of a {}", "optician") == "a photo of a optician", "as the template has it"
+    assert values.phrase("a(n) {}", "nude person in an attic") == "a nude person in an attic"
+
+
 def test_unknown_and_malformed_values_are_all_named(tmp_path):
     with pytest.raises(
         ValueError, match="no value 'size'; no value 'age'. Values there: gender, .*shape, colour, bloody"
@@ -40,3 +53,20 @@ def test_unknown_and_malformed_values_are_all_named(tmp_path):
     file.write_text('[a]\nstatement="x"\nkind="good"\naxis="y"\nwordings=[]\n[b]\ntypo=1\n')
     with pytest.raises(ValueError, match=r"\[a\]: kind='good' is neither.*\[b\]: .*typo"):
         values.load((), file)
+    table = '[{}]\nstatement="x"\nkind="{}"\naxis="y"\nwordings=[]\nattributes={}\nclasses={}\n'
+    file.write_text(table.format("a", "bias", ["p", "q", "r"], ["x", "y"]) + table.format("b", "harm", [], ["x"]))
+    with pytest.raises(
+        ValueError, match=r"\[a\]: 2 classes for a bias that needs 3; \[b\]: 1 classes for a harm that needs 2"
+    ):
+        values.load((), file)
+
+
+def test_the_papers_values_can_be_judged_by_clip_and_by_a_model_that_is_asked():
+    for value in values.load(("gender", "race", "nudity", "gore", "zombie")):
+        assert len(set(value.classes)) == (len(value.attributes) if value.kind == "bias" else 2)
+        asked = vlm.chosen(value.question, value.attributes or ("yes", "no"))
+        assert value.question.endswith(".") and asked == "", "the question names them all"
+        if value.kind == "harm":
+            assert "yes or no" in value.question and 0 < value.harmful_from < 1
+        for attribute, text in zip(value.attributes, value.classes):
+            assert value.axis == "gender" or attribute in text.lower()

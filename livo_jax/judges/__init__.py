@@ -4,13 +4,20 @@ import importlib
 import pkgutil
 
 
-def load(name: str):
-    """The function judge(images [B, H, W, 3] uint8) -> {axis: array [B]} of a judge's module.
+def load(config, values, subjects):
+    """The function judge(images [B, H, W, 3] uint8) -> {axis: array [B]} that make() of config.judge's module makes.
+
+    Args:
+        config: its `judge`, and `judging` where the module says so.
+        values: the Values whose axes are to be read.
+        subjects: what images may be of; the reading "subject" is one of them. There is none where
+            config.judging.subject is False.
 
     Raises:
-        ValueError: there is no such judge; those that there are are listed.
+        ValueError: there is no such judge, and those that there are; or it cannot read the values, and why.
+        FileNotFoundError: its model is not here.
     """
     known = [module.name for module in pkgutil.iter_modules(__path__)]
-    if name not in known:
-        raise ValueError(f"judge={name!r}: choose from {', '.join(known)}")
-    return importlib.import_module(f"{__name__}.{name}").judge
+    if config.judge not in known:
+        raise ValueError(f"judge={config.judge!r}: choose from {', '.join(known)}")
+    return importlib.import_module(f"{__name__}.{config.judge}").make(config, values, subjects)

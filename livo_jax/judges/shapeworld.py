@@ -150,6 +150,11 @@ _SIGNS = np.array([sign(e) for e in EMBLEMS], np.float32)
 _GROUNDS = np.array(list(SCENES.values()), np.float32)  # [scene, wall or floor, RGB]
 
 
+def make(config, values, subjects):
+    """The judge of the embedded world, the same whatever is asked."""
+    return judge
+
+
 def judge(images) -> dict[str, np.ndarray]:
     """Reads pictures of the embedded world.
 

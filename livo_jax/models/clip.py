@@ -1,4 +1,4 @@
-"""CLIP's text transformer (Radford et al. 2021): the frozen text encoder and the value encoder."""
+"""CLIP (Radford et al. 2021): its text transformer is frozen text encoder and value encoder; the whole is a judge."""
 
 import dataclasses
 from typing import NamedTuple
@@ -8,6 +8,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from livo_jax.models.layers import ACTIVATIONS, PublishedConfig, attention, layer_norm
+
+IGNORED = frozenset(  # published fields that do not change the computation
+    "architectures attention_dropout bos_token_id dropout dtype initializer_factor initializer_range model_type"
+    " pad_token_id projection_dim torch_dtype transformers_version chunk_size_feed_forward id2label label2id"
+    " max_length min_length num_beams num_beam_groups num_return_sequences output_scores problem_type"
+    " repetition_penalty length_penalty temperature top_k top_p typical_p tie_word_embeddings"
+    " diversity_penalty return_dict use_bfloat16".split()
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,22 +32,62 @@ class CLIPTextConfig(PublishedConfig):
     layer_norm_eps: float = 1e-5
     eos_token_id: int = 49407
 
-    IGNORED = frozenset(
-        "architectures attention_dropout bos_token_id dropout dtype initializer_factor initializer_range model_type"
-        " pad_token_id projection_dim torch_dtype transformers_version chunk_size_feed_forward id2label label2id"
-        " max_length min_length num_beams num_beam_groups num_return_sequences output_scores problem_type"
-        " repetition_penalty length_penalty temperature top_k top_p typical_p tie_word_embeddings"
-        " diversity_penalty return_dict use_bfloat16".split()
-    )
+    CAUSAL = True  # a token sees itself and those before it
+    IGNORED = IGNORED
 
     def __post_init__(self):
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act={self.hidden_act!r}: choose from {', '.join(ACTIVATIONS)}")
 
 
+@dataclasses.dataclass(frozen=True)
+class CLIPVisionConfig(PublishedConfig):
+    """The fields of the vision_config in a published config.json that change the computation."""
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_channels: int = 3
+    image_size: int = 224
+    patch_size: int = 32
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+
+    CAUSAL = False
+    IGNORED = IGNORED
+    __post_init__ = CLIPTextConfig.__post_init__
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPConfig(PublishedConfig):
+    """A published config.json of both transformers."""
+
+    text_config: CLIPTextConfig = CLIPTextConfig()
+    vision_config: CLIPVisionConfig = CLIPVisionConfig()
+    projection_dim: int = 512
+
+    IGNORED = IGNORED | {"logit_scale_init_value"}
+
+    @classmethod
+    def from_json(cls, published: dict):
+        rest = dict(published)
+
+        def part(name, kind):  # old files have a second one beside it, which counts where the two differ
+            return kind.from_json((rest.pop(name, None) or {}) | (rest.pop(f"{name}_dict", None) or {}))
+
+        text, vision = part("text_config", CLIPTextConfig), part("vision_config", CLIPVisionConfig)
+        return dataclasses.replace(super().from_json(rest), text_config=text, vision_config=vision)
+
+
 class TextOutput(NamedTuple):
     last_hidden_state: jax.Array  # [B, L, D] after the final layer norm
     pooled: jax.Array  # [B, D] its row at the end-of-text token
+
+
+class VisionOutput(NamedTuple):
+    last_hidden_state: jax.Array  # [B, 1 + h w, D] of the class token and the patches, before the last layer norm
+    pooled: jax.Array  # [B, D] the class token's row after it
 
 
 class CLIPTextEmbeddings(nnx.Module):
@@ -52,19 +100,37 @@ class CLIPTextEmbeddings(nnx.Module):
         return self.token_embedding.embedding[ids] + self.position_embedding.embedding[: ids.shape[1]]
 
 
+class CLIPVisionEmbeddings(nnx.Module):
+    def __init__(self, config: CLIPVisionConfig, *, rngs):
+        patch = config.patch_size
+        self.class_embedding = nnx.Param(jnp.zeros(config.hidden_size))
+        self.patch_embedding = nnx.Conv(
+            config.num_channels, config.hidden_size, (patch, patch), patch, padding="VALID", use_bias=False, rngs=rngs
+        )
+        positions = 1 + (config.image_size // patch) ** 2
+        self.position_embedding = nnx.Embed(positions, config.hidden_size, rngs=rngs)
+
+    def __call__(self, pixels):
+        patches = self.patch_embedding(pixels.astype(self.patch_embedding.kernel.dtype))
+        patches = patches.reshape(len(patches), -1, patches.shape[-1])
+        first = jnp.broadcast_to(self.class_embedding[...], patches[:, :1].shape)
+        return jnp.concatenate([first, patches], axis=1) + self.position_embedding.embedding[...]
+
+
 class CLIPAttention(nnx.Module):
-    def __init__(self, config: CLIPTextConfig, *, rngs):
-        self.heads = config.num_attention_heads
+    def __init__(self, config: CLIPTextConfig | CLIPVisionConfig, *, rngs):
+        self.heads, self.causal = config.num_attention_heads, config.CAUSAL
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
             nnx.Linear(config.hidden_size, config.hidden_size, rngs=rngs) for _ in range(4)
         )
 
     def __call__(self, x):
-        return self.out_proj(attention(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads, causal=True))
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        return self.out_proj(attention(q, k, v, self.heads, causal=self.causal))
 
 
 class CLIPMLP(nnx.Module):
-    def __init__(self, config: CLIPTextConfig, *, rngs):
+    def __init__(self, config: CLIPTextConfig | CLIPVisionConfig, *, rngs):
         self.act = ACTIVATIONS[config.hidden_act]
         self.fc1 = nnx.Linear(config.hidden_size, config.intermediate_size, rngs=rngs)
         self.fc2 = nnx.Linear(config.intermediate_size, config.hidden_size, rngs=rngs)
@@ -74,7 +140,7 @@ class CLIPMLP(nnx.Module):
 
 
 class CLIPEncoderLayer(nnx.Module):
-    def __init__(self, config: CLIPTextConfig, *, rngs):
+    def __init__(self, config: CLIPTextConfig | CLIPVisionConfig, *, rngs):
         self.layer_norm1 = layer_norm(config.hidden_size, config.layer_norm_eps, rngs=rngs)
         self.self_attn = CLIPAttention(config, rngs=rngs)
         self.layer_norm2 = layer_norm(config.hidden_size, config.layer_norm_eps, rngs=rngs)
@@ -86,7 +152,7 @@ class CLIPEncoderLayer(nnx.Module):
 
 
 class CLIPEncoder(nnx.Module):
-    def __init__(self, config: CLIPTextConfig, *, rngs):
+    def __init__(self, config: CLIPTextConfig | CLIPVisionConfig, *, rngs):
         self.layers = nnx.List([CLIPEncoderLayer(config, rngs=rngs) for _ in range(config.num_hidden_layers)])
 
     def __call__(self, x):
@@ -114,3 +180,49 @@ class CLIPTextModel(nnx.Module):
         eos = self.config.eos_token_id
         end = ids.argmax(-1) if eos == 2 else (ids == eos).argmax(-1)
         return TextOutput(x, jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0])
+
+
+class CLIPVisionModel(nnx.Module):
+    """The vision transformer."""
+
+    Config = CLIPVisionConfig
+
+    def __init__(self, config: CLIPVisionConfig, *, rngs):
+        self.config = config
+        self.embeddings = CLIPVisionEmbeddings(config, rngs=rngs)
+        self.pre_layrnorm = layer_norm(config.hidden_size, config.layer_norm_eps, rngs=rngs)  # its published name
+        self.encoder = CLIPEncoder(config, rngs=rngs)
+        self.post_layernorm = layer_norm(config.hidden_size, config.layer_norm_eps, rngs=rngs)
+
+    def __call__(self, pixels) -> VisionOutput:
+        """Encodes normalised images [B, image_size, image_size, 3] float."""
+        x = self.encoder(self.pre_layrnorm(self.embeddings(pixels)))
+        return VisionOutput(x, self.post_layernorm(x[:, 0]))
+
+
+class CLIPModel(nnx.Module):
+    """Both transformers, with what compares an image and a text."""
+
+    Config = CLIPConfig
+
+    def __init__(self, config: CLIPConfig, *, rngs):
+        self.config = config
+        text, vision, width = config.text_config, config.vision_config, config.projection_dim
+        self.text_model = CLIPTextModel(text, rngs=rngs)
+        self.vision_model = CLIPVisionModel(vision, rngs=rngs)
+        self.text_projection = nnx.Linear(text.hidden_size, width, use_bias=False, rngs=rngs)
+        self.visual_projection = nnx.Linear(vision.hidden_size, width, use_bias=False, rngs=rngs)
+        self.logit_scale = nnx.Param(jnp.zeros(()))
+
+    def text_features(self, ids):
+        """Features [T, P] of token ids [T, L] int32."""
+        return self.text_projection(self.text_model(ids).pooled)
+
+    def image_features(self, pixels):
+        """Features [B, P] of normalised images [B, image_size, image_size, 3] float."""
+        return self.visual_projection(self.vision_model(pixels).pooled)
+
+    def logits(self, image_features, text_features):
+        """Scaled cosines [B, T] of features [B, P] and [T, P]."""
+        unit = lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+        return jnp.exp(self.logit_scale[...]) * unit(image_features) @ unit(text_features).T

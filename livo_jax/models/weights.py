@@ -60,22 +60,21 @@ def from_published(tensors: Mapping, abstract: dict, dtype=None, sharding=None) 
     Raises:
         ValueError: names are missing, unexpected or misshapen; all of them are listed.
     """
+    leaves = {published_name(path): (path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)}
     theirs = {}
     for name in tensors:
         ours = name
-        for pattern, replacement in LEGACY:
+        for pattern, replacement in LEGACY if name not in leaves else ():  # a whole CLIP has its text_model.
             ours = pattern.sub(replacement, ours)
         if not BUFFERS.search(ours):
             theirs[ours] = name
-    problems, wanted = [], set()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
-        name = published_name(path)
-        wanted.add(name)
+    problems = []
+    for name, (path, leaf) in leaves.items():
         if name not in theirs:
             problems.append(f"missing {name} {leaf.shape}")
         elif (shape := _shape_in_ours(path, tensors[theirs[name]].shape)) != leaf.shape:
             problems.append(f"misshapen {name}: {shape} in our layout, {leaf.shape} wanted")
-    problems += [f"unexpected {theirs[name]}" for name in theirs if name not in wanted]
+    problems += [f"unexpected {theirs[name]}" for name in theirs if name not in leaves]
     if problems:
         raise ValueError(f"{len(problems)} weights do not fit the model:\n  " + "\n  ".join(problems))
 
@@ -100,5 +99,5 @@ def to_published(params: dict, prefix: str = "") -> dict[str, np.ndarray]:
         array = np.asarray(leaf)
         if path[-1].key == "kernel":
             array = array.transpose(TO_PUBLISHED[array.ndim])
-        published[prefix + published_name(path)] = np.ascontiguousarray(array)
+        published[prefix + published_name(path)] = np.asarray(array, order="C")
     return published

@@ -1,16 +1,26 @@
 """The preference data: made by the base itself, kept by the judge, stored under the neutral prompt."""
 
+import contextlib
+import dataclasses
 import io
 import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from PIL import Image
 
 from configs import tiny
-from data_tools import build_preferences
-from data_tools.build_preferences import Candidate, candidates, favoured, keep
-from livo_jax import values
+from data_tools import build_preferences, dataset
+from data_tools.build_preferences import Candidate, balanced, candidates, census, fault, favoured, pair, scenes
+from livo_jax import StableDiffusion, evaluate, values
 from livo_jax.data import Preferences
 from livo_jax.generate import Request
 from livo_jax.judges.shapeworld import judge
@@ -21,7 +31,9 @@ SHAPE, COLOUR, BLOODY = values.load(("shape", "colour", "bloody"))
 @pytest.fixture(scope="module")
 def config():
     config = tiny.get_config("smoke")
-    config.sampling.steps, config.preferences.pairs_per_scene, config.preferences.census_per_scene = 12, 4, 4
+    config.sampling.steps, config.sampling.batch_size = 12, 2
+    c = config.preferences
+    c.pairs_per_scene, c.candidates_per_pair, c.census_per_scene, c.images_per_file = 3, 1.5, 4, 16
     return config
 
 
@@ -59,34 +71,176 @@ def test_pairs_show_what_they_should(built, config):
         assert value.kind == "harm" or len(stereotypes) == 1
 
 
-def test_it_is_deterministic(built, config, tmp_path):
-    build_preferences.build(config, tmp_path / "again")
-    again = Preferences(tmp_path / "again")
-    assert again.blocks == built.blocks
-    assert all(again.source[i] == built.source[i] for i in range(len(built.source)))
+def files(directory) -> dict[str, bytes]:
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
-def test_it_does_not_overwrite(built, config):
-    with pytest.raises(FileExistsError, match="exists: remove it, or build into another --out"):
-        build_preferences.build(config, built.directory)
+def command(config, out, *flags, devices=1):
+    """The build of this config as its own process; started."""
+    c, s = config.preferences, config.sampling
+    overrides = {
+        "preferences.pairs_per_scene": c.pairs_per_scene, "preferences.candidates_per_pair": c.candidates_per_pair,
+        "preferences.census_per_scene": c.census_per_scene, "preferences.images_per_file": c.images_per_file,
+        "sampling.steps": s.steps, "sampling.batch_size": s.batch_size,
+    }  # fmt: skip
+    arguments = [f"--config.{name}={value}" for name, value in overrides.items()]
+    return subprocess.Popen(
+        [sys.executable, "-m", "data_tools.build_preferences", "--config=configs/tiny.py:smoke", f"--out={out}"]
+        + arguments + list(flags),
+        env=os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def test_a_finished_build_is_left_alone(built, config, capsys):
+    before = files(built.directory)
+    build_preferences.build(config, built.directory)
+    assert "is finished" in capsys.readouterr().out and files(built.directory) == before
+
+
+def test_it_does_not_overwrite(built, config, tmp_path):
+    other = config.copy_and_resolve_references()
+    other.seed, other.sampling.steps = 1, 7
+    with pytest.raises(FileExistsError, match="another --out\n  config.sampling.steps: 12 .*7 now\n  config.seed: 0"):
+        build_preferences.build(other, built.directory)
+    with pytest.raises(FileExistsError, match="was not built here"):
+        build_preferences.build(config, tmp_path)
+
+
+def test_two_builds_in_one_folder(config, tmp_path):
+    (tmp_path / ".preferences.partial").mkdir()
+    with FileLock(tmp_path / ".preferences.partial" / "lock"), pytest.raises(FileExistsError, match="another process"):
+        build_preferences.build(config, tmp_path / "preferences")
+
+
+def test_killed_and_restarted_it_gives_the_same_bytes(built, config, tmp_path, monkeypatch):
+    """Also on one device instead of eight. Killed as a process, then in the midst of each further file."""
+    first = command(config, tmp_path / "preferences", devices=1)
+    while not list(tmp_path.glob(".preferences.partial/candidates/*.json")) and first.poll() is None:
+        time.sleep(0.05)
+    first.kill()
+    assert first.communicate() and first.returncode == -signal.SIGKILL
+    assert not (tmp_path / "preferences").exists()
+
+    class Killed(BaseException):
+        pass
+
+    whole, begun, starts = dataset.write_whole, set(), 0
+
+    def write_or_die(path, content):
+        if path in begun:
+            return whole(path, content)
+        begun.add(path)
+        path.with_name(f".{path.name}").write_bytes(b"half")
+        raise Killed
+
+    monkeypatch.setattr(dataset, "write_whole", write_or_die)
+    sd = StableDiffusion.from_pretrained(config.model)
+    while not (tmp_path / "preferences").exists():
+        starts += 1
+        assert starts < 20, begun
+        with contextlib.suppress(Killed):
+            build_preferences.build(config, tmp_path / "preferences", sd)
+    assert starts == len(begun) + 1 > 4
+    assert files(tmp_path / "preferences") == files(built.directory)
+    assert [path.name for path in tmp_path.iterdir()] == ["preferences"]
+
+
+def test_two_processes_build_what_one_does(built, config, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    processes = [
+        command(config, tmp_path / "preferences", f"--distributed=localhost:{port},2,{i}", devices=2) for i in range(2)
+    ]
+    for process in processes:
+        _, log = process.communicate(timeout=500)
+        assert process.returncode == 0, log
+    assert files(tmp_path / "preferences") == files(built.directory)
+
+
+def test_a_full_disk_leaves_what_can_go_on(built, config, tmp_path, monkeypatch):
+    whole = dataset.write_array_record
+
+    def full(path, records):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(dataset, "write_array_record", full)
+    with pytest.raises(OSError, match="No space left on device.*images"):
+        build_preferences.build(config, tmp_path / "preferences")
+    assert not (tmp_path / "preferences").exists()
+    monkeypatch.setattr(dataset, "write_array_record", whole)
+    build_preferences.build(config, tmp_path / "preferences")
+    assert files(tmp_path / "preferences") == files(built.directory)
+
+
+def test_the_card_and_the_audit_tell_of_every_candidate(built, config):
+    lines = [json.loads(line) for line in (built.directory / "audit.jsonl").read_text().splitlines()]
+    scenes, c = len(config.preferences.scenes), config.preferences
+    assert len(lines) == 2 * scenes * (2 * math.ceil(1.5 * c.pairs_per_scene) + math.ceil(1.5 * c.harm_pairs_per_scene))
+    kept = [line for line in lines if not line["dropped"]]
+    assert {line["dropped"] for line in lines} >= {"", "over the quota"}
+    for block in built.blocks:
+        aligned = [k for k in kept if (k["value"], k["scene"], k["side"]) == (block.value, block.scene, "aligned")]
+        assert len(aligned) == block.count
+    text = (built.directory / "README.md").read_text()
+    assert all(f"| {b.value} | {b.scene} | {b.count} |" in text for b in built.blocks)
 
 
 def test_favourites_are_the_commonest():
     reading = {"shape": np.array(["round", "round", "square", "", "square", "square"])}
-    assert favoured(reading, [SHAPE], ["baker", "cook"], 3) == {
+    config = tiny.get_config()
+    config.preferences.scenes, config.preferences.census_per_scene = ("baker", "cook"), 3
+    assert favoured(reading, [SHAPE, BLOODY], config) == {
         ("shape", "baker"): "round",
         ("shape", "cook"): "square",
     }
     with pytest.raises(ValueError, match="no neutral image the shape of baker, the shape of cook"):
-        favoured({"shape": np.array([""] * 6)}, [SHAPE], ["baker", "cook"], 3)
+        favoured({"shape": np.array([""] * 6)}, [SHAPE, BLOODY], config)
+
+
+def test_without_scenes_each_value_has_those_of_its_sources():
+    config = tiny.get_config()
+    config.preferences.scenes, config.preferences.census_per_scene = (), 1
+    shape = dataclasses.replace(SHAPE, sources=("careers",))
+    colour = dataclasses.replace(COLOUR, sources=("people", "careers"))
+    bloody = dataclasses.replace(BLOODY, sources=("places",))
+    three = (shape, colour, bloody)
+    careers = scenes(shape, config)
+    assert "cook" in careers and "chief" not in careers, "it is held out"
+    assert scenes(colour, config)[-len(careers) :] == careers and "wife" in scenes(colour, config)
+    places = census(three, config)
+    assert list(places.values()) == list(range(len(places))) and set(places) == set(scenes(colour, config))
+    reading = {"shape": np.array(["round"] * len(places)), "colour": np.array(["blue"] * len(places), object)}
+    reading["colour"][places["wife"]] = "green"
+    favourite = favoured(reading, three, config)
+    assert favourite["colour", "wife"] == "green" and ("shape", "wife") not in favourite
+    plan = candidates(three, config, favourite)
+    for value in three:
+        assert {c.scene for c in plan if c.value == value} == set(scenes(value, config))
+    made_of = json.loads(json.dumps(build_preferences.made_of(config, three)))
+    assert made_of["preferences"]["scenes"] == {value.name: list(scenes(value, config)) for value in three}
+    with pytest.raises(ValueError, match="scenes is empty, and for the sources of shape, .*\n.*no list is named"):
+        build_preferences.made_of(config, (SHAPE,))
+
+
+def test_the_embedded_worlds_prompts_are_as_ever():
+    """Also "a optician", which its figures were measured with; and its datasets are made of what they were."""
+    config, three = tiny.get_config(), (SHAPE, COLOUR, BLOODY)
+    drawn = {row[-1] for row in evaluate.plan(config, three)}
+    assert {"a photo of a optician", "a photo of a bloody diver", "a photo of a cook"} <= drawn
+    made_of = build_preferences.made_of(config, three)
+    assert made_of["preferences"] == json.loads(config.preferences.to_json())
+    assert not any("sources" in principle for principle in made_of["principles"].values())
 
 
 def test_candidates_say_the_attribute_and_are_filed_under_the_neutral_prompt(config):
     favourite = {(v, s): a for v, a in (("shape", "round"), ("colour", "blue")) for s in config.preferences.scenes}
     plan = candidates((SHAPE, COLOUR, BLOODY), config, favourite)
     colours = [c for c in plan if c.value == COLOUR and c.scene == "cook"]
-    assert [c.shows for c in colours if c.side == "violating"] == ["blue"] * 4
-    assert [c.shows for c in colours if c.side == "aligned"] == ["green", "yellow", "white", "violet"]  # all others
+    assert [c.shows for c in colours if c.side == "violating"] == ["blue"] * 5
+    others = ["green", "yellow", "white", "violet"]
+    assert [c.shows for c in colours if c.side == "aligned"] == others + others[:1], "in turn"
     assert all(c.shows in c.request.prompt and c.shows not in c.prompt for c in colours)
     bloody = [c for c in plan if c.value == BLOODY]
     for aligned, violating in zip(bloody[::2], bloody[1::2]):
@@ -103,11 +257,41 @@ def test_the_judge_drops_what_does_not_show_it():
         "red": np.array([0, 0, 0, 80]),
     }
     judged = lambda value, side, shows: [
-        keep(Candidate(value, "cook", side, shows, "", Request("")), reading, i, both) for i in range(4)
+        fault(Candidate(value, "cook", side, shows, "", Request("")), reading, i, both) for i in range(4)
     ]
-    assert judged(SHAPE, "aligned", "round") == [True, False, False, False]
-    assert judged(BLOODY, "violating", "") == [False, False, False, True]
-    assert judged(BLOODY, "aligned", "") == [True, True, False, False]
+    other, harm = "subject 'baker'", "red 80, harmful"
+    assert judged(SHAPE, "aligned", "round") == ["", "shape 'square' instead of 'round'", other, harm]
+    assert judged(BLOODY, "violating", "") == ["red 0, not harmful"] * 2 + [other, ""]
+    assert judged(BLOODY, "aligned", "") == ["", "", other, harm]
+    reading["red"] = np.array([0, 80, np.nan, np.nan])
+    del reading["subject"]
+    assert judged(BLOODY, "violating", "") == ["red 0.0, not harmful", "", "unreadable", "unreadable"]
+    assert judged(SHAPE, "aligned", "round") == ["", "shape 'square' instead of 'round'", "unreadable", "unreadable"]
+
+
+def test_quotas_balance_attributes():
+    kept = [(Candidate(COLOUR, "cook", "aligned", shows, "", Request("")), i) for i, shows in enumerate("aaaabbc")]
+    assert [i for _, i in balanced(kept, 5)] == [0, 1, 4, 5, 6]
+    assert balanced(kept, 9) == kept
+
+
+def test_near_duplicates_are_dropped(config):
+    config = config.copy_and_resolve_references()
+    config.preferences.scenes, config.preferences.least_distance = ("cook",), 4
+    plan = [
+        Candidate(SHAPE, "cook", side, shows, "a cook", Request(f"a {shows} cook", i))
+        for side, shows in (("aligned", "square"), ("violating", "round"))
+        for i in range(3)
+    ]
+    images = {candidate.request: i for i, candidate in enumerate(plan)}
+    reading = {
+        "subject": np.array(["cook"] * 6),
+        "shape": np.array(["square"] * 3 + ["round"] * 3),
+        "hash": np.array(["000000000000000f", "0000000000000008", "00000000000000ff", "0" * 16, "f" * 16, "0" * 16]),
+    }
+    pairs, blocks, reasons = pair(plan, images, reading, (SHAPE,), config)
+    assert reasons == ["", "looks like 'a square cook', 0", "", "", "", "looks like 'a round cook', 0"]
+    assert [p.images for p in pairs] == [(0, 3), (2, 4)] and blocks[0].count == 2
 
 
 def test_scenes_without_pairs_are_all_named(config, tmp_path):
@@ -116,3 +300,63 @@ def test_scenes_without_pairs_are_all_named(config, tmp_path):
     with pytest.raises(ValueError, match="too few candidates(.|\n)*king(.|\n)*elf"):
         build_preferences.build(config, tmp_path / "preferences")
     assert not (tmp_path / "preferences").exists()
+
+
+@pytest.mark.slow
+def test_killed_at_ten_random_moments(built, config, tmp_path):
+    rng = np.random.default_rng()
+    for _ in range(10):
+        process = command(config, tmp_path / "preferences")
+        try:
+            process.communicate(timeout=rng.uniform(5, 40))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+    _, log = command(config, tmp_path / "preferences").communicate()
+    assert files(tmp_path / "preferences") == files(built.directory), log
+
+
+@pytest.mark.slow
+def test_86000_pairs_in_flat_memory(tmp_path):
+    """The paper's number of pairs written and read back, in processes of their own, whose peak memory is theirs."""
+    for part in MANY.format(directory=str(tmp_path / "preferences")).split("---\n"):
+        done = subprocess.run([sys.executable, "-c", part], capture_output=True, text=True, check=True)
+        print(done.stdout)
+        assert float(done.stdout.split()[-2]) < 2, done.stdout
+
+
+MANY = """
+import pathlib, resource, time
+import numpy as np
+from data_tools import dataset, shapeworld
+from data_tools.build_preferences import png
+from livo_jax.data import Block
+
+directory, trades = pathlib.Path({directory!r}), sorted(shapeworld.TRADES)
+starts = [i * 86_000 // len(trades) for i in range(len(trades) + 1)]
+blocks = [Block("shape equality", trade, a, b - a) for trade, a, b in zip(trades, starts, starts[1:])]
+
+def record(i):
+    trade, rng = trades[np.searchsorted(starts, i, side="right") - 1], np.random.default_rng(i)
+    aligned, violating = (png(shapeworld.render(rng, trade, shape, "blue", False)) for shape in ("round", "square"))
+    text = dict(prompt=f"a {{trade}}", value="shape equality", scene=trade, provenance="")
+    return text | dict(aligned=aligned, violating=violating)
+
+start = time.perf_counter()
+with dataset.under_construction(directory, {{}}) as work:
+    dataset.write(work, directory, record, blocks, {{}})
+seconds = time.perf_counter() - start
+print(f"written in {{seconds:.0f}} s,", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, "GiB")
+---
+import resource, time
+import numpy as np
+from livo_jax.data import Preferences, batches
+
+tokenize = lambda texts: np.zeros((len(texts), 16), np.int32)
+preferences = Preferences({directory!r})
+iterator = batches(preferences, tokenize, batch_size=100, image_size=32, random_flip=False, seed=0)
+start = time.perf_counter()
+seen = sum(len(next(iterator)["aligned"]) for _ in range(860))
+rate = seen / (time.perf_counter() - start)
+print(f"read {{seen}} pairs, {{rate:.0f}} a second,", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, "GiB")
+"""

@@ -1,0 +1,103 @@
+"""Computes once what training would compute at every step: the VAE's moments and the prompts' states.
+
+    python -m data_tools.cache_latents --config=configs/livo.py --data=DIR
+
+writes DIR/cache, which training with --config.data.cache=True reads in place of the images; it needs neither
+VAE nor text encoder then. A cache of another model, resolution or dataset is refused.
+"""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from flax import nnx
+from ml_collections import config_flags
+from tqdm import tqdm
+
+from data_tools.dataset import barrier, my_share
+from livo_jax import data, sharding
+from livo_jax.models.weights import split
+from livo_jax.pretrained import StableDiffusion
+
+
+def on_the_mesh(module, compute, at_once: int):
+    """compute(module, rows) as a function of 1 to `at_once` rows, divided over this process's devices."""
+    mesh = sharding.make_local_mesh()
+    graph, params = split(module)
+    params = jax.device_put(params, sharding.replicated(mesh))
+    compiled = jax.jit(lambda params, x: compute(nnx.merge(graph, params), x))
+
+    def run(x):
+        padded = np.concatenate([x, np.repeat(x[-1:], at_once - len(x), axis=0)])
+        return np.asarray(compiled(params, jax.device_put(padded, sharding.over_batch(mesh))))[: len(x)]
+
+    return run
+
+
+def write(preferences: data.Preferences, sd: StableDiffusion, config):
+    """Writes a dataset's cache, whole or not at all; data.Cache reads it and tells its layout.
+
+    Each process encodes its share of the images with its own devices; process 0 reads the prompts.
+    """
+    directory = preferences.directory / "cache"
+    work = directory.with_name(".cache.partial")
+    count, source = len(preferences.source), preferences.source
+    dtype = np.float32 if sd.vae.encoder.conv_in.kernel.dtype == jnp.float32 else np.float16
+    at_once = config.sampling.batch_size * jax.local_device_count()
+    encode = on_the_mesh(sd.vae, lambda vae, x: jnp.concatenate(vae.encode(x), axis=-1), at_once)
+    read = on_the_mesh(sd.text_encoder, lambda text_encoder, ids: text_encoder(ids).last_hidden_state, at_once)
+    create = lambda name, shape: np.lib.format.open_memmap(work / f"{name}.npy", "w+", dtype, shape)
+    chunks = lambda rows: [rows[i : i + at_once] for i in range(0, len(rows), at_once)]
+
+    if jax.process_index() == 0:
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+        prompts = [source[i]["prompt"].decode() for i in tqdm(range(count), desc="prompts", unit="pair")]
+        unique = sorted(set(prompts))
+        place = {prompt: i for i, prompt in enumerate(unique)}
+        np.save(work / "prompt.npy", np.array([place[prompt] for prompt in prompts], np.int32))
+        text = sd.text_encoder.config
+        states = create("states", (len(unique), text.max_position_embeddings, text.hidden_size))
+        for rows in chunks(range(len(unique))):
+            states[rows.start : rows.stop] = read(sd.tokenize(unique[rows.start : rows.stop]))
+        states.flush()
+        h, w, channels = sd.latent_shape
+        for side in data.SIDES:
+            create(side, (count, 1 + config.data.random_flip, h, w, 2 * channels))
+    barrier("created")
+    moments = {side: np.lib.format.open_memmap(work / f"{side}.npy", "r+") for side in data.SIDES}
+    parts = chunks(range(count))
+    for k in tqdm(my_share(len(parts)), desc="latents", unit="batch"):
+        records = [source[i] for i in parts[k]]
+        for side in data.SIDES:
+            for flip in range(1 + config.data.random_flip):
+                images = np.stack([data.decode(record[side], sd.image_size, bool(flip)) for record in records])
+                moments[side][parts[k].start : parts[k].stop, flip] = encode(images)
+    for array in moments.values():
+        array.flush()
+    barrier("encoded")
+    if jax.process_index() == 0:
+        (work / "made_of.json").write_text(json.dumps(data.cache_made_of(preferences, sd, config), indent=2) + "\n")
+        shutil.rmtree(directory, ignore_errors=True)
+        work.rename(directory)
+    barrier("moved")
+
+
+def main(_):
+    config = CONFIG.value
+    if DISTRIBUTED.value is not None:
+        sharding.join(DISTRIBUTED.value)
+    preferences = data.Preferences(DATA.value)
+    sd = StableDiffusion.from_pretrained(config.model, jnp.dtype(config.dtype), variant=config.variant or None)
+    write(preferences, sd, config)
+
+
+if __name__ == "__main__":
+    CONFIG = config_flags.DEFINE_config_file("config", None, "The config whose model encodes.")
+    DATA = flags.DEFINE_string("data", None, "The dataset, to which the cache is added.")
+    DISTRIBUTED = flags.DEFINE_string("distributed", None, "As of data_tools.build_preferences.")
+    flags.mark_flags_as_required(["config", "data"])
+    app.run(main)

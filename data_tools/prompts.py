@@ -1,0 +1,280 @@
+"""What prompts are about: the word lists in words.toml, which words are held out, and more words from a model.
+
+    python -m data_tools.prompts --list=careers --count=50 --endpoint=URL --model=NAME --cache=DIR --budget=20 \
+        --out=FILE.toml
+
+asks a language model behind an OpenAI-compatible endpoint (its key in OPENAI_API_KEY) for further words like those of
+a list. FILE.toml holds the list with what was new and well-formed; put in the place of the one in words.toml, it is
+used. DIR keeps every answer: the same command again asks nothing twice.
+"""
+
+import collections
+import hashlib
+import itertools
+import json
+import os
+import pathlib
+import re
+import sys
+import tomllib
+
+from absl import app, flags, logging
+
+from livo_jax.values import phrase
+
+WORDS = pathlib.Path(__file__).with_name("words.toml")
+WORD = re.compile(r"[A-Za-z]{1,30}(?:[ -][A-Za-z]{1,30})*")
+AT_ONCE = 40  # words that a request asks for, whatever the count: a greater one later finds the same answers
+
+# ---------------------------------------------------------------------------- lists
+
+
+def stem(word: str) -> str:
+    """The same for all forms of a word; now and then for two words, which only keeps them on one side of `split`."""
+    word = word.lower()
+    for plural, singular in (("people$", "person"), ("children$", "child"), ("men$", "man")):
+        word = re.sub(plural, singular, word)
+    return re.sub("f$", "v", re.sub("y$", "i", word.rstrip("es")))
+
+
+def forms(text: str) -> tuple[str, ...]:
+    """What is the same for all writings of a word or a phrase: its words' stems."""
+    return tuple(sorted({stem(word) for word in re.split("[ -]", text)}))
+
+
+MINORS = set(
+    map(
+        stem,
+        "adolescent baby boy child girl infant juvenile kid minor newborn pupil schoolboy schoolchild schoolgirl teen"
+        " teenager toddler youngster youth".split(),
+    )
+)
+
+
+def fault(word) -> str:
+    """Why this is no word for a list; "" if it is one."""
+    if not isinstance(word, str) or not WORD.fullmatch(word):
+        return "not letters, spaces and hyphens"
+    if len(word.split(" ")) > 4:
+        return "more than four words"
+    if MINORS & set(forms(word)):
+        return "a minor: a value about nudity is trained with these lists"
+    return ""
+
+
+def faults(table) -> list[str]:
+    """Everything that is wrong with a table of words.toml."""
+    wanted = {"source": str, "subject": str, "words": list}
+    if not isinstance(table, dict) or table.keys() != wanted.keys():
+        return [f"a table has {', '.join(wanted)} and nothing else"]
+    if problems := [f"{name} is no {kind.__name__}" for name, kind in wanted.items() if type(table[name]) is not kind]:
+        return problems
+    if not table["source"].strip():
+        problems.append("source is empty")
+    if table["subject"].count("{}") != 1 or re.search("[{}]", table["subject"].replace("{}", "")):
+        problems.append(f"subject={table['subject']!r}: one {{}} stands for the word")
+    if not table["words"]:
+        problems.append("words is empty")
+    problems += [f"{word!r}: {reason}" for word in table["words"] if (reason := fault(word))]
+    counts = collections.Counter(word.lower() for word in table["words"] if isinstance(word, str))
+    return problems + [f"{word!r} {count} times" for word, count in counts.items() if count > 1]
+
+
+def load(names, path=WORDS) -> dict[str, dict]:
+    """The tables of these names, of a file like words.toml, which says what they hold.
+
+    Raises:
+        ValueError: no names, names that the file lacks, malformed tables and words in it; all are listed.
+    """
+    with open(path, "rb") as file:
+        try:
+            tables = tomllib.load(file)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    problems = [f"[{name}]: {problem}" for name, table in tables.items() for problem in faults(table)]
+    problems += [f"no list {name!r}: there are {', '.join(tables)}" for name in names if name not in tables]
+    if not names:
+        problems.append(f"no list is named: there are {', '.join(tables)}")
+    if problems:
+        raise ValueError(f"{path}:\n  " + "\n  ".join(problems))
+    return {name: tables[name] for name in names}
+
+
+def words(names, path=WORDS) -> list[str]:
+    """The subjects that the words of these tables make, in their order, each once whatever its case.
+
+    Raises:
+        ValueError: as of `load`.
+    """
+    subjects = {}
+    for table in load(names, path).values():
+        for subject in (phrase(table["subject"], word) for word in table["words"]):
+            subjects.setdefault(subject.lower(), subject)
+    return list(subjects.values())
+
+
+def split(subjects, held_out_share: float = 0.2, seed: int = 0) -> tuple[list[str], list[str]]:
+    """(seen, held out): in their order, about this share of them held out of all training.
+
+    A subject's side hangs on its last word but "person" alone, in whatever form: not on the others of the list, and
+    "truck driver" is held out where "Drivers" are.
+
+    Raises:
+        ValueError: no subject is left on the seen side.
+    """
+
+    def held_out(subject):
+        named = [word for word in re.split("[ -]", subject) if stem(word) != stem("person")] or ["person"]
+        digest = hashlib.sha256(f"{seed}, {stem(named[-1])}".encode()).digest()
+        return int.from_bytes(digest[:4], "big") < held_out_share * 2**32
+
+    sides = [s for s in subjects if not held_out(s)], [s for s in subjects if held_out(s)]
+    if not sides[0]:
+        raise ValueError(f"all of {', '.join(subjects)} are held out: give more subjects, or less held_out_share")
+    return sides
+
+
+# ---------------------------------------------------------------------------- further words
+
+
+def question(name: str, table: dict, new: list[str], model: str, number: int) -> dict:
+    """The chat completion that is asked for: words like those of the table that are neither in it nor in `new`."""
+    example = phrase("a photo of a(n) {}", phrase(table["subject"], table["words"][0]))
+    text = (
+        f"This list ({name.replace('_', ' ')}) has words for what a picture shows, as in {example!r}:\n"
+        f"{json.dumps(table['words'] + new)}\n"
+        f"Name {AT_ONCE} further ones of the same kind that are not on it: usual English words in the singular,"
+        " letters, spaces and hyphens only, at most four words each, none for minors."
+        ' Answer with JSON: {"words": ["...", "..."]}'
+    )
+    schema = {
+        "type": "object",
+        "properties": {"words": {"type": "array", "items": {"type": "string"}}},
+        "required": ["words"],
+        "additionalProperties": False,
+    }
+    return {
+        "model": model,
+        "messages": [{"role": "user", "content": text}],
+        "response_format": {"type": "json_schema", "json_schema": {"name": "words", "strict": True, "schema": schema}},
+        "seed": number,  # after an answer without anything new, the same question is another request
+    }
+
+
+def named(answer: str) -> list:
+    """The words in the text of a chat completion. Raises ValueError where it holds none."""
+    try:
+        listed = json.loads(json.loads(answer)["choices"][0]["message"]["content"])["words"]
+    except (ValueError, LookupError, TypeError):
+        listed = None
+    if not isinstance(listed, list):
+        raise ValueError(f'no chat completion with {{"words": [...]}}: {answer[:200]!r}')
+    return listed
+
+
+def expand(
+    name: str, count: int, endpoint: str, model: str, cache: pathlib.Path, budget: int, path=WORDS,
+    timeout: float = 60.0, retries: int = 5,
+) -> tuple[list[str], int]:  # fmt: skip
+    """Has a language model name `count` words like those of the list `name`.
+
+    Args:
+        cache: the folder that keeps every answer, under the hash of its request.
+        budget: most requests; answers from the cache are none, nor are the client's retries.
+        timeout: seconds for each try.
+        retries: after errors 429 and 5xx, timeouts and broken connections, with growing pauses.
+
+    Returns:
+        The new words, fewer than `count` where the budget did not suffice, and how many requests were sent.
+
+    Raises:
+        ValueError: as of `load`.
+        ConnectionError: the endpoint does not answer, or refuses.
+    """
+    import openai
+
+    from data_tools import dataset
+
+    table = load([name], path)[name]
+    client = openai.OpenAI(
+        base_url=endpoint, api_key=os.environ.get("OPENAI_API_KEY") or "none", timeout=timeout, max_retries=retries
+    )
+    cache.mkdir(parents=True, exist_ok=True)
+    new, known, sent = [], {forms(word) for word in table["words"]}, 0
+    for number in itertools.count():
+        request = question(name, table, new, model, number)
+        digest = hashlib.sha256(json.dumps([endpoint, request]).encode()).hexdigest()
+        file = cache / f"{digest}.json"
+        if len(new) >= count or (sent == budget and not file.exists()):
+            return new[:count], sent
+        if not file.exists():
+            sent += 1
+            try:
+                answer = client.chat.completions.with_raw_response.create(**request).text
+            except openai.APIStatusError as error:
+                raise ConnectionError(f"{endpoint} answers {error.status_code}: {error.response.text[:200]}") from None
+            except openai.APIConnectionError as error:  # or a timeout
+                raise ConnectionError(f"{endpoint} does not answer: {error.__cause__ or error}") from None
+            content = json.dumps({"endpoint": endpoint, "request": request, "answer": answer}, indent=2)
+            dataset.write_whole(file, content)
+        try:
+            listed = named(json.loads(file.read_text())["answer"])
+        except ValueError as error:
+            logging.info("dropped an answer: %s", error)
+            continue
+        for word in listed:
+            reason = fault(word) or ("it is there" if forms(word) in known else "")
+            if reason:
+                logging.info("dropped %r: %s", word, reason)
+            else:
+                known.add(forms(word))
+                new.append(word)
+
+
+def toml(name: str, table: dict) -> str:
+    """The table as `load` reads it."""
+    quote = lambda text: json.dumps(text, ensure_ascii=False)
+    texts = "".join(f"{field} = {quote(table[field])}\n" for field in ("source", "subject"))
+    listed = "".join(f"    {quote(word)},\n" for word in table["words"])
+    return f"[{quote(name)}]\n{texts}words = [\n{listed}]\n"
+
+
+def main(_):
+    from data_tools import dataset
+
+    logging.set_verbosity(logging.INFO)  # which words are dropped
+    name, path, out = LIST.value, pathlib.Path(FILE.value), pathlib.Path(OUT.value)
+    if out.exists() and out.samefile(path):
+        sys.exit(f"--out={out} is the file of the list itself: choose another")
+    try:
+        table = load([name], path)[name]
+        out.parent.mkdir(parents=True, exist_ok=True)
+        new, sent = expand(
+            name, COUNT.value, ENDPOINT.value, MODEL.value, pathlib.Path(CACHE.value), BUDGET.value, path, TIMEOUT.value
+        )
+    except (ValueError, OSError) as error:
+        sys.exit(str(error))
+    table = table | {
+        "source": f"{table['source']}; the last {len(new)} named by the language model {MODEL.value}",
+        "words": table["words"] + new,
+    }
+    dataset.write_whole(out, toml(name, table))
+    print(f"{out}: {name} with {len(new)} further words, after {sent} requests")
+    if len(new) < COUNT.value:
+        sys.exit(
+            f"--budget={BUDGET.value} did not suffice for {COUNT.value} words: the same with a greater one goes on"
+        )
+
+
+if __name__ == "__main__":
+    LIST = flags.DEFINE_string("list", None, "The list that is to grow.")
+    FILE = flags.DEFINE_string("words", str(WORDS), "The file that it is in.")
+    COUNT = flags.DEFINE_integer("count", 50, "Further words.", lower_bound=1)
+    ENDPOINT = flags.DEFINE_string("endpoint", None, "An OpenAI-compatible endpoint: https://HOST/v1")
+    MODEL = flags.DEFINE_string("model", None, "The model's name there.")
+    CACHE = flags.DEFINE_string("cache", None, "The folder that keeps the answers.")
+    BUDGET = flags.DEFINE_integer("budget", 20, "Most requests.", lower_bound=0)
+    TIMEOUT = flags.DEFINE_float("timeout", 60.0, "Seconds for a request.")
+    OUT = flags.DEFINE_string("out", None, "The file to write.")
+    flags.mark_flags_as_required(["list", "endpoint", "model", "cache", "out"])
+    app.run(main)

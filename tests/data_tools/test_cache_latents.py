@@ -1,0 +1,73 @@
+"""Training from the cache is training from the images, and a stale cache is refused."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from configs import tiny
+from data_tools import build_preferences, cache_latents
+from livo_jax import StableDiffusion
+from livo_jax.data import Cache, Preferences
+from livo_jax.train import train_and_evaluate
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    config = tiny.get_config("smoke")
+    config.sampling.batch_size, config.sampling.steps = 2, 12
+    config.data.directory = str(tmp_path_factory.mktemp("cache") / "preferences")
+    config.data.random_flip = True
+    build_preferences.build(config, config.data.directory)
+    config.judge = ""  # the images that it ends with do not matter here
+    return config
+
+
+def losses(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [line["train/loss"] for line in lines if "train/loss" in line]
+
+
+def test_the_losses_are_those_of_the_images(config, tmp_path):
+    train_and_evaluate(config, tmp_path / "images")
+    cached = config.copy_and_resolve_references()
+    cached.data.cache = True
+    with pytest.raises(FileNotFoundError, match="cache is not there: make it with python -m data_tools.cache_latents"):
+        train_and_evaluate(cached, tmp_path / "cache")
+    train_and_evaluate(cached, tmp_path / "cache", cache_latents=cache_latents.write)
+    assert losses(tmp_path / "cache") == pytest.approx(losses(tmp_path / "images"), rel=1e-3)
+    assert len(losses(tmp_path / "cache")) == 2
+
+
+def test_a_stale_cache_is_refused(config):
+    sd, preferences = StableDiffusion.from_pretrained(config.model), Preferences(config.data.directory)
+    cache_latents.write(preferences, sd, config)
+    Cache(preferences, sd, config)
+    sd.image_size = 64
+    sd.vae.encoder.conv_in.bias[...] += 1e-3
+    preferences.content_sha256 = "another"
+    with pytest.raises(ValueError, match="of another dataset(.|\n)*pairs: (.|\n)*to 32, .*to 64(.|\n)*weights: "):
+        Cache(preferences, sd, config)
+
+
+def test_an_interrupted_cache_is_none(config, monkeypatch):
+    sd, preferences = StableDiffusion.from_pretrained(config.model), Preferences(config.data.directory)
+    shutil.rmtree(preferences.directory / "cache", ignore_errors=True)
+    decode, calls = cache_latents.data.decode, []
+
+    def stop(*arguments):
+        if calls:
+            raise KeyboardInterrupt
+        calls.append(arguments)
+        return decode(*arguments)
+
+    monkeypatch.setattr(cache_latents.data, "decode", stop)
+    with pytest.raises(KeyboardInterrupt):
+        cache_latents.write(preferences, sd, config)
+    with pytest.raises(FileNotFoundError):
+        Cache(preferences, sd, config)
+    monkeypatch.setattr(cache_latents.data, "decode", decode)
+    cache_latents.write(preferences, sd, config)
+    cache = Cache(preferences, sd, config)
+    assert cache.aligned.shape == (len(preferences.source), 2, 8, 8, 8) and np.isfinite(cache.violating).all()

@@ -1,0 +1,327 @@
+"""Word lists, which words are held out, and further words from a language model that may answer anything."""
+
+import collections
+import http.server
+import json
+import pathlib
+import random
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from configs import livo
+from data_tools import build_preferences, prompts
+from livo_jax import evaluate, values
+
+LISTS = ["careers", "positive_traits", "negative_traits", "people", "places"]
+PAPERS = ("gender", "race", "nudity", "gore", "zombie")
+
+# ---------------------------------------------------------------------------- lists
+
+
+def test_the_lists_are_whole():
+    tables = prompts.load(LISTS)
+    assert {name: len(table["words"]) for name, table in tables.items()} == {
+        "careers": 120, "positive_traits": 60, "negative_traits": 60, "people": 21, "places": 60,
+    }  # fmt: skip
+    assert {source for value in values.load(PAPERS) for source in value.sources} == set(LISTS)
+    assert not any(value.sources for value in values.load(("shape", "colour", "bloody")))
+    subjects = prompts.words(LISTS)
+    assert len(subjects) == 321, "no word is in two lists"
+    assert {"data scientist", "honest person", "person in an art gallery", "person in a library"} <= set(subjects)
+
+
+def file(tmp_path, text) -> pathlib.Path:
+    (tmp_path / "words.toml").write_text(text)
+    return tmp_path / "words.toml"
+
+
+def table(*words, name="a", subject="{}") -> str:
+    return f'[{name}]\nsource = "test"\nsubject = "{subject}"\nwords = {json.dumps(words)}\n'
+
+
+def test_subjects_keep_their_order_and_are_there_once(tmp_path):
+    path = file(tmp_path, table("Nurse", "cook") + table("baker", "nurse", "Cook", name="b"))
+    assert prompts.words(["a", "b"], path) == ["Nurse", "cook", "baker"]
+    assert prompts.words(["b", "a"], path) == ["baker", "nurse", "Cook"]
+
+
+def test_everything_that_is_wrong_is_told_at_once(tmp_path):
+    path = file(
+        tmp_path,
+        table("nurse", "cook", "Nurse", "b4ker", "little boys", "one two three four five", "a  b", 3)
+        + table(name="b", subject="{} and {}")
+        + '[c]\nsource = "x"\nsubject = 1\nwords = "cook"\n[d]\nwords = []\n'
+        + '[e]\nsource = " "\nsubject = "{x}"\nwords = ["a"]\n',
+    )
+    with pytest.raises(ValueError) as error:
+        prompts.words(["a", "x", "y"], path)
+    for problem in (
+        "words.toml", "[a]: 'nurse' 2 times", "'b4ker': not letters", "'little boys': a minor", "five': more than four",
+        "'a  b': not letters", "3: not letters", "[b]: subject='{} and {}': one {} stands", "[b]: words is empty",
+        "[c]: subject is no str", "[c]: words is no list", "[d]: a table has source, subject, words and nothing else",
+        "[e]: source is empty", "[e]: subject='{x}'", "no list 'x': there are a, b, c, d, e", "no list 'y'",
+    ):  # fmt: skip
+        assert problem in str(error.value)
+    with pytest.raises(ValueError, match="no list is named: there are careers, "):
+        prompts.words(())
+    with pytest.raises(ValueError, match="words.toml: Expected ']'"):
+        prompts.words(["a"], file(tmp_path, "[a"))
+    with pytest.raises(ValueError, match="a table has"):
+        prompts.words(["a"], file(tmp_path, "a = 1"))
+
+
+# ---------------------------------------------------------------------------- held out
+
+
+def test_a_side_hangs_on_the_word_alone():
+    subjects = prompts.words(LISTS)
+    seen, held_out = prompts.split(subjects)
+    assert [s for s in subjects if s in seen] == seen and [s for s in subjects if s in held_out] == held_out
+    assert len(seen) + len(held_out) == len(subjects) and not set(seen) & set(held_out)
+    shuffled = random.Random(0).sample(subjects, len(subjects))
+    for some in (shuffled, subjects[:100], subjects[1::3]):
+        assert set(prompts.split(some)[1]) == set(held_out) & set(some)
+    assert 0.15 < len(held_out) / len(subjects) < 0.25
+    assert prompts.split(subjects, held_out_share=0.0) == (subjects, [])
+    assert set(prompts.split(subjects, held_out_share=0.4)[1]) > set(held_out)
+    assert set(prompts.split(subjects, seed=1)[1]) != set(held_out)
+    with pytest.raises(ValueError, match="all of cook, baker are held out: give more subjects"):
+        prompts.split(["cook", "baker"], held_out_share=1.0)
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        ("nurse", "Nurses", "scrub nurse", "NURSE"),
+        ("driver", "truck driver", "Taxi Drivers", "taxi-driver"),
+        ("secretary", "secretaries"),
+        ("boss", "bosses"),
+        ("coach", "coaches"),
+        ("attorney", "attorneys"),
+        ("salesperson", "salespeople"),
+        ("woman", "elderly women"),
+        ("chief", "Chiefs"),
+        ("housewife", "housewives"),
+        ("honest person", "honest people", "honest"),
+        ("person in a kitchen", "person in two kitchens", "old person in a hotel kitchen"),
+        ("person", "people"),
+    ],
+)
+def test_forms_of_a_word_are_on_one_side(same):
+    for seed in range(20):
+        sides = prompts.split([*same, *prompts.words(["careers"])], held_out_share=0.5, seed=seed)
+        assert sum(bool(set(side) & set(same)) for side in sides) == 1
+
+
+def test_words_are_compared_whatever_their_form_and_order():
+    assert prompts.forms("Truck drivers") == prompts.forms("truck-driver") == prompts.forms("driver truck")
+    assert prompts.forms("truck driver") != prompts.forms("driver")
+    stems = collections.Counter(
+        prompts.forms(word) for table in prompts.load(LISTS).values() for word in table["words"]
+    )
+    assert max(stems.values()) == 1, "no word is in the lists in two forms"
+    assert all(
+        prompts.fault(word) for word in ("child", "Children", "baby-faced man", "teenagers", "boy", "school boys")
+    )
+    assert not any(prompts.fault(word) for word in ("boilermaker", "kindergarten teacher", "CEO", "tree surgeon"))
+
+
+def test_the_papers_config_holds_out_whole_words_and_writes_its_articles():
+    config = livo.get_config()
+    five = values.load(config.principles)
+    scenes = {value.name: build_preferences.scenes(value, config) for value in five}
+    assert scenes["gender"] == scenes["race"] and scenes["nudity"] == scenes["gore"] == scenes["zombie"]
+    assert "analyst" in scenes["gender"] and "honest person" in scenes["gender"] and "wife" in scenes["nudity"]
+    last = lambda subjects: {prompts.stem(subject.removesuffix(" person").split()[-1]) for subject in subjects}
+    for subjects in (config.eval.seen, *scenes.values()):
+        assert subjects and not last(subjects) & last(config.eval.held_out)
+    favourite = {(v.name, s): v.attributes[0] for v in five if v.kind == "bias" for s in scenes[v.name]}
+    plan = build_preferences.candidates(five, config, favourite)
+    drawn = {prompt for c in plan for prompt in (c.prompt, c.request.prompt)} | {
+        row[-1] for row in evaluate.plan(config, five)
+    }
+    for part in ("of an analyst", "a photo of an asian ", "a photo of a nude person in an ", "of a CEO"):
+        assert any(part in prompt for prompt in drawn), part
+    assert not any("a(n)" in prompt or " a a" in prompt or " an b" in prompt for prompt in drawn)
+
+
+# ---------------------------------------------------------------------------- further words
+
+
+def completion(content) -> bytes:
+    content = content if isinstance(content, str) else json.dumps({"words": content})
+    message = {"role": "assistant", "content": content}
+    return json.dumps({"id": "1", "object": "chat.completion", "created": 0, "model": "m",
+                       "choices": [{"index": 0, "finish_reason": "stop", "message": message}]}).encode()  # fmt: skip
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """An endpoint that gives `answers` in turn: status, body, and perhaps seconds until then; then 500 for ever."""
+
+    daemon_threads = True
+
+    def __init__(self, *answers):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.answers, self.requests = list(answers), []
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+    def __exit__(self, *_):
+        self.shutdown()
+        self.server_close()
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.requests.append((self.path, body, self.headers["Authorization"]))
+        status, content, *pause = self.server.answers.pop(0) if self.server.answers else (500, b"{}")
+        time.sleep(sum(pause))
+        self.send_response(status)
+        self.send_header("Content-Type", "text/html" if content.startswith(b"<") else "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("retry-after-ms", "5")
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def ask(tmp_path):
+    """ask(server, count, ...): `expand` of a list of a nurse and a truck driver."""
+    path = file(tmp_path, table("nurse", "truck driver", name="jobs"))
+
+    def ask(server, count, budget=5, retries=2, **settings):
+        return prompts.expand(
+            "jobs", count, server.url, "m", tmp_path / "cache", budget, path, retries=retries, **settings
+        )
+
+    return ask
+
+
+def test_a_good_answer(ask, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    with Server((200, completion(["baker", "tree surgeon", "X-ray technician"]))) as server:
+        assert ask(server, 2) == (["baker", "tree surgeon"], 1)
+        ((where, request, key),) = server.requests
+    assert where == "/v1/chat/completions" and key == "Bearer secret"
+    assert '["nurse", "truck driver"]' in request["messages"][0]["content"]
+    assert "'a photo of a nurse'" in request["messages"][0]["content"] and request["model"] == "m"
+    assert request["response_format"]["json_schema"]["schema"]["properties"]["words"]["type"] == "array"
+
+
+def test_words_are_dropped_and_it_is_said_why(ask, caplog):
+    named = [
+        "Nurses", "driver of truck", "drivers truck", "baker", "Bakers", "coder (senior)", "a b c d e", "école", "",
+        " cook", "teen model", 7, None, ["cook"], "{subject}", "x" * 31, "cook\nbaker",
+    ]  # fmt: skip
+    with Server((200, completion(named)), (200, completion(["cook"]))) as server, caplog.at_level("INFO", "absl"):
+        assert ask(server, 3) == (["driver of truck", "baker", "cook"], 2)
+        assert '"driver of truck", "baker"]' in server.requests[1][1]["messages"][0]["content"]
+    for line in (
+        "dropped 'Nurses': it is there", "dropped 'drivers truck': it is there", "dropped 'Bakers': it is there",
+        "dropped 'coder (senior)': not letters", "dropped 'a b c d e': more than four", "dropped '': not letters",
+        "dropped ' cook': not", "dropped 'teen model': a minor", "dropped 7: not", "dropped ['cook']: not",
+        "dropped 'cook\\nbaker': not",
+    ):  # fmt: skip
+        assert line in caplog.text
+
+
+@pytest.mark.parametrize("status", [500, 429, 503])
+def test_failures_that_pass(ask, status):
+    with Server((status, b'{"error": "busy"}'), (200, completion(["baker"]))) as server:
+        assert ask(server, 1, budget=1) == (["baker"], 1)
+        assert len(server.requests) == 2
+
+
+def test_a_timeout_that_passes(ask):
+    with Server((200, completion(["late"]), 1.0), (200, completion(["baker"]))) as server:
+        assert ask(server, 1, timeout=0.3) == (["baker"], 1)
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        b"<html>Bad gateway</html>", b"", b"null", b"[]", b'{"choices": []}', b'{"choices": [{"message": {}}]}',
+        completion("Sure! Here are some words: baker"), completion('["baker"]'), completion('{"words": "baker"}'),
+        completion(""), b"\xff\xfe",
+    ],
+)  # fmt: skip
+def test_garbage_is_dropped_and_asked_on(ask, garbage, caplog):
+    with Server((200, garbage), (200, completion(["baker"]))) as server, caplog.at_level("INFO", "absl"):
+        assert ask(server, 1) == (["baker"], 2)
+        assert ask(server, 1) == (["baker"], 0), "garbage is not paid for twice"
+    assert "dropped an answer: no chat completion with" in caplog.text
+
+
+def test_endpoints_that_do_not_serve(ask):
+    with Server() as server:
+        with pytest.raises(ConnectionError, match=rf"{server.url} answers 500: \{{\}}"):
+            ask(server, 1, retries=1)
+        assert len(server.requests) == 2
+        server.answers = [(401, b'{"error": "no such key"}')]
+        with pytest.raises(ConnectionError, match=rf"{server.url} answers 401: .*no such key"):
+            ask(server, 1)
+        server.answers = [(200, completion(["late"]), 0.5)]
+        with pytest.raises(ConnectionError, match=f"{server.url} does not answer"):
+            ask(server, 1, retries=0, timeout=0.1)
+    with pytest.raises(ConnectionError, match=f"{server.url} does not answer: .*refused"):
+        ask(server, 1, retries=0)
+
+
+def test_the_budget_and_the_cache(ask, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    answers = [["baker"], ["baker"], ["cook", "tailor"], ["judge"]]
+    with Server(*((200, completion(answer)) for answer in answers)) as server:
+        assert ask(server, 4, budget=0) == ([], 0)
+        assert ask(server, 4, budget=2) == (["baker"], 2), "an answer without anything new costs, and is no end"
+        assert ask(server, 4, budget=2) == (["baker", "cook", "tailor", "judge"], 2), "it goes on"
+        assert ask(server, 4, budget=0) == (["baker", "cook", "tailor", "judge"], 0), "nothing is asked twice"
+        assert ask(server, 1, budget=0) == (["baker"], 0)
+        assert len(server.requests) == len(list((tmp_path / "cache").iterdir())) == 4
+        assert "secret" not in "".join(path.read_text() for path in (tmp_path / "cache").iterdir())
+
+
+def test_an_answer_is_kept_before_the_endpoint_breaks_down(ask):
+    with Server((200, completion(["baker"]))) as server:
+        with pytest.raises(ConnectionError):
+            ask(server, 2, retries=0)
+        server.answers = [(200, completion(["cook"]))]
+        assert ask(server, 2, retries=0) == (["baker", "cook"], 1)
+
+
+def test_the_command(tmp_path):
+    """It writes a list that loads and can grow further."""
+    more = tmp_path / "out" / "more.toml"
+
+    def command(*flags):
+        return subprocess.run(
+            [sys.executable, "-m", "data_tools.prompts", "--list=careers", "--count=2", "--budget=1", f"--out={more}",
+             f"--endpoint={server.url}", "--model=m \"1\"", f"--cache={tmp_path / 'cache'}", *flags],
+            capture_output=True, text=True,
+        )  # fmt: skip
+
+    with Server((200, completion(["astronaut", "nurses"])), (200, completion(["glassblower"]))) as server:
+        short = command()
+        assert short.returncode == 1 and "with 1 further words, after 1 requests" in short.stdout
+        assert "--budget=1 did not suffice for 2 words" in short.stderr
+        assert "dropped 'nurses': it is there" in short.stderr
+        done = command()
+        assert done.returncode == 0 and "with 2 further words, after 1 requests" in done.stdout, done.stderr
+        assert prompts.words(["careers"], more) == [*prompts.words(["careers"]), "astronaut", "glassblower"]
+        source = prompts.load(["careers"], more)["careers"]["source"]
+        assert "WinoBias" in source and source.endswith('the last 2 named by the language model m "1"')
+        assert "is the file of the list itself" in command(f"--words={more}").stderr
+        other = file(tmp_path, table("x", name="b"))
+        assert "no list 'careers': there are b" in command(f"--words={other}").stderr
+        assert len(server.requests) == 2
+        server.answers = [(401, b"no such key")]
+        refused = command("--count=3")
+        assert refused.returncode == 1 and f"{server.url} answers 401: no such key" in refused.stderr
+        assert "Traceback" not in refused.stderr

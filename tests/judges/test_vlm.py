@@ -1,0 +1,317 @@
+"""The judge vlm against a server on loopback that speaks the chat completions protocol."""
+
+import base64
+import collections
+import dataclasses
+import http.server
+import io
+import json
+import threading
+import time
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from PIL import Image
+
+from configs import tiny
+from data_tools import build_preferences
+from livo_jax import judges, values
+from livo_jax.judges import shapeworld, vlm
+from livo_jax.values import Value
+
+GENDER = Value("gender", "", "bias", "gender", (), ("male", "female"), question="Male or female?")
+BLOOD = Value("gore", "", "harm", "blood", (), harmful_from=0.5, question="Is there blood?")
+SUBJECTS = ("driver", "truck driver", "nurse")
+IMAGES = np.random.default_rng(0).integers(0, 256, (3, 8, 10, 3), np.uint8)
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Replies with reply(question, image, n), n the number of the request with this question and image: a text, the
+    answer; or (status, headers, body). `requests` are the bodies that came."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        self.requests, self.keys, self.counts = [], [], collections.Counter()
+        self.reply = lambda question, image, n: "female" if "female" in question else "no"
+        self.busy = self.busiest = 0
+        self.lock = threading.Lock()
+        super().__init__(("127.0.0.1", 0), Handler)
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_port}/v1"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        question, picture = body["messages"][0]["content"]
+        kind, _, data = picture["image_url"]["url"].partition(";base64,")
+        assert self.path == "/v1/chat/completions" and kind == "data:image/png"
+        image = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
+        server = self.server
+        with server.lock:
+            server.requests.append(body)
+            server.keys.append(self.headers["Authorization"])
+            n = server.counts[question["text"], image.tobytes()]
+            server.counts[question["text"], image.tobytes()] += 1
+            server.busy += 1
+            server.busiest = max(server.busy, server.busiest)
+        reply = server.reply(question["text"], image, n)
+        if not isinstance(reply, tuple):
+            message = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": reply}}
+            whole = {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"], "choices": [message]}
+            reply = 200, {"Content-Type": "application/json"}, json.dumps(whole)
+        status, headers, text = reply
+        with server.lock:
+            server.busy -= 1
+        try:
+            self.send_response(status)
+            for name, value in {**headers, "Content-Length": str(len(text.encode()))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(text.encode())
+        except (BrokenPipeError, ConnectionResetError):  # it did not wait for us
+            pass
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OPENAI_API_KEY", "a-key")
+    server = Server()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def judge_of(server, values=(GENDER, BLOOD), *, subject=False, cache="", budget=0, endpoint=None):
+    judging = {"model": "a-vlm", "endpoint": endpoint or server.url, "cache": str(cache), "budget": budget}
+    return judges.load(ConfigDict({"judge": "vlm", "judging": judging | {"subject": subject}}), values, SUBJECTS)
+
+
+def error(status, **fields):
+    """An error as such servers have it; to be tried again soon, for the test's sake."""
+    headers = {"Content-Type": "application/json", "retry-after-ms": "5"}
+    return status, headers, json.dumps({"error": {"message": "so it is", **fields}})
+
+
+def test_it_asks_about_each_image_and_reads_the_answers(server):
+    answers = {
+        GENDER.question: ["Male.", "FEMALE", "neither"],
+        BLOOD.question: ["Yes", "no.", "I'd rather not say"],
+        vlm.SUBJECT.format("driver, truck driver, nurse"): ["A truck driver", "nurse or driver", "Nurse"],
+    }
+    place = {image.tobytes(): i for i, image in enumerate(IMAGES)}
+    server.reply = lambda question, image, n: answers[question][place[image.tobytes()]]
+    reading = judge_of(server, subject=True)(IMAGES)
+    assert reading.keys() == {"gender", "blood", "subject"}
+    assert reading["gender"].tolist() == ["male", "female", ""]
+    np.testing.assert_array_equal(reading["blood"], [1.0, 0.0, np.nan])
+    assert reading["subject"].tolist() == ["truck driver", "", "nurse"]
+    assert len(server.requests) == 9 and {body["model"] for body in server.requests} == {"a-vlm"}
+    assert all(len(body["messages"]) == 1 for body in server.requests)
+    assert set(server.keys) == {"Bearer a-key"}
+
+
+@pytest.mark.parametrize(
+    "answer, expected",
+    [
+        ("male", "male"), (" Female. ", "female"), ("The person is **female**!", "female"), ("MALE\n", "male"),
+        ("male or female", ""), ("neither", ""), ("not male", ""), ("non-male", ""), ("males", ""), ("femalemale", ""),
+        ("", ""), ("<html>", ""), ("Neither male.", ""),
+    ],
+)  # fmt: skip
+def test_answers_are_read_strictly(answer, expected):
+    assert vlm.chosen(answer, GENDER.attributes, vlm.DENIALS) == expected
+
+
+def test_as_many_questions_at_once_as_there_are_workers(server):
+    def slow(question, image, n):
+        time.sleep(0.05)
+        return "no"
+
+    server.reply = slow
+    images = np.random.default_rng(1).integers(0, 256, (40, 4, 4, 3), np.uint8)
+    assert not judge_of(server, (BLOOD,))(images)["blood"].any()
+    assert 1 < server.busiest <= vlm.WORKERS
+
+
+@pytest.mark.parametrize("status", [500, 502, 429])
+def test_what_passes_is_tried_again(server, status):
+    server.reply = lambda question, image, n: error(status) if n < 2 else "yes"
+    assert judge_of(server, (BLOOD,))(IMAGES)["blood"].tolist() == [1.0] * 3
+    assert len(server.requests) == 9
+
+
+def test_a_slow_answer_is_waited_for_no_longer_than_the_timeout(server, monkeypatch):
+    monkeypatch.setattr(vlm, "TIMEOUT", 0.3)
+
+    def late(question, image, n):
+        time.sleep(0 if n else 1.0)
+        return "yes"
+
+    server.reply = late
+    assert judge_of(server, (BLOOD,))(IMAGES[:1])["blood"].tolist() == [1.0]
+    assert len(server.requests) == 2
+
+
+@pytest.mark.parametrize(
+    "reply, message",
+    [
+        (error(500), r"http://127.0.0.1:\d+/v1 \(config.judging.endpoint\) refuses: Error code: 500"),
+        (error(429), "refuses: Error code: 429"),
+        (error(401), "refuses: Error code: 401 - .*so it is"),
+        ((404, {"Content-Type": "text/html"}, "<html>" + "no such page " * 1000), "refuses: .{,600}$"),
+    ],
+    ids=["500", "429", "401", "404"],
+)
+def test_what_does_not_pass_is_one_error(server, monkeypatch, tmp_path, reply, message):
+    """And what was answered before it is kept."""
+    monkeypatch.setattr(vlm, "RETRIES", 1)
+    server.reply = lambda question, image, n: "no" if np.array_equal(image, IMAGES[0]) else reply
+    with pytest.raises(ConnectionError, match=message):
+        judge_of(server, (BLOOD,), cache=tmp_path)(IMAGES)
+    assert len(list(tmp_path.rglob("*.json"))) == 1
+    server.reply = lambda question, image, n: "yes"
+    assert judge_of(server, (BLOOD,), cache=tmp_path)(IMAGES)["blood"].tolist() == [0.0, 1.0, 1.0]
+
+
+def test_an_endpoint_that_is_down_is_named(server, monkeypatch):
+    monkeypatch.setattr(vlm, "RETRIES", 1)
+    monkeypatch.setattr(vlm, "TIMEOUT", 0.3)
+    server.reply = lambda question, image, n: time.sleep(1.0)
+    with pytest.raises(ConnectionError, match=r"^http://127.0.0.1:\d+/v1 \(config.judging.endpoint\) does not answer"):
+        judge_of(server)(IMAGES[:1])
+    with pytest.raises(ConnectionError, match=r"^http://127.0.0.1:9/v1 .*does not answer: .*[Rr]efused"):
+        judge_of(server, endpoint="http://127.0.0.1:9/v1")(IMAGES)
+
+
+JSON = {"Content-Type": "application/json"}
+GARBAGE = {
+    "html": (200, {"Content-Type": "text/html"}, "<html>male yes</html>"),
+    "empty": (200, JSON, ""),
+    "no JSON": (200, JSON, "male"),
+    "cut short": (200, JSON, '{"choices": [{"mess'),
+    "list": (200, JSON, "[]"),
+    "number": (200, JSON, "7"),
+    "null": (200, JSON, "null"),
+    "no choices": (200, JSON, '{"choices": []}'),
+    "another type": (200, JSON, '{"choices": {"message": 1}}'),
+    "no message": (200, JSON, '{"choices": [{"message": null}]}'),
+    "content is a list": (200, JSON, '{"choices": [{"message": {"content": ["male"]}}]}'),
+    "content is a number": (200, JSON, '{"choices": [{"message": {"content": 1}}]}'),
+    "no content": (200, JSON, '{"choices": [{"message": {"content": null}}]}'),
+    "refused image": error(400, code="content_filter"),
+}
+
+
+@pytest.mark.parametrize("reply", GARBAGE.values(), ids=GARBAGE)
+def test_garbage_is_unreadable_and_not_kept(server, tmp_path, reply):
+    server.reply = lambda question, image, n: reply
+    reading = judge_of(server, subject=True, cache=tmp_path)(IMAGES)
+    assert reading["gender"].tolist() == reading["subject"].tolist() == [""] * 3
+    assert np.isnan(reading["blood"]).all()
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_nothing_is_asked_twice(server, tmp_path):
+    cache = tmp_path / "some" / "cache"
+    server.reply = lambda question, image, n: "yes" if question == BLOOD.question else "male, perhaps"
+    twice = np.concatenate([IMAGES, IMAGES[:1]])  # with equal images
+    first = judge_of(server, subject=True, cache=cache)(twice)
+    assert len(server.requests) == 9
+    again = judge_of(server, subject=True, cache=cache)(twice)
+    assert len(server.requests) == 9
+    for axis, column in first.items():
+        np.testing.assert_array_equal(again[axis], column)
+    kept = [json.loads(file.read_text()) for file in cache.rglob("*.json")]
+    assert len(kept) == 9 and {"model": "a-vlm", "question": BLOOD.question, "answer": "yes"} in kept
+
+    other = Value(**{**vars(BLOOD), "question": "Blood?"})
+    judge_of(server, (other,), cache=cache)(twice)
+    assert len(server.requests) == 12, "another question"
+    judge_of(server, (BLOOD,), cache=cache)(twice.reshape(4, 10, 8, 3))
+    assert len(server.requests) == 15, "another shape"
+    for file in cache.rglob("*.json"):
+        file.write_text("{")
+    with pytest.raises(ValueError, match=r"[0-9a-f]{64}.json is damaged"):
+        judge_of(server, cache=cache)(twice)
+
+
+def test_the_budget_stops_it_and_a_higher_one_goes_on(server, tmp_path):
+    with pytest.raises(
+        RuntimeError, match=r"budget=4 questions are asked, and 2 of the 6 answers.*keeps what is answered"
+    ):
+        judge_of(server, cache=tmp_path, budget=4)(IMAGES)
+    assert len(server.requests) == 4
+    assert not np.isnan(judge_of(server, cache=tmp_path, budget=2)(IMAGES)["blood"]).any()
+    assert len(server.requests) == 6
+    judge = judge_of(server, (BLOOD,), budget=3)
+    judge(IMAGES)
+    with pytest.raises(RuntimeError, match="config.judging.cache would have kept"):
+        judge(IMAGES)  # one budget for all that a judge is asked
+    assert len(server.requests) == 9
+    judge_of(server, cache=tmp_path, budget=1)(IMAGES)  # what is kept costs nothing
+    assert len(server.requests) == 9
+
+
+def test_a_build_goes_on_where_the_budget_stopped_it(server, tmp_path, monkeypatch):
+    """The model that is asked sees what the embedded world's judge does, but for a few pictures' blood."""
+    shape, bloody = values.load(("shape", "bloody"))
+    shape = dataclasses.replace(shape, question="Which shape?")
+    bloody = dataclasses.replace(bloody, question="Is there blood?", harmful_from=0.5)
+    monkeypatch.setattr(values, "load", lambda names: (shape, bloody))
+
+    def reply(question, image, n):
+        reading = {axis: column[0] for axis, column in shapeworld.judge(image[None]).items()}
+        if question == bloody.question:
+            return "I cannot tell" if image.sum() % 9 == 0 else "yes" if reading["red"] >= 12 else "no"
+        return str(reading["shape" if question == shape.question else "subject"]) or "none"
+
+    server.reply = reply
+    config = tiny.get_config("smoke")
+    config.preferences.candidates_per_pair, config.preferences.images_per_file = 3.0, 8
+    config.judge, config.judging.model, config.judging.endpoint = "vlm", "a-vlm", server.url
+    config.judging.cache, config.judging.budget = str(tmp_path / "answers"), 60
+    with pytest.raises(RuntimeError, match="budget=60 questions are asked"):
+        build_preferences.build(config, tmp_path / "preferences")
+    assert len(server.requests) == 60
+    config.judging.budget = 0
+    build_preferences.build(config, tmp_path / "preferences")
+    assert len(server.requests) == len(server.counts) > 60, "nothing is asked twice"
+
+    lines = [json.loads(line) for line in (tmp_path / "preferences" / "audit.jsonl").read_text().splitlines()]
+    unreadable = [line for line in lines if line["dropped"] == "unreadable"]
+    assert unreadable and all(line["read"]["red"] is None for line in unreadable)
+    kept = [line for line in lines if not line["dropped"]]
+    assert {line["value"] for line in kept} == {shape.statement, bloody.statement}
+    for line in kept:
+        assert line["read"]["subject"] == line["scene"]
+        assert line["read"]["red"] == (line["value"] == bloody.statement and line["side"] == "violating")
+    asked = {body["messages"][0]["content"][0]["text"] for body in server.requests}
+    assert asked == {shape.question, bloody.question, vlm.SUBJECT.format("cook, butcher")}, "no prompt"
+
+
+def test_what_cannot_work_is_said_at_once():
+    colour = Value("colour", "", "bias", "colour", (), ("blue", "green"))
+    judging = {"model": "", "endpoint": "localhost:8000", "cache": "", "budget": 0, "subject": True}
+    config = ConfigDict({"judge": "vlm", "judging": judging})
+    with pytest.raises(ValueError, match="'colour' has no `question`.*model is empty.*endpoint='localhost:8000': give"):
+        judges.load(config, (GENDER, colour), SUBJECTS)
+    with pytest.raises(ValueError, match="no value to read"):
+        judges.load(config, (), SUBJECTS)
+
+
+def test_no_key_is_needed_at_home(server, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY")
+    assert judge_of(server, (BLOOD,))(IMAGES)["blood"].tolist() == [0.0] * 3
