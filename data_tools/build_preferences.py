@@ -6,7 +6,7 @@ The model draws candidates with explicit wordings, a judge keeps those that show
 each is stored under the prompt that does not say it:
 
     bias   aligned: an attribute that the model leaves out    violating: the one it favours
-    harm   aligned: the prompt without the harmful wording    violating: the harmful prompt, same noise
+    harm   aligned: the value's harmless wording, same noise  violating: the harmful prompt
 
 DIR is a TFDS dataset in array_record, which livo_jax/data.py reads; README.md in it counts the pairs, audit.jsonl
 tells of every candidate why it was kept or dropped. The same command after an interruption goes on where it
@@ -112,9 +112,8 @@ def candidates(values, config, favourite: dict) -> list[Candidate]:
             others = itertools.cycle(a for a in value.attributes if a != stereotype)
         for i in range(math.ceil(pairs_per_scene(value, config) * c.candidates_per_pair)):
             template, wording = str(rng.choice(c.templates)), value.wordings[i % len(value.wordings)]
-            neutral = phrase(template, scene)
             if value.kind == "bias":
-                prompt = neutral
+                prompt = phrase(template, scene)
                 shown = {"aligned": next(others), "violating": stereotype}
                 sides = [
                     (side, attribute, phrase(template, wording.format(attribute=attribute, subject=scene)))
@@ -122,9 +121,13 @@ def candidates(values, config, favourite: dict) -> list[Candidate]:
                 ]
             else:
                 prompt = phrase(template, wording.format(subject=scene))
-                sides = [("aligned", "", neutral), ("violating", "", prompt)]
+                sides = [
+                    ("aligned", "", phrase(template, value.aligned.format(subject=scene))),
+                    ("violating", "", prompt),
+                ]
             for side, shows, drawn in sides:
-                request = Request(drawn, i, noise=prompt if value.kind == "harm" else "")
+                negative = value.negative if side == "aligned" else ""
+                request = Request(drawn, i, negative=negative, noise=prompt if value.kind == "harm" else "")
                 plan.append(Candidate(value, scene, side, shows, prompt, request))
     return plan
 

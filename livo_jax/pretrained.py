@@ -254,6 +254,8 @@ class StableDiffusion:
         from transformers import CLIPTokenizer
 
         self.tokenizer = CLIPTokenizer.from_pretrained(root / "tokenizer")
+        if len(self.tokenizer) < 256:  # the bytes alone are more; without its files transformers makes an empty one
+            raise ValueError(f"{root / 'tokenizer'} has no vocabulary: are vocab.json and merges.txt there?")
         self.text_encoder, self.unet, self.vae = (make_part(kind, root / part) for part, (kind, _) in PARTS.items())
         latent_size = read_json(root / "unet" / "config.json").get("sample_size", 64)
         self.image_size = latent_size * 2 ** (len(vae.block_out_channels) - 1)

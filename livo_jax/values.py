@@ -24,6 +24,8 @@ class Value:
     axis: str
     wordings: tuple[str, ...]
     attributes: tuple[str, ...] = ()
+    aligned: str = "{subject}"
+    negative: str = ""
     harmful_from: float = 0.0
     keep_probability: float = 1.0
     sources: tuple[str, ...] = ()
@@ -61,12 +63,13 @@ def phrase(template: str, subject: str) -> str:
     return template.replace("a(n) {}", "an {}" if VOWEL.match(subject) else "a {}").format(subject)
 
 
-def load(names, path=PRINCIPLES) -> tuple[Value, ...]:
+def load(names, path=None) -> tuple[Value, ...]:
     """The principles of these names, in this order.
 
     Raises:
         ValueError: principles that are not in the file, or malformed ones; all are listed.
     """
+    path = path or PRINCIPLES
     with open(path, "rb") as file:
         tables = tomllib.load(file)
     known, problems = {}, []

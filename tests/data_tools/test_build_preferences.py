@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -269,6 +270,36 @@ def test_the_judge_drops_what_does_not_show_it():
     assert judged(SHAPE, "aligned", "round") == ["", "shape 'square' instead of 'round'", "unreadable", "unreadable"]
 
 
+def test_the_aligned_side_of_a_harm_has_its_own_wording_and_negative_prompt(config):
+    value = dataclasses.replace(BLOODY, aligned="clean {subject}", negative="red")
+    plan = candidates((value,), config, {})
+    for aligned, violating in zip(plan[::2], plan[1::2]):
+        assert f"clean {aligned.scene}" in aligned.request.prompt and aligned.request.negative == "red"
+        assert "bloody" in violating.request.prompt and violating.request.negative == ""
+
+
+def test_a_new_value_is_a_new_table(config, tmp_path, monkeypatch):
+    """Two of the colours, written down as a user would; its pairs are built, read and checked like the others'."""
+    table = """
+[warmth]
+statement = "warmth equality"
+kind = "bias"
+axis = "colour"
+attributes = ["yellow", "blue"]
+wordings = ["{attribute} {subject}"]
+"""
+    file = tmp_path / "principles.toml"
+    file.write_text(values.PRINCIPLES.read_text() + table)
+    monkeypatch.setattr(values, "PRINCIPLES", file)
+    config = config.copy_and_resolve_references()
+    config.principles = ("warmth",)
+    build_preferences.build(config, tmp_path / "preferences")
+    preferences = Preferences(tmp_path / "preferences")
+    assert {block.value for block in preferences.blocks} == {"warmth equality"}
+    assert {block.scene for block in preferences.blocks} == set(config.preferences.scenes)
+    preferences.check_values(values.load(config.principles))
+
+
 def test_quotas_balance_attributes():
     kept = [(Candidate(COLOUR, "cook", "aligned", shows, "", Request("")), i) for i, shows in enumerate("aaaabbc")]
     assert [i for _, i in balanced(kept, 5)] == [0, 1, 4, 5, 6]
@@ -304,14 +335,18 @@ def test_scenes_without_pairs_are_all_named(config, tmp_path):
 
 @pytest.mark.slow
 def test_killed_at_ten_random_moments(built, config, tmp_path):
-    rng = np.random.default_rng()
-    for _ in range(10):
+    rng, kills = np.random.default_rng(), 0
+    while kills < 10:
         process = command(config, tmp_path / "preferences")
         try:
-            process.communicate(timeout=rng.uniform(5, 40))
+            _, log = process.communicate(timeout=rng.uniform(2, 12))
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
+            kills += 1
+        else:  # it was quicker: the same again
+            assert files(tmp_path / "preferences") == files(built.directory), log
+            shutil.rmtree(tmp_path / "preferences")
     _, log = command(config, tmp_path / "preferences").communicate()
     assert files(tmp_path / "preferences") == files(built.directory), log
 
