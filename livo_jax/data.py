@@ -10,6 +10,7 @@ import functools
 import hashlib
 import io
 import json
+import os
 import pathlib
 from typing import NamedTuple
 
@@ -201,4 +202,5 @@ def batches(
     dataset = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat().random_map(pair)
     # Process p takes rows p*b .. (p+1)*b - 1 of each batch, so that rows do not depend on their number.
     dataset = dataset.batch(batch_size // jax.process_count())[jax.process_index() :: jax.process_count()]
-    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=16, prefetch_buffer_size=16)))
+    threads = min(16, 2 * os.cpu_count())  # more would wait for each other's Python
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=16)))
