@@ -67,6 +67,8 @@ def main(argv):
     if MODE.value == "generate":
         prompts = list(PROMPT.value)
         if PROMPTS_FILE.value:
+            if not pathlib.Path(PROMPTS_FILE.value).is_file():
+                raise app.UsageError(f"--prompts_file={PROMPTS_FILE.value}: there is no such file")
             lines = pathlib.Path(PROMPTS_FILE.value).read_text(encoding="utf-8").splitlines()
             prompts += [line.strip() for line in lines if line.strip()]
         if not prompts:

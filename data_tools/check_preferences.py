@@ -36,8 +36,8 @@ def read(source, i: int):
     images, problems = {}, []
     try:
         record = source[i]
-    except Exception as error:  # array_record names no type of its own for damage
-        return {}, images, [f"record {i}, aligned and violating: {error}"]
+    except ValueError as error:
+        return {}, images, [f"record {i}, aligned and violating: {error.__cause__}"]
     for side in data.SIDES:
         try:
             images[side] = Image.open(io.BytesIO(record[side])).convert("RGB")

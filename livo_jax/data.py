@@ -36,8 +36,8 @@ class Block(NamedTuple):
 class Records:
     """Serialised tf.train.Examples as dicts of bytes: a third of the time that TFDS takes to decode them."""
 
-    def __init__(self, serialised):
-        self.serialised = serialised
+    def __init__(self, serialised, directory):
+        self.serialised, self.directory = serialised, directory
 
     def __len__(self):
         return len(self.serialised)
@@ -45,7 +45,13 @@ class Records:
     def __getitem__(self, i) -> dict[str, bytes]:
         from tensorflow_datasets.proto import tf_example_pb2
 
-        columns = tf_example_pb2.Example.FromString(self.serialised[i]).features.feature
+        try:
+            columns = tf_example_pb2.Example.FromString(self.serialised[i]).features.feature
+        except Exception as error:  # array_record names no type of its own
+            raise ValueError(
+                f"{self.directory}, record {i} is damaged: {error}. python -m data_tools.check_preferences"
+                f" --data={self.directory} lists all that is; build it again"
+            ) from error
         return {name: columns[name].bytes_list.value[0] for name in FEATURES}
 
 
@@ -75,7 +81,7 @@ class Preferences:
             raise ValueError(f"{self.directory} is half-written, without {', '.join(missing)}: {remedy}")
         try:
             raw = tfds.decode.DeserializeMethod.RAW_BYTES
-            self.source = Records(builder.as_data_source(split="train", deserialize_method=raw))
+            self.source = Records(builder.as_data_source(split="train", deserialize_method=raw), self.directory)
             self.source[len(self.source) - 1]
         except Exception as error:  # array_record names no type of its own for a file that is cut short
             raise ValueError(f"{self.directory} is damaged: {error}; {remedy}") from error

@@ -220,7 +220,7 @@ def claim(workdir: pathlib.Path, config):
         both = flatten(json.loads(file.read_text())), flatten(ours)
         fixed = ({k: v for k, v in tree.items() if not k.startswith(free)} for tree in both)
         if found := differences(*fixed):
-            raise ValueError(f"{workdir} holds a run of another config:\n  " + "\n  ".join(found))
+            raise ValueError(f"{workdir} holds a run of another config: name a new --workdir\n  " + "\n  ".join(found))
     workdir.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(ours, indent=2) + "\n")
 

@@ -93,6 +93,8 @@ def test_a_record_that_cannot_be_read_is_an_error(tmp_path):
     content[place : place + 8] = bytes(8)
     file.write_bytes(content)
     preferences = Preferences(tmp_path / "damaged")
+    with pytest.raises(ValueError, match="damaged, record 2 is damaged: Corrupted(.|\n)*check_preferences --data="):
+        preferences.source[2]
     lines, (problem,) = check(preferences)
     assert problem.startswith("record 2, aligned and violating: Corrupted") and "images: 8 of 10 decode" in lines[5]
     assert sheets(preferences, tmp_path / "sheets")
