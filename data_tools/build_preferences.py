@@ -229,17 +229,18 @@ def pair(plan: list[Candidate], images: dict, reading: dict, values, config):
         i = images[candidate.request]
         group = groups[candidate.value.name, candidate.scene, candidate.side]
         reason = fault(candidate, reading, i, values)
-        twin = next((k for k in group if (hashes[k[1]] ^ hashes[i]).bit_count() < c.least_distance), None)
-        if not reason and twin:
-            reason = f"looks like {twin[0].request.prompt!r}, {twin[0].request.index}"
         if not reason:
-            group.append((candidate, i))
+            near = (kept for kept, j in group if (hashes[i] ^ hashes[j]).bit_count() < c.least_distance)
+            if twin := next(near, None):
+                reason = f"looks like {twin.request.prompt!r}, {twin.request.index}"
+            else:
+                group.append((candidate, i))
         reasons.append(reason)
 
     pairs, blocks, problems, used = [], [], [], set()
     for value, scene in values_and_scenes(values, config):
         n = pairs_per_scene(value, config)
-        aligned, violating = (balanced(groups[value.name, scene, side], n) for side in ("aligned", "violating"))
+        aligned, violating = (balanced(groups[value.name, scene, side], n) for side in data.SIDES)
         if not aligned or not violating:
             problems.append(f"{value.statement}, {scene}: {len(aligned)} aligned, {len(violating)} violating")
             continue

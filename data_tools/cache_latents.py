@@ -12,7 +12,7 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 from flax import nnx
 from ml_collections import config_flags
 from tqdm import tqdm
@@ -87,6 +87,7 @@ def write(preferences: data.Preferences, sd: StableDiffusion, config):
 
 
 def main(_):
+    logging.set_verbosity(logging.WARNING)
     config = CONFIG.value
     if DISTRIBUTED.value is not None:
         sharding.join(DISTRIBUTED.value)

@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from livo_jax.data import FEATURES, Block
+from livo_jax.data import FEATURES, SIDES, Block
 from livo_jax.train import differences
 
 SHARD_SIZE = 1024  # records
@@ -111,8 +111,7 @@ def write(work: pathlib.Path, directory: pathlib.Path, record: Callable[[int], d
     from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
     text, image = tfds.features.Text(), tfds.features.Image(shape=(None, None, 3))
-    images = ("aligned", "violating")
-    features = tfds.features.FeaturesDict({name: image if name in images else text for name in sorted(FEATURES)})
+    features = tfds.features.FeaturesDict({name: image if name in SIDES else text for name in sorted(FEATURES)})
     serializer = ExampleSerializer(features.get_serialized_info())
     count = sum(block.count for block in blocks)
     total = -(-count // SHARD_SIZE)
@@ -122,7 +121,7 @@ def write(work: pathlib.Path, directory: pathlib.Path, record: Callable[[int], d
 
     def examples(shard, digest):
         for i in range(shard * SHARD_SIZE, min((shard + 1) * SHARD_SIZE, count)):
-            columns = {name: io.BytesIO(x) if name in images else x for name, x in record(i).items()}
+            columns = {name: io.BytesIO(x) if name in SIDES else x for name, x in record(i).items()}
             example = serializer.get_tf_example(features.encode_example(columns))
             example = example.SerializeToString(deterministic=True)  # the order of a map's keys is a process' own
             digest.update(example)
