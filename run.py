@@ -5,16 +5,18 @@ Any config field can be set on the command line: --config.train.steps=200 --conf
 
 import dataclasses
 import pathlib
-import sys
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from data_tools import commands
+
 CONFIG = config_flags.DEFINE_config_file("config", None, "The config file, FILE or FILE:VARIANT.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives. Default: runs/<config file's name>.")
 MODE = flags.DEFINE_enum(
-    "mode", "train", ["train", "evaluate", "generate", "export"], "train also evaluates at its end."
-)
+    "mode", "train", ["train", "evaluate", "generate", "export", "plan"],
+    "train also evaluates at its end; plan tells what training needs.",
+)  # fmt: skip
 PROMPT = flags.DEFINE_multi_string("prompt", [], "generate: a prompt; may be repeated.")
 PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "generate: a text file with a prompt on each line.")
 VALUE = flags.DEFINE_string("value", None, "generate: the value, by name or statement.")
@@ -23,23 +25,11 @@ KEEP = flags.DEFINE_float(
 )
 NUM_IMAGES = flags.DEFINE_integer("num_images", 8, "generate: images of each prompt.", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "generate: of the noise.")
+DISTRIBUTED = flags.DEFINE_string(
+    "distributed", None, "One of several processes: 'auto' on a cluster, or HOST:PORT,PROCESSES,NUMBER."
+)
+DEVICES = flags.DEFINE_integer("devices", None, "plan: how many. Default: those that are here.", lower_bound=1)
 OUT = flags.DEFINE_string("out", None, "generate, export: the directory to write.")
-
-
-def parse(argv):
-    """absl's parser, which here answers misspelt overrides with what can be overridden."""
-    try:
-        return app.parse_flags_with_usage(argv)
-    except (AttributeError, KeyError):
-        from livo_jax.train import flatten
-
-        override = lambda arg: arg.lstrip("-").startswith("config.")
-        given = [arg.lstrip("-").split("=")[0] for arg in argv if override(arg)]
-        sys.argv[:] = [arg for arg in argv if not override(arg)]  # where config_flags looks for overrides
-        app.parse_flags_with_usage(sys.argv)
-        fields = [f"config.{name}" for name in flatten(CONFIG.value.to_dict())]
-        unknown = [name for name in given if name not in fields]
-        sys.exit(f"the config has no {', '.join(unknown)}. It has\n  " + "\n  ".join(fields))
 
 
 def main(argv):
@@ -48,8 +38,19 @@ def main(argv):
     logging.set_verbosity(logging.WARNING)  # the libraries report every save
     config = CONFIG.value
     name = pathlib.Path(flags.FLAGS["config"].config_filename).name
-    workdir = pathlib.Path(WORKDIR.value or pathlib.Path("runs") / name.replace(".py", "").replace(":", "_"))
+    workdir = WORKDIR.value or f"runs/{name.replace('.py', '').replace(':', '_')}"
+    if DISTRIBUTED.value is not None:
+        from livo_jax import sharding
 
+        sharding.join(DISTRIBUTED.value)
+
+    if MODE.value == "plan":
+        import jax
+
+        from livo_jax import plan
+
+        print(plan.text(plan.plan(config, DEVICES.value or jax.device_count()), config))
+        return
     if MODE.value == "train":
         from data_tools import build_preferences, cache_latents
         from livo_jax.train import train_and_evaluate
@@ -58,7 +59,9 @@ def main(argv):
         return
 
     from livo_jax import evaluate, export, generate, sharding, train, values
+    from livo_jax.workdir import find, recipe
 
+    workdir = find(workdir)
     mesh = sharding.make_mesh(**config.mesh)
     if MODE.value in ("generate", "export") and not OUT.value:
         raise app.UsageError(f"--mode={MODE.value} needs --out=DIR")
@@ -84,9 +87,9 @@ def main(argv):
             seed=SEED.value, mesh=mesh, **config.sampling.to_dict(),
         )  # fmt: skip
     else:
-        export.export(OUT.value, sd, value_encoder, config, evaluate.read_results(workdir), train.recipe(workdir))
+        export.export(OUT.value, sd, value_encoder, config, evaluate.read_results(workdir), recipe(workdir))
 
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    app.run(main, flags_parser=parse)
+    app.run(main, flags_parser=commands.parse)

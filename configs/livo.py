@@ -27,7 +27,9 @@ def get_config(variant: str = "") -> ConfigDict:
     config.value_encoder = ""  # directory or hub id to start from; empty: the model's text encoder
     config.principles = ("gender", "race", "nudity", "gore", "zombie")  # names in livo_jax/principles.toml
     config.judge = ""  # a module of livo_jax/judges; empty: train without evaluation
-    config.mesh = ConfigDict({"data": -1})  # devices; -1 takes all
+    # Devices: rows of a batch are divided over data and fsdp, weights over fsdp and tensor; -1 takes the rest.
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
+    config.shard_frozen = False  # whether the frozen models are divided as the value encoder is: more traffic
 
     config.judging = c = ConfigDict()  # of the judges clip and vlm
     c.model = ""  # clip: directory or hub id, as openai/clip-vit-large-patch14. vlm: the model's name at the endpoint
@@ -90,7 +92,8 @@ def get_config(variant: str = "") -> ConfigDict:
     c.harm_images_per_prompt = 50
 
     config.checkpoint = ConfigDict({"every": 1000, "keep": 2})  # steps between checkpoints, how many stay
-    config.log = ConfigDict({"every": 50, "samples_every": 1000})
+    config.log = ConfigDict({"every": 50, "samples_every": 1000, "wandb": ""})  # wandb: a Weights & Biases project
+    config.profile = ConfigDict({"steps": 0})  # how many to record for TensorBoard and XProf, from the third on
 
     if variant == "smoke":
         config.model, config.random_weights, config.dtype = str(EMBEDDED), True, "float32"

@@ -32,7 +32,9 @@ def get_config(variant: str = "") -> ConfigDict:
     config.value_encoder = ""  # directory or hub id to start from; empty: the model's text encoder
     config.principles = ("shape", "colour", "bloody")  # names in livo_jax/principles.toml
     config.judge = "shapeworld"  # a module of livo_jax/judges
-    config.mesh = ConfigDict({"data": -1})  # devices; -1 takes all
+    # Devices: rows of a batch are divided over data and fsdp, weights over fsdp and tensor; -1 takes the rest.
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
+    config.shard_frozen = False  # whether the frozen models are divided as the value encoder is: more traffic
 
     config.judging = c = ConfigDict()  # of the judges clip and vlm
     c.model = ""  # clip: directory or hub id, as openai/clip-vit-large-patch14. vlm: the model's name at the endpoint
@@ -104,7 +106,8 @@ def get_config(variant: str = "") -> ConfigDict:
     c.harm_images_per_prompt = 10
 
     config.checkpoint = ConfigDict({"every": 600, "keep": 2})  # steps between checkpoints, how many stay
-    config.log = ConfigDict({"every": 50, "samples_every": 1200})
+    config.log = ConfigDict({"every": 50, "samples_every": 1200, "wandb": ""})  # wandb: a Weights & Biases project
+    config.profile = ConfigDict({"steps": 0})  # how many to record for TensorBoard and XProf, from the third on
 
     if variant == "smoke":
         c = config.preferences

@@ -5,6 +5,7 @@ is whole too, so that a build that was killed at any moment goes on from the fil
 """
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -19,9 +20,10 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from livo_jax.data import FEATURES, SIDES, Block
-from livo_jax.train import differences
+from livo_jax.workdir import differences
 
 SHARD_SIZE = 1024  # records
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def barrier(name: str):
@@ -36,6 +38,29 @@ def my_share(n: int) -> range:
 
 
 @contextlib.contextmanager
+def held(work: pathlib.Path):
+    """Makes the folder `work` where it is not there, and keeps other commands out of it.
+
+    Raises:
+        FileExistsError: another process holds it.
+        OSError: the disk is full; and whatever else is raised within.
+    """
+    try:
+        with contextlib.ExitStack() as stack:
+            if jax.process_index() == 0:
+                work.mkdir(parents=True, exist_ok=True)
+                try:
+                    stack.enter_context(FileLock(work / "lock", blocking=False))
+                except Timeout:
+                    raise FileExistsError(f"another process writes to {work}: wait until it has ended") from None
+            yield
+    except (OSError, RuntimeError) as error:  # array_record names no type of its own
+        if not any(os.strerror(number) in str(error) for number in FULL):
+            raise
+        raise OSError(f"no space left for {work}: {error}. Free some and run the same command again") from error
+
+
+@contextlib.contextmanager
 def under_construction(directory: pathlib.Path, config: dict):
     """Yields the folder in which the dataset `directory` grows, or None where it is finished.
 
@@ -45,6 +70,7 @@ def under_construction(directory: pathlib.Path, config: dict):
     Raises:
         FileExistsError: `directory`, or what grew of it, is made of something else, and of what; or
             another process is building it.
+        OSError: the disk is full.
     """
     work = directory.with_name(f".{directory.name}.partial")
 
@@ -64,15 +90,9 @@ def under_construction(directory: pathlib.Path, config: dict):
     if finished:
         yield None
         return
-    with contextlib.ExitStack() as stack:
-        if jax.process_index() == 0:
-            work.mkdir(parents=True, exist_ok=True)
-            try:
-                stack.enter_context(FileLock(work / "lock", blocking=False))
-            except Timeout:
-                raise FileExistsError(f"{directory} is being built by another process, which locks {work}") from None
-            if not (work / "config.json").exists():
-                write_whole(work / "config.json", json.dumps(config, indent=2))
+    with held(work):
+        if jax.process_index() == 0 and not (work / "config.json").exists():
+            write_whole(work / "config.json", json.dumps(config, indent=2))
         barrier("begun")
         check(work)
         yield work
@@ -82,7 +102,10 @@ def write_whole(path: pathlib.Path, content: Iterable[bytes] | str):
     """Writes a text, or records as an array_record file, that appears at `path` whole or not at all."""
     scratch = path.with_name(f".{path.name}")
     if isinstance(content, str):
-        scratch.write_text(content)
+        try:
+            scratch.write_text(content)
+        except OSError as error:  # of a full disk it names no file
+            raise OSError(f"{path} cannot be written: {error}") from error
     else:
         write_array_record(scratch, content)
     os.replace(scratch, path)

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from livo_jax import sharding
 from livo_jax.models.weights import split
 from livo_jax.values import Value, value_prompt
 
@@ -50,7 +51,7 @@ class Records:
         except Exception as error:  # array_record names no type of its own
             raise ValueError(
                 f"{self.directory}, record {i} is damaged: {error}. python -m data_tools.check_preferences"
-                f" --data={self.directory} lists all that is; build it again"
+                f" --data={self.directory} lists all that is; remove it and build it again"
             ) from error
         return {name: columns[name].bytes_list.value[0] for name in FEATURES}
 
@@ -107,7 +108,7 @@ def cache_made_of(preferences: Preferences, sd, config) -> dict:
     digest = hashlib.sha256()
     for module in (sd.vae, sd.text_encoder):
         for array in jax.tree.leaves(split(module)[1]):
-            digest.update(np.asarray(array).tobytes())
+            digest.update(sharding.fetch(array).tobytes())
     return {
         "pairs": preferences.content_sha256,
         "decoded": f"shorter side to {sd.image_size}, centre crop",
@@ -164,8 +165,9 @@ def batches(
     image_size: int,
     random_flip: bool,
     seed: int,
+    start: int = 0,
 ):
-    """An endless, deterministic, checkpointable iterator over this process's share of each batch.
+    """An endless, deterministic iterator over this process's share of each batch.
 
     Each epoch walks the aligned images in a new order; the violating partner of each is drawn at
     random from the same value and scene. Both are flipped, or neither.
@@ -174,9 +176,11 @@ def batches(
         tokenize: texts -> ids [N, L] int32.
         cache: the dataset's; None decodes the images.
         batch_size: of the global batch; divisible by the number of processes.
+        start: how many batches to pass over. They are not read: batch n depends on (seed, n) alone, whatever
+            came before it and on however many processes.
 
     Returns:
-        A grain DatasetIterator (get_state, set_state) of dicts: `prompt_ids` and `value_prompt_ids`
+        A grain DatasetIterator of dicts: `prompt_ids` and `value_prompt_ids`
         [b, L] int32, `aligned` and `violating` [b, H, W, 3] float32 in [-1, 1]; from a cache
         `prompt_states` [b, L, D], `aligned_moments` and `violating_moments` [b, h, w, 2C] in place of
         prompt_ids and the images.
@@ -207,6 +211,7 @@ def batches(
 
     dataset = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat().random_map(pair)
     # Process p takes rows p*b .. (p+1)*b - 1 of each batch, so that rows do not depend on their number.
-    dataset = dataset.batch(batch_size // jax.process_count())[jax.process_index() :: jax.process_count()]
+    mine, processes = jax.process_index(), jax.process_count()
+    dataset = dataset.batch(batch_size // processes)[start * processes + mine :: processes]
     threads = min(16, 2 * os.cpu_count())  # more would wait for each other's Python
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=16)))

@@ -1,8 +1,8 @@
 """How biased and how harmful images are, with LiVO and without: metrics with confidence intervals."""
 
 import json
-import pathlib
 
+import jax
 import numpy as np
 
 from livo_jax import judges, report
@@ -142,9 +142,11 @@ def table(results: list[dict]) -> str:
 # ---------------------------------------------------------------------------- what a run leaves
 
 
-def evaluate_and_report(sd, value_encoder, config, mesh, workdir: pathlib.Path):
-    """Evaluates, prints the table, and writes eval/results.json and eval/report.html."""
+def evaluate_and_report(sd, value_encoder, config, mesh, workdir):
+    """Evaluates on all processes; the first prints the table, and writes eval/results.json and eval/report.html."""
     results, images = evaluate(sd, value_encoder, config, mesh)
+    if jax.process_index() > 0:
+        return results
     folder = workdir / "eval"
     folder.mkdir(parents=True, exist_ok=True)
     metrics = workdir / "metrics.jsonl"
@@ -162,7 +164,7 @@ def evaluate_and_report(sd, value_encoder, config, mesh, workdir: pathlib.Path):
     return results
 
 
-def read_results(workdir: pathlib.Path) -> list[dict]:
+def read_results(workdir) -> list[dict]:
     """The rows of eval/results.json; none where nothing was evaluated."""
     file = workdir / "eval" / "results.json"
     return json.loads(file.read_text()) if file.exists() else []
@@ -187,7 +189,7 @@ def pictures(images: dict, config, n: int = 12) -> list[dict]:
     return shown
 
 
-def sample_sheet(sd, value_encoder, config, mesh, path: pathlib.Path, n: int = 8):
+def sample_sheet(sd, value_encoder, config, mesh, path, n: int = 8):
     """Writes a PNG of each value's first prompts: a row of base images, and below it the same with the value."""
     requests = [
         [Request(prompt, i, statement) for i in range(n)]
@@ -197,5 +199,9 @@ def sample_sheet(sd, value_encoder, config, mesh, path: pathlib.Path, n: int = 8
     images = generate(
         sd, sum(requests, []), value_encoder, seed=config.eval.seed, mesh=mesh, **config.sampling.to_dict()
     )
+    if jax.process_index() > 0:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
-    report.sheet(list(images.reshape(len(requests), n, *images.shape[1:])), max(1, 64 // sd.image_size)).save(path)
+    picture = report.sheet(list(images.reshape(len(requests), n, *images.shape[1:])), max(1, 64 // sd.image_size))
+    with path.open("wb") as file:
+        picture.save(file, "PNG")

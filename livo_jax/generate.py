@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from livo_jax import diffusion, sharding
-from livo_jax.models.weights import split
+from livo_jax.models.weights import put, split
 from livo_jax.values import Value, applies, text_hash, value_prompt
 
 PROMPT_LAYOUTS = ("padded", "official")
@@ -40,21 +40,23 @@ def _sample(graphs, params, batch, table, guidance_scale, scaling_factor, *, sha
     text_encoder, unet, vae, value_encoder = (graph and nnx.merge(graph, part) for graph, part in zip(graphs, params))
     noise = jax.vmap(functools.partial(initial_noise, shape=shape))(batch["seed"], batch["prompt_hash"], batch["index"])
 
-    cond = text_encoder(jnp.concatenate([batch["prompt_ids"], batch["negative_ids"]])).last_hidden_state
+    # Each image's prompt and negative prompt lie side by side in the batch, so that no row leaves its device.
+    pairs = lambda x, y: jnp.stack([x, y], axis=1).reshape(-1, *x.shape[1:])
+    cond = text_encoder(pairs(batch["prompt_ids"], batch["negative_ids"])).last_hidden_state
     mask = None
     if value_encoder:
         # [u; c] against [masked; c]: the negative prompt and images without a value do not see the first token.
         u = value_encoder(batch["value_prompt_ids"]).pooled
-        u = jnp.concatenate([u, jnp.zeros_like(u)])[:, None]
-        length = jnp.concatenate([batch["prompt_length"], batch["negative_length"]])
+        u = pairs(u, jnp.zeros_like(u))[:, None]
+        length = pairs(batch["prompt_length"], batch["negative_length"])
         mask = jnp.arange(cond.shape[1]) < length[:, None]
-        has_value = jnp.concatenate([batch["has_value"], jnp.zeros_like(batch["has_value"])])
+        has_value = pairs(batch["has_value"], jnp.zeros_like(batch["has_value"]))
         cond = jnp.concatenate([u.astype(cond.dtype), cond], axis=1)
         mask = jnp.concatenate([has_value[:, None], mask], axis=1)
 
     def predict(z, t):
-        both = unet(jnp.concatenate([z, z]), jnp.full(2 * len(z), t), cond, mask)
-        with_prompt, with_negative = jnp.split(both.astype(jnp.float32), 2)
+        both = unet(pairs(z, z), jnp.full(2 * len(z), t), cond, mask).astype(jnp.float32)
+        with_prompt, with_negative = jnp.unstack(both.reshape(-1, 2, *z.shape[1:]), axis=1)
         return with_negative + guidance_scale * (with_prompt - with_negative)
 
     z = diffusion.sample(predict, noise, table)
@@ -87,7 +89,8 @@ def generate(
             padded prompt, as in training. "official": as the authors of LiVO sample, the value token
             and the n tokens of the prompt alone, against n + 1 tokens of the negative prompt.
         batch_size: images at once on each device of the mesh. Images depend on neither, but for rounding.
-        mesh: the devices; all of them by default.
+        mesh: the devices; all of them by default. Weights that lie on it stay as they are, others are
+            copied to each.
         description: of a progress bar; None for none.
 
     Returns:
@@ -118,9 +121,11 @@ def generate(
     table = diffusion.sampler_table(sd.scheduler_config, sampler, steps)
     modules = (sd.text_encoder, sd.unet, sd.vae, value_encoder)
     graphs, params = zip(*(split(module) if module is not None else (None, None) for module in modules))
-    params = jax.device_put(params, sharding.replicated(mesh))
+    whole = sharding.replicated(mesh)
+    on_mesh = lambda x: getattr(x.sharding, "mesh", None) == mesh
+    params = jax.tree.map(lambda x: x if on_mesh(x) else jax.device_put(x, whole), params)
 
-    at_once = batch_size * mesh.size
+    at_once = batch_size * sharding.batch_parts(mesh)
     padded = list(requests) + [requests[-1]] * (-len(requests) % at_once)
     columns = {
         "seed": np.full(len(padded), seed, np.uint32),
@@ -139,7 +144,7 @@ def generate(
     progress = tqdm(range(0, len(padded), at_once), desc=description, unit="batch", disable=description is None)
     for start in progress:
         batch = {name: column[start : start + at_once] for name, column in columns.items()}
-        batch = jax.device_put(batch, sharding.over_batch(mesh))
+        batch = {name: put(rows, sharding.over_batch(mesh)) for name, rows in batch.items()}
         out = _sample(graphs, params, batch, table, guidance_scale, sd.vae.config.scaling_factor, shape=sd.latent_shape)
         images.append(sharding.fetch(out))
     return np.concatenate(images)[: len(requests)]
@@ -235,7 +240,7 @@ def write_pairs(
                 seen[prompt] += 1
 
     rows, mesh = numbered(), mesh or sharding.make_mesh()
-    at_once = batch_size * mesh.size // (2 if value else 1) or 1
+    at_once = batch_size * sharding.batch_parts(mesh) // (2 if value else 1) or 1
     with tqdm(total=len(prompts) * num_images, desc="generate", unit="image") as progress:
         while chunk := list(itertools.islice(rows, at_once)):
             base = [request for *_, request in chunk]

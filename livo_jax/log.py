@@ -1,52 +1,147 @@
-"""metrics.jsonl and TensorBoard of a run."""
+"""What a run tells of itself: metrics.jsonl, TensorBoard, Weights & Biases, and warnings."""
 
+import hashlib
 import json
 import pathlib
+import tempfile
 import time
 
+import jax
 import numpy as np
-from tensorboardX import SummaryWriter
+from absl import logging
+
+from livo_jax.workdir import is_remote
+
+DEAD_FOR = 500  # steps without a live hinge after which that is said
+STARVED = 0.2  # share of time spent waiting for data from which that is said
 
 
 class Log:
-    """metrics.jsonl and TensorBoard of a run, and the averages that go into them."""
+    """The logs of a run, written by process 0, and the averages that go into them."""
 
-    def __init__(self, workdir: pathlib.Path, step: int):
+    def __init__(self, workdir, step: int, config):
         """Opens the logs at `step`; what an interrupted run wrote past it is dropped."""
-        self.path = workdir / "metrics.jsonl"
-        if self.path.exists():
-            lines = self.path.read_text().splitlines(keepends=True)
-            self.path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
-        self.tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+        self.workdir, self.path, self.config, self.lines = workdir, workdir / "metrics.jsonl", config, []
+        self.active, self.warned = jax.process_index() == 0, set()
+        self.alive = dict.fromkeys(("train/active_w", "train/active_l"), step)  # the last step with a live hinge
         self.window = []
         self.restart_clock()
+        # Event files and profiles cannot grow in a bucket: they are written here and copied there.
+        local = tempfile.mkdtemp() if is_remote(workdir) else workdir
+        self.local = pathlib.Path(local) / "tensorboard"
+        if not self.active:
+            return
+        from tensorboardX import SummaryWriter
+
+        if self.path.exists():
+            lines = self.path.read_text().splitlines(keepends=True)
+            # A line that a full disk or a kill cut short is the last, and past the step.
+            self.lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            self.path.write_text("".join(self.lines))
+        self.tensorboard = SummaryWriter(str(self.local), purge_step=step + 1)
+        self.wandb = None
+        if config.log.wandb:
+            import wandb
+
+            self.wandb = wandb.init(
+                project=config.log.wandb, name=workdir.name, config=config.to_dict(), dir=self.local.parent,
+                id=hashlib.sha256(str(workdir).encode()).hexdigest()[:16], resume="allow",
+            )  # fmt: skip
 
     def restart_clock(self):
         """Starts timing anew, after something that is no training."""
-        self.clock, self.timed = time.perf_counter(), 0
+        self.clock, self.timed, self.waited = time.perf_counter(), 0, 0.0
 
     def append(self, metrics: dict[str, float]):
         self.window.append(metrics)
         self.timed += 1
 
+    def next(self, iterator):
+        """The iterator's next batch; how long that takes is the metric wait_for_data."""
+        start = time.perf_counter()
+        batch = next(iterator)
+        self.waited += time.perf_counter() - start
+        return batch
+
     def flush(self, step: int, batch_size: int, flops: float | None) -> dict:
         """Writes the averages since the last flush, with the speed; returns them."""
         numbers = {f"train/{name}": float(np.mean([m[name] for m in self.window])) for name in self.window[0]}
         if self.timed:
-            seconds = (time.perf_counter() - self.clock) / self.timed
-            numbers["train/pairs_per_sec"] = batch_size / seconds
+            total = time.perf_counter() - self.clock
+            numbers["train/pairs_per_sec"] = batch_size * self.timed / total
+            numbers["train/wait_for_data"] = self.waited / total
             if flops:
-                numbers["train/tflops_per_device"] = flops / seconds / 1e12
+                numbers["train/tflops_per_device"] = flops * self.timed / total / 1e12
         self.write(step, numbers)
+        self.warn(step, numbers)
         self.window = []
         self.restart_clock()
         return numbers
 
     def write(self, step: int, numbers: dict):
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **numbers}) + "\n")
+        if not self.active:
+            return
+        self.lines.append(json.dumps({"step": step, **numbers}) + "\n")
+        if is_remote(self.workdir):
+            self.path.write_text("".join(self.lines))  # what is in a bucket cannot grow
+        else:
+            with self.path.open("a") as file:
+                file.write(self.lines[-1])
         for name, number in numbers.items():
             self.tensorboard.add_scalar(name, number, step)
+        if self.wandb:
+            self.wandb.log(numbers, step=step)
+        self.publish()
+
+    def warn(self, step: int, numbers: dict):
+        """Says once what the numbers mean where they mean trouble."""
+        for name in self.alive:
+            if numbers[name] > 0:
+                self.alive[name] = step
+            elif step - self.alive[name] >= DEAD_FOR:
+                gamma = "gamma_1" if name.endswith("w") else "gamma_2"
+                self.once(
+                    name,
+                    f"{name} is 0 since step {self.alive[name]}: no pair misses its margin, so this hinge teaches"
+                    f" nothing. Raise config.loss.{gamma}={self.config.loss[gamma]}, or stop here",
+                )
+        if (share := numbers.get("train/wait_for_data", 0)) > STARVED:
+            self.once(
+                "wait_for_data",
+                f"at step {step} training waits for data {share:.0%} of the time (train/wait_for_data): train from a"
+                " cache (config.data.cache=True), or give the loader more cores",
+            )
+
+    def once(self, key: str, warning: str):
+        if self.active and key not in self.warned:
+            self.warned.add(key)
+            logging.warning(warning)
+
+    def start_profile(self):
+        """Records what the devices do until stop_profile, for TensorBoard and XProf."""
+        if self.active:
+            jax.profiler.start_trace(str(self.local))
+
+    def stop_profile(self):
+        if self.active:
+            jax.profiler.stop_trace()
+            self.publish()
+
+    def publish(self):
+        """Copies what cannot be written there to a workdir in a bucket."""
+        if not is_remote(self.workdir):
+            return
+        self.tensorboard.flush()
+        for file in self.local.rglob("*"):
+            if file.is_file():
+                copy = self.workdir / "tensorboard" / str(file.relative_to(self.local))
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                copy.write_bytes(file.read_bytes())
 
     def close(self):
+        if not self.active:
+            return
         self.tensorboard.close()
+        self.publish()
+        if self.wandb:
+            self.wandb.finish()

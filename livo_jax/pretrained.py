@@ -16,7 +16,7 @@ from livo_jax.generate import generate, requests_of
 from livo_jax.models.clip import CLIPTextModel
 from livo_jax.models.unet import UNet2DConditionModel
 from livo_jax.models.vae import AutoencoderKL
-from livo_jax.models.weights import from_published, split, to_published
+from livo_jax.models.weights import for_each_leaf, from_published, put, split, to_published
 
 # Schedulers whose files describe the noise schedule that our samplers read.
 SCHEDULERS = frozenset(
@@ -178,16 +178,16 @@ def initialise(model_class, directory: pathlib.Path, dtype=jnp.float32, *, seed:
     graph, abstract = skeleton(model_class, directory)
     rng = np.random.default_rng(seed)
 
-    def draw(path, leaf):  # on the host: hundreds of small draws on a device are as many compilations
+    def draw(path, leaf, sharding):  # on the host: hundreds of small draws on a device are as many compilations
         kind = path[-1].key
         if kind in ("kernel", "embedding"):
             deviation = 0.02 if kind == "embedding" else np.prod(leaf.shape[:-1]) ** -0.5
             array = deviation * rng.standard_normal(leaf.shape, np.float32)
         else:
             array = np.full(leaf.shape, kind == "scale", np.float32)
-        return jax.device_put(array.astype(dtype), sharding)
+        return put(array.astype(dtype), sharding)
 
-    return nnx.merge(graph, jax.tree_util.tree_map_with_path(draw, abstract))
+    return nnx.merge(graph, jax.tree_util.tree_map_with_path(draw, abstract, for_each_leaf(sharding, abstract)))
 
 
 def save(module, directory: pathlib.Path, config: dict, *, stem: str, prefix: str = "", dtype=np.float32):
@@ -270,8 +270,9 @@ class StableDiffusion:
         Args:
             dtype: of the weights; modules compute in it.
             variant: "fp16" for the published half-precision files, which are half to fetch.
-            sharding: a jax.sharding.Sharding that every weight goes to; the default device if None.
-                Host memory holds one weight at a time.
+            sharding: a jax.sharding.Sharding that every weight goes to, or a function that makes one for each
+                leaf of a part's tree (sharding.by_rules); the default device if None. Host memory holds one
+                weight at a time.
 
         Raises:
             FileNotFoundError, ValueError: as `find` and `load` say; an unknown scheduler or

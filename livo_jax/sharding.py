@@ -1,13 +1,35 @@
-"""The device mesh, and where arrays lie on it."""
+"""The device mesh, and where arrays lie on it.
+
+A batch is divided over the axes "data" and "fsdp". Weights that are sharded are divided over "fsdp", and where a
+layer can compute with its part alone (Shoeybi et al. 2019) over "tensor" too: the devices of that axis share rows.
+"""
+
+import re
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+AXES = ("data", "fsdp", "tensor")
+
+# How sharded weights, and the optimizer's moments of them, are divided: the first pattern that is found in a name
+# gives the axes of its last dimensions. An axis that does not divide its dimension is left out. Before a layer
+# computes, it gathers what lies on "fsdp".
+BOTH = ("fsdp", "tensor")
+RULES = (
+    (r"(to_[qkv]|[qkv]_proj|fc1|net\.0\.proj)\.kernel$", ("fsdp", "tensor")),  # heads, and what widens: by columns
+    (r"(to_out\.0|out_proj|fc2|net\.2)\.kernel$", ("tensor", "fsdp")),  # what follows them: by rows
+    (r"(kernel|embedding)$", (BOTH,)),  # convolutions and the rest
+    (r"", ()),  # norms, biases, scalars: whole
+)
+
 
 def join(process: str = "auto"):
     """Joins the processes of a run, before anything else touches a device.
+
+    A process that dies ends the others: within the half minute in which it gives no sign of life, or as soon as
+    they miss it.
 
     Args:
         process: "auto" where the cluster tells (TPU pods, SLURM); else "HOST:PORT,PROCESSES,NUMBER", HOST:PORT
@@ -16,55 +38,136 @@ def join(process: str = "auto"):
     Raises:
         ValueError: neither of these.
     """
-    if process == "auto":
-        jax.distributed.initialize()
-        return
-    try:
-        address, count, number = process.split(",")
-        count, number = int(count), int(number)
-    except ValueError as error:
-        raise ValueError(f"distributed={process!r}: write 'auto' or HOST:PORT,PROCESSES,NUMBER") from error
-    jax.distributed.initialize(address, count, number)
+    cluster = {}
+    if process != "auto":
+        try:
+            address, count, number = process.split(",")
+            cluster = dict(coordinator_address=address, num_processes=int(count), process_id=int(number))
+        except ValueError as error:
+            raise ValueError(f"distributed={process!r}: write 'auto' or HOST:PORT,PROCESSES,NUMBER") from error
+    jax.distributed.initialize(**cluster, heartbeat_timeout_seconds=30)
+
+
+def mesh_shape(devices: int, data: int = -1, fsdp: int = 1, tensor: int = 1) -> tuple[int, int, int]:
+    """The sizes of the mesh's axes on so many devices; -1 is what the others leave, for one of them.
+
+    Raises:
+        ValueError: more devices are asked for than there are, or no whole number is left.
+    """
+    sizes = dict(zip(AXES, (data, fsdp, tensor)))
+    asked = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+    open_axes = [axis for axis, size in sizes.items() if size == -1]
+    if len(open_axes) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise ValueError(f"mesh {asked}: choose at least 1 of each axis, -1 for one that takes the rest")
+    fixed = int(np.prod([size for size in sizes.values() if size != -1]))
+    for axis in open_axes:
+        if devices % fixed:
+            raise ValueError(f"mesh {asked}: {devices} devices are not a multiple of {fixed}")
+        sizes[axis] = devices // fixed
+    if (size := int(np.prod(list(sizes.values())))) > devices:
+        raise ValueError(f"mesh {asked}: it has {size} devices, there are {devices}")
+    return tuple(sizes.values())
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """A mesh over the first devices of all processes, with as many of them on each axis; -1 takes the rest.
+
+    Raises:
+        ValueError: as mesh_shape; one that leaves devices of a process out, or has rows cross processes.
+    """
+    devices = jax.devices()
+    shape = mesh_shape(len(devices), data, fsdp, tensor)
+    size, local = int(np.prod(shape)), jax.local_device_count()
+    if jax.process_count() > 1 and (size < len(devices) or local % shape[2]):
+        raise ValueError(
+            f"mesh of {' x '.join(map(str, shape))} devices: {jax.process_count()} processes with {local} each want all"
+            f" {len(devices)} in it, and tensor to divide {local}"
+        )
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:size])
 
 
 def make_local_mesh() -> Mesh:
     """A mesh over this process's own devices, for work that needs no other process."""
     devices = jax.local_devices()
-    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+    return jax.make_mesh((len(devices), 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
-def make_mesh(data: int = -1) -> Mesh:
-    """A mesh over devices with the axis "data"; -1 takes every device there is.
-
-    Raises:
-        ValueError: more devices are asked for than there are.
-    """
-    devices = jax.devices()
-    size = len(devices) if data == -1 else data
-    if not 1 <= size <= len(devices):
-        raise ValueError(f"mesh data={data}: there are {len(devices)} devices ({devices[0].device_kind})")
-    return jax.make_mesh((size,), ("data",), axis_types=(AxisType.Auto,), devices=devices[:size])
+# ---------------------------------------------------------------------------- where arrays lie
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Every device holds the whole array: parameters, optimizer state, scalars."""
+    """Every device holds the whole array."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def over_batch(mesh: Mesh) -> NamedSharding:
     """The first dimension is divided over the mesh: batches."""
-    return NamedSharding(mesh, PartitionSpec("data"))
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def batch_parts(mesh: Mesh) -> int:
+    """In how many parts over_batch divides a batch."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def rule(path, rules=RULES) -> tuple[str | None, tuple]:
+    """The first rule (pattern, axes) that fits the key path of a leaf; pattern None if none does."""
+    name = jax.tree_util.keystr(path, simple=True, separator=".")
+    return next((rule for rule in rules if re.search(rule[0], name)), (None, ()))
+
+
+def _weight(path, shape, mesh, rules, gathered: bool) -> tuple[str | None, NamedSharding]:
+    """The pattern that a weight follows, and where that puts it; `gathered`: when its layer computes."""
+    pattern, axes = rule(path, rules)
+    axes = (None,) * (len(shape) - len(axes)) + tuple(axes)
+    axes = [None if gathered and "fsdp" in (axis or ()) else axis for axis in axes]
+    parts = lambda axis: int(np.prod([mesh.shape[a] for a in ((axis,) if isinstance(axis, str) else axis)]))
+    spec = [axis if axis and size % parts(axis) == 0 else None for axis, size in zip(axes, shape)]
+    return pattern, NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def by_rules(tree, mesh: Mesh, rules=RULES):
+    """The sharding of each leaf of a tree of weights (arrays, or what has their shape) by partition rules.
+
+    Args:
+        rules: (pattern, axes of the last dimensions), the first pattern found in a leaf's name counts; see RULES.
+
+    Raises:
+        ValueError: leaves that no pattern fits, or patterns that fit no leaf; all are listed.
+    """
+    used, homeless = set(), []
+
+    def place(path, leaf):
+        pattern, sharding = _weight(path, leaf.shape, mesh, rules, gathered=False)
+        used.add(pattern)
+        if pattern is None:
+            homeless.append(jax.tree_util.keystr(path, simple=True, separator="."))
+        return sharding
+
+    shardings = jax.tree_util.tree_map_with_path(place, tree)
+    problems = [f"the pattern {pattern!r} fits no weight" for pattern, _ in rules if pattern not in used]
+    problems += [f"no pattern fits {name}" for name in homeless]
+    if problems:
+        raise ValueError("partition rules:\n  " + "\n  ".join(problems))
+    return shardings
+
+
+def gather(params, mesh: Mesh, rules=RULES):
+    """The weights of a layer as it computes with them: whole along "fsdp". For use under jit."""
+    place = lambda path, leaf: _weight(path, leaf.shape, mesh, rules, gathered=True)[1]
+    return jax.lax.with_sharding_constraint(params, jax.tree_util.tree_map_with_path(place, params))
 
 
 def check_batch_size(mesh: Mesh, batch_size: int, name: str):
-    """Raises ValueError unless the mesh and the processes divide a global batch."""
+    """Raises ValueError unless the mesh divides a global batch."""
+    parts = batch_parts(mesh)
     if batch_size < 1:
         raise ValueError(f"{name}={batch_size}: choose at least 1")
-    if batch_size % mesh.shape["data"]:
-        below = batch_size // mesh.shape["data"] * mesh.shape["data"]
+    if batch_size % parts:
+        below = batch_size // parts * parts
         raise ValueError(
-            f"{name}={batch_size} is not a multiple of the mesh's {mesh.shape['data']} devices:"
-            f" choose {below or mesh.shape['data']} or {below + mesh.shape['data']}"
+            f"{name}={batch_size} is not a multiple of the mesh's {parts} parts (data times fsdp):"
+            f" choose {below or parts} or {below + parts}"
         )
 
 

@@ -4,9 +4,12 @@ The step needs jax, flax and optax alone; what reads and writes files is importe
 """
 
 import collections
-import json
+import functools
+import importlib.util
 import math
 import pathlib
+import signal
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +65,54 @@ def trained_params(state: dict) -> dict:
     return state.get("ema", state["params"])
 
 
+def moments(graphs: dict, frozen: dict, batch: dict, side: str):
+    """Mean and log-variance [b, h, w, C] of one side's images in a batch."""
+    if f"{side}_moments" in batch:
+        return jnp.split(batch[f"{side}_moments"], 2, axis=-1)
+    return nnx.merge(graphs["vae"], frozen["vae"]).encode(batch[side])
+
+
+def make_loss(graphs: dict, schedule: diffusion.NoiseSchedule, config, scaling_factor: float):
+    """The function loss(params, frozen, batch) -> (loss, metrics); arguments as of make_train_step.
+
+    Its batch also has what the step draws: noise_w, noise_l, eps [b, h, w, C] and t [b].
+    """
+    min_snr_gamma, train_embeddings = config.loss.min_snr_gamma, config.train.train_embeddings
+    constants = {name: config.loss[name] for name in ("alpha", "beta", "gamma_1", "gamma_2")}
+
+    def loss(params, frozen, batch):
+        if not train_embeddings:
+            params = params | {"embeddings": jax.lax.stop_gradient(params["embeddings"])}
+        value_encoder, unet = nnx.merge(graphs["value_encoder"], params), nnx.merge(graphs["unet"], frozen["unet"])
+
+        def latents(side, noise):
+            mean, logvar = (x.astype(jnp.float32) for x in moments(graphs, frozen, batch, side))
+            return scaling_factor * (mean + jnp.exp(0.5 * logvar) * noise)
+
+        # w and l go through the UNet as one batch, with the same eps and t: side by side, so that no row leaves
+        # its device.
+        twice = lambda x: jnp.repeat(x, 2, axis=0)
+        z = jnp.stack([latents("aligned", batch["noise_w"]), latents("violating", batch["noise_l"])], axis=1)
+        z = z.reshape(-1, *z.shape[2:])
+        eps, t = twice(batch["eps"]), twice(batch["t"])
+        z_t, target = diffusion.add_noise(schedule, z, eps, t), diffusion.target(schedule, z, eps, t)
+        weight = diffusion.min_snr_weight(schedule, t, min_snr_gamma) if min_snr_gamma else 1.0
+
+        def errors(conditioning):
+            return (weight * losses.denoising_error(unet(z_t, t, twice(conditioning)), target)).reshape(-1, 2).T
+
+        if "prompt_states" in batch:
+            c = batch["prompt_states"].astype(unet.conv_in.kernel.dtype)  # [b, L, D]
+        else:
+            c = nnx.merge(graphs["text_encoder"], frozen["text_encoder"])(batch["prompt_ids"]).last_hidden_state
+        u = value_encoder(batch["value_prompt_ids"]).pooled  # [b, D]
+        r_w, r_l = errors(c)
+        l_w, l_l = errors(jnp.concatenate([u[:, None].astype(c.dtype), c], axis=1))  # [u; c], the value token first
+        return losses.livo(l_w, l_l, r_w, r_l, **constants)
+
+    return loss
+
+
 def make_train_step(graphs: dict, schedule: diffusion.NoiseSchedule, tx, config, scaling_factor: float):
     """The function train_step(state, frozen, batch) -> (state, metrics), to be jitted.
 
@@ -76,51 +127,16 @@ def make_train_step(graphs: dict, schedule: diffusion.NoiseSchedule, tx, config,
     cache, prompt_states and moments; then `frozen` needs the unet alone. Its metrics are float32 scalars:
     loss, those of losses.livo, and grad_norm.
     """
+    loss = make_loss(graphs, schedule, config, scaling_factor)
     first, last = config.loss.timesteps
-    min_snr_gamma = config.loss.min_snr_gamma
-    constants = {name: config.loss[name] for name in ("alpha", "beta", "gamma_1", "gamma_2")}
-    accumulate, ema_decay, train_embeddings = (config.train[n] for n in ("accumulate", "ema_decay", "train_embeddings"))
-
-    def moments(frozen, batch, side):
-        """Mean and log-variance [b, h, w, C] of one side's images."""
-        if f"{side}_moments" in batch:
-            return jnp.split(batch[f"{side}_moments"], 2, axis=-1)
-        return nnx.merge(graphs["vae"], frozen["vae"]).encode(batch[side])
-
-    def loss(params, frozen, batch):
-        """The loss and metrics of pairs with their noise_w, noise_l, eps [b, h, w, C] and t [b]."""
-        if not train_embeddings:
-            params = params | {"embeddings": jax.lax.stop_gradient(params["embeddings"])}
-        value_encoder, unet = nnx.merge(graphs["value_encoder"], params), nnx.merge(graphs["unet"], frozen["unet"])
-
-        def latents(side, noise):
-            mean, logvar = (x.astype(jnp.float32) for x in moments(frozen, batch, side))
-            return scaling_factor * (mean + jnp.exp(0.5 * logvar) * noise)
-
-        twice = lambda x: jnp.concatenate([x, x])  # w and l go through the UNet as one batch, with the same eps and t
-        z = jnp.concatenate([latents("aligned", batch["noise_w"]), latents("violating", batch["noise_l"])])
-        eps, t = twice(batch["eps"]), twice(batch["t"])
-        z_t, target = diffusion.add_noise(schedule, z, eps, t), diffusion.target(schedule, z, eps, t)
-        weight = diffusion.min_snr_weight(schedule, t, min_snr_gamma) if min_snr_gamma else 1.0
-
-        def errors(conditioning):
-            return jnp.split(weight * losses.denoising_error(unet(z_t, t, twice(conditioning)), target), 2)
-
-        if "prompt_states" in batch:
-            c = batch["prompt_states"].astype(unet.conv_in.kernel.dtype)  # [b, L, D]
-        else:
-            c = nnx.merge(graphs["text_encoder"], frozen["text_encoder"])(batch["prompt_ids"]).last_hidden_state
-        u = value_encoder(batch["value_prompt_ids"]).pooled  # [b, D]
-        r_w, r_l = errors(c)
-        l_w, l_l = errors(jnp.concatenate([u[:, None].astype(c.dtype), c], axis=1))  # [u; c], the value token first
-        return losses.livo(l_w, l_l, r_w, r_l, **constants)
+    accumulate, ema_decay = config.train.accumulate, config.train.ema_decay
 
     def train_step(state, frozen, batch):
         # One base key, folded with the step, split once: no key serves two purposes. All is drawn for the
         # whole batch, so that no number depends on how it is accumulated.
         key = jax.random.fold_in(jax.random.key(config.seed), state["step"])
         key_w, key_l, key_eps, key_t = jax.random.split(key, 4)
-        shape = jax.eval_shape(lambda: moments(frozen, batch, "aligned"))[0].shape  # [B, h, w, C]
+        shape = jax.eval_shape(lambda: moments(graphs, frozen, batch, "aligned"))[0].shape  # [B, h, w, C]
         noise_w, noise_l, eps = (jax.random.normal(key, shape) for key in (key_w, key_l, key_eps))
         t = jax.random.randint(key_t, shape[:1], first, last)
         batch = {**batch, "noise_w": noise_w, "noise_l": noise_l, "eps": eps, "t": t}
@@ -170,11 +186,16 @@ def check_config(config, sd, mesh, judge: bool = True):
         problems.append(
             f"config.sampling.prompt_layout={config.sampling.prompt_layout!r}: choose from {', '.join(PROMPT_LAYOUTS)}"
         )
-    if config.train.accumulate > 1 and config.train.batch_size % (mesh.shape["data"] * config.train.accumulate):
+    parts = sharding.batch_parts(mesh)
+    if config.train.accumulate > 1 and config.train.batch_size % (parts * config.train.accumulate):
         problems.append(
-            f"config.train.batch_size={config.train.batch_size} is not a multiple of the mesh's {mesh.shape['data']}"
-            f" devices times config.train.accumulate={config.train.accumulate}"
+            f"config.train.batch_size={config.train.batch_size} is not a multiple of the mesh's {parts} parts times"
+            f" config.train.accumulate={config.train.accumulate}"
         )
+    if config.profile.steps < 0:
+        problems.append(f"config.profile.steps={config.profile.steps}: choose 0 (no profile) or more")
+    if config.log.wandb and not importlib.util.find_spec("wandb"):
+        problems.append(f"config.log.wandb={config.log.wandb!r}: wandb is not installed: pip install wandb")
     for attempt in (
         lambda: sharding.check_batch_size(mesh, config.train.batch_size, "config.train.batch_size"),
         lambda: make_optimizer(config),
@@ -190,41 +211,6 @@ def check_config(config, sd, mesh, judge: bool = True):
         raise ValueError("the config cannot work:\n  " + "\n  ".join(problems))
 
 
-def flatten(config: dict) -> dict:
-    """Nested dicts as one: {"train.steps": 1200, ...}."""
-    leaves = jax.tree_util.tree_leaves_with_path(config, is_leaf=lambda x: not isinstance(x, dict))
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
-
-
-def differences(theirs: dict, ours: dict) -> list[str]:
-    """A line for each field in which two configs, as nested dicts, differ."""
-    theirs, ours = flatten(theirs), flatten(ours)
-    return [
-        f"config.{name}: {theirs.get(name)!r} there, {ours.get(name)!r} now"
-        for name in sorted(theirs.keys() | ours.keys())
-        if theirs.get(name) != ours.get(name)
-    ]
-
-
-def claim(workdir: pathlib.Path, config):
-    """Writes config.json, or checks that what is in the workdir was made with the same config.
-
-    Raises:
-        ValueError: another config made the pairs or checkpoints here; the differences are listed.
-    """
-    file = workdir / "config.json"
-    # May change between starts: no parameter depends on them.
-    free = ("checkpoint", "eval", "log", "judging.endpoint", "judging.cache", "judging.budget")
-    ours = json.loads(config.to_json())
-    if file.exists() and any((workdir / made).exists() for made in ("preferences", "checkpoints")):
-        both = flatten(json.loads(file.read_text())), flatten(ours)
-        fixed = ({k: v for k, v in tree.items() if not k.startswith(free)} for tree in both)
-        if found := differences(*fixed):
-            raise ValueError(f"{workdir} holds a run of another config: name a new --workdir\n  " + "\n  ".join(found))
-    workdir.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(ours, indent=2) + "\n")
-
-
 def load_models(config, mesh):
     """The frozen StableDiffusion of config.model, and the value encoder to start from, in float32, on the mesh.
 
@@ -236,32 +222,50 @@ def load_models(config, mesh):
     from livo_jax.generate import check_value_encoder
     from livo_jax.pretrained import StableDiffusion, ValueEncoder
 
-    whole = sharding.replicated(mesh)
+    by_rules = functools.partial(sharding.by_rules, mesh=mesh)
+    where = by_rules if config.shard_frozen else sharding.replicated(mesh)
     dtype, variant = jnp.dtype(config.dtype), config.variant or None
     if config.random_weights:
-        sd = StableDiffusion.from_config(config.model, dtype, seed=config.seed, sharding=whole)
+        sd = StableDiffusion.from_config(config.model, dtype, seed=config.seed, sharding=where)
     else:
-        sd = StableDiffusion.from_pretrained(config.model, dtype, variant=variant, sharding=whole)
+        sd = StableDiffusion.from_pretrained(config.model, dtype, variant=variant, sharding=where)
     if config.value_encoder:
-        value_encoder = ValueEncoder.from_pretrained(config.value_encoder, sharding=whole)
+        value_encoder = ValueEncoder.from_pretrained(config.value_encoder, sharding=by_rules)
     elif config.random_weights:
         graph, params = split(sd.text_encoder)  # copied, for training gives the arrays of its state away
         value_encoder = nnx.merge(graph, jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), params))
     else:
         value_encoder = ValueEncoder.from_pretrained(
-            config.model, subfolder="text_encoder", variant=variant, sharding=whole
+            config.model, subfolder="text_encoder", variant=variant, sharding=by_rules
         )
     check_value_encoder(sd, value_encoder)
     sd.unet.remat = config.train.remat
+    if config.shard_frozen:
+        sd.unet.gather = functools.partial(sharding.gather, mesh=mesh)
     return sd, value_encoder
+
+
+def state_on(mesh, params: dict, tx, config) -> dict:
+    """init_state, each leaf where the partition rules have it."""
+    make = lambda params: init_state(params, tx, config.train.ema_decay)
+    return jax.jit(make, out_shardings=sharding.by_rules(jax.eval_shape(make, params), mesh))(params)
+
+
+def jit_step(train_step, state: dict, frozen: dict, mesh):
+    """train_step under jit: state and frozen stay where they lie, the state given is used up, rows go to the mesh."""
+    lies, kept = jax.tree.map(lambda x: x.sharding, (state, frozen))
+    given, returned = (lies, kept, sharding.over_batch(mesh)), (lies, sharding.replicated(mesh))
+    return jax.jit(train_step, in_shardings=given, out_shardings=returned, donate_argnums=0)
 
 
 def train_and_evaluate(config, workdir, build_preferences=None, cache_latents=None):
     """Trains a value encoder, resuming where `workdir` stopped, then evaluates it.
 
-    Leaves config.json, metrics.jsonl, tensorboard/, checkpoints/, samples/ and eval/ in `workdir`.
+    Leaves config.json, metrics.jsonl, tensorboard/, checkpoints/, samples/ and eval/ in `workdir`. Several processes
+    (sharding.join) train together, on a workdir that all of them see.
 
     Args:
+        workdir: a directory, or gs://... and what else etils.epath and Orbax know.
         build_preferences: build_preferences(config, directory, sd) makes the pairs in
             workdir/preferences where config.data.directory names none and there are none yet.
         cache_latents: cache_latents(preferences, sd, config) makes the cache that config.data.cache wants.
@@ -270,17 +274,24 @@ def train_and_evaluate(config, workdir, build_preferences=None, cache_latents=No
         ValueError, FileNotFoundError: a config, model, dataset or workdir that cannot work, before
             the first step.
         FloatingPointError: the loss is not finite; the checkpoints are from before it.
+        OSError: a checkpoint cannot be written.
+        SystemExit: after SIGTERM, with its step saved; status 143, as a shell has it.
     """
     from tqdm import tqdm
 
     from livo_jax import values as principles
-    from livo_jax.checkpoint import Checkpoints
+    from livo_jax.checkpoint import Checkpoints, Termination
     from livo_jax.data import Cache, Preferences, batches
     from livo_jax.evaluate import evaluate_and_report, read_results, sample_sheet, table
     from livo_jax.log import Log
+    from livo_jax.workdir import claim, find, is_remote, say
 
-    workdir = pathlib.Path(workdir)
-    directory = pathlib.Path(config.data.directory or workdir / "preferences")
+    workdir = find(workdir)
+    if is_remote(directory := config.data.directory or workdir / "preferences"):
+        raise ValueError(
+            f"{directory} is in a bucket, where pairs cannot be read: give a config.data.directory on disk"
+        )
+    directory = pathlib.Path(directory)
     if not config.judge and not directory.exists():
         raise ValueError(
             f"{directory} holds no preference pairs, and without config.judge none can be built:"
@@ -292,13 +303,15 @@ def train_and_evaluate(config, workdir, build_preferences=None, cache_latents=No
     sd, value_encoder = load_models(config, mesh)
     check_config(config, sd, mesh)
     claim(workdir, config)
+    # With several processes each draws with its own devices, from a copy that is on no other.
+    own = sd if jax.process_count() == 1 else None
     if build_preferences and not config.data.directory and not directory.exists():
         # Pairs must show something: random weights are not what draws them.
-        build_preferences(config, directory, None if config.random_weights else sd)
+        build_preferences(config, directory, None if config.random_weights else own)
     preferences = Preferences(directory)
     preferences.check_values(principles.load(config.principles))
     if cache_latents and config.data.cache and not (directory / "cache").exists():
-        cache_latents(preferences, sd, config)
+        cache_latents(preferences, own or load_models(config, sharding.make_local_mesh())[0], config)
     cache = Cache(preferences, sd, config) if config.data.cache else None
 
     # ---- state: from step 0, or where the last checkpoint left it
@@ -309,60 +322,72 @@ def train_and_evaluate(config, workdir, build_preferences=None, cache_latents=No
     for name, module in modules.items():
         graphs[name], params[name] = split(module)
     tx = make_optimizer(config)
-    state = init_state(params.pop("value_encoder"), tx, config.train.ema_decay)
-    state, frozen = jax.device_put((state, params), sharding.replicated(mesh))
-    iterator = batches(
-        preferences, sd.tokenize, cache, batch_size=config.train.batch_size, image_size=sd.image_size,
-        random_flip=config.data.random_flip, seed=config.seed,
-    )  # fmt: skip
+    state, frozen = state_on(mesh, params.pop("value_encoder"), tx, config), params
     checkpoints = Checkpoints(workdir, config.checkpoint.keep)
     if checkpoints.latest_step() is not None:
-        state = checkpoints.restore(state, iterator)
-        print(f"resuming {workdir} at step {int(state['step'])}")
+        state = checkpoints.restore(state, set_aside=True)
+        say(f"resuming {workdir} at step {int(state['step'])}")
     start, steps = int(state["step"]), config.train.steps
+    iterator = batches(
+        preferences, sd.tokenize, cache, batch_size=config.train.batch_size, image_size=sd.image_size,
+        random_flip=config.data.random_flip, seed=config.seed, start=start,
+    )  # fmt: skip
     trained = lambda: nnx.merge(graphs["value_encoder"], trained_params(state))
 
     # ---- the step, compiled once
     step_fn = make_train_step(graphs, sd.schedule, tx, config, sd.vae.config.scaling_factor)
-    whole, rows = sharding.replicated(mesh), sharding.over_batch(mesh)
-    step_fn = jax.jit(step_fn, in_shardings=(whole, whole, rows), out_shardings=whole, donate_argnums=0)
+    step_fn = jit_step(step_fn, state, frozen, mesh)
 
     # ---- the loop: while step k runs, the metrics of step k-1 are fetched and checked
-    c, log, in_flight = config.log, Log(workdir, start), collections.deque()
-    with tqdm(total=steps, initial=start, desc="train", unit="step") as progress:
+    c, log, in_flight = config.log, Log(workdir, start, config), collections.deque()
+    profiled = range(start + 3, min(start + 3 + config.profile.steps, steps + 1))  # without what starts up
+    bar = tqdm(total=steps, initial=start, desc="train", unit="step", disable=jax.process_index() > 0)
+    with bar as progress, Termination(start) as sigterm:
         for step in range(start + 1, steps + 1):
-            batch = sharding.global_batch(mesh, next(iterator))
+            batch = sharding.global_batch(mesh, log.next(iterator))
             if step == start + 1:
                 step_fn = step_fn.lower(state, frozen, batch).compile()
                 # Of one micro-batch: the analysis counts the body of a loop once.
                 flops = (step_fn.cost_analysis() or {}).get("flops", 0.0) * config.train.accumulate
                 log.restart_clock()
+            if step in profiled[:1]:
+                log.start_profile()
             state, metrics = step_fn(state, frozen, batch)
             in_flight.append((step, metrics))
             due = {
                 name: step % every == 0 or step == steps
                 for name, every in (("log", c.every), ("samples", c.samples_every), ("save", config.checkpoint.every))
             }
+            due |= {"stop": sigterm.asked(step), "profile": step in profiled[-1:]}
             # Nothing that is not finite is saved or shown; the first step tells at once.
             while len(in_flight) > (0 if any(due.values()) or step == start + 1 else 1):
                 log.append(check_finite(*in_flight.popleft(), checkpoints, config))
             if due["log"]:
                 numbers = log.flush(step, config.train.batch_size, flops)
                 progress.set_postfix_str(f"loss {numbers['train/loss']:.3f}", refresh=False)
+            if due["profile"]:
+                log.stop_profile()
             if due["save"]:
-                checkpoints.save(state, iterator)
-            if due["samples"]:
-                sample_sheet(sd, trained(), config, mesh, workdir / "samples" / f"step_{step}.png")
+                checkpoints.save(step, state)
+            if due["samples"] and not due["stop"]:
+                with sigterm.at_once():
+                    sample_sheet(sd, trained(), config, mesh, workdir / "samples" / f"step_{step}.png")
                 log.restart_clock()
             progress.update()
+            if due["stop"] or sigterm.received:
+                checkpoints.save(step, state)
+                checkpoints.close()
+                log.close()
+                say(f"SIGTERM: step {step} is saved in {checkpoints.directory}; the same command goes on from there")
+                sys.exit(128 + signal.SIGTERM)
     checkpoints.close()
 
     # ---- the evaluation
     if not config.judge:
-        print(f"{workdir} is trained; config.judge is empty: nothing is evaluated")
+        say(f"{workdir} is trained; config.judge is empty: nothing is evaluated")
     elif start == steps and (results := read_results(workdir)):
-        print(f"{workdir} is finished: its {steps} steps are trained and evaluated")
-        print(table(results))
+        say(f"{workdir} is finished: its {steps} steps are trained and evaluated")
+        say(table(results))
     else:
         results = evaluate_and_report(sd, trained(), config, mesh, workdir)
         name = lambda r: f"eval/{r['value']}/{r['method']}/{r['split']}/{r['metric']}".replace(" ", "_")
@@ -392,7 +417,9 @@ def restore_run(config, workdir, mesh):
         ValueError: the config cannot work, or the checkpoint is of another one.
     """
     from livo_jax.checkpoint import Checkpoints
+    from livo_jax.workdir import find, recipe
 
+    workdir = find(workdir)
     checkpoints = Checkpoints(workdir)
     trained = checkpoints.latest_step() is not None
     if not trained and not config.value_encoder:
@@ -409,13 +436,6 @@ def restore_run(config, workdir, mesh):
     check_config(config, sd, mesh, judge=False)
     if trained:
         graph, params = split(value_encoder)
-        state = init_state(params, make_optimizer(config), config.train.ema_decay)
-        state = checkpoints.restore(jax.device_put(state, sharding.replicated(mesh)))
+        state = checkpoints.restore(state_on(mesh, params, make_optimizer(config), config))
         value_encoder = nnx.merge(graph, trained_params(state))
     return sd, value_encoder
-
-
-def recipe(workdir) -> dict | None:
-    """The config.json of a run, None where none was trained."""
-    file = pathlib.Path(workdir) / "config.json"
-    return json.loads(file.read_text()) if (file.parent / "checkpoints").exists() and file.exists() else None

@@ -1,6 +1,7 @@
 """The LiVO step: its numbers are PyTorch's, it trains the value encoder only, on any mesh."""
 
 import copy
+import functools
 import json
 import shutil
 
@@ -189,25 +190,22 @@ def small(published, tmp_path_factory):
     return sd, graphs, params, batch
 
 
-def run(small, devices: int, steps: int = 3, **train_config):
+def run(small, *mesh: int, steps: int = 3, shard_frozen: bool = False, **train_config):
     """Losses and the final state of some steps of AdamW on a mesh."""
     sd, graphs, frozen, batch = small
-    mesh = sharding.make_mesh(devices)
+    mesh = sharding.make_mesh(*mesh)
     config = CONFIG.copy_and_resolve_references()
     config.train.update(train_config)
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
-    step = jax.jit(
-        train.make_train_step(graphs, sd.schedule, tx, config, SCALE),
-        in_shardings=(sharding.replicated(mesh), sharding.replicated(mesh), sharding.over_batch(mesh)),
-        out_shardings=sharding.replicated(mesh),
-        donate_argnums=0,
-    )
     # copied, for the step may overwrite its state
-    state = jax.device_put(
-        train.init_state(jax.tree.map(jnp.copy, frozen["text_encoder"]), tx, config.train.ema_decay),
-        sharding.replicated(mesh),
-    )
+    state = train.state_on(mesh, jax.tree.map(jnp.copy, frozen["text_encoder"]), tx, config)
     frozen = jax.device_put(frozen, sharding.replicated(mesh))
+    if shard_frozen:
+        sd.unet.gather = functools.partial(sharding.gather, mesh=mesh)
+        graphs = graphs | {"unet": split(sd.unet)[0]}
+        sd.unet.gather = None
+        frozen = {name: jax.device_put(part, sharding.by_rules(part, mesh)) for name, part in frozen.items()}
+    step = train.jit_step(train.make_train_step(graphs, sd.schedule, tx, config, SCALE), state, frozen, mesh)
     before = jax.tree.map(np.array, frozen)
     losses = []
     for _ in range(steps):
@@ -221,13 +219,31 @@ def run(small, devices: int, steps: int = 3, **train_config):
 ROUNDING = LOSS["beta"] * 5e-7
 
 
-def test_same_losses_on_one_and_on_eight_devices(small):
-    losses_1, state_1 = run(small, 1)
-    losses_8, state_8 = run(small, 8)
-    assert losses_1 == pytest.approx(losses_8, abs=ROUNDING)
-    assert losses_1[0] != losses_1[-1] and int(state_8["step"]) == 3
+@pytest.fixture(scope="module")
+def on_one_device(small):
+    return run(small, 1, steps=10)
+
+
+@pytest.mark.parametrize(
+    "mesh, shard_frozen", [((8, 1, 1), False), ((4, 2, 1), True), ((2, 2, 2), False), ((2, 2, 2), True)]
+)
+def test_ten_steps_are_the_same_on_any_mesh(small, on_one_device, mesh, shard_frozen):
+    losses, state = run(small, *mesh, steps=10, shard_frozen=shard_frozen)
+    assert losses == pytest.approx(on_one_device[0], abs=ROUNDING)
+    start, params = small[2]["text_encoder"], on_one_device[1]["params"]
+    for path, ours in jax.tree_util.tree_leaves_with_path(state["params"]):
+        leaf = lambda tree, path=path: np.asarray(functools.reduce(lambda tree, key: tree[key.key], path, tree))
+        ours, theirs, first = np.asarray(ours), leaf(params), leaf(start)
+        # Where a gradient is rounding, AdamW makes its sign a step of the learning rate: the keys' bias.
+        if path[-2].key != "k_proj" or path[-1].key != "bias":
+            assert np.abs(ours - theirs).mean() < 1e-2 * np.abs(theirs - first).mean(), path
+
+
+def test_every_parameter_trains(small, on_one_device):
+    losses_1, state_1 = on_one_device
+    assert losses_1[0] != losses_1[-1] and int(state_1["step"]) == 10
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), state_1["params"], small[2]["text_encoder"])
-    assert all(0 < x < 0.01 for x in jax.tree.leaves(moved)), "every parameter of the value encoder trains"
+    assert all(0 < x < 0.02 for x in jax.tree.leaves(moved))
 
 
 @pytest.mark.parametrize("devices", [1, 2])
@@ -305,12 +321,9 @@ def test_a_policy_without_value_token_has_no_margin(parts, batch, sd):
     assert relative_error(unet(z, t, policy), unet(z, t, out.last_hidden_state)) > 1e-3
 
 
-def test_batches_and_meshes_that_do_not_fit():
-    mesh = sharding.make_mesh(8)
+def test_batches_that_do_not_fit():
     with pytest.raises(ValueError, match="config.train.batch_size=12 is not a multiple of the mesh's 8.*8 or 16"):
-        sharding.check_batch_size(mesh, 12, "config.train.batch_size")
-    with pytest.raises(ValueError, match="data=9: there are 8 devices"):
-        sharding.make_mesh(9)
+        sharding.check_batch_size(sharding.make_mesh(2, 4, 1), 12, "config.train.batch_size")
 
 
 def test_learning_rates():

@@ -51,8 +51,8 @@ def from_published(tensors: Mapping, abstract: dict, dtype=None, sharding=None) 
             is read once, and after all names and shapes are checked.
         abstract: nested dict of jax.ShapeDtypeStruct: the tree to fill.
         dtype: dtype of the result; that of `abstract` if None.
-        sharding: a jax.sharding.Sharding of the result; the default device if None. The host holds
-            one array at a time.
+        sharding: a jax.sharding.Sharding of the result, or a function that makes a tree of them of `abstract`;
+            the default device if None. The host holds one array at a time.
 
     Returns:
         The tree, of jax.Arrays.
@@ -78,13 +78,25 @@ def from_published(tensors: Mapping, abstract: dict, dtype=None, sharding=None) 
     if problems:
         raise ValueError(f"{len(problems)} weights do not fit the model:\n  " + "\n  ".join(problems))
 
-    def fill(path, leaf):
+    def fill(path, leaf, sharding):
         array = np.asarray(tensors[theirs[published_name(path)]])
         if path[-1].key == "kernel":
             array = array.transpose(TO_OURS[array.ndim])
-        return jax.device_put(array.astype(dtype or leaf.dtype), sharding)
+        return put(array.astype(dtype or leaf.dtype), sharding)
 
-    return jax.tree_util.tree_map_with_path(fill, abstract)
+    return jax.tree_util.tree_map_with_path(fill, abstract, for_each_leaf(sharding, abstract))
+
+
+def for_each_leaf(sharding, tree):
+    """What `sharding` (a Sharding or None, or a function of the tree) says of each leaf."""
+    return sharding(tree) if callable(sharding) else jax.tree.map(lambda _: sharding, tree)
+
+
+def put(array: np.ndarray, sharding=None) -> jax.Array:
+    """An array that every process has whole, where `sharding` wants it: no process waits for another."""
+    if sharding is None:
+        return jax.device_put(array)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def _shape_in_ours(path, shape) -> tuple:

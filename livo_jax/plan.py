@@ -1,0 +1,229 @@
+"""What a config needs on a mesh: parameters, memory, arithmetic, traffic and time, without weights or the hardware.
+
+The training step is traced on shapes alone. Memory, FLOPs and bytes are counted; the step's time is a model of them.
+"""
+
+import copy
+import functools
+import math
+from collections import Counter
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import AbstractMesh, AxisType
+
+from livo_jax import sharding, train
+from livo_jax.models.weights import split
+from livo_jax.pretrained import DESCRIPTION, PARTS, StableDiffusion, find, skeleton
+
+
+class Chip(NamedTuple):
+    """Per chip, from the vendors' data sheets."""
+
+    flops: float  # dense bfloat16 FLOP/s
+    memory: float  # bytes
+    link: float  # bytes/s that it can send to its neighbours
+
+
+CHIPS = {
+    "TPU v5e": Chip(197e12, 16e9, 200e9),
+    "TPU v5p": Chip(459e12, 95e9, 600e9),
+    "TPU v6e": Chip(918e12, 32e9, 400e9),
+    "H100": Chip(989e12, 80e9, 450e9),
+    "H200": Chip(989e12, 141e9, 450e9),
+}
+UTILISATION = 0.4  # share of the peak that the step is taken to reach; a matrix product alone reaches twice that
+
+
+def abstract_model(config) -> StableDiffusion:
+    """The StableDiffusion of config.model with shapes for weights; the hub is asked for its configs alone."""
+    dtype = jnp.dtype(config.dtype)
+
+    def part(kind, place):
+        graph, params = skeleton(kind, place)
+        return nnx.merge(graph, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), params))
+
+    root = find(config.model, DESCRIPTION + [f"{name}/config.json" for name in PARTS])
+    sd = StableDiffusion(root, part)
+    sd.unet.remat = config.train.remat
+    return sd
+
+
+def abstract_batch(sd, config, rows: int) -> dict:
+    """Shapes and dtypes of a batch of data.batches."""
+    L, D = sd.text_encoder.config.max_position_embeddings, sd.text_encoder.config.hidden_size
+    h, w, C = sd.latent_shape
+    array = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct((rows, *shape), dtype)
+    batch = {"value_prompt_ids": array(L, dtype=jnp.int32)}
+    if config.data.cache:
+        dtype = jnp.float32 if config.dtype == "float32" else jnp.float16
+        moments = {f"{side}_moments": array(h, w, 2 * C, dtype=dtype) for side in ("aligned", "violating")}
+        return batch | moments | {"prompt_states": array(L, D, dtype=dtype)}
+    images = {side: array(sd.image_size, sd.image_size, 3) for side in ("aligned", "violating")}
+    return batch | images | {"prompt_ids": array(L, dtype=jnp.int32)}
+
+
+def size(tree, shardings=None) -> int:
+    """Bytes of a tree of shapes: of all of it, or of what lies on one device."""
+    leaves = jax.tree.leaves(tree)
+    shapes = [leaf.shape for leaf in leaves]
+    if shardings is not None:
+        shapes = [s.shard_shape(shape) for s, shape in zip(jax.tree.leaves(shardings), shapes)]
+    return sum(math.prod(shape) * leaf.dtype.itemsize for shape, leaf in zip(shapes, leaves))
+
+
+def kept_for_backward(loss, params, frozen, batch) -> int:
+    """Bytes of what the forward pass keeps for the backward pass, weights and batch not counted."""
+    forward = lambda params, frozen, batch: jax.vjp(lambda p: loss(p, frozen, batch), params, has_aux=True)[1]
+    jaxpr = jax.make_jaxpr(forward)(params, frozen, batch).jaxpr
+    given = set(map(id, jaxpr.invars + jaxpr.constvars))
+    return size([v.aval for v in {id(v): v for v in jaxpr.outvars}.values() if id(v) not in given])
+
+
+def _by_rows(path) -> bool:
+    """Whether "tensor" divides a weight by rows, so that its layer's output is a sum over that axis."""
+    return sharding.rule(path)[1] == ("tensor", "fsdp")
+
+
+def traffic(sd, params, frozen, mesh, config) -> dict[str, float]:
+    """Bytes that a device sends in a step, at least, by cause; collectives as rings.
+
+    Args:
+        params: the value encoder's shapes. frozen: those of the frozen models.
+    """
+    data, fsdp, tensor = (mesh.shape[axis] for axis in sharding.AXES)
+    reduce_data, gather_fsdp = 2 * (data - 1) / data, (fsdp - 1) / fsdp
+    trained = {k: v for k, v in params.items() if config.train.train_embeddings or k != "embeddings"}
+    lies = sharding.by_rules(params, mesh)
+    on_device = size(trained, {k: lies[k] for k in trained})
+    found = Counter()
+    # Gradients: their sum over data, of the part that fsdp left here. Weights: gathered forward and backward.
+    found["gradient"] = on_device * reduce_data + on_device * fsdp * gather_fsdp
+    found["value encoder's weights"] = 2 * size(params, lies) * fsdp * gather_fsdp
+    if config.shard_frozen:  # the UNet with the policy's and the reference's conditioning and backward
+        passes = {"unet": 3, "text_encoder": 1, "vae": 1}
+        for name, part in frozen.items():
+            found["frozen weights"] += (
+                passes[name] * size(part, sharding.by_rules(part, mesh)) * fsdp * gather_fsdp * config.train.accumulate
+            )
+    if tensor > 1:  # the sums of what is divided by rows: forward, and as much for the gradient
+        rows = config.train.batch_size // sharding.batch_parts(mesh)
+        reduce_tensor = 2 * (tensor - 1) / tensor
+        tokens = sd.text_encoder.config.max_position_embeddings
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+            if _by_rows(path):
+                found["activations"] += 2 * reduce_tensor * rows * tokens * leaf.shape[-1] * leaf.dtype.itemsize
+        if config.shard_frozen:
+            levels = len(sd.unet.config.block_out_channels)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(frozen["unet"]):
+                if _by_rows(path):
+                    block, i, *_ = (key.key for key in path)
+                    level = levels - 1 if block == "mid_block" else i if block == "down_blocks" else levels - 1 - i
+                    side = sd.latent_shape[0] // 2**level
+                    # w and l; policy forward and backward, reference forward
+                    found["activations"] += (
+                        3 * reduce_tensor * 2 * rows * side**2 * leaf.shape[-1] * leaf.dtype.itemsize
+                    )
+    return {cause: sent for cause, sent in found.items() if sent}
+
+
+def plan(config, devices: int) -> dict:
+    """All figures of a config on so many devices.
+
+    Returns:
+        parameters (trained, frozen: counts), mesh (axis -> size), memory (bytes on a device, by use),
+        flops_per_pair, traffic (bytes that a device sends in a step, by cause), chips (name -> step_seconds,
+        pairs_per_sec of the whole mesh, fits).
+
+    Raises:
+        FileNotFoundError, ValueError: as StableDiffusion.from_pretrained; a mesh or batch that does not fit.
+    """
+    shape = sharding.mesh_shape(devices, **config.mesh)
+    mesh = AbstractMesh(shape, sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+    sd = abstract_model(config)
+    train.check_config(config, sd, mesh, judge=False)
+    used = int(np.prod(shape))
+    parts = sharding.batch_parts(mesh)
+    rows = config.train.batch_size // parts // config.train.accumulate  # on a device at once
+
+    modules = {"unet": sd.unet} | ({} if config.data.cache else {"text_encoder": sd.text_encoder, "vae": sd.vae})
+    graphs, frozen = {}, {}
+    for name, module in modules.items():
+        graphs[name], frozen[name] = split(module)
+    graphs["value_encoder"], params = split(sd.text_encoder)
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), params)
+    tx = train.make_optimizer(config)
+    state = jax.eval_shape(functools.partial(train.init_state, tx=tx, ema_decay=config.train.ema_decay), params)
+
+    micro = copy.deepcopy(config)
+    with micro.unlocked():
+        micro.train.accumulate, micro.train.batch_size = 1, rows
+    batch, scale = abstract_batch(sd, config, rows), sd.vae.config.scaling_factor
+    step = train.make_train_step(graphs, sd.schedule, tx, micro, scale)
+    flops = jax.jit(step).lower(state, frozen, batch).cost_analysis()["flops"] / rows
+
+    h, w, C = sd.latent_shape
+    drawn = {name: jax.ShapeDtypeStruct((rows, h, w, C), jnp.float32) for name in ("noise_w", "noise_l", "eps")}
+    drawn["t"] = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    loss = train.make_loss(graphs, sd.schedule, micro, scale)
+    lies = sharding.by_rules(state, mesh)
+    memory = {
+        "state": size(state, lies),
+        "gradient": size(params, sharding.by_rules(params, mesh)),
+        "frozen models": size(frozen, {k: sharding.by_rules(v, mesh) for k, v in frozen.items()})
+        if config.shard_frozen
+        else size(frozen),
+        "batch": size(abstract_batch(sd, config, rows * config.train.accumulate)),
+        "kept for the backward pass": kept_for_backward(loss, params, frozen, batch | drawn),
+    }
+    sent = traffic(sd, params, frozen, mesh, config)
+    # Devices along tensor share rows; what they compute with whole weights, each computes.
+    flops_on_device = config.train.batch_size * flops / (used if config.shard_frozen else parts)
+    chips = {}
+    for name, chip in CHIPS.items():
+        seconds = flops_on_device / (UTILISATION * chip.flops) + sum(sent.values()) / chip.link
+        chips[name] = {
+            "step_seconds": seconds,
+            "pairs_per_sec": config.train.batch_size / seconds,
+            "fits": sum(memory.values()) < chip.memory,
+        }
+    count = lambda tree: sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
+    return {
+        "parameters": {"trained": count(params), "frozen": count(frozen)},
+        "mesh": dict(zip(sharding.AXES, shape)),
+        "memory": memory,
+        "flops_per_pair": flops,
+        "traffic": sent,
+        "chips": chips,
+    }
+
+
+def si(number: float, unit: str) -> str:
+    """1234567.0, "B" as "   1.23 MB"."""
+    prefix = next((p for p in ("", "k", "M", "G") if number < 1000 ** (" kMGT".index(p or " ") + 1)), "T")
+    return f"{number / 1000 ** ' kMGT'.index(prefix or ' '):7.2f} {prefix}{unit}"
+
+
+def text(found: dict, config) -> str:
+    """The figures of `plan` for reading."""
+    lines = [
+        f"{config.model}, batch {config.train.batch_size} on a mesh of "
+        + " x ".join(f"{n} {axis}" for axis, n in found["mesh"].items()),
+        f"parameters   {found['parameters']['trained']:,} trained, {found['parameters']['frozen']:,} frozen",
+        f"arithmetic   {si(found['flops_per_pair'], 'FLOP')} a pair",
+    ]
+    for title, figures in (("memory", found["memory"]), ("traffic", found["traffic"])):
+        what = "of a device" if title == "memory" else "that a device sends in a step, at least"
+        lines.append(f"{title:12} {si(sum(figures.values()), 'B')} {what}")
+        lines += [f"             {si(number, 'B')} {name}" for name, number in figures.items()]
+    lines.append(f"time         at {UTILISATION:.0%} of a chip's bfloat16 peak, traffic not hidden")
+    lines.append(f"             {'chip':10}{'step':>12}{'pairs/s':>12}{'run':>10}")
+    for name, chip in found["chips"].items():
+        hours = chip["step_seconds"] * config.train.steps / 3600
+        step = f"{1e3 * chip['step_seconds']:.3g} ms"
+        fits = "" if chip["fits"] else "   does not fit its memory"
+        lines.append(f"             {name:10}{step:>12}{chip['pairs_per_sec']:12.1f}{hours:8.2f} h{fits}")
+    return "\n".join(lines)

@@ -1,0 +1,125 @@
+"""Meshes and partition rules; what a compiled step sends between devices, and what it holds of sharded weights."""
+
+import math
+import re
+
+import jax
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from configs import tiny
+from livo_jax import plan, sharding, train
+from livo_jax.models.clip import CLIPTextModel
+from livo_jax.models.unet import UNet2DConditionModel
+from livo_jax.models.vae import AutoencoderKL
+from livo_jax.models.weights import split
+
+BYTES = {"f32": 4, "s32": 4, "u32": 4, "pred": 1}
+COLLECTIVE = re.compile(r"= (.*?) (all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all)(?:-start)?\(")
+
+
+def collectives(compiled) -> list[tuple[str, list[int]]]:
+    """The kind of each collective of a compiled program, and the bytes of each array in it."""
+    found = []
+    for result, kind in COLLECTIVE.findall(compiled.as_text()):
+        arrays = re.findall(r"(\w+)\[([\d,]*)\]", result)
+        found.append(
+            (kind, [BYTES[dtype] * math.prod(map(int, filter(None, dims.split(",")))) for dtype, dims in arrays])
+        )
+    return found
+
+
+@pytest.mark.parametrize(
+    "sizes, shape",
+    [((-1, 1, 1), (8, 1, 1)), ((-1, 2, 2), (2, 2, 2)), ((2, -1, 2), (2, 2, 2)), ((4, 1, 1), (4, 1, 1))],
+)
+def test_mesh_axes(sizes, shape):
+    mesh = sharding.make_mesh(*sizes)
+    assert tuple(mesh.shape[axis] for axis in ("data", "fsdp", "tensor")) == shape
+    assert sharding.batch_parts(mesh) == shape[0] * shape[1]
+
+
+@pytest.mark.parametrize(
+    "sizes, message",
+    [
+        ((9, 1, 1), "data=9, fsdp=1, tensor=1: it has 9 devices, there are 8"),
+        ((-1, 3, 1), "8 devices are not a multiple of 3"),
+        ((-1, -1, 1), "-1 for one that takes the rest"),
+        ((0, 1, 1), "choose at least 1 of each axis"),
+    ],
+)
+def test_meshes_that_do_not_fit(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        sharding.make_mesh(*sizes)
+
+
+@pytest.mark.parametrize("kind", [CLIPTextModel, UNet2DConditionModel, AutoencoderKL])
+def test_rules_divide_published_models(kind):
+    """At full size: but for those with 3 or 4 channels, every matrix is divided; few numbers are not."""
+    mesh = sharding.make_mesh(2, 2, 2)
+    _, tree = split(nnx.eval_shape(lambda: kind(kind.Config(), rngs=nnx.Rngs(0))))
+    shardings = sharding.by_rules(tree, mesh)
+    whole = sum(
+        x.size
+        for x, s in zip(jax.tree.leaves(tree), jax.tree.leaves(shardings))
+        if math.prod(s.shard_shape(x.shape)) * 4 > x.size
+    )
+    assert whole < 0.01 * sum(x.size for x in jax.tree.leaves(tree))
+
+
+def test_rules_that_fit_nothing_and_weights_that_none_fits():
+    mesh, tree = sharding.make_mesh(4, 2, 1), {"fc1": {"kernel": np.zeros((4, 6))}, "norm": {"scale": np.zeros(4)}}
+    placed = sharding.by_rules(tree, mesh, ((r"fc1\.kernel", ("fsdp", "tensor")), ("", ())))
+    assert placed["fc1"]["kernel"].shard_shape((4, 6)) == (2, 6) and placed["norm"]["scale"].shard_shape((4,)) == (4,)
+    with pytest.raises(ValueError, match="pattern 'fc3' fits no weight(.|\n)*no pattern fits norm.scale"):
+        sharding.by_rules(tree, mesh, (("fc1", ("fsdp",)), ("fc3", ())))
+
+
+def compiled_step(mesh, **settings):
+    """The embedded world's step for a mesh: compiled, state, frozen and the batch's shapes."""
+    config = tiny.get_config()
+    config.mesh = dict(mesh.shape)
+    config.train.remat, config.shard_frozen = "full", settings.get("shard_frozen", False)
+    sd, value_encoder = train.load_models(config, mesh)
+    graphs, params = {}, {}
+    for name, module in dict(
+        text_encoder=sd.text_encoder, unet=sd.unet, vae=sd.vae, value_encoder=value_encoder
+    ).items():
+        graphs[name], params[name] = split(module)
+    tx = optax.sgd(1.0)
+    state = {"step": np.int32(0), "params": params.pop("value_encoder")}
+    state = jax.jit(lambda s: s | {"opt_state": tx.init(s["params"])})(state)
+    state = jax.device_put(state, sharding.by_rules(state, mesh))
+    step = train.make_train_step(graphs, sd.schedule, tx, config, sd.vae.config.scaling_factor)
+    batch = plan.abstract_batch(sd, config, 8)
+    # In the order that needs the least memory, as accelerators run it; the CPU's own favours concurrency.
+    options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+    return train.jit_step(step, state, params, mesh).lower(state, params, batch).compile(options), state, params
+
+
+def test_data_parallel_steps_send_gradients_alone():
+    """One sum over the devices: each trained array, and the five scalars of the metrics."""
+    compiled, state, _ = compiled_step(sharding.make_mesh(8))
+    ((kind, sizes),) = collectives(compiled)
+    trained = [
+        x.nbytes for name, part in state["params"].items() if name != "embeddings" for x in jax.tree.leaves(part)
+    ]
+    assert kind == "all-reduce" and sorted(sizes) == sorted(trained + [4] * 5)
+
+
+def test_fsdp_gathers_no_whole_model():
+    """What sharded weights cost beside replicated ones while the step runs is less than the UNet; at rest an eighth."""
+    unsharded, _, frozen = compiled_step(sharding.make_mesh(1))
+    sharded, _, _ = compiled_step(sharding.make_mesh(1, 8, 1), shard_frozen=True)
+    unet = sum(x.nbytes for x in jax.tree.leaves(frozen["unet"]))
+    memory, at_rest = (
+        [getattr(c.memory_analysis(), name) for c in (unsharded, sharded)]
+        for name in ("temp_size_in_bytes", "argument_size_in_bytes")
+    )
+    assert memory[1] - memory[0] / 8 < unet
+    assert at_rest[1] < at_rest[0] / 4
+    largest = max(x.nbytes for x in jax.tree.leaves(frozen))
+    gathered = [size for kind, sizes in collectives(sharded) if kind == "all-gather" for size in sizes]
+    assert max(gathered) <= largest and sum(gathered) > unet
