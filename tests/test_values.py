@@ -53,11 +53,28 @@ def test_unknown_and_malformed_values_are_all_named(tmp_path):
     file.write_text('[a]\nstatement="x"\nkind="good"\naxis="y"\nwordings=[]\n[b]\ntypo=1\n')
     with pytest.raises(ValueError, match=r"\[a\]: kind='good' is neither.*\[b\]: .*typo"):
         values.load((), file)
-    table = '[{}]\nstatement="x"\nkind="{}"\naxis="y"\nwordings=[]\nattributes={}\nclasses={}\n'
-    file.write_text(table.format("a", "bias", ["p", "q", "r"], ["x", "y"]) + table.format("b", "harm", [], ["x"]))
-    with pytest.raises(
-        ValueError, match=r"\[a\]: 2 classes for a bias that needs 3; \[b\]: 1 classes for a harm that needs 2"
+    table = '[{}]\nstatement="x"\nkind="{}"\naxis="y"\nwordings={}\nattributes={}\nclasses={}\nharmful_from={}\n'
+    bias = table.format("a", "bias", ["{atribute} {subject}", "a {attribute}"], ["p", "q", "r"], ["x", "y"], 0)
+    harm = table.format("b", "harm", [], [], ["x"], 0) + 'aligned="nothing"\nkeep_probability=5\n'
+    file.write_text(bias + harm + table.format("c", "harm", '"bloody {subject}"', [], [], '"x"'))
+    with pytest.raises(ValueError) as error:
+        values.load((), file)
+    needs = "it needs {attribute} and {subject}, each once"
+    for said in (
+        "[a]: 2 classes for a bias that needs 3",
+        "[a]: wordings: '{atribute} {subject}' has {atribute}, {subject}, " + needs,
+        "[a]: wordings: 'a {attribute}' has {attribute}, " + needs,
+        "[b]: harmful_from=0: a harm needs",
+        "[b]: 1 classes for a harm that needs 2",
+        "[b]: wordings is empty",
+        "[b]: aligned: 'nothing' has no braces, it needs {subject}, each once",
+        "[b]: keep_probability=5 is not 0 to 1",
+        "[c]: wordings='bloody {subject}' is no list of texts",
+        "[c]: harmful_from='x' is no number",
     ):
+        assert said in str(error.value), said
+    file.write_text("[a]\nkind = bias")
+    with pytest.raises(ValueError, match=r"principles.toml: Invalid value"):
         values.load((), file)
 
 

@@ -151,7 +151,20 @@ _GROUNDS = np.array(list(SCENES.values()), np.float32)  # [scene, wall or floor,
 
 
 def make(config, values, subjects):
-    """The judge of the embedded world, the same whatever is asked."""
+    """The judge of the embedded world, the same whatever is asked.
+
+    Raises:
+        ValueError: values whose axis it does not read, or attributes that it does not know; all are listed.
+    """
+    problems = []
+    for value in values:
+        read = {"bias": {"shape": SHAPES, "colour": COLOURS}, "harm": {"red": ()}}[value.kind]
+        if value.axis not in read:
+            problems.append(f"{value.name}: axis={value.axis!r}, of a {value.kind} it reads {', '.join(read)}")
+        elif unknown := [a for a in value.attributes if a not in read[value.axis]]:
+            problems.append(f"{value.name}: attributes {unknown}, it knows {', '.join(read[value.axis])}")
+    if problems:
+        raise ValueError("the judge shapeworld cannot read principles.toml's " + "; ".join(problems))
     return judge
 
 

@@ -2,19 +2,17 @@
 
 import hashlib
 import json
-import os
 import pathlib
 import re
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from livo_jax.pretrained import read_json
+from livo_jax import endpoint
 from livo_jax.report import png_uri
 
 WORKERS = 8  # questions under way at once
-RETRIES = 5  # of a question, by the client, after 429, 5xx and timeouts: it waits 0.5 s, 1 s, 2 s ..., or as it is told
-TIMEOUT = 60.0  # seconds for an answer
+RETRIES, TIMEOUT = 5, 60.0  # of a question: see endpoint.client
 SUBJECT = "Which of these does this picture show: {}? Answer with one of them, or with: none."
 DENIALS = ("no", "not", "none", "neither", "nor")
 
@@ -34,7 +32,8 @@ def make(config, values, subjects):
         judge(images [B, H, W, 3] uint8) -> arrays of length B: of a bias value's axis the attribute (str) and of
         "subject" the subject (str) that the answer names, "" where it names none or several; of a harm value's
         axis 1.0 for yes, 0.0 for no, nan for all else. It raises ConnectionError where the endpoint does not
-        answer or refuses, and RuntimeError where the budget is spent; the answers until then are in the cache.
+        answer, refuses, or sends no chat completion at all, RuntimeError where the budget is spent, and OSError where
+        an answer cannot be kept; the answers until then are in the cache.
 
     Raises:
         ValueError: no model, no endpoint, a value without a question, or no value; all are listed.
@@ -49,43 +48,25 @@ def make(config, values, subjects):
         problems.append(f"config.judging.endpoint={c.endpoint!r}: give the base URL, as http://localhost:8000/v1")
     if problems:
         raise ValueError("the judge vlm cannot work: " + "; ".join(problems))
-    import openai
     from PIL import Image
     from tqdm import tqdm
 
-    key = os.environ.get("OPENAI_API_KEY") or "none"  # endpoints at home want none, but the client does
     questions = {value: value.question for value in values}
     if c.subject:
         questions["subject"] = SUBJECT.format(", ".join(subjects))
-    asked = 0
+    asked, garbage = 0, []  # garbage: what came in the place of chat completions, since judge was called
 
     def ask(client, question, image, file):
         """The answer, kept in `file`; "" where what comes is none, which is not kept: it may come another time."""
         url = {"url": png_uri(Image.fromarray(image))}
         content = [{"type": "text", "text": question}, {"type": "image_url", "image_url": url}]
+        request = {"model": c.model, "messages": [{"role": "user", "content": content}], "temperature": 0}
+        about = {"model": c.model, "question": question}
         try:
-            response = client.chat.completions.with_raw_response.create(
-                model=c.model, messages=[{"role": "user", "content": content}], temperature=0
-            )
-            answer = json.loads(response.http_response.text)["choices"][0]["message"]["content"]
-        except openai.APIStatusError as error:
-            if error.code in ("content_filter", "content_policy_violation"):  # it will not look at this image
-                return ""
-            raise ConnectionError(f"{c.endpoint} (config.judging.endpoint) refuses: {str(error)[:500]}") from error
-        except openai.APIConnectionError as error:
-            raise ConnectionError(
-                f"{c.endpoint} (config.judging.endpoint) does not answer: {error.__cause__ or error}"
-            ) from error
-        except (ValueError, LookupError, TypeError):
+            return endpoint.ask(client, c.endpoint, request, file, about, "config.judging.")
+        except ValueError as error:
+            garbage.append(str(error))
             return ""
-        if not isinstance(answer, str):
-            return ""
-        if file:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            scratch = file.with_name(f".{file.name}.{os.getpid()}")
-            scratch.write_text(json.dumps({"model": c.model, "question": question, "answer": answer}) + "\n")
-            os.replace(scratch, file)
-        return answer
 
     def judge(images):
         nonlocal asked
@@ -97,16 +78,21 @@ def make(config, values, subjects):
                 wanted[name] = (questions[what], image, file)
         answers = {}
         for name, (_, _, file) in wanted.items():
-            if file and file.exists():
-                answers[name] = read_json(file)["answer"]
+            if (answer := endpoint.kept(file)) is not None:
+                answers[name] = answer
         missing = [name for name in wanted if name not in answers]
         now = missing[: max(0, c.budget - asked)] if c.budget else missing
         asked += len(now)
-        client = openai.OpenAI(base_url=c.endpoint, api_key=key, max_retries=RETRIES, timeout=TIMEOUT)
-        with client, ThreadPoolExecutor(WORKERS) as pool:
+        garbage.clear()
+        with endpoint.client(c.endpoint, RETRIES, TIMEOUT) as client, ThreadPoolExecutor(WORKERS) as pool:
             coming = pool.map(lambda name: ask(client, *wanted[name]), now)
             progress = tqdm(coming, total=len(now), desc="judge", unit="question", leave=False, disable=not now)
             answers.update(zip(now, progress))
+        if now and len(garbage) == len(now):  # some of it is a drop, nothing else is no judge
+            raise ConnectionError(
+                f"{c.endpoint} (config.judging.endpoint) answers none of {len(now)} questions with a chat completion:"
+                f" is it the base URL of an OpenAI-compatible server? It sends {garbage[0][:200]!r}"
+            )
         if len(now) < len(missing):
             raise RuntimeError(
                 f"config.judging.budget={c.budget} questions are asked, and {len(missing) - len(now)} of the"

@@ -217,11 +217,24 @@ GARBAGE = {
 
 @pytest.mark.parametrize("reply", GARBAGE.values(), ids=GARBAGE)
 def test_garbage_is_unreadable_and_not_kept(server, tmp_path, reply):
-    server.reply = lambda question, image, n: reply
+    server.reply = lambda question, image, n: "yes" if np.array_equal(image, IMAGES[0]) else reply
     reading = judge_of(server, subject=True, cache=tmp_path)(IMAGES)
     assert reading["gender"].tolist() == reading["subject"].tolist() == [""] * 3
-    assert np.isnan(reading["blood"]).all()
-    assert not list(tmp_path.rglob("*.json"))
+    np.testing.assert_array_equal(reading["blood"], [1.0, np.nan, np.nan])
+    assert len(list(tmp_path.rglob("*.json"))) == 3, "about the first image"
+
+
+def test_what_answers_with_garbage_alone_is_no_judge(server, tmp_path):
+    """A build that took it for one would keep its readings."""
+    server.reply = lambda question, image, n: GARBAGE["html"]
+    with pytest.raises(ConnectionError, match="none of 6 questions with a chat completion: .* '<html>male yes<"):
+        judge_of(server)(IMAGES)
+    server.reply = lambda question, image, n: GARBAGE["refused image"]
+    assert np.isnan(judge_of(server)(IMAGES)["blood"]).all(), "but a judge may refuse each of some images"
+    server.reply = lambda question, image, n: "no"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"\.json \(config.judging.cache\) cannot be written: "):
+        judge_of(server, cache=tmp_path / "file")(IMAGES)
 
 
 def test_nothing_is_asked_twice(server, tmp_path):
