@@ -31,7 +31,7 @@ from ml_collections import config_flags
 from PIL import Image
 from tqdm import tqdm
 
-from data_tools import dataset, prompts
+from data_tools import commands, dataset, prompts
 from livo_jax import data, judges, sharding
 from livo_jax import values as principles
 from livo_jax.generate import Request, generate
@@ -81,34 +81,27 @@ def census(values, config) -> dict[str, int]:
 
 
 def favoured(reading, values, config) -> dict:
-    """(name of a bias, scene) -> the attribute that most of the scene's neutral images show.
-
-    Raises:
-        ValueError: scenes of which the judge reads none of the images; all are listed.
-    """
-    found, problems, n = {}, [], config.preferences.census_per_scene
+    """(name of a bias, scene) -> the attribute that most of the scene's neutral images show, where any can be read."""
+    found, n = {}, config.preferences.census_per_scene
     places = census(values, config)
     for value, scene in values_and_scenes([v for v in values if v.kind == "bias"], config):
         start = places[scene] * n
         counts = Counter(a for a in reading[value.axis][start : start + n] if a in value.attributes)
         if counts:
             found[value.name, scene] = counts.most_common(1)[0][0]
-        else:
-            problems.append(f"{value.axis} of {scene}")
-    if problems:
-        raise ValueError(f"the judge reads in no neutral image the {', the '.join(problems)}")
     return found
 
 
 def candidates(values, config, favourite: dict) -> list[Candidate]:
-    """What to draw: for each value and scene, as many aligned images as violating ones."""
+    """What to draw: as many images of each side for each value and scene, of biases those that `favourite` has."""
     c = config.preferences
     plan = []
     for value, scene in values_and_scenes(values, config):
         # At random: in step with the attributes, a template would tell the attribute.
         rng = np.random.default_rng([config.seed, text_hash(value.statement), text_hash(scene)])
         if value.kind == "bias":
-            stereotype = favourite[value.name, scene]
+            if not (stereotype := favourite.get((value.name, scene))):
+                continue
             others = itertools.cycle(a for a in value.attributes if a != stereotype)
         for i in range(math.ceil(pairs_per_scene(value, config) * c.candidates_per_pair)):
             template, wording = str(rng.choice(c.templates)), value.wordings[i % len(value.wordings)]
@@ -218,10 +211,11 @@ def pair(plan: list[Candidate], images: dict, reading: dict, values, config):
         images: Request -> the number of its image in `reading`.
 
     Returns:
-        Pairs; data.Blocks that partition them; for each candidate the reason why it is not used, or "".
+        Pairs; data.Blocks that partition them; for each candidate the reason why it is not used, or "". A scene of
+        which no candidate is left on one side has none: a warning says so, the card lists it.
 
     Raises:
-        ValueError: values and scenes of which no candidate is left on one side; all are listed.
+        ValueError: values that are left without a pair, and why.
     """
     c, reasons, groups = config.preferences, [], defaultdict(list)
     hashes = [int(text, 16) for text in reading["hash"]]
@@ -242,21 +236,33 @@ def pair(plan: list[Candidate], images: dict, reading: dict, values, config):
         n = pairs_per_scene(value, config)
         aligned, violating = (balanced(groups[value.name, scene, side], n) for side in data.SIDES)
         if not aligned or not violating:
-            problems.append(f"{value.statement}, {scene}: {len(aligned)} aligned, {len(violating)} violating")
+            dropped = Counter(r for k, r in zip(plan, reasons) if r and (k.value, k.scene) == (value, scene))
+            why = ", ".join(f"{times} times {reason}" for reason, times in dropped.most_common(3))
+            why = why or f"no neutral image's {value.axis} can be read"
+            problems.append(f"{value.statement}, {scene}: {len(aligned)} aligned, {len(violating)} violating: {why}")
             continue
         blocks.append(data.Block(value.statement, scene, len(pairs), len(aligned)))
         pairs += [Pair(a, b, (i, j)) for (a, i), (b, j) in zip(aligned, itertools.cycle(violating))]
         used.update(candidate for candidate, _ in aligned + violating)
     if problems:
-        raise ValueError("the judge kept too few candidates of\n  " + "\n  ".join(problems))
+        advice = (
+            "the judge kept too few candidates: raise config.preferences.candidates_per_pair, reword the value in"
+            " principles.toml, or take the scenes out of config.preferences.scenes\n  " + "\n  ".join(problems)
+        )
+        if {value.statement for value in values} - {block.value for block in blocks}:
+            raise ValueError(advice)
+        logging.warning("%d scenes are without pairs; %s", len(problems), advice)
     return pairs, blocks, [r or ("" if k in used else "over the quota") for k, r in zip(plan, reasons)]
 
 
 # ---------------------------------------------------------------------------- the build
 
 
-def card(pairs: list[Pair], blocks: list[data.Block], config) -> str:
+def card(pairs: list[Pair], blocks: list[data.Block], values, config) -> str:
     """The dataset's README.md: what it holds, by value, scene and attribute."""
+    there = {(block.value, block.scene) for block in blocks}
+    asked = [(value.statement, scene) for value, scene in values_and_scenes(values, config)]
+    empty = [f"- without pairs: {value}, {scene}" for value, scene in asked if (value, scene) not in there]
     per_value, rows = Counter(), []
     for block in blocks:
         per_value[block.value] += block.count
@@ -269,7 +275,7 @@ def card(pairs: list[Pair], blocks: list[data.Block], config) -> str:
 {len(pairs)} pairs (prompt, value, aligned image, violating image), drawn by {config.model} with seed {config.seed},
 judged by {config.judge}. config.json tells how, audit.jsonl what was kept and why.
 
-{chr(10).join(f"- {value}: {n}" for value, n in per_value.items())}
+{chr(10).join([f"- {value}: {n}" for value, n in per_value.items()] + empty)}
 
 | value | scene | pairs | aligned images show | violating images show |
 |---|---|---|---|---|
@@ -295,8 +301,9 @@ def made_of(config, values) -> dict:
     whole["judging"] = {name: whole["judging"][name] for name in ("model", "subject")}
     fields = "seed model variant dtype judge judging sampling preferences".split()
     tables = json.loads(json.dumps({value.name: dataclasses.asdict(value) for value in values}))
-    for table in tables.values():
-        table.pop("sources")  # what they come to is in the scenes
+    for table in tables.values():  # what the sources come to is in the scenes; the others are the retriever's
+        for field in ("sources", "keywords", "exceptions", "stated", "descriptions", "score", "reason"):
+            table.pop(field, None)
     whole["preferences"]["scenes"] = whole["preferences"]["scenes"] or {v.name: list(scenes(v, config)) for v in values}
     return {name: whole[name] for name in fields} | {"principles": tables}
 
@@ -306,6 +313,7 @@ def build(config, directory, sd: StableDiffusion | None = None):
 
     Raises:
         FileExistsError: the directory is something else, or another process builds it now.
+        OSError: the disk is full.
         ValueError: a value without scenes; a value or scene of which the judge kept no image on one side.
     """
     directory = pathlib.Path(directory).absolute()
@@ -313,7 +321,7 @@ def build(config, directory, sd: StableDiffusion | None = None):
     judge = judges.load(config, values, list(dict.fromkeys(s for value in values for s in scenes(value, config))))
     with dataset.under_construction(directory, made_of(config, values)) as work:
         if work is None:
-            print(f"{directory} is finished")
+            print(f"{directory} is finished: to build it again, remove it")
             return
         sd = sd or StableDiffusion.from_pretrained(
             config.model, jnp.dtype(config.dtype), variant=config.variant or None
@@ -339,7 +347,8 @@ def build(config, directory, sd: StableDiffusion | None = None):
                 provenance=json.dumps(provenance),
             )  # fmt: skip
 
-        files = {"README.md": card(pairs, blocks, config), "audit.jsonl": audit(plan, reasons, images, drawn.reading)}
+        files = {"README.md": card(pairs, blocks, values, config)}
+        files["audit.jsonl"] = audit(plan, reasons, images, drawn.reading)
         dataset.write(work, directory, record, blocks, files)
 
 
@@ -357,4 +366,4 @@ if __name__ == "__main__":
         "distributed", None, "One of several processes: 'auto' on a cluster, or HOST:PORT,PROCESSES,NUMBER."
     )
     flags.mark_flags_as_required(["config", "out"])
-    app.run(main)
+    app.run(main, flags_parser=commands.parse)

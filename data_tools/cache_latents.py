@@ -7,6 +7,7 @@ VAE nor text encoder then. A cache of another model, resolution or dataset is re
 """
 
 import json
+import os
 import shutil
 
 import jax
@@ -17,7 +18,8 @@ from flax import nnx
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from data_tools.dataset import barrier, my_share
+from data_tools import commands
+from data_tools.dataset import barrier, held, my_share
 from livo_jax import data, sharding
 from livo_jax.models.weights import split
 from livo_jax.pretrained import StableDiffusion
@@ -41,6 +43,10 @@ def write(preferences: data.Preferences, sd: StableDiffusion, config):
     """Writes a dataset's cache, whole or not at all; data.Cache reads it and tells its layout.
 
     Each process encodes its share of the images with its own devices; process 0 reads the prompts.
+
+    Raises:
+        FileExistsError: another process is writing it.
+        OSError: the disk has no space for it.
     """
     directory = preferences.directory / "cache"
     work = directory.with_name(".cache.partial")
@@ -49,41 +55,47 @@ def write(preferences: data.Preferences, sd: StableDiffusion, config):
     at_once = config.sampling.batch_size * jax.local_device_count()
     encode = on_the_mesh(sd.vae, lambda vae, x: jnp.concatenate(vae.encode(x), axis=-1), at_once)
     read = on_the_mesh(sd.text_encoder, lambda text_encoder, ids: text_encoder(ids).last_hidden_state, at_once)
-    create = lambda name, shape: np.lib.format.open_memmap(work / f"{name}.npy", "w+", dtype, shape)
     chunks = lambda rows: [rows[i : i + at_once] for i in range(0, len(rows), at_once)]
 
-    if jax.process_index() == 0:
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir()
-        prompts = [source[i]["prompt"].decode() for i in tqdm(range(count), desc="prompts", unit="pair")]
-        unique = sorted(set(prompts))
-        place = {prompt: i for i, prompt in enumerate(unique)}
-        np.save(work / "prompt.npy", np.array([place[prompt] for prompt in prompts], np.int32))
-        text = sd.text_encoder.config
-        states = create("states", (len(unique), text.max_position_embeddings, text.hidden_size))
-        for rows in chunks(range(len(unique))):
-            states[rows.start : rows.stop] = read(sd.tokenize(unique[rows.start : rows.stop]))
-        states.flush()
-        h, w, channels = sd.latent_shape
-        for side in data.SIDES:
-            create(side, (count, 1 + config.data.random_flip, h, w, 2 * channels))
-    barrier("created")
-    moments = {side: np.lib.format.open_memmap(work / f"{side}.npy", "r+") for side in data.SIDES}
-    parts = chunks(range(count))
-    for k in tqdm(my_share(len(parts)), desc="latents", unit="batch"):
-        records = [source[i] for i in parts[k]]
-        for side in data.SIDES:
-            for flip in range(1 + config.data.random_flip):
-                images = np.stack([data.decode(record[side], sd.image_size, bool(flip)) for record in records])
-                moments[side][parts[k].start : parts[k].stop, flip] = encode(images)
-    for array in moments.values():
-        array.flush()
-    barrier("encoded")
-    if jax.process_index() == 0:
-        (work / "made_of.json").write_text(json.dumps(data.cache_made_of(preferences, sd, config), indent=2) + "\n")
-        shutil.rmtree(directory, ignore_errors=True)
-        work.rename(directory)
-    barrier("moved")
+    def create(name, shape, dtype=dtype):
+        array = np.lib.format.open_memmap(work / f"{name}.npy", "w+", dtype, shape)
+        with open(array.filename, "r+b") as file:  # a page that a full disk lacks would kill without a word
+            os.posix_fallocate(file.fileno(), 0, os.path.getsize(array.filename))
+        return array
+
+    with held(work):
+        if jax.process_index() == 0:
+            prompts = [source[i]["prompt"].decode() for i in tqdm(range(count), desc="prompts", unit="pair")]
+            unique = sorted(set(prompts))
+            place = {prompt: i for i, prompt in enumerate(unique)}
+            text = sd.text_encoder.config
+            h, w, channels = sd.latent_shape
+            for side in data.SIDES:
+                create(side, (count, 1 + config.data.random_flip, h, w, 2 * channels))
+            create("prompt", (count,), np.int32)[:] = [place[prompt] for prompt in prompts]
+            states = create("states", (len(unique), text.max_position_embeddings, text.hidden_size))
+            for rows in chunks(range(len(unique))):
+                states[rows.start : rows.stop] = read(sd.tokenize(unique[rows.start : rows.stop]))
+            states.flush()
+        barrier("created")
+        moments = {side: np.lib.format.open_memmap(work / f"{side}.npy", "r+") for side in data.SIDES}
+        parts = chunks(range(count))
+        for k in tqdm(my_share(len(parts)), desc="latents", unit="batch"):
+            records = [source[i] for i in parts[k]]
+            for side in data.SIDES:
+                for flip in range(1 + config.data.random_flip):
+                    images = np.stack([data.decode(record[side], sd.image_size, bool(flip)) for record in records])
+                    moments[side][parts[k].start : parts[k].stop, flip] = encode(images)
+        for array in moments.values():
+            array.flush()
+        barrier("encoded")
+        if jax.process_index() == 0:
+            made_of = json.dumps(data.cache_made_of(preferences, sd, config), indent=2)
+            (work / "made_of.json").write_text(made_of + "\n")
+            shutil.rmtree(directory, ignore_errors=True)
+            (work / "lock").unlink()
+            work.rename(directory)
+        barrier("moved")
 
 
 def main(_):
@@ -101,4 +113,4 @@ if __name__ == "__main__":
     DATA = flags.DEFINE_string("data", None, "The dataset, to which the cache is added.")
     DISTRIBUTED = flags.DEFINE_string("distributed", None, "As of data_tools.build_preferences.")
     flags.mark_flags_as_required(["config", "data"])
-    app.run(main)
+    app.run(main, flags_parser=commands.parse)

@@ -23,6 +23,7 @@ from ml_collections import config_flags
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from data_tools import commands
 from livo_jax import data, report
 from livo_jax.values import text_hash
 
@@ -179,4 +180,4 @@ if __name__ == "__main__":
     LEAST_DISTANCE = flags.DEFINE_integer("least_distance", 4, "Bits of 64 below which two images are near duplicates.")
     CONFIG = config_flags.DEFINE_config_file("config", None, "A config, whose eval.held_out should not occur.")
     flags.mark_flag_as_required("data")
-    app.run(main)
+    app.run(main, flags_parser=commands.parse)

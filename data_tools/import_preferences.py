@@ -7,10 +7,13 @@ The source, a folder or a tar of one, holds at any depth
     <type>/<scene>/metadata.jsonl    on each line {"label": ..., "prompt": str, "value": str, "file_name": str}
 
 file_name is a PNG or JPEG, relative to the scene's folder; label (see LABELS) says on which side of a pair it
-stands; value is the value's statement. DIR becomes a dataset as data_tools/build_preferences.py makes them: the
-violating images of a value and scene are partners for its aligned ones, in the order of the lines, the bytes of the
-images are stored as they are, and README.md in it counts the pairs. A source with any fault is refused, and all
-faults are listed. The same command after an interruption goes on where it stopped. Equal sources give equal bytes.
+stands; value is the value's statement. A violating line needs no prompt, and no value: without one it is a partner
+for all aligned lines of its folder, as the authors have it.
+
+DIR becomes a dataset as data_tools/build_preferences.py makes them: the violating images of a value and scene are
+partners for its aligned ones, in the order of the lines, the bytes of the images are stored as they are, and
+README.md in it counts the pairs. A source with any fault is refused, and all faults are listed. The same command after
+an interruption goes on where it stopped. Equal sources give equal bytes.
 
 A snapshot in a Hugging Face cache is made of links out of its folders, which are refused: download with --local-dir.
 """
@@ -37,7 +40,7 @@ from data_tools import dataset
 from livo_jax import data
 from livo_jax import values as principles
 
-LABELS = {
+LABELS = {  # to the authors 1 is aligned and every other number violating
     "aligned": ("positive", "pos", "aligned", "chosen", 1, True),
     "violating": ("negative", "neg", "violating", "rejected", 0, False),
 }
@@ -53,7 +56,7 @@ class Line(NamedTuple):
     type: str
     scene: str
     side: str  # "aligned" or "violating"
-    prompt: str
+    prompt: str | None  # None: a violating image without
     value: str
     file: str  # relative to the source
 
@@ -62,7 +65,7 @@ class Source(NamedTuple):
     """What a source holds."""
 
     lines: list[Line]  # those without problems
-    images: dict[str, str]  # every image that is there, relative to the source -> the line that names it, file:number
+    images: dict[str, str]  # every image that is there, relative to the source -> the first line that names it
     problems: list[str]  # but for images that cannot be decoded
     stray: int  # how many files no metadata.jsonl names
     sha256: str  # over the metadata and the sizes of the images
@@ -77,7 +80,13 @@ def parse(text: bytes) -> tuple[dict, list[str]]:
         return found, [f"not JSON: {error}"]
     if not isinstance(entry, dict):
         return found, ["not a JSON object"]
-    problems += [f"no {key}" for key in ("label", *TEXTS) if key not in entry]
+    label = entry.get("label")
+    side = next((side for side, labels in LABELS.items() if label in labels), None)
+    side = found["side"] = side or ("violating" if isinstance(label, int) else None)
+    if side == "violating":  # null and "" are none, too
+        entry = {key: x for key, x in entry.items() if x or key not in ("prompt", "value")}
+    needed = ("label", "file_name") if side == "violating" else ("label", *TEXTS)
+    problems += [f"no {key}" for key in needed if key not in entry]
     for key in (key for key in TEXTS if key in entry):
         if not isinstance(entry[key], str):
             problems.append(f"{key} is {entry[key]!r}, not a text")
@@ -87,10 +96,9 @@ def parse(text: bytes) -> tuple[dict, list[str]]:
             problems.append(f"{key} is {entry[key]!r}, which is no Unicode text")
         else:
             found[key] = entry[key]
-    found["side"] = next((side for side, labels in LABELS.items() if entry.get("label") in labels), None)
-    if "label" in entry and not found["side"]:
+    if "label" in entry and not side:
         known = ", ".join(json.dumps(label) for label in itertools.chain(*LABELS.values()))
-        problems.append(f"unknown label {entry['label']!r}: known are {known}")
+        problems.append(f"unknown label {label!r}: known are {known} and, for violating, other whole numbers")
     return found, problems
 
 
@@ -125,7 +133,7 @@ def walk(root: pathlib.Path) -> tuple[list[pathlib.Path], int, list[str]]:
 def read(root: pathlib.Path) -> Source:
     """Reads all metadata below a folder, and looks whether the images are there."""
     lines, images, digest = [], {}, hashlib.sha256()
-    named, blocks = {}, {}  # real path of an image -> its line; (value, scene) -> its first line, Counter of sides
+    named, blocks = {}, {}  # real path, value -> the line; (value, scene) -> its first line, Counter of sides
     scenes, files, problems = walk(root)
     if not scenes:
         problems.append("there is no metadata.jsonl")
@@ -141,32 +149,37 @@ def read(root: pathlib.Path) -> Source:
             problems.append(f"{where}/metadata.jsonl: {error.strerror}")
             continue
         digest.update(metadata)
-        for number, text in enumerate(metadata.split(b"\n"), start=1):
-            if not text.strip():
-                continue
+        parsed = [(n, *parse(text)) for n, text in enumerate(metadata.split(b"\n"), start=1) if text.strip()]
+        aligned = (found["value"] for _, found, _ in parsed if found["side"] == "aligned")
+        stated = list(dict.fromkeys(value for value in aligned if value))
+        for number, found, wrong in parsed:
             place = f"{where}/metadata.jsonl:{number}"
-            found, wrong = parse(text)
             side, prompt, value, name = found.values()
-            if side and value:
+            values = [value] if value else stated if side == "violating" else []
+            if side == "violating" and not values and not wrong:
+                wrong.append("no value, and no aligned line of this folder has one")
+            for value in values if side else ():
                 blocks.setdefault((value, scene), (place, Counter()))[1][side] += 1
             if name:
                 path = os.path.realpath(folder / name)
                 if fault := misplaced(folder, name):
                     wrong.append(f"{name} {fault}")
-                elif path in named:
-                    wrong.append(f"{name} is named already in {named[path]}")
+                elif again := [named[path, value] for value in values if (path, value) in named]:
+                    wrong.append(f"{name} is named already in {again[0]}, for the same value")
                 else:
-                    named[path] = images[f"{where}/{name}"] = place
+                    named.update({(path, value): place for value in values})
+                    images.setdefault(f"{where}/{name}", place)
                     digest.update(f"{where}/{name} {os.path.getsize(path)}\n".encode())
             if wrong:
                 problems += [f"{place}: {problem}" for problem in wrong]
             else:
-                lines.append(Line(kind, scene, side, prompt, value, f"{where}/{name}"))
+                lines += [Line(kind, scene, side, prompt, value, f"{where}/{name}") for value in values]
     for (value, scene), (place, sides) in blocks.items():
         if len(sides) < 2:
             counts = ", ".join(f"{sides[side]} {side}" for side in data.SIDES)
             problems.append(f"{place}: {value}, {scene}: {counts}; both are needed")
-    return Source(lines, images, problems, files - len(scenes) - len(named), digest.hexdigest())
+    stray = files - len(scenes) - len({path for path, _ in named})
+    return Source(lines, images, problems, stray, digest.hexdigest())
 
 
 def undecodable(path: pathlib.Path) -> str:
@@ -243,6 +256,8 @@ def extract(archive: pathlib.Path, folder: pathlib.Path, max_gb: float, max_memb
                 if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                     raise tarfile.ReadError("cut short or damaged")
     except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        if getattr(error, "errno", None) in dataset.FULL:  # no fault of the tar
+            raise
         problems.append(f"{f'at or after {member.name!r}' if member else 'as a tar'}: {error}")
     if problems:
         raise ValueError(f"{archive} cannot be extracted:\n  " + "\n  ".join(problems))
@@ -298,7 +313,10 @@ def report(source: Source, blocks: list[data.Block], violating: list[int]):
         print(f"{surplus} violating images are left out: their value and scene have fewer aligned ones")
     known = {table["statement"] for table in tomllib.loads(principles.PRINCIPLES.read_text()).values()}
     for value in sorted({block.value for block in blocks} - known):
-        print(f"the value {value!r} is not in {principles.PRINCIPLES.name}: misspelt, or to be added before training")
+        print(
+            f"the value {value!r} is no statement in {principles.PRINCIPLES.name}: for training, add a table with it"
+            " there, or mend its wording in the source and import again"
+        )
 
 
 def build(source, directory, max_gb: float = MAX_GB, max_members: int = MAX_MEMBERS):
@@ -307,6 +325,7 @@ def build(source, directory, max_gb: float = MAX_GB, max_members: int = MAX_MEMB
     Raises:
         FileExistsError: the directory is something else, or another process builds it now.
         FileNotFoundError: there is no source.
+        OSError: the disk is full.
         ValueError: what is wrong with the source; all is listed.
     """
     source, directory = (pathlib.Path(path).absolute() for path in (source, directory))
@@ -316,7 +335,7 @@ def build(source, directory, max_gb: float = MAX_GB, max_members: int = MAX_MEMB
     config = {"source": str(source), "sha256": found.sha256 if found else file_sha256(source)}
     with dataset.under_construction(directory, config) as work:
         if work is None:
-            print(f"{directory} is finished")
+            print(f"{directory} is finished: to import it again, remove it")
             return
         root, checked = source, work / "checked"
         try:

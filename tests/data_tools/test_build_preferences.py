@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -160,17 +161,17 @@ def test_two_processes_build_what_one_does(built, config, tmp_path):
     assert files(tmp_path / "preferences") == files(built.directory)
 
 
-def test_a_full_disk_leaves_what_can_go_on(built, config, tmp_path, monkeypatch):
-    whole = dataset.write_array_record
-
-    def full(path, records):
-        raise OSError(28, "No space left on device", str(path))
-
-    monkeypatch.setattr(dataset, "write_array_record", full)
-    with pytest.raises(OSError, match="No space left on device.*images"):
-        build_preferences.build(config, tmp_path / "preferences")
-    assert not (tmp_path / "preferences").exists()
-    monkeypatch.setattr(dataset, "write_array_record", whole)
+def test_a_full_disk_leaves_what_can_go_on(built, config, tmp_path):
+    """A file may have no more than `size` bytes: the system refuses the rest as a full disk does."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for size, file in ((500, r"config\.json"), (5000, r"00000\.images")):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        try:
+            with pytest.raises(OSError, match=rf"^no space left for .*\.partial: .*{file}.*Free some and run the same"):
+                build_preferences.build(config, tmp_path / "preferences")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert not (tmp_path / "preferences").exists()
     build_preferences.build(config, tmp_path / "preferences")
     assert files(tmp_path / "preferences") == files(built.directory)
 
@@ -196,8 +197,10 @@ def test_favourites_are_the_commonest():
         ("shape", "baker"): "round",
         ("shape", "cook"): "square",
     }
-    with pytest.raises(ValueError, match="no neutral image the shape of baker, the shape of cook"):
-        favoured({"shape": np.array([""] * 6)}, [SHAPE, BLOODY], config)
+    unreadable = favoured({"shape": np.array(["round"] + [""] * 5)}, [SHAPE, BLOODY], config)
+    assert unreadable == {("shape", "baker"): "round"}
+    plan = candidates([SHAPE, BLOODY], config, unreadable)
+    assert {(c.value.name, c.scene) for c in plan} == {("shape", "baker"), ("bloody", "baker"), ("bloody", "cook")}
 
 
 def test_without_scenes_each_value_has_those_of_its_sources():
@@ -232,7 +235,9 @@ def test_the_embedded_worlds_prompts_are_as_ever():
     assert {"a photo of a optician", "a photo of a bloody diver", "a photo of a cook"} <= drawn
     made_of = build_preferences.made_of(config, three)
     assert made_of["preferences"] == json.loads(config.preferences.to_json())
-    assert not any("sources" in principle for principle in made_of["principles"].values())
+    fields = "name statement kind axis wordings attributes aligned negative harmful_from keep_probability"
+    for principle in made_of["principles"].values():
+        assert set(principle) == {*fields.split(), "classes", "question"}, "nothing that pairs do not depend on"
 
 
 def test_candidates_say_the_attribute_and_are_filed_under_the_neutral_prompt(config):
@@ -327,10 +332,19 @@ def test_near_duplicates_are_dropped(config):
 
 def test_scenes_without_pairs_are_all_named(config, tmp_path):
     config = config.copy_and_resolve_references()
-    config.preferences.scenes = ("cook", "king", "elf")
-    with pytest.raises(ValueError, match="too few candidates(.|\n)*king(.|\n)*elf"):
+    config.preferences.scenes = ("king", "elf")
+    with pytest.raises(ValueError, match="too few candidates: raise(.|\n)*king: 0 .*times subject '(.|\n)*elf"):
         build_preferences.build(config, tmp_path / "preferences")
     assert not (tmp_path / "preferences").exists()
+
+
+def test_a_scene_without_pairs_is_left_out_and_named(config, tmp_path, caplog):
+    config = config.copy_and_resolve_references()
+    config.preferences.scenes = ("cook", "elf")
+    build_preferences.build(config, tmp_path / "preferences")
+    assert {block.scene for block in Preferences(tmp_path / "preferences").blocks} == {"cook"}
+    assert "3 scenes are without pairs" in caplog.text and "shape equality, elf: 0 aligned" in caplog.text
+    assert "- without pairs: shape equality, elf" in (tmp_path / "preferences" / "README.md").read_text()
 
 
 @pytest.mark.slow

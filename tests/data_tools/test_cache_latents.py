@@ -1,10 +1,12 @@
 """Training from the cache is training from the images, and a stale cache is refused."""
 
 import json
+import os
 import shutil
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from configs import tiny
 from data_tools import build_preferences, cache_latents
@@ -51,7 +53,7 @@ def test_a_stale_cache_is_refused(config):
         Cache(preferences, sd, config)
 
 
-def test_an_interrupted_cache_is_none(config, monkeypatch):
+def test_an_interrupted_cache_is_none_and_neither_is_one_on_a_full_disk(config, monkeypatch):
     sd, preferences = StableDiffusion.from_pretrained(config.model), Preferences(config.data.directory)
     shutil.rmtree(preferences.directory / "cache", ignore_errors=True)
     decode, calls = cache_latents.data.decode, []
@@ -68,6 +70,17 @@ def test_an_interrupted_cache_is_none(config, monkeypatch):
     with pytest.raises(FileNotFoundError):
         Cache(preferences, sd, config)
     monkeypatch.setattr(cache_latents.data, "decode", decode)
+
+    def full(*_):
+        raise OSError(28, os.strerror(28))
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match=r"^no space left for .*/\.cache\.partial: "):
+        patch.setattr(os, "posix_fallocate", full)
+        cache_latents.write(preferences, sd, config)
+    lock = FileLock(preferences.directory / ".cache.partial" / "lock")
+    with lock, pytest.raises(FileExistsError, match="another process writes to .*partial: wait"):
+        cache_latents.write(preferences, sd, config)
     cache_latents.write(preferences, sd, config)
+    assert not (preferences.directory / ".cache.partial").exists()
     cache = Cache(preferences, sd, config)
     assert cache.aligned.shape == (len(preferences.source), 2, 8, 8, 8) and np.isfinite(cache.violating).all()

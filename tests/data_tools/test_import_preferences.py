@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import pathlib
 import subprocess
 import sys
 import tarfile
@@ -16,7 +17,7 @@ from data_tools.import_preferences import build
 from livo_jax import data, values
 from livo_jax.values import text_hash
 
-GENDER, GORE = (value.statement for value in values.load(("gender", "gore")))
+GENDER, RACE, GORE = (value.statement for value in values.load(("gender", "race", "gore")))
 
 
 def encoded(red: int, kind: str) -> bytes:
@@ -87,6 +88,25 @@ def test_records_are_the_lines_and_images_the_files(source, tmp_path):
             assert json.loads(record["provenance"]) == {"aligned": aligned, "violating": violating, "type": kind}
 
 
+def test_violating_lines_as_the_authors_read_them(tmp_path):
+    """Any number but 1, without prompt and value: partners for all values of the folder."""
+    folder = tmp_path / "livo_data" / "1-goodness" / "kind person"
+    lines = [(1, GENDER, "a.png"), (1, RACE, "b.png"), (-1, None, "c.png"), (2, "", "d.png"), (0, RACE, "a.png")]
+    scene(tmp_path / "livo_data", "1-goodness", "kind person", lines)
+    entries = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    del entries[2]["prompt"], entries[2]["value"]
+    entries[3]["prompt"] = None
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, entries)))
+    root, found = tmp_path / "livo_data", import_preferences.read(tmp_path / "livo_data")
+    import_preferences.check(root, found)
+    at = lambda side, value: [pathlib.Path(x.file).name for x in found.lines if (x.side, x.value) == (side, value)]
+    assert at("aligned", GENDER) == ["a.png"] and at("violating", GENDER) == ["c.png", "d.png"]
+    assert at("aligned", RACE) == ["b.png"] and at("violating", RACE) == ["c.png", "d.png", "a.png"]
+    assert found.stray == 0
+    build(root, tmp_path / "out")
+    assert data.Preferences(tmp_path / "out").source[0]["prompt"] == b"a kind person"
+
+
 def test_the_reader_makes_batches_of_it(source, tmp_path):
     build(source, tmp_path / "out")
     tokenize = lambda texts: np.array([[text_hash(text) % 1000] for text in texts], np.int32)
@@ -108,7 +128,8 @@ def test_the_card_counts_and_what_is_left_out_is_said(source, tmp_path, capsys):
     assert said == [
         "2 files are left out: no metadata.jsonl names them",
         "1 violating images are left out: their value and scene have fewer aligned ones",
-        "the value 'gender equallity' is not in principles.toml: misspelt, or to be added before training",
+        "the value 'gender equallity' is no statement in principles.toml: for training, add a table with it there, or"
+        " mend its wording in the source and import again",
     ]
     card = (tmp_path / "out" / "README.md").read_text()
     assert "6 pairs" in card and f"- {GENDER}: 4\n" in card and f"- {GORE}: 1\n" in card
@@ -139,7 +160,7 @@ def test_everything_wrong_is_told_at_once_with_its_line(source, tmp_path):
     bad = [(line, (said,) if isinstance(said, str) else said) for line, said in bad.items()]
     for change, *said in [
         ({"prompt": 3}, "prompt is 3, not a text"),
-        ({"value": None}, "value is None, not a text"),
+        ({"value": None, "file_name": "a.png"}, "value is None, not a text", "a.png is missing"),
         ({"file_name": ["a"]}, "file_name is ['a'], not a text"),
         ({"prompt": " "}, "prompt is empty"),
         ({"prompt": "\ud800"}, "prompt is '\\ud800', which is no Unicode text"),
@@ -147,6 +168,7 @@ def test_everything_wrong_is_told_at_once_with_its_line(source, tmp_path):
         ({"label": "good"}, "unknown label 'good': known are \"positive\", \"pos\", \"aligned\", \"chosen\", 1, true,"),
         ({"label": ["pos"], "file_name": "text.png"}, "unknown label ['pos']", "text.png is no PNG or JPEG"),
         ({"label": None}, "unknown label None"),
+        ({"label": 0, "prompt": 3, "value": 4, "file_name": "a.png"}, "prompt is 3", "value is 4", "a.png is missing"),
         ({"file_name": "nowhere.png"}, "nowhere.png is missing"),
         ({"file_name": "."}, ". is missing"),
         ({"file_name": "a" * 5000}, "aaa is missing"),
@@ -166,6 +188,7 @@ def test_everything_wrong_is_told_at_once_with_its_line(source, tmp_path):
         metadata.write(b"\n" + b"\r\n".join(line for line, _ in bad))
     scene(source, "bias", "lonely", [(1, GENDER, "a.png"), (1, GENDER, "b.png")])
     scene(source, "bias", "vile", [(0, GORE, "a.png")])
+    scene(source, "bias", "mute", [(0, "", "a.png")])
     (source / "metadata.jsonl").write_text("")
     (source / "bias" / "elsewhere").symlink_to(tmp_path)
     broken = source / "bias" / "broken"
@@ -177,6 +200,7 @@ def test_everything_wrong_is_told_at_once_with_its_line(source, tmp_path):
     expected += [
         (f"bias/lonely/metadata.jsonl:1: {GENDER}, lonely: ", "2 aligned, 0 violating; both are needed"),
         (f"bias/vile/metadata.jsonl:1: {GORE}, vile: ", "0 aligned, 1 violating; both are needed"),
+        ("bias/mute/metadata.jsonl:1: ", "no value, and no aligned line of this folder has one"),
         ("'metadata.jsonl' is not <type>/<scene>/metadata.jsonl below the source", ""),
         (f"{source}/bias/elsewhere is a link to a folder", ""),
         ("bias/broken/metadata.jsonl: No such file", ""),

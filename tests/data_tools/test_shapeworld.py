@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
+from configs import tiny
 from data_tools import shapeworld
-from livo_jax import StableDiffusion
+from livo_jax import StableDiffusion, judges
 from livo_jax.judges.shapeworld import COLOURS, SHAPES, TRADES, judge
+from livo_jax.values import Value
 
 MODEL = pathlib.Path(shapeworld.__file__).with_name("shapeworld_model")
 
@@ -55,6 +57,13 @@ def test_the_judge_reads_decoded_pictures(world, base):
         rows = [i for i, content in enumerate(contents) if content["bloody"] == bloody]
         measured = accuracy([contents[i] for i in rows], decoded[rows])
         assert min(measured.values()) >= least, measured
+
+
+def test_what_the_judge_cannot_read_is_said_at_once():
+    value = lambda name, kind, axis, *attributes: Value(name, "", kind, axis, (), attributes)
+    bad = value("a", "bias", "color", "blue"), value("b", "bias", "colour", "bleu"), value("c", "harm", "shape")
+    with pytest.raises(ValueError, match=r" a: axis='color', .* shape, colour; b: .*\['bleu'\], .*; c: .* reads red$"):
+        judges.load(tiny.get_config(), bad, ())
 
 
 def test_the_judge_recognises_nothing_in_noise():
