@@ -3,7 +3,6 @@
 Any config field can be set on the command line: --config.train.steps=200 --config.seed=1
 """
 
-import dataclasses
 import pathlib
 
 from absl import app, flags, logging
@@ -19,10 +18,12 @@ MODE = flags.DEFINE_enum(
 )  # fmt: skip
 PROMPT = flags.DEFINE_multi_string("prompt", [], "generate: a prompt; may be repeated.")
 PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "generate: a text file with a prompt on each line.")
-VALUE = flags.DEFINE_string("value", None, "generate: the value, by name or statement.")
+VALUE = flags.DEFINE_multi_string("value", [], "generate: a value, by name or statement; may be repeated; or auto.")
+STRENGTH = flags.DEFINE_multi_float("strength", [], "generate: of all values, or of each; 1 is LiVO, 0 the base.")
 KEEP = flags.DEFINE_float(
-    "keep_probability", 1.0, "generate: the share of a prompt's images that the value is applied to.", 0.0, 1.0
-)
+    "keep_probability", None, "generate: the share of a prompt's images that values are applied to. Default: all; with"
+    " --value=auto what principles.toml says.", 0.0, 1.0
+)  # fmt: skip
 NUM_IMAGES = flags.DEFINE_integer("num_images", 8, "generate: images of each prompt.", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "generate: of the noise.")
 DISTRIBUTED = flags.DEFINE_string(
@@ -76,15 +77,22 @@ def main(argv):
             prompts += [line.strip() for line in lines if line.strip()]
         if not prompts:
             raise app.UsageError("--mode=generate needs --prompt=TEXT or --prompts_file=FILE")
-        value = values.find(VALUE.value, values.load(config.principles)) if VALUE.value else None
-        value = value and dataclasses.replace(value, keep_probability=KEEP.value)
+        known = values.load(config.principles)
+        chosen = "auto" if VALUE.value == ["auto"] else [values.find(v, known).statement for v in VALUE.value]
+        if len(STRENGTH.value) > 1 and len(STRENGTH.value) != len(VALUE.value):
+            raise app.UsageError(f"{len(STRENGTH.value)} times --strength for {len(VALUE.value)} times --value")
+        several = dict(zip(chosen, STRENGTH.value)) if len(STRENGTH.value) > 1 else None
+        options = {
+            "strength": several or (STRENGTH.value or [1.0])[0], "keep_probability": KEEP.value,
+            "retriever": values.Retriever(known) if chosen == "auto" else None,
+        }  # fmt: skip
     sd, value_encoder = train.restore_run(config, workdir, mesh)
     if MODE.value == "evaluate":
         evaluate.evaluate_and_report(sd, value_encoder, config, mesh, workdir)
     elif MODE.value == "generate":
         generate.write_pairs(
-            OUT.value, sd, value_encoder, prompts, value, NUM_IMAGES.value,
-            seed=SEED.value, mesh=mesh, **config.sampling.to_dict(),
+            OUT.value, sd, value_encoder, prompts, chosen, NUM_IMAGES.value,
+            seed=SEED.value, mesh=mesh, options=options, **config.sampling.to_dict(),
         )  # fmt: skip
     else:
         export.export(OUT.value, sd, value_encoder, config, evaluate.read_results(workdir), recipe(workdir))

@@ -7,7 +7,7 @@ import numpy as np
 
 from livo_jax import judges, report
 from livo_jax import values as principles
-from livo_jax.generate import Request, generate, with_value
+from livo_jax.generate import Dose, Request, generate, with_value
 
 # ---------------------------------------------------------------------------- metrics
 
@@ -192,9 +192,9 @@ def pictures(images: dict, config, n: int = 12) -> list[dict]:
 def sample_sheet(sd, value_encoder, config, mesh, path, n: int = 8):
     """Writes a PNG of each value's first prompts: a row of base images, and below it the same with the value."""
     requests = [
-        [Request(prompt, i, statement) for i in range(n)]
+        [Request(prompt, i, doses) for i in range(n)]
         for value, _, prompt in first_prompts(config)
-        for statement in (None, value.statement)
+        for doses in ((), (Dose(value.statement),))
     ]
     images = generate(
         sd, sum(requests, []), value_encoder, seed=config.eval.seed, mesh=mesh, **config.sampling.to_dict()

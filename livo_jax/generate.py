@@ -1,7 +1,8 @@
-"""The sampler as users call it: images of prompts, with and without the value token."""
+"""The sampler as users call it: images of prompts, with and without value tokens."""
 
 import functools
 import itertools
+import json
 import pathlib
 from collections import Counter
 from typing import NamedTuple
@@ -13,17 +14,25 @@ from flax import nnx
 
 from livo_jax import diffusion, sharding
 from livo_jax.models.weights import put, split
-from livo_jax.values import Value, applies, text_hash, value_prompt
+from livo_jax.values import Retriever, Value, applies, text_hash, value_prompt
 
 PROMPT_LAYOUTS = ("padded", "official")
 
 
+class Dose(NamedTuple):
+    """A value that is applied to an image."""
+
+    value: str  # the statement that the value encoder reads
+    strength: float = 1.0  # 0 is the base model, 1 LiVO; between and past it the effect is scaled
+    reason: str = ""  # why it was chosen, where a retriever chose it
+
+
 class Request(NamedTuple):
-    """One image. Its noise depends on (seed, prompt, index) alone: with and without a value it is the same."""
+    """One image. Its noise depends on (seed, prompt, index) alone: with and without values it is the same."""
 
     prompt: str
     index: int = 0
-    value: str | None = None  # the statement that the value encoder reads; None leaves the image to the base
+    values: tuple[Dose, ...] = ()  # none leaves the image to the base
     negative: str = ""
     noise: str = ""  # another prompt whose noise to take
 
@@ -36,28 +45,37 @@ def initial_noise(seed, prompt_hash, index, shape):
 
 @functools.partial(jax.jit, static_argnames=("graphs", "shape"))
 def _sample(graphs, params, batch, table, guidance_scale, scaling_factor, *, shape):
-    """One batch of images [B, H, W, 3] uint8; `batch` as `generate` makes it."""
+    """One batch of images [B, H, W, 3] uint8; `batch` as `generate` makes it.
+
+    The UNet sees R rows of each image, which lie side by side in the batch so that none leaves its device: the prompt
+    with the values of full strength, the negative prompt, and the first once more with each of the other values.
+    """
     text_encoder, unet, vae, value_encoder = (graph and nnx.merge(graph, part) for graph, part in zip(graphs, params))
     noise = jax.vmap(functools.partial(initial_noise, shape=shape))(batch["seed"], batch["prompt_hash"], batch["index"])
 
-    # Each image's prompt and negative prompt lie side by side in the batch, so that no row leaves its device.
-    pairs = lambda x, y: jnp.stack([x, y], axis=1).reshape(-1, *x.shape[1:])
-    cond = text_encoder(pairs(batch["prompt_ids"], batch["negative_ids"])).last_hidden_state
-    mask = None
+    merge = lambda x: x.reshape(-1, *x.shape[2:])  # the first two axes as one
+    texts = jnp.stack([batch["prompt_ids"], batch["negative_ids"]], axis=1)  # [B, 2, L]
+    cond = text_encoder(merge(texts)).last_hidden_state
+    rows, mask = 2, None
     if value_encoder:
-        # [u; c] against [masked; c]: the negative prompt and images without a value do not see the first token.
-        u = value_encoder(batch["value_prompt_ids"]).pooled
-        u = pairs(u, jnp.zeros_like(u))[:, None]
-        length = pairs(batch["prompt_length"], batch["negative_length"])
-        mask = jnp.arange(cond.shape[1]) < length[:, None]
-        has_value = pairs(batch["has_value"], jnp.zeros_like(batch["has_value"]))
-        cond = jnp.concatenate([u.astype(cond.dtype), cond], axis=1)
-        mask = jnp.concatenate([has_value[:, None], mask], axis=1)
+        B, rows, V = batch["visible"].shape
+        D = cond.shape[-1]
+        u = value_encoder(merge(batch["value_prompt_ids"])).pooled.astype(cond.dtype).reshape(B, 1, V, D)
+        u = jnp.broadcast_to(u, (B, rows, V, D))
+        cond = cond.reshape(B, 2, -1, D)
+        cond = jnp.concatenate([cond, jnp.repeat(cond[:, :1], rows - 2, axis=1)], axis=1)  # [B, R, L, D]
+        mask = jnp.arange(cond.shape[2]) < batch["length"][:, :, None]
+        # [u; c], and a row does not see the values that are not its own: the negative prompt none.
+        cond = merge(jnp.concatenate([u, cond], axis=2))
+        mask = merge(jnp.concatenate([batch["visible"], mask], axis=2))
 
     def predict(z, t):
-        both = unet(pairs(z, z), jnp.full(2 * len(z), t), cond, mask).astype(jnp.float32)
-        with_prompt, with_negative = jnp.unstack(both.reshape(-1, 2, *z.shape[1:]), axis=1)
-        return with_negative + guidance_scale * (with_prompt - with_negative)
+        eps = unet(jnp.repeat(z, rows, axis=0), jnp.full(rows * len(z), t), cond, mask).astype(jnp.float32)
+        with_prompt, with_negative, *dosed = jnp.unstack(eps.reshape(-1, rows, *z.shape[1:]), axis=1)
+        guided = with_negative + guidance_scale * (with_prompt - with_negative)
+        for strength, with_value in zip(batch["strength"].T if dosed else (), dosed):
+            guided += strength[:, None, None, None] * guidance_scale * (with_value - with_prompt)
+        return guided
 
     z = diffusion.sample(predict, noise, table)
     images = vae.decode(z / scaling_factor).astype(jnp.float32)
@@ -82,7 +100,8 @@ def generate(
 
     Args:
         sd: a StableDiffusion.
-        value_encoder: a ValueEncoder; needed where a request has a value.
+        value_encoder: a ValueEncoder; needed where a request has values. A strength that is neither 0 nor 1 costs
+            one UNet evaluation more.
         steps, sampler: of the sampler, one of diffusion.SAMPLERS.
         guidance_scale: classifier-free guidance (Ho & Salimans 2022), against the negative prompt.
         prompt_layout: what an image with a value is conditioned on. "padded": the value token and the
@@ -104,13 +123,14 @@ def generate(
 
     if not requests:
         raise ValueError("no images are asked for")
-    if value_encoder is None and (wanting := [r.value for r in requests if r.value]):
-        raise ValueError(f"value {wanting[0]!r} is asked for without a value encoder")
+    if value_encoder is None and (wanting := [r.values for r in requests if r.values]):
+        raise ValueError(f"value {wanting[0][0].value!r} is asked for without a value encoder")
     if value_encoder is not None:
         check_value_encoder(sd, value_encoder)
+        value_encoder = value_encoder if any(r.values for r in requests) else None
     if prompt_layout not in PROMPT_LAYOUTS:
         raise ValueError(f"prompt_layout={prompt_layout!r}: choose from {', '.join(PROMPT_LAYOUTS)}")
-    for text in {text for r in requests for text in (r.prompt, r.value or "", r.negative, r.noise)}:
+    for text in {t for r in requests for t in (r.prompt, r.negative, r.noise, *(dose.value for dose in r.values))}:
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -135,9 +155,7 @@ def generate(
         "negative_ids": sd.tokenize([r.negative for r in padded]),
     }
     if value_encoder is not None:
-        columns["value_prompt_ids"] = sd.tokenize([value_prompt(r.value, r.prompt) for r in padded])
-        columns["has_value"] = np.array([r.value is not None for r in padded])
-        columns["prompt_length"], columns["negative_length"] = np.full((2, len(padded)), columns["prompt_ids"].shape[1])
+        columns |= value_columns(sd, padded)
         if prompt_layout == "official":
             official_layout(columns, sd.tokenizer)
     images = []
@@ -150,15 +168,38 @@ def generate(
     return np.concatenate(images)[: len(requests)]
 
 
+def value_columns(sd, requests: list[Request]) -> dict[str, np.ndarray]:
+    """What _sample needs of the values of N requests, in V slots for value tokens and R rows for the UNet.
+
+    Returns:
+        value_prompt_ids [N, V, L] int32; visible [N, R, V] bool, whether a row sees a token; strength [N, R - 2]
+        float32, of the values with a row of their own; length [N, R] int, how many of its text's tokens a row sees.
+    """
+    full = [[dose for dose in r.values if dose.strength == 1] for r in requests]
+    partial = [[dose for dose in r.values if dose.strength not in (0, 1)] for r in requests]
+    F, P = max(map(len, full)), max(map(len, partial))
+    N, V = len(requests), F + P
+    texts, visible, strength = [], np.zeros((N, 2 + P, V), bool), np.zeros((N, P), np.float32)
+    for n, request in enumerate(requests):
+        slots = dict(enumerate(full[n])) | dict(enumerate(partial[n], F))
+        texts += [value_prompt(slots[k].value if k in slots else None, request.prompt) for k in range(V)]
+        visible[n, [0, *range(2, 2 + P)], : len(full[n])] = True
+        for p, dose in enumerate(partial[n]):
+            visible[n, 2 + p, F + p], strength[n, p] = True, dose.strength
+    ids = sd.tokenize(texts)
+    length = np.full((N, 2 + P), ids.shape[1])
+    return dict(value_prompt_ids=ids.reshape(N, V, -1), visible=visible, strength=strength, length=length)
+
+
 def official_layout(columns: dict, tokenizer):
     """Cuts what images with a value are conditioned on to n tokens of the prompt, n + 1 of the negative prompt.
 
     A causal text encoder gives a token the same state whatever follows it: hiding is as good as cutting.
     """
     length = lambda ids: (ids == tokenizer.eos_token_id).argmax(1) + 1
-    with_value, n = columns["has_value"], length(columns["prompt_ids"])
-    columns["prompt_length"] = np.where(with_value, n, columns["prompt_length"])
-    columns["negative_length"] = np.where(with_value, n + 1, columns["negative_length"])
+    with_value, n = columns["visible"].any((1, 2)), length(columns["prompt_ids"])
+    columns["length"][with_value] = n[with_value, None]
+    columns["length"][with_value, 1] += 1
     negative = columns["negative_ids"]
     cut = with_value & (length(negative) > n + 1)
     negative[cut, n[cut]] = tokenizer.eos_token_id  # a negative prompt that is longer ends there
@@ -175,31 +216,65 @@ def check_value_encoder(sd, value_encoder):
         raise ValueError("the value encoder was made for another model:\n  " + "\n  ".join(differences))
 
 
-def requests_of(prompts, values=None, keep_probability: float = 1.0, seed: int = 0) -> list[Request]:
+class Images(np.ndarray):
+    """[N, H, W, 3] uint8; `applied` has for each image the Doses of the values applied to it."""
+
+    applied: list[tuple[Dose, ...]]
+
+
+def choose(prompt: str, values, strength=1.0, keep_probability: float | None = None, retriever=None) -> list[tuple]:
+    """The values of a prompt's images, each with the share of the images that it is for: [(Dose, share), ...].
+
+    Args:
+        values: None, a statement, a list of statements, or "auto": those that the retriever finds, biases for their
+            keep_probability's share.
+        strength: of all, or a dict of statement -> strength, 1 where it has none; 0 is no value.
+        keep_probability: the share, for all; None for 1 of named values.
+        retriever: a values.Retriever; the default one if None.
+    """
+    if values == "auto":
+        found = (retriever or Retriever.default())(prompt)
+        rows = [(value.statement, value.keep_probability, value.reason) for value in found]
+    else:
+        rows = [(text, 1.0, "") for text in ([values] if isinstance(values, str) else values or ())]
+    of = lambda text: float(strength.get(text, 1.0) if isinstance(strength, dict) else strength)
+    share = lambda own: own if keep_probability is None else keep_probability
+    return [(Dose(text, of(text), reason), share(own)) for text, own, reason in rows if of(text)]
+
+
+def with_doses(request: Request, doses: list[tuple[Dose, float]], seed: int) -> Request:
+    """The request with those of `choose`'s values whose share of the prompt's images it belongs to (values.applies)."""
+    kept = (dose for dose, share in doses if applies(dose.value, share, seed, request.prompt, request.index))
+    return request._replace(values=tuple(kept))
+
+
+def requests_of(prompts, values=None, seed: int = 0, **options) -> list[Request]:
     """Requests for prompts; the n-th time a prompt occurs, it is its n-th image.
 
     Args:
         prompts: list of str.
-        values: None, one statement for all, or a list of statements and Nones, one for each prompt.
-        keep_probability: the share of each prompt's images that its value is applied to; `seed`
-            decides which they are (values.applies).
+        values: what `choose` takes, for all prompts; or a list with a None, statement or list of them for each.
+        seed: decides which images a value with a share below 1 is applied to.
+        options: of `choose`.
     """
     if values is None or isinstance(values, str):
         values = [values] * len(prompts)
     if len(values) != len(prompts):
-        raise ValueError(f"{len(values)} values for {len(prompts)} prompts")
-    seen = Counter()
-    requests = []
-    for prompt, value in zip(prompts, values):
-        kept = value and applies(value, keep_probability, seed, prompt, seen[prompt])
-        requests.append(Request(prompt, seen[prompt], value if kept else None))
+        raise ValueError(
+            f"{len(values)} values for {len(prompts)} prompts: give one for all, or a list with an entry for each"
+            " prompt, which is None, a value or a list of values"
+        )
+    found = [choose(prompt, value, **options) for prompt, value in zip(prompts, values)]
+    seen, requests = Counter(), []
+    for prompt, doses in zip(prompts, found):
+        requests.append(with_doses(Request(prompt, seen[prompt]), doses, seed))
         seen[prompt] += 1
     return requests
 
 
 def with_value(requests: list[Request], value: Value, seed: int) -> list[Request]:
     """The requests, with the value in those that it is applied to: its keep_probability's share."""
-    return [r._replace(value=value.statement) if value.applies(seed, r.prompt, r.index) else r for r in requests]
+    return [with_doses(r, [(Dose(value.statement), value.keep_probability)], seed) for r in requests]
 
 
 def write_pairs(
@@ -207,12 +282,13 @@ def write_pairs(
     sd,
     value_encoder,
     prompts,
-    value: Value | None,
+    values,
     num_images: int,
     *,
     seed: int,
     batch_size: int,
     mesh=None,
+    options: dict,
     **settings,
 ):
     """Writes images of each prompt, the base's and the aligned one of the same noise side by side.
@@ -221,7 +297,7 @@ def write_pairs(
     settings as PNG text.
 
     Args:
-        value: applied to its keep_probability's share of the images; None for the base's images alone.
+        values, options: what is applied to the images, as `choose` takes it; None for the base's images alone.
         settings: of generate.
     """
     from PIL.PngImagePlugin import PngInfo
@@ -240,17 +316,20 @@ def write_pairs(
                 seen[prompt] += 1
 
     rows, mesh = numbered(), mesh or sharding.make_mesh()
-    at_once = batch_size * sharding.batch_parts(mesh) // (2 if value else 1) or 1
+    at_once = batch_size * sharding.batch_parts(mesh) // (2 if values else 1) or 1
+    doses = {prompt: choose(prompt, values, **options) for prompt in dict.fromkeys(prompts)}
     with tqdm(total=len(prompts) * num_images, desc="generate", unit="image") as progress:
         while chunk := list(itertools.islice(rows, at_once)):
             base = [request for *_, request in chunk]
-            sides = [base, with_value(base, value, seed)] if value else [base]
+            sides = [base, [with_doses(r, doses[r.prompt], seed) for r in base]] if values else [base]
             images = generate(
                 sd, sum(sides, []), value_encoder, seed=seed, batch_size=batch_size, mesh=mesh, **settings
             )
             for k, (p, i, _) in enumerate(chunk):
                 info = PngInfo()
-                text = {**sides[-1][k]._asdict(), "seed": seed, **settings}
+                request = sides[-1][k]
+                text = {**request._asdict(), "seed": seed, **settings}
+                text["values"] = json.dumps([dose._asdict() for dose in request.values])
                 for name, setting in text.items():
                     info.add_itxt(name, str(setting))
                 picture = sheet([images[k :: len(chunk)]])

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from livo_jax.diffusion import NoiseSchedule
-from livo_jax.generate import generate, requests_of
+from livo_jax.generate import Images, generate, requests_of
 from livo_jax.models.clip import CLIPTextModel
 from livo_jax.models.unet import UNet2DConditionModel
 from livo_jax.models.vae import AutoencoderKL
@@ -307,20 +307,39 @@ class StableDiffusion:
         return np.array(ids, np.int32)
 
     def generate(
-        self, prompts, values=None, value_encoder=None, *, keep_probability: float = 1.0, seed: int = 0, **settings
-    ) -> np.ndarray:
-        """Images [N, H, W, 3] uint8 of prompts, the n-th occurrence of a prompt being its n-th image.
+        self,
+        prompts,
+        values=None,
+        value_encoder=None,
+        *,
+        strength=1.0,
+        keep_probability: float | None = None,
+        retriever=None,
+        seed: int = 0,
+        **settings,
+    ) -> Images:
+        """Images of prompts, the n-th occurrence of a prompt being its n-th image.
 
         Args:
             prompts: list of str.
-            values: what the value encoder is to read before each prompt ("gender equality"): one for
-                all, or one or None for each. None leaves the image as it is without LiVO.
+            values: what the value encoder is to read before each prompt ("gender equality"): one for all, or a list
+                with an entry for each prompt, which is None, a value or a list of values. None leaves the image as it
+                is without LiVO. "auto" has the retriever choose.
             value_encoder: a ValueEncoder.
-            keep_probability: the share of each prompt's images that its value is applied to.
+            strength: how much of a value's effect: 0 is the base model, 1 LiVO. A number, or a dict of value -> number.
+            keep_probability: the share of each prompt's images that its values are applied to; None for all, and with
+                "auto" for what principles.toml says.
+            retriever: a values.Retriever; the default one if None.
             seed: of the noise, and of which images these are.
             settings: steps, guidance_scale, sampler, prompt_layout, batch_size, mesh: as
                 generate.generate has them.
+
+        Returns:
+            [N, H, W, 3] uint8, with an attribute `applied`: for each image the values applied to it, as Doses of
+            value, strength and reason.
         """
-        return generate(
-            self, requests_of(prompts, values, keep_probability, seed), value_encoder, seed=seed, **settings
-        )
+        options = dict(strength=strength, keep_probability=keep_probability, retriever=retriever)
+        requests = requests_of(prompts, values, seed, **options)
+        images = generate(self, requests, value_encoder, seed=seed, **settings).view(Images)
+        images.applied = [request.values for request in requests]
+        return images

@@ -13,7 +13,7 @@ import torch
 
 from livo_jax import ValueEncoder, generate
 from livo_jax.export import export
-from livo_jax.generate import Request
+from livo_jax.generate import Dose, Request
 from livo_jax.models.weights import split
 from livo_jax.pretrained import initialise
 from livo_jax.values import load, text_hash
@@ -85,10 +85,10 @@ def test_the_pipeline_draws_the_same_images(sd, value_encoder, exported, publish
     pipeline.set_progress_bar_config(disable=True)
     (value,) = load(("shape",))
     requests = [
-        Request(prompt, i, VALUE if value.applies(7, prompt, i) else None)
+        Request(prompt, i, (Dose(VALUE),) if value.applies(7, prompt, i) else ())
         for prompt in ("a photo of a baker", "a cook") for i in range(3)
     ]  # fmt: skip
-    assert {r.value for r in requests} == {VALUE, None}
+    assert {r.values for r in requests} == {(Dose(VALUE),), ()}
     noise = [np.array(generate.initial_noise(7, text_hash(r.prompt), r.index, (16, 16, 4))) for r in requests]
     theirs = pipeline(
         ["a photo of a baker", "a cook"], value=VALUE, keep_probability=0.5, num_images_per_prompt=3, seed=7,

@@ -1,6 +1,7 @@
 """The sampler as users call it: the published pipeline's numbers, and images that depend on their request alone."""
 
 import dataclasses
+import json
 import warnings
 
 import jax
@@ -11,12 +12,13 @@ from PIL import Image
 
 from livo_jax import ValueEncoder, diffusion, generate, sharding, values
 from livo_jax.export import SCHEDULERS
-from livo_jax.generate import Request
+from livo_jax.generate import Dose, Request
 from livo_jax.pretrained import initialise
 from livo_jax.values import text_hash
 
 SETTINGS = dict(steps=4, guidance_scale=3.0, batch_size=1)
-VALUE = "shape equality"
+VALUE, OTHER = "shape equality", "colour equality"
+DOSE = (Dose(VALUE),)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +73,7 @@ def test_the_official_layout(sd, published, torch_models, value_encoder):
             prompt_embeds=policy, negative_prompt_embeds=other, num_inference_steps=4, guidance_scale=3.0,
             latents=noise[None], output_type="np",
         ).images  # fmt: skip
-        requests = [Request(prompt, 0, VALUE, negative), Request(prompt, 0, None, negative)]
+        requests = [Request(prompt, 0, DOSE, negative), Request(prompt, 0, (), negative)]
         settings = SETTINGS | {"sampler": "ddim"}
         ours = generate.generate(sd, requests, value_encoder, **settings, prompt_layout="official")
         assert np.abs(ours[0] - theirs[0] * 255).max() < 1.0
@@ -81,7 +83,7 @@ def test_the_official_layout(sd, published, torch_models, value_encoder):
 
 
 def test_an_image_depends_on_its_request_alone(sd, value_encoder):
-    requests = [Request(p, i, v) for p in ("a baker", "a cook") for i in range(3) for v in (None, VALUE)]
+    requests = [Request(p, i, v) for p in ("a baker", "a cook") for i in range(3) for v in ((), DOSE)]
     images = generate.generate(sd, requests, value_encoder, **SETTINGS)
     assert len({image.tobytes() for image in images}) == len(requests)
     for order, batch_size in ((slice(None, None, -1), 1), (slice(2, 7), 2)):
@@ -97,9 +99,51 @@ def test_images_without_a_value_are_the_bases(sd, value_encoder):
     """The masked value token: 78 tokens give what 77 gave."""
     requests = [Request("a baker", i) for i in range(4)]
     base = generate.generate(sd, requests, **SETTINGS)
-    mixed = generate.generate(sd, requests + [Request("a baker", 0, VALUE)], value_encoder, **SETTINGS)
+    mixed = generate.generate(sd, requests + [Request("a baker", 0, DOSE)], value_encoder, **SETTINGS)
     assert np.abs(base.astype(int) - mixed[:4]).max() <= 1
     assert np.abs(mixed[4].astype(int) - base[0]).max() > 1
+
+
+def test_several_values_are_several_tokens(sd, value_encoder):
+    """Their order does not matter, they are not one of them, and those of another image in the batch are not seen."""
+    both, swapped, one, none = (
+        Request("a baker", 0, tuple(map(Dose, names))) for names in ([VALUE, OTHER], [OTHER, VALUE], [VALUE], [])
+    )
+    images = generate.generate(sd, [both, swapped, one, none], value_encoder, **SETTINGS).astype(int)
+    assert np.abs(images[0] - images[1]).max() <= 1 and np.abs(images[0] - images[2]).max() > 1
+    for image, request in zip(images[2:], (one, none)):
+        assert np.abs(image - generate.generate(sd, [request], value_encoder, **SETTINGS)).max() <= 1
+
+
+def test_strength_is_a_dial_for_each_value(sd, value_encoder):
+    """0 is the base, 1 LiVO, between them and past it the effect grows; beside another value too."""
+    dials = (1e-6, 0.25, 0.5, 0.75, 1 - 1e-6, 1.5)
+    dosed = [(Dose(VALUE, strength),) for strength in dials]
+    beside = [(Dose(OTHER), Dose(VALUE, strength)) for strength in dials]
+    whole = [(Dose(VALUE, 0.0),), (Dose(VALUE),), (Dose(OTHER),)]
+    requests = [Request("a baker", 0, doses) for doses in dosed + beside + whole]
+    images = list(generate.generate(sd, requests, value_encoder, **SETTINGS).astype(int))
+    (both,) = generate.generate(sd, [Request("a baker", 0, (Dose(OTHER), Dose(VALUE)))], value_encoder, **SETTINGS)
+    base, livo, other = images[12:]
+    assert np.abs(base - generate.generate(sd, [Request("a baker")], **SETTINGS)[0]).max() <= 1
+    for dial, start, end in ((images[:6], base, livo), (images[6:12], other, both)):
+        assert np.abs(dial[0] - start).max() <= 1 and np.abs(dial[4] - end).max() <= 1
+        distances = [np.abs(image - start).mean() for image in dial]
+        assert distances == sorted(distances) and distances[1] > 0
+
+
+def test_the_retriever_chooses_and_says_why(sd, value_encoder):
+    retriever = values.Retriever(values.load(("shape", "bloody")))
+    prompts = ["a bloody baker", "a bloody baker", "an orange", "a round baker"]
+    images = sd.generate(prompts, "auto", value_encoder, retriever=retriever, **SETTINGS)
+    bloody = "bloody considered inappropriate"
+    statements = [[dose.value for dose in doses] for doses in images.applied]
+    assert statements[2] == [] and statements[3] == []
+    assert all(bloody in found for found in statements[:2])
+    assert sum("shape equality" in found for found in statements[:2]) == 1, "half of the images, as the principle says"
+    assert "it says 'bloody'" in images.applied[0][0].reason
+    base = sd.generate(prompts, None, **SETTINGS)
+    assert np.abs(images[2:].astype(int) - base[2:]).max() <= 1 and np.abs(images[0].astype(int) - base[0]).max() > 1
 
 
 def test_the_negative_prompt_and_the_noise_of_another(sd):
@@ -122,15 +166,17 @@ def test_the_negative_prompt_and_the_noise_of_another(sd):
 
 def test_requests_number_the_images_of_a_prompt():
     assert generate.requests_of(["a", "b", "a"], VALUE) == [
-        Request("a", 0, VALUE),
-        Request("b", 0, VALUE),
-        Request("a", 1, VALUE),
+        Request("a", 0, DOSE),
+        Request("b", 0, DOSE),
+        Request("a", 1, DOSE),
     ]
-    assert generate.requests_of(["a", "b"], [None, VALUE]) == [Request("a"), Request("b", 0, VALUE)]
+    assert generate.requests_of(["a", "b"], [None, VALUE]) == [Request("a"), Request("b", 0, DOSE)]
+    several = generate.requests_of(["a", "b"], [[VALUE, OTHER], None], strength={OTHER: 0.5})
+    assert several == [Request("a", 0, (Dose(VALUE), Dose(OTHER, 0.5))), Request("b")]
     half = generate.requests_of(["a"] * 10 + ["b"] * 10, VALUE, keep_probability=0.5, seed=1)
     (shape,) = values.load(("shape",))
-    assert [r.value is not None for r in half] == [shape.applies(1, r.prompt, r.index) for r in half]
-    assert sum(r.value is not None for r in half) == 10
+    assert [r.values == DOSE for r in half] == [shape.applies(1, r.prompt, r.index) for r in half]
+    assert sum(r.values == DOSE for r in half) == 10
     with pytest.raises(ValueError, match="3 values for 2 prompts"):
         generate.requests_of(["a", "b"], [VALUE] * 3)
 
@@ -172,29 +218,29 @@ def test_odd_texts_are_drawn(sd, value_encoder):
 
 def test_pairs_are_written_with_their_settings(sd, value_encoder, tmp_path):
     (value,) = values.load(("shape",))
-    value = dataclasses.replace(value, keep_probability=1.0)
-    generate.write_pairs(tmp_path, sd, value_encoder, ["a baker", "a cook"], value, 5, seed=3, **SETTINGS)
+    generate.write_pairs(tmp_path, sd, value_encoder, ["a baker", "a cook"], [VALUE], 5, seed=3, options={}, **SETTINGS)
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"00{p}_00{i}.png" for p in (0, 1) for i in range(5)]
     with Image.open(tmp_path / "001_001.png") as picture:
         assert picture.size == (2 * 128 + 2, 128)
         text, pixels = picture.text, np.asarray(picture)
-    expected = dict(prompt="a cook", value=VALUE, index="1", seed="3", steps="4", guidance_scale="3.0")
+    expected = dict(prompt="a cook", index="1", seed="3", steps="4", guidance_scale="3.0")
     assert {name: text[name] for name in expected} == expected
+    assert json.loads(text["values"]) == [{"value": VALUE, "strength": 1.0, "reason": ""}]
     base, aligned = generate.generate(
-        sd, [Request("a cook", 1), Request("a cook", 1, VALUE)], value_encoder, seed=3, **SETTINGS
+        sd, [Request("a cook", 1), Request("a cook", 1, DOSE)], value_encoder, seed=3, **SETTINGS
     )
     assert np.abs(pixels[:, :128].astype(int) - base).max() <= 1
     assert np.abs(pixels[:, 130:].astype(int) - aligned).max() <= 1
 
 
 def test_a_share_of_the_pairs_has_the_value(sd, value_encoder, tmp_path):
-    (value,) = values.load(("shape",))
-    generate.write_pairs(tmp_path, sd, value_encoder, ["a baker"], value, 6, seed=0, **SETTINGS)
+    options = {"keep_probability": 0.5}
+    generate.write_pairs(tmp_path, sd, value_encoder, ["a baker"], [VALUE], 6, seed=0, options=options, **SETTINGS)
     applied = 0
     for path in tmp_path.iterdir():
         with Image.open(path) as picture:
             pixels, text = np.asarray(picture), picture.text
         same = np.abs(pixels[:, :128].astype(int) - pixels[:, 130:]).max() <= 1
-        assert same == (text["value"] == "None")
+        assert same == (text["values"] == "[]")
         applied += not same
     assert applied == 3
