@@ -27,7 +27,8 @@ class Checkpoints:
         """Opens them; `keep`: how many stay. Nothing is made before the first is saved."""
         self.directory = workdir / "checkpoints"
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=False, lightweight_initialize=True)
-        self.manager = ocp.CheckpointManager(self.directory, options=options)
+        handlers = {"state": ocp.StandardCheckpointHandler()}
+        self.manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
 
     def latest_step(self) -> int | None:
         return self.manager.latest_step()
@@ -70,11 +71,11 @@ class Checkpoints:
             except Exception as problem:  # Orbax and TensorStore raise nearly every type, by what is damaged
                 error = problem
             if multihost_utils.process_allgather(error is not None).any():
-                problems[place] = str(error or "another process cannot read it").partition("\n")[0]
+                problems[place] = error or ValueError("another process cannot read it")
             elif found["format"] > FORMAT:
                 raise ValueError(f"{place} has format {found['format']}, newer than ours, {FORMAT}: update livo_jax")
             elif int(checksum(restored)) != found["checksum"]:
-                problems[place] = "its numbers are not those that were saved"
+                problems[place] = ValueError("its numbers are not those that were saved")
             else:
                 break
         else:
@@ -82,11 +83,15 @@ class Checkpoints:
             raise ValueError(
                 f"{place} does not fit this run: it is damaged, or was made with another config.model,"
                 f" config.train.ema_decay or train_embeddings: {error}"
-            )
+            ) from error
         for damaged, error in problems.items():
-            logging.warning("%s is damaged, step %d is used in its place: %s", damaged, step, error)
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]  # what follows is TensorStore's own state
+            logging.warning("%s is damaged, step %d is used in its place: %s", damaged, step, reason)
             if set_aside and jax.process_index() == 0:
-                damaged.rename(damaged.with_name(f"{damaged.name}.damaged-{secrets.token_hex(2)}"))
+                aside = damaged.with_name(f"{damaged.name}.damaged")
+                if aside.exists():
+                    aside.rmtree()
+                damaged.rename(aside)
         if problems and set_aside:
             multihost_utils.sync_global_devices("set aside")
             self.manager.reload()

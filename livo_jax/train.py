@@ -342,7 +342,11 @@ def train_and_evaluate(config, workdir, build_preferences=None, cache_latents=No
     c, log, in_flight = config.log, Log(workdir, start, config), collections.deque()
     profiled = range(start + 3, min(start + 3 + config.profile.steps, steps + 1))  # without what starts up
     bar = tqdm(total=steps, initial=start, desc="train", unit="step", disable=jax.process_index() > 0)
+    shown = lambda step: step % c.samples_every == 0 or step == steps
+    sheet = lambda step: workdir / "samples" / f"step_{step}.png"
     with bar as progress, Termination(start) as sigterm:
+        if start and shown(start) and not sheet(start).exists():  # the end came while it was drawn
+            sample_sheet(sd, trained(), config, mesh, sheet(start))
         for step in range(start + 1, steps + 1):
             batch = sharding.global_batch(mesh, log.next(iterator))
             if step == start + 1:
@@ -355,10 +359,12 @@ def train_and_evaluate(config, workdir, build_preferences=None, cache_latents=No
             state, metrics = step_fn(state, frozen, batch)
             in_flight.append((step, metrics))
             due = {
-                name: step % every == 0 or step == steps
-                for name, every in (("log", c.every), ("samples", c.samples_every), ("save", config.checkpoint.every))
+                "log": step % c.every == 0 or step == steps,
+                "samples": shown(step),
+                "save": step % config.checkpoint.every == 0 or step == steps,
+                "stop": sigterm.asked(step),
+                "profile": step in profiled[-1:],
             }
-            due |= {"stop": sigterm.asked(step), "profile": step in profiled[-1:]}
             # Nothing that is not finite is saved or shown; the first step tells at once.
             while len(in_flight) > (0 if any(due.values()) or step == start + 1 else 1):
                 log.append(check_finite(*in_flight.popleft(), checkpoints, config))
@@ -371,7 +377,7 @@ def train_and_evaluate(config, workdir, build_preferences=None, cache_latents=No
                 checkpoints.save(step, state)
             if due["samples"] and not due["stop"]:
                 with sigterm.at_once():
-                    sample_sheet(sd, trained(), config, mesh, workdir / "samples" / f"step_{step}.png")
+                    sample_sheet(sd, trained(), config, mesh, sheet(step))
                 log.restart_clock()
             progress.update()
             if due["stop"] or sigterm.received:

@@ -1,0 +1,74 @@
+"""A run of seconds, as a user starts it: a small model of random weights, pairs that show nothing, no evaluation."""
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from tests import test_data
+
+ROOT = pathlib.Path(__file__).parents[1]
+SMALL = {
+    "unet": {"block_out_channels": [8], "down_block_types": ["CrossAttnDownBlock2D"],
+             "up_block_types": ["CrossAttnUpBlock2D"]},
+    "vae": {"block_out_channels": [8, 8, 8]},
+    "text_encoder": {"num_hidden_layers": 1},
+}  # fmt: skip
+TIMES = ("train/pairs_per_sec", "train/tflops_per_device", "train/wait_for_data")
+
+
+def prepare(root: pathlib.Path):
+    """Makes root/model and root/pairs. Programs compiled by one run stay in root/compiled for the next."""
+    model = root / "model"
+    shutil.copytree(ROOT / "data_tools" / "shapeworld_model", model, ignore=shutil.ignore_patterns("*.safetensors"))
+    for part, changes in SMALL.items():
+        file = model / part / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    test_data.make(root / "pairs")
+
+
+def start(root, workdir, *flags, devices: int = 1, **environment) -> subprocess.Popen:
+    command = [
+        sys.executable, "run.py", "--config=configs/tiny.py:smoke", f"--workdir={workdir}",
+        f"--config.model={root / 'model'}", "--config.random_weights=True", f"--config.data.directory={root / 'pairs'}",
+        "--config.principles=('shape', 'colour')", "--config.judge=", "--config.eval.seen=('cook',)",
+        "--config.eval.held_out=('baker',)", "--config.sampling.steps=2", "--config.log.samples_every=1000000",
+        "--config.log.every=1", *flags,
+    ]  # fmt: skip
+    environment = os.environ | {
+        # Level 0 compiles in half the time.
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
+        "JAX_COMPILATION_CACHE_DIR": str(root / "compiled"),
+        "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+    } | environment  # fmt: skip
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(process) -> str:
+    """What it printed. Asserts that it succeeds."""
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, out + err
+    return out
+
+
+def metrics(workdir) -> list[dict]:
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+
+
+def final(workdir) -> dict:
+    """The arrays of the newest checkpoint: {path: array}."""
+    step = max((p for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
+    checkpointer = ocp.PyTreeCheckpointer()
+    as_numpy = lambda _: ocp.RestoreArgs(restore_type=np.ndarray)
+    args = jax.tree.map(as_numpy, checkpointer.metadata(step / "state").item_metadata.tree)
+    leaves = jax.tree_util.tree_leaves_with_path(checkpointer.restore(step / "state", restore_args=args))
+    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}

@@ -1,0 +1,236 @@
+"""What a run survives: damaged checkpoints, a full disk, SIGKILL, SIGTERM."""
+
+import gc
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+from jax.sharding import NamedSharding, PartitionSpec
+
+from livo_jax import sharding
+from livo_jax.checkpoint import FORMAT, Checkpoints
+from tests import small_run
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def make_state(step, mesh=(8, 1, 1), names=("a", "b")):
+    """Numbers that cannot be compressed: a changed byte is a changed number."""
+    place = NamedSharding(sharding.make_mesh(*mesh), PartitionSpec(("data", "fsdp"), "tensor"))
+    rng = np.random.default_rng(step)
+    params = {name: jax.device_put(rng.normal(size=(256, 64)).astype(np.float32), place) for name in names}
+    return {"step": jax.device_put(np.int32(step), sharding.replicated(place.mesh)), "params": params}
+
+
+def assert_state(state, step):
+    jax.tree.map(np.testing.assert_array_equal, state, make_state(step))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A workdir with the checkpoints 1 and 2."""
+    checkpoints = Checkpoints(epath.Path(tmp_path))
+    for step in (1, 2):
+        checkpoints.save(step, make_state(step))
+    checkpoints.close()
+    return epath.Path(tmp_path)
+
+
+def largest(step):
+    """The file that holds the arrays."""
+    return max((f for f in pathlib.Path(step).rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+
+
+def truncate(step):
+    for file in pathlib.Path(step).rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def flip(step):
+    data = bytearray(largest(step).read_bytes())
+    data[len(data) // 2] ^= 1
+    largest(step).write_bytes(data)
+
+
+def rename_a_key(step):
+    metadata = step / "_CHECKPOINT_METADATA"
+    metadata.write_text(metadata.read_text().replace("init_timestamp", "unit_timestamp"))
+
+
+def empty(step):
+    shutil.rmtree(step)
+    step.mkdir()
+
+
+DAMAGES = {
+    "truncated": truncate,
+    "flipped": flip,
+    "no arrays": lambda step: largest(step).unlink(),
+    "no metadata": lambda step: (step / "_CHECKPOINT_METADATA").unlink(),
+    "other metadata": rename_a_key,
+    "no state": lambda step: shutil.rmtree(step / "state"),
+    "empty": empty,
+}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax leaves reads unawaited
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(saved, damage, caplog):
+    DAMAGES[damage](saved / "checkpoints" / "2")
+    assert_state(Checkpoints(saved).restore(make_state(0)), 1)
+    assert (saved / "checkpoints" / "2").exists(), "who only reads moves nothing"
+    caplog.clear()
+    checkpoints = Checkpoints(saved)
+    assert_state(checkpoints.restore(make_state(0), set_aside=True), 1)
+    (warning,) = (r.getMessage() for r in caplog.records if "is used in its place" in r.getMessage())
+    assert f"{saved}/checkpoints/2 is damaged, step 1 is used" in warning and len(warning.splitlines()) == 1
+    assert {p.name for p in (saved / "checkpoints").iterdir()} == {"1", "2.damaged"}
+    checkpoints.save(2, make_state(2))
+    checkpoints.close()
+    assert_state(Checkpoints(saved).restore(make_state(0)), 2)
+    flip(saved / "checkpoints" / "2")
+    assert_state(Checkpoints(saved).restore(make_state(0), set_aside=True), 1)
+    gc.collect()
+
+
+def test_checkpoints_that_cannot_be_read(saved):
+    with pytest.raises(ValueError, match="checkpoints/2 does not fit this run: .* another config.model"):
+        Checkpoints(saved).restore(make_state(0, names=("a", "c")))
+    for step in (1, 2):
+        flip(saved / "checkpoints" / str(step))
+    with pytest.raises(ValueError, match="checkpoints/2 does not fit this run: it is damaged"):
+        Checkpoints(saved).restore(make_state(0), set_aside=True)
+    assert {p.name for p in (saved / "checkpoints").iterdir()} == {"1", "2"}
+
+
+def test_a_newer_format_is_no_damage(saved, monkeypatch):
+    metadata = saved / "checkpoints" / "2" / "_CHECKPOINT_METADATA"
+    metadata.write_text(metadata.read_text().replace(f'"format": {FORMAT}', f'"format": {FORMAT + 1}'))
+    with pytest.raises(ValueError, match=f"checkpoints/2 has format {FORMAT + 1}, newer than ours.*update livo_jax"):
+        Checkpoints(saved).restore(make_state(0), set_aside=True)
+    assert (saved / "checkpoints" / "2").exists()
+
+
+@pytest.mark.parametrize("mesh", [(2, 2, 2), (1, 1, 1)])
+def test_a_checkpoint_of_another_mesh(saved, mesh):
+    state = make_state(0, mesh)
+    restored = Checkpoints(saved).restore(state)
+    assert_state(restored, 2)
+    assert jax.tree.map(lambda x: x.sharding, restored) == jax.tree.map(lambda x: x.sharding, state)
+
+
+def test_a_full_disk(tmp_path):
+    """A process that may write no file over 4 MB, as one that meets a full disk."""
+    code = """
+import resource, signal, sys
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from livo_jax.checkpoint import Checkpoints
+from tests import small_run
+state = lambda step, size: {"step": jnp.int32(step), "a": jnp.array(np.random.rand(size), jnp.float32)}
+checkpoints = Checkpoints(epath.Path(sys.argv[1]))
+checkpoints.save(1, state(1, 1000))
+checkpoints.wait()
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write fails, as on a full disk
+resource.setrlimit(resource.RLIMIT_FSIZE, (4_000_000,) * 2)
+checkpoints.save(2, state(2, 2_000_000))
+checkpoints.wait()
+"""
+    process = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode != 0
+    assert f"OSError: a checkpoint could not be written to {tmp_path}/checkpoints" in process.stderr
+    assert "Make room there and start the same command again: it goes on from step 1" in process.stderr
+    assert Checkpoints(epath.Path(tmp_path)).latest_step() == 1
+
+
+# ---------------------------------------------------------------------------- whole runs
+
+
+RUN = ("--config.train.accumulate=2", "--config.train.ema_decay=0.9", "--config.train.steps=40",
+       "--config.checkpoint.every=2")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("small")
+    small_run.prepare(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(root):
+    small_run.finish(small_run.start(root, root / "uninterrupted", *RUN, "--config.profile.steps=2"))
+    return root / "uninterrupted"
+
+
+def test_a_profile_lies_where_tensorboard_looks(uninterrupted):
+    assert list(uninterrupted.glob("tensorboard/plugins/profile/*/*.xplane.pb"))
+
+
+def wait_for(workdir, process, step):
+    """Returns when a checkpoint of this step or a later one is there; the process must still run."""
+    reached = lambda: max((int(p.name) for p in workdir.glob("checkpoints/*") if p.name.isdigit()), default=0) >= step
+    while not reached():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+def assert_same(workdir, whole):
+    """Bit for bit: parameters, moments, average, every metric, the picture."""
+    ours, theirs = small_run.final(workdir), small_run.final(whole)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not np.array_equal(ours[name], theirs[name], equal_nan=True)] == []
+    assert small_run.metrics(workdir) == small_run.metrics(whole)
+    picture = f"samples/step_{len(small_run.metrics(whole))}.png"
+    assert (workdir / picture).read_bytes() == (whole / picture).read_bytes()
+    names = lambda place: {p.name for p in (place / "checkpoints").iterdir()}
+    assert names(workdir) == names(whole), "nothing half-written is left"
+
+
+def test_killed_and_terminated_a_run_ends_as_if_it_were_not(root, uninterrupted, tmp_path):
+    workdir = tmp_path / "run"
+    process = small_run.start(root, workdir, *RUN)
+    wait_for(workdir, process, 4)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+
+    process = small_run.start(root, workdir, *RUN)
+    wait_for(workdir, process, 16)
+    process.terminate()
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGTERM, err
+    assert re.search(f"resuming {workdir} at step [0-9]+\n", out), out
+    step = Checkpoints(epath.Path(workdir)).latest_step()
+    assert 16 <= step < 40 and f"SIGTERM: step {step} is saved in {workdir}/checkpoints" in out
+
+    assert f"at step {step}\n" in small_run.finish(small_run.start(root, workdir, *RUN))
+    assert_same(workdir, uninterrupted)
+
+
+@pytest.mark.slow
+def test_twenty_kills_change_nothing(root, tmp_path):
+    """At random moments, with a checkpoint being written at nearly all of them."""
+    flags = (*RUN, "--config.train.steps=150", "--config.checkpoint.every=1")
+    small_run.finish(small_run.start(root, tmp_path / "whole", *flags))
+    workdir, rng = tmp_path / "run", np.random.default_rng(0)
+    for kill in range(20):
+        before = Checkpoints(epath.Path(workdir)).latest_step() or 0
+        process = small_run.start(root, workdir, *flags)
+        wait_for(workdir, process, before + 1)
+        time.sleep(rng.uniform(0, 0.5))
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL, f"kill {kill}: the run ended before it"
+    small_run.finish(small_run.start(root, workdir, *flags))
+    assert_same(workdir, tmp_path / "whole")
