@@ -50,7 +50,7 @@ def _sample(graphs, params, batch, table, guidance_scale, scaling_factor, *, sha
     The UNet sees R rows of each image, which lie side by side in the batch so that none leaves its device: the prompt
     with the values of full strength, the negative prompt, and the first once more with each of the other values.
     """
-    text_encoder, unet, vae, value_encoder = (graph and nnx.merge(graph, part) for graph, part in zip(graphs, params))
+    text_encoder, _, vae, value_encoder = (graph and nnx.merge(graph, part) for graph, part in zip(graphs, params))
     noise = jax.vmap(functools.partial(initial_noise, shape=shape))(batch["seed"], batch["prompt_hash"], batch["index"])
 
     merge = lambda x: x.reshape(-1, *x.shape[2:])  # the first two axes as one
@@ -70,6 +70,7 @@ def _sample(graphs, params, batch, table, guidance_scale, scaling_factor, *, sha
         mask = merge(jnp.concatenate([batch["visible"], mask], axis=2))
 
     def predict(z, t):
+        unet = nnx.merge(graphs[1], params[1])  # here: rematerialised blocks want modules of the loop's own trace
         eps = unet(jnp.repeat(z, rows, axis=0), jnp.full(rows * len(z), t), cond, mask).astype(jnp.float32)
         with_prompt, with_negative, *dosed = jnp.unstack(eps.reshape(-1, rows, *z.shape[1:]), axis=1)
         guided = with_negative + guidance_scale * (with_prompt - with_negative)

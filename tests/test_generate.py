@@ -1,6 +1,7 @@
 """The sampler as users call it: the published pipeline's numbers, and images that depend on their request alone."""
 
 import dataclasses
+import functools
 import json
 import warnings
 
@@ -8,11 +9,13 @@ import jax
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 from PIL import Image
 
 from livo_jax import ValueEncoder, diffusion, generate, sharding, values
 from livo_jax.export import SCHEDULERS
 from livo_jax.generate import Dose, Request
+from livo_jax.models.weights import split
 from livo_jax.pretrained import initialise
 from livo_jax.values import text_hash
 
@@ -113,6 +116,19 @@ def test_several_values_are_several_tokens(sd, value_encoder):
     assert np.abs(images[0] - images[1]).max() <= 1 and np.abs(images[0] - images[2]).max() > 1
     for image, request in zip(images[2:], (one, none)):
         assert np.abs(image - generate.generate(sd, [request], value_encoder, **SETTINGS)).max() <= 1
+
+
+@pytest.mark.slow
+def test_rematerialised_and_sharded_models_draw_the_same(sd):
+    """Their blocks run in a trace of their own, within the sampler's loop."""
+    mesh, requests, unet = sharding.make_mesh(2, 2, 2), [Request("a baker", i) for i in range(4)], sd.unet
+    expected = generate.generate(sd, requests, **SETTINGS)
+    graph, params = split(unet)
+    sd.unet = nnx.merge(graph, jax.device_put(params, sharding.by_rules(params, mesh)))
+    sd.unet.remat, sd.unet.gather = "full", functools.partial(sharding.gather, mesh=mesh)
+    drawn = generate.generate(sd, requests, mesh=mesh, **SETTINGS)
+    sd.unet = unet
+    assert np.abs(drawn.astype(int) - expected).max() <= 1
 
 
 def test_strength_is_a_dial_for_each_value(sd, value_encoder):

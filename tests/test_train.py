@@ -224,9 +224,7 @@ def on_one_device(small):
     return run(small, 1, steps=10)
 
 
-@pytest.mark.parametrize(
-    "mesh, shard_frozen", [((8, 1, 1), False), ((4, 2, 1), True), ((2, 2, 2), False), ((2, 2, 2), True)]
-)
+@pytest.mark.parametrize("mesh, shard_frozen", [((8, 1, 1), False), ((4, 2, 1), False), ((2, 2, 2), True)])
 def test_ten_steps_are_the_same_on_any_mesh(small, on_one_device, mesh, shard_frozen):
     losses, state = run(small, *mesh, steps=10, shard_frozen=shard_frozen)
     assert losses == pytest.approx(on_one_device[0], abs=ROUNDING)
