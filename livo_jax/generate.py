@@ -231,11 +231,10 @@ def choose(prompt: str, values, strength=1.0, keep_probability: float | None = N
             keep_probability's share.
         strength: of all, or a dict of statement -> strength, 1 where it has none; 0 is no value.
         keep_probability: the share, for all; None for 1 of named values.
-        retriever: a values.Retriever; the default one if None.
+        retriever: a values.Retriever, for "auto".
     """
     if values == "auto":
-        found = (retriever or Retriever.default())(prompt)
-        rows = [(value.statement, value.keep_probability, value.reason) for value in found]
+        rows = [(value.statement, value.keep_probability, value.reason) for value in retriever(prompt)]
     else:
         rows = [(text, 1.0, "") for text in ([values] if isinstance(values, str) else values or ())]
     of = lambda text: float(strength.get(text, 1.0) if isinstance(strength, dict) else strength)
@@ -256,7 +255,7 @@ def requests_of(prompts, values=None, seed: int = 0, **options) -> list[Request]
         prompts: list of str.
         values: what `choose` takes, for all prompts; or a list with a None, statement or list of them for each.
         seed: decides which images a value with a share below 1 is applied to.
-        options: of `choose`.
+        options: of `choose`; without a retriever the default one is made where it is needed.
     """
     if values is None or isinstance(values, str):
         values = [values] * len(prompts)
@@ -265,10 +264,13 @@ def requests_of(prompts, values=None, seed: int = 0, **options) -> list[Request]
             f"{len(values)} values for {len(prompts)} prompts: give one for all, or a list with an entry for each"
             " prompt, which is None, a value or a list of values"
         )
-    found = [choose(prompt, value, **options) for prompt, value in zip(prompts, values)]
+    if "auto" in values and not options.get("retriever"):
+        options["retriever"] = Retriever.default()
+    keys = [(p, v if v is None or isinstance(v, str) else tuple(v)) for p, v in zip(prompts, values)]
+    doses = {key: choose(*key, **options) for key in dict.fromkeys(keys)}  # a prompt's images are of one choice
     seen, requests = Counter(), []
-    for prompt, doses in zip(prompts, found):
-        requests.append(with_doses(Request(prompt, seen[prompt]), doses, seed))
+    for prompt, value in keys:
+        requests.append(with_doses(Request(prompt, seen[prompt]), doses[prompt, value], seed))
         seen[prompt] += 1
     return requests
 

@@ -342,10 +342,10 @@ def train_and_evaluate(config, workdir, build_preferences=None, cache_latents=No
     c, log, in_flight = config.log, Log(workdir, start, config), collections.deque()
     profiled = range(start + 3, min(start + 3 + config.profile.steps, steps + 1))  # without what starts up
     bar = tqdm(total=steps, initial=start, desc="train", unit="step", disable=jax.process_index() > 0)
-    shown = lambda step: step % c.samples_every == 0 or step == steps
+    each = lambda every, step: step % every == 0 or step == steps
     sheet = lambda step: workdir / "samples" / f"step_{step}.png"
     with bar as progress, Termination(start) as sigterm:
-        if start and shown(start) and not sheet(start).exists():  # the end came while it was drawn
+        if start and each(c.samples_every, start) and not sheet(start).exists():  # the end came while it was drawn
             sample_sheet(sd, trained(), config, mesh, sheet(start))
         for step in range(start + 1, steps + 1):
             batch = sharding.global_batch(mesh, log.next(iterator))
@@ -359,9 +359,9 @@ def train_and_evaluate(config, workdir, build_preferences=None, cache_latents=No
             state, metrics = step_fn(state, frozen, batch)
             in_flight.append((step, metrics))
             due = {
-                "log": step % c.every == 0 or step == steps,
-                "samples": shown(step),
-                "save": step % config.checkpoint.every == 0 or step == steps,
+                "log": each(c.every, step),
+                "samples": each(c.samples_every, step),
+                "save": each(config.checkpoint.every, step),
                 "stop": sigterm.asked(step),
                 "profile": step in profiled[-1:],
             }

@@ -96,3 +96,13 @@ def sd(published):
     from livo_jax import StableDiffusion
 
     return StableDiffusion.from_pretrained(published)
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory):
+    """Where small_run finds its model and pairs, and keeps what it compiled."""
+    from tests import small_run
+
+    root = tmp_path_factory.mktemp("small")
+    small_run.prepare(root)
+    return root

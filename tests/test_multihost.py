@@ -19,13 +19,6 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    root = tmp_path_factory.mktemp("small")
-    small_run.prepare(root)
-    return root
-
-
-@pytest.fixture(scope="module")
 def alone(root):
     """The run of one process with eight devices."""
     small_run.finish(small_run.start(root, root / "alone", *RUN, devices=8))

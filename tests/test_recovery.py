@@ -161,13 +161,6 @@ RUN = ("--config.train.accumulate=2", "--config.train.ema_decay=0.9", "--config.
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    root = tmp_path_factory.mktemp("small")
-    small_run.prepare(root)
-    return root
-
-
-@pytest.fixture(scope="module")
 def uninterrupted(root):
     small_run.finish(small_run.start(root, root / "uninterrupted", *RUN, "--config.profile.steps=2"))
     return root / "uninterrupted"
