@@ -18,6 +18,7 @@ from jax.sharding import AbstractMesh, AxisType
 from livo_jax import sharding, train
 from livo_jax.models.weights import split
 from livo_jax.pretrained import DESCRIPTION, PARTS, StableDiffusion, find, skeleton
+from livo_jax.step import init_state, make_loss, make_optimizer, make_train_step
 
 
 class Chip(NamedTuple):
@@ -155,20 +156,20 @@ def plan(config, devices: int) -> dict:
         graphs[name], frozen[name] = split(module)
     graphs["value_encoder"], params = split(sd.text_encoder)
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), params)
-    tx = train.make_optimizer(config)
-    state = jax.eval_shape(functools.partial(train.init_state, tx=tx, ema_decay=config.train.ema_decay), params)
+    tx = make_optimizer(config)
+    state = jax.eval_shape(functools.partial(init_state, tx=tx, ema_decay=config.train.ema_decay), params)
 
     micro = copy.deepcopy(config)
     with micro.unlocked():
         micro.train.accumulate, micro.train.batch_size = 1, rows
     batch, scale = abstract_batch(sd, config, rows), sd.vae.config.scaling_factor
-    step = train.make_train_step(graphs, sd.schedule, tx, micro, scale)
+    step = make_train_step(graphs, sd.schedule, tx, micro, scale)
     flops = jax.jit(step).lower(state, frozen, batch).cost_analysis()["flops"] / rows
 
     h, w, C = sd.latent_shape
     drawn = {name: jax.ShapeDtypeStruct((rows, h, w, C), jnp.float32) for name in ("noise_w", "noise_l", "eps")}
     drawn["t"] = jax.ShapeDtypeStruct((rows,), jnp.int32)
-    loss = train.make_loss(graphs, sd.schedule, micro, scale)
+    loss = make_loss(graphs, sd.schedule, micro, scale)
     lies = sharding.by_rules(state, mesh)
     memory = {
         "state": size(state, lies),

@@ -1,7 +1,4 @@
-"""Training: the LiVO step, and train_and_evaluate(config, workdir) that repeats it.
-
-The step needs jax, flax and optax alone; what reads and writes files is imported where it is used.
-"""
+"""Training: train_and_evaluate(config, workdir) repeats the step of step.py; restore_run reads what it left."""
 
 import collections
 import functools
@@ -13,162 +10,24 @@ import sys
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
+from tqdm import tqdm
 
-from livo_jax import diffusion, losses, sharding
+from livo_jax import diffusion, judges, sharding, values
+from livo_jax.checkpoint import Checkpoints, Termination
+from livo_jax.data import Cache, Preferences, batches
+from livo_jax.evaluate import evaluate_and_report, read_results, sample_sheet, table
+from livo_jax.generate import PROMPT_LAYOUTS, check_value_encoder
+from livo_jax.log import Log
 from livo_jax.models.unet import REMAT
 from livo_jax.models.weights import split
-
-# ---------------------------------------------------------------------------- the step
-
-
-def make_optimizer(config) -> optax.GradientTransformation:
-    """AdamW on clipped gradients, after config.train.
-
-    Raises:
-        ValueError: an unknown schedule or scaling, or a warm-up that is not shorter than the training.
-    """
-    c, problems = config.train, []
-    if not 0 <= c.warmup_steps < c.steps:
-        problems.append(
-            f"config.train.warmup_steps={c.warmup_steps}: choose 0 to config.train.steps - 1 = {c.steps - 1}"
-        )
-    ratio = c.batch_size / max(1, c.reference_batch_size)
-    scales = {"none": 1.0, "linear": ratio, "sqrt": ratio**0.5}
-    peak = c.learning_rate * scales.get(c.learning_rate_scaling, 1.0)
-    schedules = {
-        "constant": optax.constant_schedule(peak),
-        "cosine": optax.cosine_decay_schedule(peak, max(1, c.steps - c.warmup_steps)),
-    }
-    for name, choices in (("learning_rate_scaling", scales), ("schedule", schedules)):
-        if c[name] not in choices:
-            problems.append(f"config.train.{name}={c[name]!r}: choose from {', '.join(choices)}")
-    if problems:
-        raise ValueError("\n  ".join(problems))
-    warmup = optax.linear_schedule(0.0, peak, c.warmup_steps)
-    learning_rate = optax.join_schedules([warmup, schedules[c.schedule]], [c.warmup_steps])
-    adamw = optax.adamw(learning_rate, b1=c.b1, b2=c.b2, eps=c.eps, weight_decay=c.weight_decay)
-    if not c.train_embeddings:
-        adamw = optax.masked(adamw, lambda params: {name: name != "embeddings" for name in params})
-    return optax.chain(optax.clip_by_global_norm(c.grad_clip), adamw)
-
-
-def init_state(params: dict, tx: optax.GradientTransformation, ema_decay: float = 0.0) -> dict:
-    """The state of step 0. `params` are the value encoder's, float32; with a decay, so is their average `ema`."""
-    state = {"step": jnp.zeros((), jnp.int32), "params": params, "opt_state": tx.init(params)}
-    return state | ({"ema": jax.tree.map(jnp.copy, params)} if ema_decay else {})
-
-
-def trained_params(state: dict) -> dict:
-    """The value encoder's parameters to use: their moving average where there is one."""
-    return state.get("ema", state["params"])
-
-
-def moments(graphs: dict, frozen: dict, batch: dict, side: str):
-    """Mean and log-variance [b, h, w, C] of one side's images in a batch."""
-    if f"{side}_moments" in batch:
-        return jnp.split(batch[f"{side}_moments"], 2, axis=-1)
-    return nnx.merge(graphs["vae"], frozen["vae"]).encode(batch[side])
-
-
-def make_loss(graphs: dict, schedule: diffusion.NoiseSchedule, config, scaling_factor: float):
-    """The function loss(params, frozen, batch) -> (loss, metrics); arguments as of make_train_step.
-
-    Its batch also has what the step draws: noise_w, noise_l, eps [b, h, w, C] and t [b].
-    """
-    min_snr_gamma, train_embeddings = config.loss.min_snr_gamma, config.train.train_embeddings
-    constants = {name: config.loss[name] for name in ("alpha", "beta", "gamma_1", "gamma_2")}
-
-    def loss(params, frozen, batch):
-        if not train_embeddings:
-            params = params | {"embeddings": jax.lax.stop_gradient(params["embeddings"])}
-        value_encoder, unet = nnx.merge(graphs["value_encoder"], params), nnx.merge(graphs["unet"], frozen["unet"])
-
-        def latents(side, noise):
-            mean, logvar = (x.astype(jnp.float32) for x in moments(graphs, frozen, batch, side))
-            return scaling_factor * (mean + jnp.exp(0.5 * logvar) * noise)
-
-        # w and l go through the UNet as one batch, with the same eps and t: side by side, so that no row leaves
-        # its device.
-        twice = lambda x: jnp.repeat(x, 2, axis=0)
-        z = jnp.stack([latents("aligned", batch["noise_w"]), latents("violating", batch["noise_l"])], axis=1)
-        z = z.reshape(-1, *z.shape[2:])
-        eps, t = twice(batch["eps"]), twice(batch["t"])
-        z_t, target = diffusion.add_noise(schedule, z, eps, t), diffusion.target(schedule, z, eps, t)
-        weight = diffusion.min_snr_weight(schedule, t, min_snr_gamma) if min_snr_gamma else 1.0
-
-        def errors(conditioning):
-            return (weight * losses.denoising_error(unet(z_t, t, twice(conditioning)), target)).reshape(-1, 2).T
-
-        if "prompt_states" in batch:
-            c = batch["prompt_states"].astype(unet.conv_in.kernel.dtype)  # [b, L, D]
-        else:
-            c = nnx.merge(graphs["text_encoder"], frozen["text_encoder"])(batch["prompt_ids"]).last_hidden_state
-        u = value_encoder(batch["value_prompt_ids"]).pooled  # [b, D]
-        r_w, r_l = errors(c)
-        l_w, l_l = errors(jnp.concatenate([u[:, None].astype(c.dtype), c], axis=1))  # [u; c], the value token first
-        return losses.livo(l_w, l_l, r_w, r_l, **constants)
-
-    return loss
-
-
-def make_train_step(graphs: dict, schedule: diffusion.NoiseSchedule, tx, config, scaling_factor: float):
-    """The function train_step(state, frozen, batch) -> (state, metrics), to be jitted.
-
-    Args:
-        graphs: GraphDefs of value_encoder, text_encoder, unet, vae.
-        config: its `loss` (alpha, beta, gamma_1, gamma_2, timesteps, min_snr_gamma), `seed` and `train`
-            (accumulate, ema_decay, train_embeddings) are used.
-        scaling_factor: of the VAE's latents.
-
-    The step takes `state` (step, params, opt_state, perhaps ema), `frozen` (parameters of text_encoder,
-    unet and vae) and a batch of data.batches: value_prompt_ids, and either prompt_ids and images or, from a
-    cache, prompt_states and moments; then `frozen` needs the unet alone. Its metrics are float32 scalars:
-    loss, those of losses.livo, and grad_norm.
-    """
-    loss = make_loss(graphs, schedule, config, scaling_factor)
-    first, last = config.loss.timesteps
-    accumulate, ema_decay = config.train.accumulate, config.train.ema_decay
-
-    def train_step(state, frozen, batch):
-        # One base key, folded with the step, split once: no key serves two purposes. All is drawn for the
-        # whole batch, so that no number depends on how it is accumulated.
-        key = jax.random.fold_in(jax.random.key(config.seed), state["step"])
-        key_w, key_l, key_eps, key_t = jax.random.split(key, 4)
-        shape = jax.eval_shape(lambda: moments(graphs, frozen, batch, "aligned"))[0].shape  # [B, h, w, C]
-        noise_w, noise_l, eps = (jax.random.normal(key, shape) for key in (key_w, key_l, key_eps))
-        t = jax.random.randint(key_t, shape[:1], first, last)
-        batch = {**batch, "noise_w": noise_w, "noise_l": noise_l, "eps": eps, "t": t}
-
-        gradient = lambda rows: jax.value_and_grad(loss, has_aux=True)(state["params"], frozen, rows)
-        if accumulate == 1:
-            (value, metrics), grads = gradient(batch)
-        else:  # micro-batches of every accumulate-th row: each device's rows stay its own
-            parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
-            zeros = optax.tree.zeros_like(jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], parts)))
-            total, _ = jax.lax.scan(lambda total, rows: (optax.tree.add(total, gradient(rows)), None), zeros, parts)
-            (value, metrics), grads = optax.tree.scale(1 / accumulate, total)
-
-        updates, opt_state = tx.update(grads, state["opt_state"], state["params"])
-        params = optax.apply_updates(state["params"], updates)
-        after = {"step": state["step"] + 1, "params": params, "opt_state": opt_state}
-        if ema_decay:  # which follows closely at first
-            decay = jnp.minimum(ema_decay, after["step"] / (after["step"] + 9))
-            after["ema"] = optax.incremental_update(params, state["ema"], 1 - decay)
-        return after, {"loss": value, **metrics, "grad_norm": optax.tree.norm(grads)}
-
-    return train_step
-
-
-# ---------------------------------------------------------------------------- the run
+from livo_jax.pretrained import StableDiffusion, ValueEncoder
+from livo_jax.step import jit_step, make_optimizer, make_train_step, state_on, trained_params
+from livo_jax.workdir import claim, find, is_remote, recipe, say
 
 
 def check_config(config, sd, mesh, judge: bool = True):
     """Raises ValueError with everything in the config that would fail later; `judge`: whether images are judged."""
-    from livo_jax import judges, values
-    from livo_jax.generate import PROMPT_LAYOUTS
-
     problems, found = [], []
     first, last = config.loss.timesteps
     if not 0 <= first < last <= sd.schedule.num_timesteps:
@@ -219,9 +78,6 @@ def load_models(config, mesh):
     Raises:
         FileNotFoundError, ValueError: as StableDiffusion.from_pretrained; a value encoder of another model.
     """
-    from livo_jax.generate import check_value_encoder
-    from livo_jax.pretrained import StableDiffusion, ValueEncoder
-
     by_rules = functools.partial(sharding.by_rules, mesh=mesh)
     where = by_rules if config.shard_frozen else sharding.replicated(mesh)
     dtype, variant = jnp.dtype(config.dtype), config.variant or None
@@ -245,19 +101,6 @@ def load_models(config, mesh):
     return sd, value_encoder
 
 
-def state_on(mesh, params: dict, tx, config) -> dict:
-    """init_state, each leaf where the partition rules have it."""
-    make = lambda params: init_state(params, tx, config.train.ema_decay)
-    return jax.jit(make, out_shardings=sharding.by_rules(jax.eval_shape(make, params), mesh))(params)
-
-
-def jit_step(train_step, state: dict, frozen: dict, mesh):
-    """train_step under jit: state and frozen stay where they lie, the state given is used up, rows go to the mesh."""
-    lies, kept = jax.tree.map(lambda x: x.sharding, (state, frozen))
-    given, returned = (lies, kept, sharding.over_batch(mesh)), (lies, sharding.replicated(mesh))
-    return jax.jit(train_step, in_shardings=given, out_shardings=returned, donate_argnums=0)
-
-
 def train_and_evaluate(config, workdir, build_preferences=None, cache_latents=None):
     """Trains a value encoder, resuming where `workdir` stopped, then evaluates it.
 
@@ -277,15 +120,6 @@ def train_and_evaluate(config, workdir, build_preferences=None, cache_latents=No
         OSError: a checkpoint cannot be written.
         SystemExit: after SIGTERM, with its step saved; status 143, as a shell has it.
     """
-    from tqdm import tqdm
-
-    from livo_jax import values as principles
-    from livo_jax.checkpoint import Checkpoints, Termination
-    from livo_jax.data import Cache, Preferences, batches
-    from livo_jax.evaluate import evaluate_and_report, read_results, sample_sheet, table
-    from livo_jax.log import Log
-    from livo_jax.workdir import claim, find, is_remote, say
-
     workdir = find(workdir)
     if is_remote(directory := config.data.directory or workdir / "preferences"):
         raise ValueError(
@@ -309,7 +143,7 @@ def train_and_evaluate(config, workdir, build_preferences=None, cache_latents=No
         # Pairs must show something: random weights are not what draws them.
         build_preferences(config, directory, None if config.random_weights else own)
     preferences = Preferences(directory)
-    preferences.check_values(principles.load(config.principles))
+    preferences.check_values(values.load(config.principles))
     if cache_latents and config.data.cache and not (directory / "cache").exists():
         cache_latents(preferences, own or load_models(config, sharding.make_local_mesh())[0], config)
     cache = Cache(preferences, sd, config) if config.data.cache else None
@@ -422,9 +256,6 @@ def restore_run(config, workdir, mesh):
         FileNotFoundError: `workdir` has no checkpoint and the config no value encoder.
         ValueError: the config cannot work, or the checkpoint is of another one.
     """
-    from livo_jax.checkpoint import Checkpoints
-    from livo_jax.workdir import find, recipe
-
     workdir = find(workdir)
     checkpoints = Checkpoints(workdir)
     trained = checkpoints.latest_step() is not None

@@ -59,7 +59,7 @@ def test_no_circles():
 
 
 def test_the_hot_path_needs_jax_flax_and_optax_alone():
-    """models, diffusion, losses, sharding and the step import where nothing else is installed."""
+    """models, diffusion, losses, sharding and step import where nothing else is installed."""
     others = (
         "diffusers grain huggingface_hub jinja2 matplotlib ml_collections PIL safetensors tensorboardX"
         " tensorflow_datasets tokenizers torch tqdm transformers"
@@ -68,7 +68,7 @@ def test_the_hot_path_needs_jax_flax_and_optax_alone():
 import sys
 for name in {others}:
     sys.modules[name] = None  # an import of it fails
-import livo_jax.train, livo_jax.models.weights, livo_jax.models.clip, livo_jax.models.unet, livo_jax.models.vae
+import livo_jax.step, livo_jax.models.weights, livo_jax.models.clip, livo_jax.models.unet, livo_jax.models.vae
 """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 

@@ -15,6 +15,7 @@ from livo_jax.models.clip import CLIPTextModel
 from livo_jax.models.unet import UNet2DConditionModel
 from livo_jax.models.vae import AutoencoderKL
 from livo_jax.models.weights import split
+from livo_jax.step import jit_step, make_train_step
 
 BYTES = {"f32": 4, "s32": 4, "u32": 4, "pred": 1}
 COLLECTIVE = re.compile(r"= (.*?) (all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all)(?:-start)?\(")
@@ -92,11 +93,11 @@ def compiled_step(mesh, **settings):
     state = {"step": np.int32(0), "params": params.pop("value_encoder")}
     state = jax.jit(lambda s: s | {"opt_state": tx.init(s["params"])})(state)
     state = jax.device_put(state, sharding.by_rules(state, mesh))
-    step = train.make_train_step(graphs, sd.schedule, tx, config, sd.vae.config.scaling_factor)
+    step = make_train_step(graphs, sd.schedule, tx, config, sd.vae.config.scaling_factor)
     batch = plan.abstract_batch(sd, config, 8)
     # In the order that needs the least memory, as accelerators run it; the CPU's own favours concurrency.
     options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
-    return train.jit_step(step, state, params, mesh).lower(state, params, batch).compile(options), state, params
+    return jit_step(step, state, params, mesh).lower(state, params, batch).compile(options), state, params
 
 
 def test_data_parallel_steps_send_gradients_alone():

@@ -14,8 +14,9 @@ import torch
 from flax import nnx
 from ml_collections import ConfigDict
 
-from livo_jax import StableDiffusion, sharding, train
+from livo_jax import StableDiffusion, sharding
 from livo_jax.models.weights import split, to_published
+from livo_jax.step import init_state, jit_step, make_optimizer, make_train_step, state_on, trained_params
 from tests.conftest import relative_error
 
 LOSS = dict(alpha=50.0, beta=100.0, gamma_1=1.0, gamma_2=0.5)
@@ -115,8 +116,8 @@ def compare_training(expected: dict, graphs, frozen, batch, schedule):
     tx = optax.chain(
         optax.trace(0.0), optax.clip_by_global_norm(1.0), optax.adamw(LEARNING_RATE, weight_decay=1e-2)
     )  # the first part's state is the gradient
-    step = jax.jit(train.make_train_step(graphs, schedule, tx, CONFIG, SCALE), donate_argnums=0)
-    state = train.init_state(jax.tree.map(jnp.copy, frozen["text_encoder"]), tx)
+    step = jax.jit(make_train_step(graphs, schedule, tx, CONFIG, SCALE), donate_argnums=0)
+    state = init_state(jax.tree.map(jnp.copy, frozen["text_encoder"]), tx)
     for k in range(STEPS):
         state, metrics = step(state, frozen, batch)
         assert metrics["loss"] == pytest.approx(expected["losses"][k], rel=1e-3)
@@ -145,8 +146,8 @@ def test_loss_and_gradients_are_pytorchs(parts, torch_models, batch, sd, min_snr
     config = CONFIG.copy_and_resolve_references()
     config.loss.min_snr_gamma = min_snr_gamma
     tx = optax.trace(0.0)  # its state is the gradient
-    step = jax.jit(train.make_train_step(graphs, sd.schedule, tx, config, SCALE))
-    state, metrics = step(train.init_state(frozen["text_encoder"], tx), frozen, batch)
+    step = jax.jit(make_train_step(graphs, sd.schedule, tx, config, SCALE))
+    state, metrics = step(init_state(frozen["text_encoder"], tx), frozen, batch)
     value_encoder = copy.deepcopy(torch_models["text_encoder"])
     loss, errors = torch_step(torch_models, value_encoder, batch, config, sd.scheduler_config)
     assert metrics["loss"] == pytest.approx(loss, rel=1e-4)
@@ -198,14 +199,14 @@ def run(small, *mesh: int, steps: int = 3, shard_frozen: bool = False, **train_c
     config.train.update(train_config)
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
     # copied, for the step may overwrite its state
-    state = train.state_on(mesh, jax.tree.map(jnp.copy, frozen["text_encoder"]), tx, config)
+    state = state_on(mesh, jax.tree.map(jnp.copy, frozen["text_encoder"]), tx, config)
     frozen = jax.device_put(frozen, sharding.replicated(mesh))
     if shard_frozen:
         sd.unet.gather = functools.partial(sharding.gather, mesh=mesh)
         graphs = graphs | {"unet": split(sd.unet)[0]}
         sd.unet.gather = None
         frozen = {name: jax.device_put(part, sharding.by_rules(part, mesh)) for name, part in frozen.items()}
-    step = train.jit_step(train.make_train_step(graphs, sd.schedule, tx, config, SCALE), state, frozen, mesh)
+    step = jit_step(make_train_step(graphs, sd.schedule, tx, config, SCALE), state, frozen, mesh)
     before = jax.tree.map(np.array, frozen)
     losses = []
     for _ in range(steps):
@@ -262,7 +263,7 @@ def test_moving_average(small):
     first = jax.tree.map(lambda a, b: 0.1 * a + 0.9 * b, *history[:2])  # 1 / 10 is below 0.15
     expected = jax.tree.map(lambda a, b: 0.15 * a + 0.85 * b, first, history[2])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), state["ema"], expected)
-    assert train.trained_params(state) is state["ema"]
+    assert trained_params(state) is state["ema"]
 
 
 @pytest.mark.parametrize("remat", ["dots", "full"])
@@ -270,14 +271,14 @@ def test_rematerialisation_changes_memory_alone(small, remat):
     """The gradients stay; what the UNet keeps for the backward pass shrinks."""
     sd, graphs, frozen, batch = small
     tx = optax.trace(0.0)
-    state = train.init_state(frozen["text_encoder"], tx)
+    state = init_state(frozen["text_encoder"], tx)
     z_t, t, cond = jnp.zeros((8, 8, 8, 4)), jnp.zeros(8, int), jnp.zeros((8, 17, sd.unet.config.cross_attention_dim))
     gradients, kept = [], []
     for name in ("none", remat):
         unet = nnx.merge(graphs["unet"], frozen["unet"])
         unet.remat = name
         graph, params = split(unet)
-        step = train.make_train_step(graphs | {"unet": graph}, sd.schedule, tx, CONFIG, SCALE)
+        step = make_train_step(graphs | {"unet": graph}, sd.schedule, tx, CONFIG, SCALE)
         gradients.append(jax.jit(step)(state, frozen, batch)[0]["opt_state"].trace)
         predict = lambda cond, graph=graph, params=params: nnx.merge(graph, params)(z_t, t, cond)
         backward = jax.eval_shape(lambda cond, predict=predict: jax.vjp(predict, cond)[1], cond)
@@ -295,15 +296,15 @@ def test_frozen_embeddings(small):
         train_embeddings=False, schedule="constant", warmup_steps=0, steps=10, learning_rate=0.1, grad_clip=1.0, b1=0.9,
         b2=0.9, eps=1e-8, weight_decay=0.1, batch_size=8, reference_batch_size=8, learning_rate_scaling="none",
     )  # fmt: skip
-    tx = train.make_optimizer(config)
-    state = train.init_state(frozen["text_encoder"], tx)
+    tx = make_optimizer(config)
+    state = init_state(frozen["text_encoder"], tx)
     sizes = {x.shape for x in jax.tree.leaves(state["opt_state"])}
     assert sizes.isdisjoint({x.shape for x in jax.tree.leaves(frozen["text_encoder"]["embeddings"])})
-    after, metrics = jax.jit(train.make_train_step(graphs, sd.schedule, tx, config, SCALE))(state, frozen, batch)
+    after, metrics = jax.jit(make_train_step(graphs, sd.schedule, tx, config, SCALE))(state, frozen, batch)
     moved = jax.tree.map(lambda a, b: bool((a != b).all()), after["params"], state["params"])
     embeddings = moved.pop("embeddings")
     assert not any(jax.tree.leaves(embeddings)) and all(jax.tree.leaves(moved))
-    whole = train.make_train_step(graphs, sd.schedule, tx, CONFIG, SCALE)
+    whole = make_train_step(graphs, sd.schedule, tx, CONFIG, SCALE)
     assert metrics["grad_norm"] < jax.jit(whole)(state, frozen, batch)[1]["grad_norm"]
 
 
@@ -333,7 +334,7 @@ def test_learning_rates():
         config |= (
             dict(train_embeddings=True, batch_size=32, reference_batch_size=8, learning_rate_scaling="none") | scaling
         )
-        tx = train.make_optimizer(ConfigDict({"train": config}))
+        tx = make_optimizer(ConfigDict({"train": config}))
         params, taken = jnp.ones(()), []
         state = tx.init(params)
         for _ in range(10):  # without memory, AdamW moves by the rate itself

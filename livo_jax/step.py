@@ -1,0 +1,159 @@
+"""The LiVO training step: pure functions that need jax, flax and optax alone."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from livo_jax import diffusion, losses, sharding
+
+
+def make_optimizer(config) -> optax.GradientTransformation:
+    """AdamW on clipped gradients, after config.train.
+
+    Raises:
+        ValueError: an unknown schedule or scaling, or a warm-up that is not shorter than the training.
+    """
+    c, problems = config.train, []
+    if not 0 <= c.warmup_steps < c.steps:
+        problems.append(
+            f"config.train.warmup_steps={c.warmup_steps}: choose 0 to config.train.steps - 1 = {c.steps - 1}"
+        )
+    ratio = c.batch_size / max(1, c.reference_batch_size)
+    scales = {"none": 1.0, "linear": ratio, "sqrt": ratio**0.5}
+    peak = c.learning_rate * scales.get(c.learning_rate_scaling, 1.0)
+    schedules = {
+        "constant": optax.constant_schedule(peak),
+        "cosine": optax.cosine_decay_schedule(peak, max(1, c.steps - c.warmup_steps)),
+    }
+    for name, choices in (("learning_rate_scaling", scales), ("schedule", schedules)):
+        if c[name] not in choices:
+            problems.append(f"config.train.{name}={c[name]!r}: choose from {', '.join(choices)}")
+    if problems:
+        raise ValueError("\n  ".join(problems))
+    warmup = optax.linear_schedule(0.0, peak, c.warmup_steps)
+    learning_rate = optax.join_schedules([warmup, schedules[c.schedule]], [c.warmup_steps])
+    adamw = optax.adamw(learning_rate, b1=c.b1, b2=c.b2, eps=c.eps, weight_decay=c.weight_decay)
+    if not c.train_embeddings:
+        adamw = optax.masked(adamw, lambda params: {name: name != "embeddings" for name in params})
+    return optax.chain(optax.clip_by_global_norm(c.grad_clip), adamw)
+
+
+def init_state(params: dict, tx: optax.GradientTransformation, ema_decay: float = 0.0) -> dict:
+    """The state of step 0. `params` are the value encoder's, float32; with a decay, so is their average `ema`."""
+    state = {"step": jnp.zeros((), jnp.int32), "params": params, "opt_state": tx.init(params)}
+    return state | ({"ema": jax.tree.map(jnp.copy, params)} if ema_decay else {})
+
+
+def trained_params(state: dict) -> dict:
+    """The value encoder's parameters to use: their moving average where there is one."""
+    return state.get("ema", state["params"])
+
+
+def moments(graphs: dict, frozen: dict, batch: dict, side: str):
+    """Mean and log-variance [b, h, w, C] of one side's images in a batch."""
+    if f"{side}_moments" in batch:
+        return jnp.split(batch[f"{side}_moments"], 2, axis=-1)
+    return nnx.merge(graphs["vae"], frozen["vae"]).encode(batch[side])
+
+
+def make_loss(graphs: dict, schedule: diffusion.NoiseSchedule, config, scaling_factor: float):
+    """The function loss(params, frozen, batch) -> (loss, metrics); arguments as of make_train_step.
+
+    Its batch also has what the step draws: noise_w, noise_l, eps [b, h, w, C] and t [b].
+    """
+    min_snr_gamma, train_embeddings = config.loss.min_snr_gamma, config.train.train_embeddings
+    constants = {name: config.loss[name] for name in ("alpha", "beta", "gamma_1", "gamma_2")}
+
+    def loss(params, frozen, batch):
+        if not train_embeddings:
+            params = params | {"embeddings": jax.lax.stop_gradient(params["embeddings"])}
+        value_encoder, unet = nnx.merge(graphs["value_encoder"], params), nnx.merge(graphs["unet"], frozen["unet"])
+
+        def latents(side, noise):
+            mean, logvar = (x.astype(jnp.float32) for x in moments(graphs, frozen, batch, side))
+            return scaling_factor * (mean + jnp.exp(0.5 * logvar) * noise)
+
+        # w and l go through the UNet as one batch, with the same eps and t: side by side, so that no row leaves
+        # its device.
+        twice = lambda x: jnp.repeat(x, 2, axis=0)
+        z = jnp.stack([latents("aligned", batch["noise_w"]), latents("violating", batch["noise_l"])], axis=1)
+        z = z.reshape(-1, *z.shape[2:])
+        eps, t = twice(batch["eps"]), twice(batch["t"])
+        z_t, target = diffusion.add_noise(schedule, z, eps, t), diffusion.target(schedule, z, eps, t)
+        weight = diffusion.min_snr_weight(schedule, t, min_snr_gamma) if min_snr_gamma else 1.0
+
+        def errors(conditioning):
+            return (weight * losses.denoising_error(unet(z_t, t, twice(conditioning)), target)).reshape(-1, 2).T
+
+        if "prompt_states" in batch:
+            c = batch["prompt_states"].astype(unet.conv_in.kernel.dtype)  # [b, L, D]
+        else:
+            c = nnx.merge(graphs["text_encoder"], frozen["text_encoder"])(batch["prompt_ids"]).last_hidden_state
+        u = value_encoder(batch["value_prompt_ids"]).pooled  # [b, D]
+        r_w, r_l = errors(c)
+        l_w, l_l = errors(jnp.concatenate([u[:, None].astype(c.dtype), c], axis=1))  # [u; c], the value token first
+        return losses.livo(l_w, l_l, r_w, r_l, **constants)
+
+    return loss
+
+
+def make_train_step(graphs: dict, schedule: diffusion.NoiseSchedule, tx, config, scaling_factor: float):
+    """The function train_step(state, frozen, batch) -> (state, metrics), to be jitted.
+
+    Args:
+        graphs: GraphDefs of value_encoder, text_encoder, unet, vae.
+        config: its `loss` (alpha, beta, gamma_1, gamma_2, timesteps, min_snr_gamma), `seed` and `train`
+            (accumulate, ema_decay, train_embeddings) are used.
+        scaling_factor: of the VAE's latents.
+
+    The step takes `state` (step, params, opt_state, perhaps ema), `frozen` (parameters of text_encoder,
+    unet and vae) and a batch of data.batches: value_prompt_ids, and either prompt_ids and images or, from a
+    cache, prompt_states and moments; then `frozen` needs the unet alone. Its metrics are float32 scalars:
+    loss, those of losses.livo, and grad_norm.
+    """
+    loss = make_loss(graphs, schedule, config, scaling_factor)
+    first, last = config.loss.timesteps
+    accumulate, ema_decay = config.train.accumulate, config.train.ema_decay
+
+    def train_step(state, frozen, batch):
+        # One base key, folded with the step, split once: no key serves two purposes. All is drawn for the
+        # whole batch, so that no number depends on how it is accumulated.
+        key = jax.random.fold_in(jax.random.key(config.seed), state["step"])
+        key_w, key_l, key_eps, key_t = jax.random.split(key, 4)
+        shape = jax.eval_shape(lambda: moments(graphs, frozen, batch, "aligned"))[0].shape  # [B, h, w, C]
+        noise_w, noise_l, eps = (jax.random.normal(key, shape) for key in (key_w, key_l, key_eps))
+        t = jax.random.randint(key_t, shape[:1], first, last)
+        batch = {**batch, "noise_w": noise_w, "noise_l": noise_l, "eps": eps, "t": t}
+
+        gradient = lambda rows: jax.value_and_grad(loss, has_aux=True)(state["params"], frozen, rows)
+        if accumulate == 1:
+            (value, metrics), grads = gradient(batch)
+        else:  # micro-batches of every accumulate-th row: each device's rows stay its own
+            parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
+            zeros = optax.tree.zeros_like(jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], parts)))
+            total, _ = jax.lax.scan(lambda total, rows: (optax.tree.add(total, gradient(rows)), None), zeros, parts)
+            (value, metrics), grads = optax.tree.scale(1 / accumulate, total)
+
+        updates, opt_state = tx.update(grads, state["opt_state"], state["params"])
+        params = optax.apply_updates(state["params"], updates)
+        after = {"step": state["step"] + 1, "params": params, "opt_state": opt_state}
+        if ema_decay:  # which follows closely at first
+            decay = jnp.minimum(ema_decay, after["step"] / (after["step"] + 9))
+            after["ema"] = optax.incremental_update(params, state["ema"], 1 - decay)
+        return after, {"loss": value, **metrics, "grad_norm": optax.tree.norm(grads)}
+
+    return train_step
+
+
+def state_on(mesh, params: dict, tx, config) -> dict:
+    """init_state, each leaf where the partition rules have it."""
+    make = lambda params: init_state(params, tx, config.train.ema_decay)
+    return jax.jit(make, out_shardings=sharding.by_rules(jax.eval_shape(make, params), mesh))(params)
+
+
+def jit_step(train_step, state: dict, frozen: dict, mesh):
+    """train_step under jit: state and frozen stay where they lie, the state given is used up, rows go to the mesh."""
+    lies, kept = jax.tree.map(lambda x: x.sharding, (state, frozen))
+    given, returned = (lies, kept, sharding.over_batch(mesh)), (lies, sharding.replicated(mesh))
+    return jax.jit(train_step, in_shardings=given, out_shardings=returned, donate_argnums=0)
