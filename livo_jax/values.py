@@ -205,7 +205,7 @@ class Retriever:
             problems.append(f"llm needs a model and the base URL of an endpoint, not {model!r} and {endpoint!r}")
         if problems:
             raise ValueError("the retriever cannot work: " + "; ".join(problems))
-        self.rules = retriever.Rules(self.values)
+        self.rules = retriever.Rules(self.values, retriever.lists())
         make = {
             "keywords": lambda: self.rules,
             "bm25": lambda: self._similar(retriever.bm25),
