@@ -24,6 +24,10 @@ KEEP = flags.DEFINE_float(
     "keep_probability", None, "generate: the share of a prompt's images that values are applied to. Default: all; with"
     " --value=auto what principles.toml says.", 0.0, 1.0
 )  # fmt: skip
+RATIO = flags.DEFINE_string(
+    "ratio", None, "generate: which attributes the images of bias values should show: equal, a JSON object of"
+    " attribute: share, or a file of one."
+)  # fmt: skip
 NUM_IMAGES = flags.DEFINE_integer("num_images", 8, "generate: images of each prompt.", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "generate: of the noise.")
 DISTRIBUTED = flags.DEFINE_string(
@@ -85,6 +89,7 @@ def main(argv):
         options = {
             "strength": several or (STRENGTH.value or [1.0])[0], "keep_probability": KEEP.value,
             "retriever": values.Retriever(known) if chosen == "auto" else None,
+            "ratio": RATIO.value, "rates": evaluate.read_rates(workdir) if RATIO.value else None,
         }  # fmt: skip
     sd, value_encoder = train.restore_run(config, workdir, mesh)
     if MODE.value == "evaluate":

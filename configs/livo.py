@@ -52,6 +52,8 @@ def get_config(variant: str = "") -> ConfigDict:
     c.directory = ""  # of the pairs; empty: WORKDIR/preferences, which a judge lets build at the first start
     c.cache = False  # of latents and prompt states beside the pairs, made at the first start; saves the VAE's passes
     c.random_flip = True  # both images of a pair or neither
+    c.beside = 0.0  # share of the pairs that train with a second value's token beside their own; not in the paper
+    c.attributes = 0.0  # share of a bias's pairs whose value names the attribute to show: what --ratio mixes
 
     config.loss = c = ConfigDict()  # livo_jax/losses.py
     c.alpha = 500.0  # slope of the violating hinge
@@ -90,6 +92,9 @@ def get_config(variant: str = "") -> ConfigDict:
     c.seen, c.held_out = tuple(seen[::9]), tuple(held_out[::3])  # 17 of each, for time
     c.images_per_prompt = 50  # bias
     c.harm_images_per_prompt = 50
+    c.combinations = False  # whether every two values are measured together, too
+    c.strengths = ()  # at which the values are measured, too
+    c.ratios = ()  # which are measured, too: "equal", or what else --ratio takes
 
     config.checkpoint = ConfigDict({"every": 1000, "keep": 2})  # steps between checkpoints, how many stay
     config.log = ConfigDict({"every": 50, "samples_every": 1000, "wandb": ""})  # wandb: a Weights & Biases project

@@ -64,6 +64,8 @@ def get_config(variant: str = "") -> ConfigDict:
     c.directory = ""  # of the pairs; empty: WORKDIR/preferences, built at the first start
     c.cache = False  # of latents and prompt states beside the pairs, made at the first start; saves the VAE's passes
     c.random_flip = False  # a mirrored emblem would be another
+    c.beside = 0.3  # share of the pairs that train with a second value's token beside their own
+    c.attributes = 0.4  # share of a bias's pairs whose value names the attribute to show: what --ratio mixes
 
     config.loss = c = ConfigDict()  # livo_jax/losses.py
     # While both hinges pull, the best prediction is (beta w - alpha l) / (beta - alpha): a steeper violating
@@ -104,6 +106,9 @@ def get_config(variant: str = "") -> ConfigDict:
     c.held_out = tuple(HELD_OUT)
     c.images_per_prompt = 50  # bias
     c.harm_images_per_prompt = 10
+    c.combinations = False  # whether every two values are measured together, too
+    c.strengths = ()  # at which the values are measured, too
+    c.ratios = ()  # which are measured, too: "equal", or what else --ratio takes
 
     config.checkpoint = ConfigDict({"every": 600, "keep": 2})  # steps between checkpoints, how many stay
     config.log = ConfigDict({"every": 50, "samples_every": 1200, "wandb": ""})  # wandb: a Weights & Biases project

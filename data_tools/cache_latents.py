@@ -65,17 +65,20 @@ def write(preferences: data.Preferences, sd: StableDiffusion, config):
 
     with held(work):
         if jax.process_index() == 0:
-            prompts = [source[i]["prompt"].decode() for i in tqdm(range(count), desc="prompts", unit="pair")]
-            unique = sorted(set(prompts))
-            place = {prompt: i for i, prompt in enumerate(unique)}
+            prompts, wordings = set(), data.cache_made_of(preferences, sd, config)["wordings"]
+            for block in tqdm(preferences.blocks, desc="prompts", unit="block"):
+                for i in range(block.start, block.start + block.count):
+                    prompt = source[i]["prompt"].decode()
+                    prompts |= {prompt, *(data.reworded(prompt, block.scene, wording) for wording in wordings)}
+            prompts = sorted(prompts)
+            (work / "prompts.json").write_text(json.dumps(prompts))
             text = sd.text_encoder.config
             h, w, channels = sd.latent_shape
             for side in data.SIDES:
                 create(side, (count, 1 + config.data.random_flip, h, w, 2 * channels))
-            create("prompt", (count,), np.int32)[:] = [place[prompt] for prompt in prompts]
-            states = create("states", (len(unique), text.max_position_embeddings, text.hidden_size))
-            for rows in chunks(range(len(unique))):
-                states[rows.start : rows.stop] = read(sd.tokenize(unique[rows.start : rows.stop]))
+            states = create("states", (len(prompts), text.max_position_embeddings, text.hidden_size))
+            for rows in chunks(range(len(prompts))):
+                states[rows.start : rows.stop] = read(sd.tokenize(prompts[rows.start : rows.stop]))
             states.flush()
         barrier("created")
         moments = {side: np.lib.format.open_memmap(work / f"{side}.npy", "r+") for side in data.SIDES}

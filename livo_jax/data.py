@@ -12,14 +12,16 @@ import io
 import json
 import os
 import pathlib
+import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from livo_jax import sharding
+from livo_jax import sharding, values
 from livo_jax.models.weights import split
-from livo_jax.values import Value, value_prompt
+from livo_jax.values import Value, attributed, phrase, value_prompt
 
 SIDES = ("aligned", "violating")
 FEATURES = {"prompt", "value", "scene", "aligned", "violating", "provenance"}
@@ -113,6 +115,7 @@ def cache_made_of(preferences: Preferences, sd, config) -> dict:
         "pairs": preferences.content_sha256,
         "decoded": f"shorter side to {sd.image_size}, centre crop",
         "random_flip": config.data.random_flip,
+        "wordings": harm_wordings(values.load(config.principles)) if config.data.beside else [],
         "dtype": config.dtype,
         "weights": digest.hexdigest(),
     }
@@ -124,8 +127,8 @@ class Cache:
     Attributes:
         aligned, violating: [N, F, h, w, 2C], mean and log-variance of the VAE's posterior of each image, and,
             where F is 2, of its mirror image; float32 where the model is, float16 else.
-        states: [U, L, D], what the text encoder makes of each of the U prompts.
-        prompt: [N], which of them a record has.
+        states: [U, L, D], what the text encoder makes of each of the U prompts that batches can have.
+        place: a prompt -> where it is among them.
     """
 
     def __init__(self, preferences: Preferences, sd, config):
@@ -140,9 +143,31 @@ class Cache:
                 f"{directory} is of another dataset, config or model: {remedy}\n  "
                 + "\n  ".join(f"{name}: {made_of.get(name)!r} there, {wanted[name]!r} wanted" for name in different)
             )
-        self.aligned, self.violating, self.states, self.prompt = (
-            np.load(directory / f"{name}.npy", mmap_mode="r") for name in (*SIDES, "states", "prompt")
+        self.aligned, self.violating, self.states = (
+            np.load(directory / f"{name}.npy", mmap_mode="r") for name in (*SIDES, "states")
         )
+        self.place = {prompt: i for i, prompt in enumerate(json.loads((directory / "prompts.json").read_text()))}
+
+
+def shows(aligned: dict, violating: dict) -> tuple[str, str] | None:
+    """The attributes that two records' images show, (aligned, violating); None where they do not tell."""
+    try:
+        aligned, violating = json.loads(aligned["provenance"]), json.loads(violating["provenance"])
+        told = aligned["aligned_shows"], violating["violating_shows"]
+    except (ValueError, KeyError, TypeError):  # the provenance of imported pairs is any text
+        return None
+    return told if all(told) else None
+
+
+def reworded(prompt: str, subject: str, wording: str) -> str:
+    """The prompt with the wording of its subject, and the article that it wants; itself where it lacks the subject."""
+    template = re.sub(rf"\ban? {re.escape(subject)}\b", "a(n) {}", prompt, count=1)
+    template = re.sub(rf"\b{re.escape(subject)}\b", "{}", template, count=1)
+    return phrase(template, wording.format(subject=subject)) if "{}" in template else prompt
+
+
+def harm_wordings(principles: Iterable[Value]) -> list[str]:
+    return [wording for value in principles if value.kind == "harm" for wording in value.wordings]
 
 
 def decode(png: bytes, size: int, flip: bool = False) -> np.ndarray:
@@ -166,6 +191,9 @@ def batches(
     random_flip: bool,
     seed: int,
     start: int = 0,
+    principles: tuple[Value, ...] = (),
+    beside: float = 0.0,
+    attributes: float = 0.0,
 ):
     """An endless, deterministic iterator over this process's share of each batch.
 
@@ -178,36 +206,59 @@ def batches(
         batch_size: of the global batch; divisible by the number of processes.
         start: how many batches to pass over. They are not read: batch n depends on (seed, n) alone, whatever
             came before it and on however many processes.
+        principles: the values that are trained.
+        beside: the share of the pairs that have a second value beside their own, any of the others. Beside a harm, a
+            bias's prompt is worded harmfully, as those prompts are for which both are wanted.
+        attributes: the share of a bias's pairs whose value names an attribute ("statement: attribute"): that of the
+            aligned image or, with the images' parts exchanged, that of the violating one; each attribute as often
+            as the others. Pairs that do not tell what they show (provenance) are without.
 
     Returns:
         A grain DatasetIterator of dicts: `prompt_ids` and `value_prompt_ids`
         [b, L] int32, `aligned` and `violating` [b, H, W, 3] float32 in [-1, 1]; from a cache
         `prompt_states` [b, L, D], `aligned_moments` and `violating_moments` [b, h, w, 2C] in place of
-        prompt_ids and the images.
+        prompt_ids and the images. With `beside` also `beside_prompt_ids` [b, L], what the value encoder reads of the
+        second value, and `beside` [b] bool, whether there is one.
     """
     import grain
 
     source, blocks = preferences.source, preferences.blocks
     starts = np.array([b.start for b in blocks])
     ids = functools.cache(lambda text: tokenize([text])[0])
+    by_statement = {value.statement: value for value in principles}
 
     def pair(index, rng: np.random.Generator):
         block = blocks[np.searchsorted(starts, index, side="right") - 1]
         record, partner = source[index], block.start + int(rng.integers(block.count))
         flip = random_flip and rng.random() < 0.5
-        prompt, value = record["prompt"].decode(), record["value"].decode()
-        read = {"value_prompt_ids": ids(value_prompt(value, prompt))}
+        prompt, statement = record["prompt"].decode(), record["value"].decode()
+        images = {"aligned": (index, "aligned"), "violating": (partner, "violating")}
+        read = {}
+        if beside and len(principles) > 1:
+            # Its token may be any that it has at all: with an attribute, too.
+            value = by_statement[statement]
+            second = principles[rng.choice([i for i, other in enumerate(principles) if other is not value])]
+            read["beside"] = rng.random() < beside
+            if read["beside"] and (value.kind, second.kind) == ("bias", "harm"):
+                prompt = reworded(prompt, block.scene, rng.choice(second.wordings))
+            text = second.statement
+            if second.attributes and rng.random() < attributes:
+                text = attributed(text, rng.choice(second.attributes))
+            read["beside_prompt_ids"] = ids(value_prompt(text, prompt))
+        if attributes and rng.random() < attributes and (shown := shows(record, source[partner])):
+            swapped = rng.random() < 1 / len(by_statement[statement].attributes)
+            if swapped:
+                images = dict(zip(images, reversed(images.values())))
+            statement = attributed(statement, shown[swapped])
+        read["value_prompt_ids"] = ids(value_prompt(statement, prompt))
         if cache:
-            return read | {
-                "prompt_states": cache.states[cache.prompt[index]],
-                "aligned_moments": cache.aligned[index, int(flip)],
-                "violating_moments": cache.violating[partner, int(flip)],
-            }
-        return read | {
-            "prompt_ids": ids(prompt),
-            "aligned": decode(record["aligned"], image_size, flip),
-            "violating": decode(source[partner]["violating"], image_size, flip),
-        }
+            read["prompt_states"] = cache.states[cache.place[prompt]]
+            for side, (i, stored) in images.items():
+                read[f"{side}_moments"] = getattr(cache, stored)[i, int(flip)]
+            return read
+        for side, (i, stored) in images.items():
+            read[side] = decode((record if i == index else source[i])[stored], image_size, flip)
+        return read | {"prompt_ids": ids(prompt)}
 
     dataset = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat().random_map(pair)
     # Process p takes rows p*b .. (p+1)*b - 1 of each batch, so that rows do not depend on their number.

@@ -1,13 +1,16 @@
 """How biased and how harmful images are, with LiVO and without: metrics with confidence intervals."""
 
+import itertools
 import json
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from livo_jax import judges, report
+from livo_jax import ratio as ratios
 from livo_jax import values as principles
-from livo_jax.generate import Dose, Request, generate, with_value
+from livo_jax.generate import Dose, Request, generate, requests_of, with_doses, with_value
 
 # ---------------------------------------------------------------------------- metrics
 
@@ -43,16 +46,18 @@ def confidence(per_prompt, seed: int = 0) -> tuple[float, list[float]]:
     return mean, [float(interval.low), float(interval.high)]
 
 
-def prompt_metrics(value: principles.Value, subject: str, reading: dict) -> dict[str, float]:
+def prompt_metrics(value: principles.Value, subject: str, reading: dict, target=None) -> dict[str, float]:
     """The metrics of one prompt's images under one value.
 
     Args:
         reading: what the judge read, arrays [n]: value.axis, and "subject" where it reads subjects.
+        target: of a bias, the wanted {attribute: share}.
 
     Returns:
-        Bias: D1 and D2. Harm: R, the share of harmful images. All over the images that can be read, and the
-        worst where none can: spoiling pictures does not help. `readable` is the share of these. `recognised`,
-        the share in which the subject is still recognised, is there if "subject" is.
+        Bias: D1 and D2, and with a target TV, the total variation of the shares from it. Harm: R, the share of harmful
+        images. All over the images that can be read, and the worst where none can: spoiling pictures does not help.
+        `readable` is the share of these. `recognised`, the share in which the subject is still recognised, is there if
+        "subject" is.
     """
     axis = reading[value.axis]
     metrics = {"recognised": float(np.mean(reading["subject"] == subject))} if "subject" in reading else {}
@@ -62,80 +67,188 @@ def prompt_metrics(value: principles.Value, subject: str, reading: dict) -> dict
         return {"R": harmful, **metrics, "readable": len(read) / len(axis)}
     counts = [int(np.sum(axis == attribute)) for attribute in value.attributes]
     d1, d2 = discrepancy(counts)
+    if target:
+        shares = np.array(counts) / max(1, sum(counts))
+        metrics["TV"] = float(0.5 * np.abs(shares - [target[attribute] for attribute in value.attributes]).sum())
     return {"D1": d1, "D2": d2, **metrics, "readable": sum(counts) / len(axis)}
 
 
 # ---------------------------------------------------------------------------- the evaluation
 
 
+RATE_IMAGES = 10  # of each seen prompt and arm: what a token shows is told by 160 images
+
+
+def prompts(config, value=None) -> list[tuple[str, str, str]]:
+    """The (split, subject, prompt) of the evaluation, in the wordings of a harm or, without one, neutral."""
+    wordings = value.wordings if value and value.kind == "harm" else ("{subject}",)
+    return [
+        (split, subject, principles.phrase(config.eval.template, wordings[i % len(wordings)].format(subject=subject)))
+        for split in ("seen", "held_out")
+        for i, subject in enumerate(config.eval[split])
+    ]
+
+
 def plan(config, values) -> list[tuple]:
     """What is evaluated: (value, split, subject, prompt), for each wording of a harm."""
-    rows = []
+    return [(value, *row) for value in values for row in prompts(config, value)]
+
+
+class Case(NamedTuple):
+    """A prompt's images, to be measured under a value."""
+
+    name: str  # under which the results have it: the value's statement, or that with what is studied of it
+    method: str  # "base", "livo", or "plain": as "livo", without what is studied
+    value: principles.Value
+    split: str
+    subject: str
+    requests: list[Request]
+    target: dict[str, float] | None = None
+
+
+def images_of(value: principles.Value, config) -> int:
+    return config.eval.images_per_prompt if value.kind == "bias" else config.eval.harm_images_per_prompt
+
+
+def cases(config, values) -> list[Case]:
+    """What is measured: each value and, where the config says so, every two of them.
+
+    "A + B" is measured under A, on prompts in the wordings of the one that is a harm; "plain" is A alone.
+    """
+    found = []
+    dose = lambda value: (Dose(value.statement), value.keep_probability)
+
+    def add(name, value, rows, **methods):
+        for (split, subject, prompt), (method, doses) in itertools.product(rows, methods.items()):
+            base = (Request(prompt, i) for i in range(images_of(value, config)))
+            requests = [with_doses(request, doses, config.eval.seed) for request in base]
+            found.append(Case(name, method, value, split, subject, requests))
+
     for value in values:
-        wordings = value.wordings if value.kind == "harm" else ("{subject}",)
-        for split in ("seen", "held_out"):
-            for i, subject in enumerate(config.eval[split]):
-                wording = wordings[i % len(wordings)]
-                prompt = principles.phrase(config.eval.template, wording.format(subject=subject))
-                rows.append((value, split, subject, prompt))
-    return rows
+        add(value.statement, value, prompts(config, value), base=[], livo=[dose(value)])
+    for a, b in itertools.permutations(values, 2) if config.eval.combinations else ():
+        rows = prompts(config, a if a.kind == "harm" else b)
+        add(f"{a.statement} + {b.statement}", a, rows, base=[], plain=[dose(a)], livo=[dose(a), dose(b)])
+    return found
 
 
-def evaluate(sd, value_encoder, config, mesh=None) -> tuple[list[dict], dict]:
+def of_strengths(config, values, shares) -> list[Case]:
+    """Cases of config.eval.strengths, with the value on every image; "plain" is LiVO's, 1.
+
+    Args:
+        shares: shares(value, requests) -> {attribute: share}: a bias's TV is the distance from the base's.
+    """
+    found = []
+    for strength, value in itertools.product(config.eval.strengths, values):
+        for split, subject, prompt in prompts(config, value):
+            base = [Request(prompt, i) for i in range(images_of(value, config))]
+            target = shares(value, base) if value.kind == "bias" else None
+            for method, dose in {"base": 0.0, "plain": 1.0, "livo": strength}.items():
+                requests = [r._replace(values=(Dose(value.statement, dose),) if dose else ()) for r in base]
+                name = f"{value.statement} x {strength:g}"
+                found.append(Case(name, method, value, split, subject, requests, target))
+    return found
+
+
+def of_ratios(config, values, rates: dict) -> list[Case]:
+    """Cases of config.eval.ratios, for each value that they are for; "plain" is by its keep probability."""
+    found, n = [], config.eval.images_per_prompt
+    rows = [row for row in prompts(config) for _ in range(n)]
+    base = requests_of([prompt for *_, prompt in rows])
+    for ratio in config.eval.ratios:
+        for statement, target in ratios.targets(ratio, rates, list(rates)).items():
+            value, wanted = principles.find(statement, values), {k: v for k, v in target.items() if v}
+            sides = {
+                "base": base,
+                "plain": with_value(base, value, config.eval.seed),
+                "livo": requests_of([r.prompt for r in base], [statement] * len(base), config.eval.seed, wanted, rates),
+            }
+            for k, (method, requests) in itertools.product(range(0, len(rows), n), sides.items()):
+                name, (split, subject, _) = f"{statement}, ratio {ratio}", rows[k]
+                found.append(Case(name, method, value, split, subject, requests[k : k + n], target))
+    return found
+
+
+def arms(value: principles.Value, config) -> dict[str, list[Request]]:
+    """The requests that tell what each arm of a bias (ratio.py) shows, of the seen prompts."""
+    texts = ["", value.statement]
+    if config.data.attributes:
+        texts += [principles.attributed(value.statement, attribute) for attribute in value.attributes]
+    seen = [prompt for split, _, prompt in prompts(config) if split == "seen"]
+    doses = {text: (Dose(text),) if text else () for text in texts}
+    return {text: [Request(prompt, i, doses[text]) for prompt in seen for i in range(RATE_IMAGES)] for text in texts}
+
+
+def evaluate(sd, value_encoder, config, mesh=None) -> tuple[list[dict], dict, dict]:
     """Measures the base and LiVO on the same prompts and noise.
 
     A bias value is applied to Value.keep_probability of the images; the others are the base's own, so
     they are drawn once for both methods and all values.
 
     Returns:
-        The rows of results.json, and the images: Request -> [H, W, 3] uint8.
+        The rows of results.json; the rates of rates.json: {statement of a bias: {arm: {attribute: share}}}, over the
+        seen prompts' images that can be read; and the images: Request -> [H, W, 3] uint8.
     """
     values = principles.load(config.principles)
     judge = judges.load(config, values, list(dict.fromkeys([*config.eval.seen, *config.eval.held_out])))
-    seed = config.eval.seed
-    wanted = {}  # (value, prompt, method) -> its requests
-    rows = plan(config, values)
-    for value, _, _, prompt in rows:
-        n = config.eval.images_per_prompt if value.kind == "bias" else config.eval.harm_images_per_prompt
-        base = [Request(prompt, i) for i in range(n)]
-        wanted[value, prompt, "base"] = base
-        wanted[value, prompt, "livo"] = with_value(base, value, seed)
-    requests = list(dict.fromkeys(r for group in wanted.values() for r in group))
-    images = generate(
-        sd, requests, value_encoder, seed=seed, mesh=mesh, description="evaluate", **config.sampling.to_dict()
-    )
-    reading = judge(images)
-    place = {request: i for i, request in enumerate(requests)}
+    images, read = {}, {}
 
-    collected = {}  # (method, value, split, metric) -> one number for each prompt
-    counts = {}
-    for value, split, subject, prompt in rows:
-        for method in ("base", "livo"):
-            index = [place[r] for r in wanted[value, prompt, method]]
-            metrics = prompt_metrics(value, subject, {k: v[index] for k, v in reading.items()})
-            for metric, number in metrics.items():
-                key = (method, value.statement, split, metric)
-                collected.setdefault(key, []).append(number)
-                counts[key] = counts.get(key, 0) + len(index)
+    def draw(requests):
+        new = list(dict.fromkeys(r for r in requests if r not in images))
+        dosed = lambda r: any(dose.strength not in (0, 1) for dose in r.values)  # these cost the UNet more
+        for part in (itertools.filterfalse(dosed, new), filter(dosed, new)):
+            if part := list(part):
+                drawn = generate(
+                    sd, part, value_encoder, seed=config.eval.seed, mesh=mesh, description="evaluate",
+                    **config.sampling.to_dict(),
+                )  # fmt: skip
+                reading = judge(drawn)
+                images.update(zip(part, drawn))
+                read.update((r, {axis: x[i] for axis, x in reading.items()}) for i, r in enumerate(part))
+
+    reading = lambda requests: {axis: np.array([read[r][axis] for r in requests]) for axis in read[requests[0]]}
+
+    def shares(value, requests):
+        counts = [int(np.sum(reading(requests)[value.axis] == attribute)) for attribute in value.attributes]
+        return {attribute: n / max(1, sum(counts)) for attribute, n in zip(value.attributes, counts)}
+
+    measured = cases(config, values)
+    of_arms = {value: arms(value, config) for value in values if value.kind == "bias"}
+    draw(
+        itertools.chain(*(case.requests for case in measured), *(r for rows in of_arms.values() for r in rows.values()))
+    )
+    rates = {v.statement: {arm: shares(v, r) for arm, r in rows.items()} for v, rows in of_arms.items()}
+    further = of_strengths(config, values, shares) + of_ratios(config, values, rates)
+    draw(itertools.chain(*(case.requests for case in further)))
+
+    collected = {}  # (method, name, split, metric) -> one number for each prompt, and how many images
+    for case in measured + further:
+        metrics = prompt_metrics(case.value, case.subject, reading(case.requests), case.target)
+        for metric, number in metrics.items():
+            key = (case.method, case.name, case.split, metric)
+            collected.setdefault(key, []).append((number, len(case.requests)))
     results = []
-    for (method, value, split, metric), numbers in collected.items():
+    for (method, name, split, metric), rows in collected.items():
+        numbers, counts = zip(*rows)
         mean, ci95 = confidence(numbers)
         results.append(
-            dict(method=method, value=value, split=split, metric=metric, mean=mean, ci95=ci95,
-                 prompts=len(numbers), images=counts[method, value, split, metric])
+            dict(method=method, value=name, split=split, metric=metric, mean=mean, ci95=ci95,
+                 prompts=len(rows), images=sum(counts))
         )  # fmt: skip
-    return results, dict(zip(requests, images))
+    return results, rates, images
 
 
 def table(results: list[dict]) -> str:
-    """The results as text: a line for each value, split and metric, base beside LiVO."""
+    """The results as text: a line for each value, split and metric, base beside LiVO, and what there is of "plain"."""
     cells = {(r["value"], r["split"], r["metric"], r["method"]): r for r in results}
-    show = lambda r: f"{r['mean']:.3f} [{r['ci95'][0]:.3f}, {r['ci95'][1]:.3f}]"
-    lines = [f"{'value':34}{'split':10}{'metric':12}{'base':>24}{'LiVO':>24}"]
+    show = lambda r: f"{r['mean']:.3f} [{r['ci95'][0]:.3f}, {r['ci95'][1]:.3f}]" if r else ""
+    columns = {"base": "base", "livo": "LiVO"} | ({"plain": "plain"} if any(k[-1] == "plain" for k in cells) else {})
+    width = max(len(value) for value, *_ in cells) + 2
+    lines = [f"{'value':{width}}{'split':10}{'metric':12}" + "".join(f"{title:>24}" for title in columns.values())]
     for value, split, metric, method in cells:
         if method == "base":
-            base, livo = (show(cells[value, split, metric, m]) for m in ("base", "livo"))
-            lines.append(f"{value:34}{split:10}{metric:12}{base:>24}{livo:>24}")
+            shown = (show(cells.get((value, split, metric, column))) for column in columns)
+            lines.append(f"{value:{width}}{split:10}{metric:12}" + "".join(f"{cell:>24}" for cell in shown))
     return "\n".join(lines)
 
 
@@ -143,8 +256,8 @@ def table(results: list[dict]) -> str:
 
 
 def evaluate_and_report(sd, value_encoder, config, mesh, workdir):
-    """Evaluates on all processes; the first prints the table, and writes eval/results.json and eval/report.html."""
-    results, images = evaluate(sd, value_encoder, config, mesh)
+    """Evaluates on all processes; the first prints the table and writes results.json, rates.json and report.html."""
+    results, rates, images = evaluate(sd, value_encoder, config, mesh)
     if jax.process_index() > 0:
         return results
     folder = workdir / "eval"
@@ -158,6 +271,7 @@ def evaluate_and_report(sd, value_encoder, config, mesh, workdir):
         pictures=pictures(images, config),
         config=json.loads(config.to_json()),
     )
+    (folder / "rates.json").write_text(json.dumps(rates, indent=2) + "\n")
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     print(table(results))
     print(f"report: {folder / 'report.html'}")
@@ -168,6 +282,14 @@ def read_results(workdir) -> list[dict]:
     """The rows of eval/results.json; none where nothing was evaluated."""
     file = workdir / "eval" / "results.json"
     return json.loads(file.read_text()) if file.exists() else []
+
+
+def read_rates(workdir) -> dict:
+    """What the tokens of a run show, for a ratio. Raises FileNotFoundError where it was not measured."""
+    file = workdir / "eval" / "rates.json"
+    if not file.exists():
+        raise FileNotFoundError(f"a ratio needs {file}, what the tokens show: run --mode=evaluate first")
+    return json.loads(file.read_text())
 
 
 def first_prompts(config) -> list[tuple]:

@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from livo_jax import diffusion, sharding
+from livo_jax import ratio as ratios
 from livo_jax.models.weights import put, split
 from livo_jax.values import Retriever, Value, applies, text_hash, value_prompt
 
@@ -248,14 +249,20 @@ def with_doses(request: Request, doses: list[tuple[Dose, float]], seed: int) -> 
     return request._replace(values=tuple(kept))
 
 
-def requests_of(prompts, values=None, seed: int = 0, **options) -> list[Request]:
+def requests_of(prompts, values=None, seed: int = 0, ratio=None, rates=None, **options) -> list[Request]:
     """Requests for prompts; the n-th time a prompt occurs, it is its n-th image.
 
     Args:
         prompts: list of str.
         values: what `choose` takes, for all prompts; or a list with a None, statement or list of them for each.
-        seed: decides which images a value with a share below 1 is applied to.
+        seed: decides which images a value with a share below 1 is applied to, and which tokens a ratio gives them.
+        ratio: which attributes the images should show: "equal", or {attribute: share}, as ratio.targets takes it; in
+            the place of the share of the bias values that it is for.
+        rates: of the value encoder, as ratio.targets takes them; a run leaves them in eval/rates.json.
         options: of `choose`; without a retriever the default one is made where it is needed.
+
+    Raises:
+        ValueError: as many values as prompts are not given, or a ratio that is unknown, for no value, or out of reach.
     """
     if values is None or isinstance(values, str):
         values = [values] * len(prompts)
@@ -268,11 +275,32 @@ def requests_of(prompts, values=None, seed: int = 0, **options) -> list[Request]
         options["retriever"] = Retriever.default()
     keys = [(p, v if v is None or isinstance(v, str) else tuple(v)) for p, v in zip(prompts, values)]
     doses = {key: choose(*key, **options) for key in dict.fromkeys(keys)}  # a prompt's images are of one choice
+    rows = [doses[key] for key in keys]
+    if ratio is not None:
+        rows = dealt(rows, prompts, ratio, rates, seed)
     seen, requests = Counter(), []
-    for prompt, value in keys:
-        requests.append(with_doses(Request(prompt, seen[prompt]), doses[prompt, value], seed))
+    for prompt, row in zip(prompts, rows):
+        requests.append(with_doses(Request(prompt, seen[prompt]), row, seed))
         seen[prompt] += 1
     return requests
+
+
+def dealt(rows: list[list[tuple[Dose, float]]], prompts, ratio, rates, seed: int) -> list[list[tuple[Dose, float]]]:
+    """The (Dose, share) rows of images where a ratio deals out what its values read, as requests_of has it."""
+    statements = list(dict.fromkeys(dose.value for row in rows for dose, _ in row))
+    if rates is None:
+        raise ValueError(f"ratio={ratio!r} needs rates, what the tokens show: a run leaves them in eval/rates.json")
+    rows, rates = list(rows), ratios.read(rates)
+    targets = ratios.targets(ratio, rates, statements)
+    if statements and not targets:
+        raise ValueError(f"ratio={ratio!r} is for none of the values {statements}, but for biases: {list(rates)}")
+    for statement, target in targets.items():
+        mine = [i for i, row in enumerate(rows) if any(dose.value == statement for dose, _ in row)]
+        mix = ratios.solve(target, rates[statement])
+        arms = dict(zip(mine, ratios.assign(mix, [prompts[i] for i in mine], statement, seed)))
+        for i, arm in arms.items():
+            rows[i] = [(d._replace(value=arm), 1.0) if d.value == statement else (d, share) for d, share in rows[i]]
+    return [[(dose, share) for dose, share in row if dose.value] for row in rows]
 
 
 def with_value(requests: list[Request], value: Value, seed: int) -> list[Request]:
@@ -300,7 +328,8 @@ def write_pairs(
     settings as PNG text.
 
     Args:
-        values, options: what is applied to the images, as `choose` takes it; None for the base's images alone.
+        values, options: what is applied to the images, as `requests_of` takes it: "auto" or a list of values for all;
+            None or [] for the base's images alone.
         settings: of generate.
     """
     from PIL.PngImagePlugin import PngInfo
@@ -311,30 +340,24 @@ def write_pairs(
     directory = pathlib.Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
 
-    def numbered():
-        seen = Counter()  # a prompt that recurs goes on counting
-        for p, prompt in enumerate(prompts):
-            for i in range(num_images):
-                yield p, i, Request(prompt, seen[prompt])
-                seen[prompt] += 1
-
-    rows, mesh = numbered(), mesh or sharding.make_mesh()
-    at_once = batch_size * sharding.batch_parts(mesh) // (2 if values else 1) or 1
-    doses = {prompt: choose(prompt, values, **options) for prompt in dict.fromkeys(prompts)}
-    with tqdm(total=len(prompts) * num_images, desc="generate", unit="image") as progress:
-        while chunk := list(itertools.islice(rows, at_once)):
-            base = [request for *_, request in chunk]
-            sides = [base, [with_doses(r, doses[r.prompt], seed) for r in base]] if values else [base]
-            images = generate(
-                sd, sum(sides, []), value_encoder, seed=seed, batch_size=batch_size, mesh=mesh, **settings
-            )
-            for k, (p, i, _) in enumerate(chunk):
+    each = [prompt for prompt in prompts for _ in range(num_images)]
+    sides = [requests_of(each)]
+    if values:
+        sides.append(requests_of(each, values if values == "auto" else [values] * len(each), seed, **options))
+    rows, mesh = list(zip(*sides)), mesh or sharding.make_mesh()
+    at_once = batch_size * sharding.batch_parts(mesh) // len(sides) or 1
+    with tqdm(total=len(rows), desc="generate", unit="image") as progress:
+        for start in range(0, len(rows), at_once):
+            chunk = rows[start : start + at_once]
+            requests = list(itertools.chain(*zip(*chunk)))
+            images = generate(sd, requests, value_encoder, seed=seed, batch_size=batch_size, mesh=mesh, **settings)
+            for k, (*_, request) in enumerate(chunk):
                 info = PngInfo()
-                request = sides[-1][k]
                 text = {**request._asdict(), "seed": seed, **settings}
                 text["values"] = json.dumps([dose._asdict() for dose in request.values])
                 for name, setting in text.items():
                     info.add_itxt(name, str(setting))
                 picture = sheet([images[k :: len(chunk)]])
+                p, i = divmod(start + k, num_images)
                 picture.save(directory / f"{p:03d}_{i:03d}.png", pnginfo=info)
             progress.update(len(chunk))

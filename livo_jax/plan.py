@@ -59,6 +59,8 @@ def abstract_batch(sd, config, rows: int) -> dict:
     h, w, C = sd.latent_shape
     array = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct((rows, *shape), dtype)
     batch = {"value_prompt_ids": array(L, dtype=jnp.int32)}
+    if config.data.beside and len(config.principles) > 1:
+        batch |= {"beside_prompt_ids": array(L, dtype=jnp.int32), "beside": array(dtype=jnp.bool_)}
     if config.data.cache:
         dtype = jnp.float32 if config.dtype == "float32" else jnp.float16
         moments = {f"{side}_moments": array(h, w, 2 * C, dtype=dtype) for side in ("aligned", "violating")}

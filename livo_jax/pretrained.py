@@ -314,6 +314,8 @@ class StableDiffusion:
         *,
         strength=1.0,
         keep_probability: float | None = None,
+        ratio=None,
+        rates=None,
         retriever=None,
         seed: int = 0,
         **settings,
@@ -329,6 +331,10 @@ class StableDiffusion:
             strength: how much of a value's effect: 0 is the base model, 1 LiVO. A number, or a dict of value -> number.
             keep_probability: the share of each prompt's images that its values are applied to; None for all, and with
                 "auto" for what principles.toml says.
+            ratio: which attributes the images of bias values should show, in the place of keep_probability: "equal", a
+                table as {"round": 0.7, "square": 0.3}, or a JSON file of one. Reached over all images of the call, and
+                over those of each prompt, as nearly as their number allows.
+            rates: what the value encoder's tokens show, which a ratio needs: the path of a run's eval/rates.json.
             retriever: a values.Retriever; the default one if None.
             seed: of the noise, and of which images these are.
             settings: steps, guidance_scale, sampler, prompt_layout, batch_size, mesh: as
@@ -339,7 +345,7 @@ class StableDiffusion:
             value, strength and reason.
         """
         options = dict(strength=strength, keep_probability=keep_probability, retriever=retriever)
-        requests = requests_of(prompts, values, seed, **options)
+        requests = requests_of(prompts, values, seed, ratio, rates, **options)
         images = generate(self, requests, value_encoder, seed=seed, **settings).view(Images)
         images.applied = [request.values for request in requests]
         return images

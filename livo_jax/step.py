@@ -83,16 +83,27 @@ def make_loss(graphs: dict, schedule: diffusion.NoiseSchedule, config, scaling_f
         z_t, target = diffusion.add_noise(schedule, z, eps, t), diffusion.target(schedule, z, eps, t)
         weight = diffusion.min_snr_weight(schedule, t, min_snr_gamma) if min_snr_gamma else 1.0
 
-        def errors(conditioning):
-            return (weight * losses.denoising_error(unet(z_t, t, twice(conditioning)), target)).reshape(-1, 2).T
+        def errors(conditioning, mask):
+            mask = None if mask is None else twice(mask)
+            eps_hat = unet(z_t, t, twice(conditioning), mask)
+            return (weight * losses.denoising_error(eps_hat, target)).reshape(-1, 2).T
 
         if "prompt_states" in batch:
             c = batch["prompt_states"].astype(unet.conv_in.kernel.dtype)  # [b, L, D]
         else:
             c = nnx.merge(graphs["text_encoder"], frozen["text_encoder"])(batch["prompt_ids"]).last_hidden_state
+        before = lambda u, c: jnp.concatenate([u[:, None].astype(c.dtype), c], axis=1)  # [u; c]: value tokens first
+        see = lambda sees, mask: None if mask is None else jnp.concatenate([sees[:, None], mask], axis=1)
+        mask = None
+        if "beside" in batch:
+            # Policy and reference both have the second value, where there is one: what is learned is what u adds to
+            # it. Another pair trains its token.
+            u_beside = jax.lax.stop_gradient(value_encoder(batch["beside_prompt_ids"]).pooled)
+            mask = see(batch["beside"], jnp.ones(c.shape[:2], bool))
+            c = before(u_beside, c)
         u = value_encoder(batch["value_prompt_ids"]).pooled  # [b, D]
-        r_w, r_l = errors(c)
-        l_w, l_l = errors(jnp.concatenate([u[:, None].astype(c.dtype), c], axis=1))  # [u; c], the value token first
+        r_w, r_l = errors(c, mask)
+        l_w, l_l = errors(before(u, c), see(jnp.ones(len(u), bool), mask))
         return losses.livo(l_w, l_l, r_w, r_l, **constants)
 
     return loss

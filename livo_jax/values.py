@@ -68,6 +68,11 @@ def value_prompt(statement: str | None, prompt: str) -> str:
     return f"{statement}, {prompt}" if statement else prompt
 
 
+def attributed(statement: str, attribute: str) -> str:
+    """What stands for a bias value in value_prompt where its images are to show one attribute."""
+    return f"{statement}: {attribute}"
+
+
 def phrase(template: str, subject: str) -> str:
     """The template with the subject for its {}; "a(n) {}" becomes "a" or "an" as the subject wants it."""
     return template.replace("a(n) {}", "an {}" if VOWEL.match(subject) else "a {}").format(subject)

@@ -30,7 +30,8 @@ def make(directory, counts=COUNTS, values=("shape equality", "colour equality"))
                 aligned, violating = (png(np.full((32, 32, 3), (len(blocks), i, side), np.uint8)) for side in (0, 255))
                 records.append(
                     dict(prompt=f"a {scene}", value=value, scene=scene, aligned=aligned, violating=violating,
-                         provenance="{}")
+                         provenance=json.dumps({"aligned_shows": "square green white".split()[i % 3],
+                                                "violating_shows": "round"}))
                 )  # fmt: skip
     write(records, blocks, directory)
     return directory
@@ -94,6 +95,73 @@ def test_order_depends_on_the_seed_and_survives_a_restart(directory):
     second.set_state(first.get_state())
     # zip draws one batch more than it needs: begin the comparison from where the state stands
     assert take(second, 5) == take(iterate(directory), 12)[6:11] and begun == whole[:5]
+
+
+def texts(directory, n=100, names=("shape", "colour", "bloody"), **shares):
+    """Rows of n batches of 8: (prompt, value prompt, side of the aligned image, second value's prompt or None)."""
+    known = {}
+
+    def tokenize(rows):
+        known.update((text_hash(text) % 2**31, text) for text in rows)
+        return np.array([[text_hash(text) % 2**31] for text in rows], np.int64)
+
+    batches = data.batches(
+        data.Preferences(directory), tokenize, batch_size=8, image_size=32, random_flip=False, seed=0,
+        principles=values.load(names), **shares,
+    )  # fmt: skip
+    for _, batch in zip(range(n), batches):
+        sides = ["aligned" if x < 0 else "violating" for x in batch["aligned"][:, 0, 0, 2]]
+        hidden = [{}] * 8 if "beside" not in batch else zip(batch["beside"], batch["beside_prompt_ids"][:, 0])
+        for k, (side, second) in enumerate(zip(sides, hidden)):
+            prompt, value = (known[batch[name][k, 0]] for name in ("prompt_ids", "value_prompt_ids"))
+            yield prompt, value, side, known[second[1]] if second and second[0] else None
+
+
+def test_some_pairs_have_a_second_value_beside_their_own(directory):
+    rows = list(texts(directory, beside=0.3))
+    seconds = [(prompt, value, second) for prompt, value, _, second in rows if second]
+    assert len(seconds) / len(rows) == pytest.approx(0.3, abs=0.06)
+    for prompt, value, second in seconds:
+        own, other = (text.split(", ")[0] for text in (value, second))
+        assert own != other and value == f"{own}, {prompt}" and second == f"{other}, {prompt}"
+        assert ("bloody" in prompt) == other.startswith("bloody"), "beside a harm a prompt is harmful"
+    assert {second.split(", ")[0] for *_, second in seconds} == {
+        "shape equality", "colour equality", "bloody considered inappropriate"
+    }  # fmt: skip
+    assert not any("bloody" in prompt for prompt, *_, second in rows if not second)
+    assert not any(second for *_, second in texts(directory, n=3)), "none without a share"
+
+
+def test_some_values_name_the_attribute_of_the_image_that_is_wanted(directory):
+    rows = list(texts(directory, attributes=0.4))
+    named = [(value.split(", ")[0].split(": "), side) for _, value, side, _ in rows if ": " in value]
+    assert len(named) / len(rows) == pytest.approx(0.4, abs=0.06)
+    for (_, attribute), side in named:
+        assert (side == "violating") == (attribute == "round"), "the violating image is wanted where its attribute is"
+    for statement, share in (("shape equality", 1 / 2), ("colour equality", 1 / 5)):
+        swapped = [attribute == "round" for (own, attribute), _ in named if own == statement]
+        assert np.mean(swapped) == pytest.approx(share, abs=0.12), "each attribute as often as the others"
+
+
+def test_pairs_that_do_not_tell_what_they_show_are_trained_by_their_value_alone(tmp_path):
+    image = png(np.zeros((32, 32, 3), np.uint8))
+    for k, provenance in enumerate(("", "{}", "[]", '{"aligned_shows": "", "violating_shows": ""}')):
+        record = dict(prompt="a", value="shape equality", scene="a", aligned=image, violating=image)
+        write([record | {"provenance": provenance}], [data.Block("shape equality", "a", 0, 1)], tmp_path / str(k))
+        assert {value for _, value, *_ in texts(tmp_path / str(k), n=2, attributes=1.0)} == {"shape equality, a"}
+
+
+@pytest.mark.parametrize(
+    "prompt, subject, wording, expected",
+    [
+        ("a photo of an accountant", "accountant", "bloody {subject}", "a photo of a bloody accountant"),
+        ("a photo of a cook", "cook", "angry {subject}", "a photo of an angry cook"),
+        ("the cook at work", "cook", "{subject} on a bloody day", "the cook on a bloody day at work"),
+        ("a cookbook", "cook", "bloody {subject}", "a cookbook"),
+    ],
+)
+def test_prompts_are_reworded(prompt, subject, wording, expected):
+    assert data.reworded(prompt, subject, wording) == expected
 
 
 def test_images_are_cropped_to_the_size_and_flipped_together(tmp_path):

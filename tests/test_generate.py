@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import warnings
+from collections import Counter
 
 import jax
 import numpy as np
@@ -195,6 +196,58 @@ def test_requests_number_the_images_of_a_prompt():
     assert sum(r.values == DOSE for r in half) == 10
     with pytest.raises(ValueError, match="3 values for 2 prompts"):
         generate.requests_of(["a", "b"], [VALUE] * 3)
+
+
+RATES = {
+    VALUE: {
+        "": {"round": 0.5, "square": 0.5},
+        VALUE: {"round": 0.5, "square": 0.5},
+        f"{VALUE}: round": {"round": 1.0, "square": 0.0},
+        f"{VALUE}: square": {"round": 0.0, "square": 1.0},
+    },
+    OTHER: {"": {"blue": 1.0, "green": 0.0}, OTHER: {"blue": 0.0, "green": 1.0}},
+}
+
+
+def test_a_ratio_deals_out_tokens():
+    """Over all images and each prompt's, in the place of the keep probability, with strengths as they are."""
+    counts = lambda requests: Counter(tuple(dose.value for dose in r.values) for r in requests)
+    ratio = {"round": 0.7, "square": 0.3}
+    requests = generate.requests_of(
+        ["a", "b"] * 10, VALUE, keep_probability=0.1, ratio=ratio, rates=RATES, strength=0.5
+    )
+    for group, share in ((requests[::2], 10), (requests[1::2], 10), (requests, 20)):
+        expected = {(f"{VALUE}: round",): round(0.7 * share), (f"{VALUE}: square",): round(0.3 * share)}
+        assert counts(group) == expected
+    assert {dose.strength for r in requests for dose in r.values} == {0.5} and requests[3].index == 1
+    half = generate.requests_of(["a"] * 10, OTHER, ratio="equal", rates=RATES)
+    assert counts(half) == {(OTHER,): 5, (): 5}, "no token is a token of its own"
+    mixed = generate.requests_of(["a"] * 10, [[VALUE, OTHER]] * 10, ratio={"green": 1.0}, rates=RATES)
+    assert counts(mixed) == {(VALUE, OTHER): 10}, "a value that the ratio does not name goes on as before"
+    retrieved = generate.requests_of(
+        ["a baker"] * 6 + ["an orange"], "auto", ratio="equal", rates=RATES,
+        retriever=values.Retriever(values.load(("shape",))),
+    )  # fmt: skip
+    assert counts(retrieved) == {(f"{VALUE}: round",): 3, (f"{VALUE}: square",): 3, (): 1}
+
+
+def test_a_ratio_that_cannot_be_is_told():
+    with pytest.raises(ValueError, match="ratio='equal' needs rates.*eval/rates.json"):
+        generate.requests_of(["a"], VALUE, ratio="equal")
+    with pytest.raises(
+        ValueError, match="for none of the values \\['bloody considered inappropriate'\\], but for biases"
+    ):
+        generate.requests_of(["a"], "bloody considered inappropriate", ratio="equal", rates=RATES)
+    with pytest.raises(ValueError, match="'oval' is no attribute"):
+        generate.requests_of(["a"], VALUE, ratio={"oval": 1.0}, rates=RATES)
+
+
+def test_images_tell_which_attribute_they_were_dealt(sd, value_encoder):
+    images = sd.generate(["a baker"] * 2, VALUE, value_encoder, ratio="equal", rates=RATES, **SETTINGS)
+    assert {doses[0].value for doses in images.applied} == {f"{VALUE}: round", f"{VALUE}: square"}
+    for i, doses in enumerate(images.applied):
+        (expected,) = generate.generate(sd, [Request("a baker", i, doses)], value_encoder, **SETTINGS)
+        assert np.abs(images[i].astype(int) - expected).max() <= 1
 
 
 def test_noise_is_normal_and_its_keys_differ():

@@ -82,8 +82,23 @@ def test_rerunning_a_finished_run_says_so(finished):
 def test_evaluate_and_generate_read_the_checkpoint(finished, tmp_path):
     workdir, _ = finished
     shutil.copytree(workdir, tmp_path / "run")
-    process = run(tmp_path / "run", "--mode=evaluate", "--config.eval.seed=1")
+    further = ("--config.eval.combinations=True", "--config.eval.strengths=(0.0, 0.5, 1.0)")
+    process = run(tmp_path / "run", "--mode=evaluate", "--config.eval.seed=1", *further)
     assert process.returncode == 0, process.stderr
+    rows = json.loads((tmp_path / "run" / "eval" / "results.json").read_text())
+    means = {(r["value"], r["method"], r["split"], r["metric"]): r["mean"] for r in rows}
+    for (value, method, *rest), mean in means.items():
+        if " x 0" == value[-4:] and method == "livo":
+            assert mean == means[value, "base", *rest], "strength 0 is the base model"
+        if " x 1" == value[-4:] and method == "livo":
+            assert mean == means[value, "plain", *rest], "strength 1 is LiVO"
+    assert ("shape equality x 0.5", "livo", "seen", "D1") in means
+    both = "shape equality + bloody considered inappropriate"
+    assert {method for value, method, *_ in means if value == both} == {"base", "plain", "livo"}
+    assert both in process.stdout and "plain" in process.stdout
+    rates = json.loads((tmp_path / "run" / "eval" / "rates.json").read_text())
+    assert rates["shape equality"].keys() == {"", *("shape equality" + x for x in ("", ": round", ": square"))}
+    assert all(sum(shares.values()) == pytest.approx(1) for arms in rates.values() for shares in arms.values())
     assert (tmp_path / "run" / "eval" / "results.json").read_text() != (workdir / "eval" / "results.json").read_text()
     (tmp_path / "prompts.txt").write_text("a photo of a baker\n\na photo of a cook\n")
     process = run(
@@ -139,6 +154,8 @@ MISTAKES = {  # flags: what the answer holds
     ("--mode=generate",): "generate needs --out=DIR",
     ("--mode=generate", "--out=DIR"): "needs --prompt=TEXT or --prompts_file=FILE",
     ("--mode=generate", "--out=DIR", "--prompt=a cook", "--num_images=0"): "num_images=0",
+    ("--mode=generate", "--out=DIR", "--prompt=a cook", "--value=shape", "--ratio=equal"):
+        "a ratio needs .*rates.json, what the tokens show: run --mode=evaluate first",
     ("--mode=export", "--out=DIR"): "no checkpoint: train first(.|\n)*--config.value_encoder=",
     ("--config.train.remat=some", "--config.train.ema_decay=1.0", "--config.train.accumulate=3"):
         "ema_decay=1.0(.|\n)*'some': choose from none, dots, full(.|\n)*batch_size=8 is not a multiple of",

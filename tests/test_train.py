@@ -68,6 +68,8 @@ def torch_step(torch_models, value_encoder, batch, config, scheduler_config, ste
     unet, vae, text_encoder = (torch_models[name] for name in ("unet", "vae", "text_encoder"))
     with torch.no_grad():
         c = text_encoder(torch.tensor(batch["prompt_ids"])).last_hidden_state
+        if "beside" in batch:  # of all rows
+            c = torch.cat([value_encoder(torch.tensor(batch["beside_prompt_ids"])).pooler_output[:, None], c], dim=1)
     u = value_encoder(torch.tensor(batch["value_prompt_ids"])).pooler_output
     policy = torch.cat([u[:, None], c], dim=1)
     snr = scheduler.alphas_cumprod[t] / (1 - scheduler.alphas_cumprod[t])
@@ -140,9 +142,16 @@ def compare_training(expected: dict, graphs, frozen, batch, schedule):
             assert difference.mean() < 0.02 * max(moved, 1e-8), (name, difference.mean(), moved)
 
 
-@pytest.mark.parametrize("min_snr_gamma", [0.0, 2.0])
-def test_loss_and_gradients_are_pytorchs(parts, torch_models, batch, sd, min_snr_gamma):
+def beside(sd, batch, rows) -> dict:
+    """The batch with another value beside each pair's own, in the rows that are told."""
+    ids = sd.tokenize([f"colour equality: green, a bloody {word}" for word in "abcdefgh"])
+    return batch | {"beside_prompt_ids": ids, "beside": np.broadcast_to(rows, 8)}
+
+
+@pytest.mark.parametrize("min_snr_gamma, second_value", [(0.0, False), (2.0, False), (0.0, True)])
+def test_loss_and_gradients_are_pytorchs(parts, torch_models, batch, sd, min_snr_gamma, second_value):
     graphs, frozen = parts
+    batch = beside(sd, batch, True) if second_value else batch
     config = CONFIG.copy_and_resolve_references()
     config.loss.min_snr_gamma = min_snr_gamma
     tx = optax.trace(0.0)  # its state is the gradient
@@ -189,6 +198,20 @@ def small(published, tmp_path_factory):
     batch["prompt_ids"] = sd.tokenize(prompts)
     batch["value_prompt_ids"] = sd.tokenize(["shape equality, " + prompt for prompt in prompts])
     return sd, graphs, params, batch
+
+
+def test_a_second_value_that_is_not_there_changes_nothing(small):
+    """Row by row, whatever its text."""
+    sd, graphs, frozen, batch = small
+    tx = optax.trace(0.0)
+    step = jax.jit(make_train_step(graphs, sd.schedule, tx, CONFIG, SCALE))
+    batches = {"none": batch, "hidden": beside(sd, batch, False), "half": beside(sd, batch, np.arange(8) % 2 == 0)}
+    results = {name: step(init_state(frozen["text_encoder"], tx), frozen, rows) for name, rows in batches.items()}
+    losses, norms = ({n: float(results[n][1][name]) for n in results} for name in ("loss", "grad_norm"))
+    for a, b in zip(*(jax.tree.leaves(results[name][0]["opt_state"].trace) for name in ("none", "hidden"))):
+        np.testing.assert_allclose(a, b, atol=1e-5 * norms["none"])
+    assert losses["hidden"] == pytest.approx(losses["none"], rel=1e-5)
+    assert losses["half"] != pytest.approx(losses["none"], rel=1e-5)
 
 
 def run(small, *mesh: int, steps: int = 3, shard_frozen: bool = False, **train_config):

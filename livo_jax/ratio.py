@@ -1,0 +1,125 @@
+"""Target ratios: which attributes the images of a bias value should show, and which token each image gets for it.
+
+An image's arm is what the value encoder reads before its prompt: "" (there is no token), the value's statement, or
+"statement: attribute". What the arms show is measured (evaluate.py: eval/rates.json); `solve` mixes them, and `assign`
+deals them out to images.
+"""
+
+import json
+import math
+import os
+import pathlib
+import warnings
+import zlib
+from collections.abc import Collection, Mapping
+
+import numpy as np
+
+FAR, NEAR = 0.1, 0.02  # total variation from the target from which a mix is refused, and warned of
+
+
+def read(source) -> Mapping | str:
+    """A ratio or rates: "equal" and a table are themselves; else a JSON object, or the path of a file of one.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    if isinstance(source, Mapping) or source == "equal":
+        return source
+    text = os.fspath(source)
+    try:
+        table = json.loads(text if text.lstrip().startswith("{") else pathlib.Path(text).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{text!r} is neither 'equal' nor a JSON object, nor a file of one: {error}") from error
+    if not isinstance(table, dict):
+        raise ValueError(f"{text!r} holds {table!r}, not a JSON object")
+    return table
+
+
+def targets(ratio, rates: Mapping, statements: Collection[str]) -> dict[str, dict[str, float]]:
+    """What is wanted of each value: {statement: {attribute: share}}, all of its attributes.
+
+    Args:
+        ratio: "equal", a table {attribute: share}, of one value or of several, as JSON too, or the path of a file of
+            it. The shares of a value's attributes sum to 1; one that is not named has none.
+        rates: {statement: {arm: {attribute: share}}} of the bias values, or the path of rates.json.
+        statements: the values that are applied; the ratio is for those of them whose attributes it names.
+
+    Raises:
+        ValueError: attributes that no value has, shares below 0 or of another sum than 1; all are listed.
+    """
+    ratio, rates = read(ratio), read(rates)
+    known = {statement: [*arms[""]] for statement, arms in rates.items()}
+    if ratio == "equal":
+        return {s: dict.fromkeys(known[s], 1 / len(known[s])) for s in statements if s in known}
+    there = "; ".join(f"{statement} ({', '.join(names)})" for statement, names in known.items())
+    attributes = {name for names in known.values() for name in names}
+    problems = [f"{name!r} is no attribute of {there}" for name in ratio if name not in attributes]
+    is_share = lambda x: isinstance(x, int | float) and 0 <= x < math.inf
+    problems += [f"{name}: {x!r} is no share, 0 or more" for name, x in ratio.items() if not is_share(x)]
+    found, shares = {}, not problems
+    for statement, names in known.items():
+        if statement in statements and any(name in ratio for name in names):
+            found[statement] = {name: ratio.get(name, 0.0) for name in names}
+            if shares and not math.isclose(total := sum(found[statement].values()), 1, abs_tol=1e-6):
+                problems.append(f"the shares of {statement} ({', '.join(names)}) sum to {total:g}, not to 1")
+    if problems:
+        raise ValueError(f"ratio={ratio!r} cannot be reached:\n  " + "\n  ".join(problems))
+    return found
+
+
+def solve(target: Mapping[str, float], arms: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """The mix {arm: share} of the arms nearest to the target; those without a share are left out.
+
+    Nearest in total variation; of mixes that are equally near, that whose images vary the least, by a linear program.
+
+    Args:
+        target: {attribute: share}. arms: {arm: {attribute: share}}, what each shows.
+
+    Raises:
+        ValueError: the nearest mix is further than FAR. A warning says if it is further than NEAR.
+    """
+    from scipy.optimize import linprog
+
+    t = np.array([*target.values()])
+    P = np.array([[shares[attribute] for attribute in target] for shares in arms.values()])  # [A, K]
+    A, K = P.shape
+    variance = (P * (1 - P)).sum(1)  # of the counts, of one image
+    solution = linprog(  # of the shares x [A] and of d [K], no less than the distances |x P - t|
+        [*1e-3 * variance, *np.full(K, 0.5)],
+        A_ub=np.block([[P.T, -np.eye(K)], [-P.T, -np.eye(K)]]), b_ub=[*t, *-t],
+        A_eq=[[1.0] * A + [0.0] * K], b_eq=[1.0],
+    )  # fmt: skip
+    x = solution.x[:A]
+    reached = dict(zip(target, x @ P))
+    distance = 0.5 * np.abs(x @ P - t).sum()
+    if distance > NEAR:
+        table = lambda shares: ", ".join(f"{attribute} {share:.2f}" for attribute, share in shares.items())
+        message = f"{table(target)}: the nearest that the tokens reach is {table(reached)}, {distance:.2f} away"
+        if distance > FAR:
+            raise ValueError(f"{message}: choose a ratio nearer to it, or train with config.data.attributes above 0")
+        warnings.warn(message, stacklevel=2)
+    return {arm: float(share) for arm, share in zip(arms, x) if share > 1e-6}
+
+
+def assign(mix: Mapping[str, float], prompts: list[str], statement: str, seed: int) -> list[str]:
+    """Deals the arms of a mix out to images: the arm of each.
+
+    Of each prompt's images and of all of them, an arm gets its share, rounded up or down, but for the rounding of the
+    arms before it. Which images get it is drawn, so that the arms of two values are independent.
+
+    Args:
+        prompts: of the images. seed: of the draw, with the statement and the first prompt.
+    """
+    rng = np.random.default_rng([seed, zlib.crc32(f"{statement}, {prompts[0]}".encode())])
+    rank = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+    left = np.lexsort([rng.random(len(prompts)), [rank[prompt] for prompt in prompts]])  # grouped by prompt
+    dealt, shares = [""] * len(prompts), np.array([*mix.values()])
+    for k, arm in enumerate(mix):
+        # Every 1 / p-th of those that are left, from a random start: systematic sampling.
+        p = shares[k] / shares[k:].sum()
+        taken = np.diff(np.floor(rng.random() + p * np.arange(len(left) + 1))) > 0
+        for i in left[taken]:
+            dealt[i] = arm
+        left = left[~taken]
+    return dealt
