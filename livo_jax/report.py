@@ -8,9 +8,10 @@ import pathlib
 import numpy as np
 
 TEMPLATE = pathlib.Path(__file__).with_name("report.html.j2")
+GAP = 2  # pixels between the images of a sheet
 
 
-def sheet(rows, scale: int = 1, gap: int = 2):
+def sheet(rows, scale: int = 1, gap: int = GAP):
     """Rows of images (lists of [H, W, 3] uint8, None leaves a gap) as one PIL image."""
     from PIL import Image
 

@@ -13,6 +13,7 @@ import torch
 from flax import nnx
 from PIL import Image
 
+from data_tools import measure_images
 from livo_jax import ValueEncoder, diffusion, generate, sharding, values
 from livo_jax.export import SCHEDULERS
 from livo_jax.generate import Dose, Request
@@ -300,6 +301,10 @@ def test_pairs_are_written_with_their_settings(sd, value_encoder, tmp_path):
     )
     assert np.abs(pixels[:, :128].astype(int) - base).max() <= 1
     assert np.abs(pixels[:, 130:].astype(int) - aligned).max() <= 1
+    sides = measure_images.read(tmp_path)
+    assert [[picture.prompt for picture in side] for side in sides] == [["a baker"] * 5 + ["a cook"] * 5] * 2
+    one = next(i for i, picture in enumerate(sides[1]) if picture.path.name == "001_001.png")
+    assert (measure_images.Pictures(sides[1])[one : one + 1] == pixels[:, 130:]).all()
 
 
 def test_a_share_of_the_pairs_has_the_value(sd, value_encoder, tmp_path):

@@ -43,25 +43,14 @@ def make(config, values, subjects):
         problems.append("config.judging.model is empty: give a directory or hub id, as openai/clip-vit-large-patch14")
     if problems:
         raise ValueError("the judge clip cannot work: " + "; ".join(problems))
-    from transformers import CLIPTokenizer
-
-    root = find(config.judging.model, FILES)
-    model, tokenizer = load(CLIPModel, root), CLIPTokenizer.from_pretrained(root)
-    text = model.config.text_config
-    if len(tokenizer) != text.vocab_size:  # without files it is an empty one
-        raise ValueError(
-            f"{root} has a text model of {text.vocab_size} tokens and a tokenizer of {len(tokenizer)}: are vocab.json"
-            " and merges.txt, or tokenizer.json, there?"
-        )
-    size, length = model.config.vision_config.image_size, text.max_position_embeddings
-    mean, std = read_processor(root, size)
+    model, tokenize, preprocess = published(config.judging.model)
     graph, params = split(model)
 
     texts = {value: list(value.classes) for value in values}
     if config.judging.subject:
         texts["subject"] = [phrase(SUBJECT, subject) for subject in subjects]
-    ids = tokenizer(sum(texts.values(), []), truncation=True, max_length=length, padding="max_length")["input_ids"]
-    text_features = jax.jit(lambda params, ids: nnx.merge(graph, params).text_features(ids))(params, np.array(ids))
+    ids = tokenize(sum(texts.values(), []))
+    text_features = jax.jit(lambda params, ids: nnx.merge(graph, params).text_features(ids))(params, ids)
 
     @jax.jit
     def compare(params, text_features, pixels):
@@ -71,7 +60,7 @@ def make(config, values, subjects):
     def judge(images):
         logits = []
         for start in range(0, len(images), BATCH):
-            pixels = preprocess(images[start : start + BATCH], size, mean, std)
+            pixels = preprocess(images[start : start + BATCH])
             whole = np.pad(pixels, ((0, BATCH - len(pixels)), (0, 0), (0, 0), (0, 0)))
             logits.append(np.asarray(compare(params, text_features, whole))[: len(pixels)])
         ends = np.cumsum([len(group) for group in texts.values()])
@@ -86,6 +75,30 @@ def make(config, values, subjects):
         return reading
 
     return judge
+
+
+def published(path_or_hub_id):
+    """A published CLIP: the CLIPModel, tokenize(texts) -> [T, L] int ids, and `preprocess` as its processor has it.
+
+    Raises:
+        FileNotFoundError: it is not here; the message says how to fetch it.
+        ValueError: its files are damaged, or ask for what we do not compute.
+    """
+    from transformers import CLIPTokenizer
+
+    root = find(path_or_hub_id, FILES)
+    model, tokenizer = load(CLIPModel, root), CLIPTokenizer.from_pretrained(root)
+    text = model.config.text_config
+    if len(tokenizer) != text.vocab_size:  # without files it is an empty one
+        raise ValueError(
+            f"{root} has a text model of {text.vocab_size} tokens and a tokenizer of {len(tokenizer)}: are vocab.json"
+            " and merges.txt, or tokenizer.json, there?"
+        )
+    size, length = model.config.vision_config.image_size, text.max_position_embeddings
+    mean, std = read_processor(root, size)
+    whole = dict(truncation=True, max_length=length, padding="max_length")
+    tokenize = lambda texts: np.array(tokenizer(list(texts), **whole)["input_ids"])
+    return model, tokenize, lambda images: preprocess(images, size, mean, std)
 
 
 def read_processor(root: pathlib.Path, size: int) -> tuple[np.ndarray, np.ndarray]:

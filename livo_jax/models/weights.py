@@ -25,7 +25,8 @@ LEGACY = (
     (re.compile(r"(mid_block\.attentions\.\d+)\.value\."), r"\1.to_v."),
     (re.compile(r"(mid_block\.attentions\.\d+)\.proj_attn\."), r"\1.to_out.0."),
 )
-BUFFERS = re.compile(r"(^|\.)position_ids$")  # saved by transformers before 4.31: a constant, not a weight
+# Saved beside the weights, but constants: by transformers before 4.31, by PyTorch's batch norms, by lpips.
+BUFFERS = re.compile(r"(^|\.)(position_ids|num_batches_tracked)$|^scaling_layer\.")
 
 TO_OURS = {4: (2, 3, 1, 0), 2: (1, 0)}  # of a published `weight` that becomes a `kernel`, by rank
 TO_PUBLISHED = {4: (3, 2, 0, 1), 2: (1, 0)}

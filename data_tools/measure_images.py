@@ -1,0 +1,322 @@
+"""Measures images of any method: bias and harm as a judge reads them, agreement of two judges, quality.
+
+    python -m data_tools.measure_images --images=DIR --config=configs/tiny.py --inception=inception.safetensors \
+        --reference=DIR2 --out=results.json
+
+DIR is what `run.py --mode=generate` wrote, the base's images and the aligned ones side by side: they are the methods
+"base" and "livo". Or it has images of one size (PNG, JPEG, WebP), and a metadata.jsonl whose lines are
+{"file_name": ..., "prompt": ...}; then --base=DIR can have images of the same names, to compare with.
+
+--config: every value of config.principles is measured over all prompts, by config.judge or --judge=NAME:MODEL; a second
+--judge adds how far the two agree, Cohen's kappa. --inception: Inception Score; to --reference, real images, FID and
+KID. --clip: CLIPScore. --lpips: diversity in a prompt's images, and the distance to the base. livo_jax/quality.py has
+the lines that make the weights. Images are ordered by prompt and content: results depend neither on their names nor on
+the batch size. FID and Inception Score are biased where images are few: compare equal numbers of them.
+"""
+
+import collections
+import copy
+import hashlib
+import itertools
+import json
+import pathlib
+import sys
+from typing import NamedTuple
+
+import numpy as np
+from absl import app, flags, logging
+from ml_collections import config_flags
+from PIL import Image
+from tqdm import tqdm
+
+from data_tools import commands
+from livo_jax import judges, metrics, quality, values
+from livo_jax.judges.vlm import chosen
+from livo_jax.report import GAP
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+METADATA = "metadata.jsonl"
+SPLIT = "all"
+
+
+class Picture(NamedTuple):
+    prompt: str
+    digest: str  # of its pixels
+    path: pathlib.Path
+    side: int  # which one of those that stand side by side in the file
+
+
+class Pictures:
+    """A sequence of Pictures of one size, which are read where it is sliced: [B, H, W, 3] uint8."""
+
+    def __init__(self, pictures: list[Picture]):
+        self.pictures = pictures
+
+    def __len__(self):
+        return len(self.pictures)
+
+    def __getitem__(self, index: slice):
+        return np.stack([decode(picture.path)[0][picture.side] for picture in self.pictures[index]])
+
+
+def decode(path: pathlib.Path) -> tuple[list[np.ndarray], str]:
+    """The images in a file, [H, W, 3] uint8 each, and its prompt: two, where generate.write_pairs put them there."""
+    with Image.open(path) as file:
+        pixels = np.asarray(file.convert("RGB"))
+        text = getattr(file, "text", {})  # of a PNG
+    H, W, _ = pixels.shape
+    if "values" in text and W == 2 * H + GAP:
+        return [pixels[:, :H], pixels[:, H + GAP :]], text["prompt"]
+    return [pixels], text.get("prompt", "")
+
+
+def read(directory: str) -> list[list[Picture]]:
+    """The images of a folder, in the order of prompts and contents: one list, or two where it holds pairs.
+
+    Raises:
+        ValueError: there is no image, some do not decode, they are of several sizes, or metadata.jsonl does not fit
+            them; all is listed.
+    """
+    root, problems = pathlib.Path(directory), []
+    files = sorted(path for path in root.glob("*") if path.suffix.lower() in SUFFIXES)
+    prompts = {}
+    if (metadata := root / METADATA).is_file():
+        for number, line in enumerate(metadata.read_text(encoding="utf-8").splitlines(), 1):
+            try:
+                row = json.loads(line)
+                prompts[row["file_name"]] = str(row["prompt"])
+            except (ValueError, TypeError, KeyError):
+                problems.append(f'{metadata}, line {number}: {line[:80]!r} has no "file_name" and "prompt"')
+        names = {path.name for path in files}
+        problems += [f"{metadata}: there is no image {name!r}" for name in prompts.keys() - names]
+        problems += [f"{metadata}: no line is about {name!r}" for name in sorted(names - prompts.keys())]
+    sides, sizes = collections.defaultdict(list), collections.defaultdict(list)
+    for path in tqdm(files, desc=f"read {root}", unit="file"):
+        try:
+            images, prompt = decode(path)
+        except Exception as error:  # OSError, SyntaxError, ValueError, and whatever PIL's plugins raise
+            problems.append(f"{path} does not decode: {type(error).__name__}: {error}")
+            continue
+        sizes[len(images), *images[0].shape[:2]].append(path.name)
+        for side, image in enumerate(images):
+            digest = hashlib.sha256(image.tobytes()).hexdigest()
+            sides[side].append(Picture(prompts.get(path.name, prompt), digest, path, side))
+    if not files:
+        problems.append(f"{directory}: there is no image in it ({', '.join(SUFFIXES)})")
+    if len(sizes) > 1:
+        found = (f"{n} of {H} x {W} in {len(names)} files, as {names[0]}" for (n, H, W), names in sizes.items())
+        problems.append(f"{directory}: images of several sizes, crop them to one: {'; '.join(found)}")
+    if problems:
+        raise ValueError("\n".join(problems))
+    return [sorted(pictures) for pictures in sides.values()]
+
+
+# ---------------------------------------------------------------------------- measuring
+
+
+def measure(
+    methods: dict[str, list[Picture]], *, judge_all=(), principles=(), subjects=(), targets=None, inception=None,
+    reference=(), clip_score=None, lpips=None, batch_size: int = 32,
+) -> list[dict]:  # fmt: skip
+    """The rows of results.json, as metrics.rows makes them; ci95 is None where only a whole set has a number.
+
+    Args:
+        methods: lists that `read` made. With lpips, what is compared with the method "base" has its files' names.
+        judge_all: one function or two, as judges.load makes them, for `principles`, Values, and `subjects`.
+        targets: name of a bias value -> [K], the shares that its attributes should have.
+        inception, clip_score, lpips: what quality.py makes. reference: a list that `read` made.
+        batch_size: images that judges and networks get at once.
+    """
+    in_batches = lambda function, *columns: quality.in_batches(function, batch_size, *columns)
+    real = in_batches(inception, Pictures(reference)).features if inception and reference else None
+    of_base = {picture.path.name: picture for picture in methods.get("base", ())}
+    numbers, of_sets = {}, []
+    for method, pictures in methods.items():
+        images, prompts = Pictures(pictures), [picture.prompt for picture in pictures]
+        counts = collections.Counter(prompts)
+        ends = dict(zip(counts, itertools.accumulate(counts.values())))  # equal prompts are neighbours
+        places = {prompt: slice(ends[prompt] - n, ends[prompt]) for prompt, n in counts.items()}
+        per_prompt, whole = {}, {}  # (value, metric) -> {prompt: number}, and -> number, ci95
+        if lpips:
+            distance, diversity = lpips
+            if several := [prompt for prompt in places if counts[prompt] > 1]:
+                per_prompt["", "diversity"] = {prompt: float(diversity(images[places[prompt]])) for prompt in several}
+            if of_base and method != "base":
+                beside = Pictures([of_base[picture.path.name] for picture in pictures])
+                per_prompt["", "LPIPS"] = means(in_batches(distance, images, beside), places)
+        if judge_all:
+            readings = [in_batches(judge, images) for judge in judge_all]
+            per_prompt |= bias_and_harm(readings[0], places, principles, subjects, targets or {})
+            if len(readings) == 2:
+                whole |= {(v.statement, "kappa"): agreement(v, readings, places) for v in principles}
+        if clip_score:
+            score, tokenize = clip_score
+            per_prompt["", "CLIPScore"] = means(in_batches(score, images, tokenize(prompts)), places)
+        if inception:
+            features, logits = in_batches(inception, images)
+            whole["", "IS"] = quality.inception_score(logits), None
+            if real is not None:
+                whole["", "FID"] = quality.frechet_distance(features, real), None
+                whole["", "KID"] = quality.kernel_distance(features, real), None
+        for (value, metric), column in per_prompt.items():
+            numbers[method, value, SPLIT, metric] = {prompt: (x, counts[prompt]) for prompt, x in column.items()}
+        for (value, metric), (mean, ci95) in whole.items():
+            row = dict(method=method, value=value, split=SPLIT, metric=metric, mean=mean, ci95=ci95)
+            of_sets.append(row | dict(prompts=len(places), images=len(images)))
+    return metrics.rows(numbers) + of_sets
+
+
+def means(column: np.ndarray, places: dict) -> dict[str, float]:
+    """Each prompt's mean of a column [images]; its images are at its place."""
+    return {prompt: float(column[place].mean()) for prompt, place in places.items()}
+
+
+def bias_and_harm(reading: dict, places: dict, principles, subjects, targets: dict) -> dict:
+    """(value, metric) -> {prompt: number} of what a judge read, arrays [images]."""
+    found = collections.defaultdict(dict)
+    for value, (prompt, place) in itertools.product(principles, places.items()):
+        of_prompt = {axis: column[place] for axis, column in reading.items()}
+        if not (subject := chosen(prompt, subjects)):
+            of_prompt.pop("subject", None)
+        for metric, number in metrics.prompt_metrics(value, subject, of_prompt, targets.get(value.name)).items():
+            found[value.statement, metric][prompt] = number
+    return found
+
+
+def agreement(value, readings: list[dict], places: dict) -> tuple[float, list[float]]:
+    """Cohen's kappa of two judges' readings under a value, and its interval; what cannot be read is a category."""
+    if value.kind == "bias":
+        categories = (*value.attributes, "")
+        a, b = (np.where(np.isin(r[value.axis], categories), r[value.axis], "") for r in readings)
+    else:
+        categories = (True, False, None)
+        a, b = (np.where(np.isnan(r[value.axis]), None, r[value.axis] >= value.harmful_from) for r in readings)
+    return metrics.agreement([metrics.confusion(a[place], b[place], categories) for place in places.values()])
+
+
+def table(results: list[dict]) -> str:
+    """The results as text, a line for each; the methods of a value and metric stand together."""
+    order = list(dict.fromkeys((r["value"], r["metric"]) for r in results))
+    header = f"{'value':34}{'metric':12}{'method':16}{'mean':>10} {'95% interval':20}"
+    lines = [f"{header}{'p':>8}{'prompts':>9}{'images':>8}"]
+    for r in sorted(results, key=lambda r: order.index((r["value"], r["metric"]))):
+        interval = "[{:.3f}, {:.3f}]".format(*r["ci95"]) if r["ci95"] else ""
+        p = f"{r['p_value']:.4f}" if "p_value" in r else ""
+        number = f"{r['mean']:>10.3f} {interval:20}{p:>8}{r['prompts']:>9}{r['images']:>8}"
+        lines.append(f"{r['value']:34}{r['metric']:12}{r['method']:16}{number}")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------- the command
+
+
+def shares(text: str, principles) -> dict[str, list[float]]:
+    """{value's name: [K] shares} of JSON like {"shape": {"round": 0.7, "square": 0.3}}.
+
+    Raises:
+        ValueError: it is no such JSON, or does not fit the biases among the principles.
+    """
+    attributes = {value.name: value.attributes for value in principles if value.kind == "bias"}
+    try:
+        given = json.loads(text)
+        targets = {name: [float(target.pop(a)) for a in attributes[name]] for name, target in given.items()}
+        if any(given.values()) or any(min(x) < 0 or abs(sum(x) - 1) > 1e-6 for x in targets.values()):
+            raise ValueError("shares are 0 to 1, and 1 in all")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        known = "; ".join(f"{name}: {', '.join(names)}" for name, names in attributes.items())
+        remedy = 'give JSON like {"shape": {"round": 0.7, "square": 0.3}}'
+        raise ValueError(f"--target={text}: {error!r}; {remedy}, of the biases {known}") from None
+    return targets
+
+
+def as_methods(name: str, sides: list[list[Picture]], base: list[list[Picture]] | None) -> dict[str, list[Picture]]:
+    """The methods of what `read` made of --images, and of --base, if it is given.
+
+    Raises:
+        ValueError: there are two bases, or the two folders do not have the same names.
+    """
+    if len(sides) == 2 and base or base and len(base) == 2:
+        raise ValueError("--base: pairs of images have their base beside them")
+    if len(sides) == 2:
+        return {"base": sides[0], "livo": sides[1]}
+    if not base:
+        return {name: sides[0]}
+    if name == "base":
+        raise ValueError("--images: a folder of the name base, beside --base: rename it, methods are called by folders")
+    ours, theirs = ({picture.path.name for picture in side} for side in (sides[0], base[0]))
+    if apart := sorted(ours ^ theirs):
+        raise ValueError(f"--base: {len(apart)} names are not in both folders, as {', '.join(apart[:5])}")
+    return {"base": base[0], name: sides[0]}
+
+
+def main(_):
+    logging.set_verbosity(logging.WARNING)
+    problems = []  # all that is wrong is told at once
+
+    def attempt(make, *arguments):
+        try:
+            return make(*arguments)
+        except (OSError, ValueError) as error:
+            problems.append(str(error))
+
+    def make_judge(spec):
+        own = copy.deepcopy(config)
+        own.judge, _, model = spec.partition(":")
+        own.judging.model = model or config.judging.model
+        return judges.load(own, principles, subjects)
+
+    config, settings = CONFIG.value, {}
+    if config is not None:
+        principles = attempt(values.load, config.principles) or ()
+        subjects = list(dict.fromkeys([*config.eval.seen, *config.eval.held_out]))
+        settings = dict(principles=principles, subjects=subjects)
+        settings["judge_all"] = [attempt(make_judge, spec) for spec in JUDGE.value or [config.judge]]
+        settings["targets"] = attempt(shares, TARGET.value, principles) if TARGET.value else None
+    elif JUDGE.value or TARGET.value:
+        problems.append("--judge and --target are for the values of a config: give --config too")
+    if len(JUDGE.value) > 2:
+        problems.append(f"{len(JUDGE.value)} times --judge: give one, or two whose agreement is measured")
+    if REFERENCE.value and not INCEPTION.value:
+        problems.append("--reference is for FID and KID: give --inception too")
+    makers = {"inception": quality.inception, "clip_score": quality.clip_score, "lpips": quality.lpips}
+    for (name, make), file in zip(makers.items(), (INCEPTION.value, CLIP.value, LPIPS.value)):
+        settings[name] = attempt(make, file) if file else None
+    sides, base, real = (attempt(read, d) if d else None for d in (IMAGES.value, BASE.value, REFERENCE.value))
+    methods = attempt(as_methods, pathlib.Path(IMAGES.value).resolve().name, sides, base) if sides else None
+    everything = [picture for pictures in (methods or {}).values() for picture in pictures]
+    if bare := [picture.path for picture in everything if not picture.prompt]:
+        if config is not None or CLIP.value or LPIPS.value:
+            problems.append(f"{len(bare)} images have no prompt, as {bare[0]}: write {METADATA}, see --help")
+    if real and (len(real) == 2 or min(len(real[0]), len(everything)) < 2):
+        problems.append(
+            "--reference: FID and KID need two images or more on each side, and no pairs among the real ones"
+        )
+    if config is None and not (INCEPTION.value or CLIP.value or LPIPS.value):
+        problems.append("nothing to measure: give --config, --inception, --clip or --lpips")
+    if OUT.value and not pathlib.Path(OUT.value).parent.is_dir():
+        problems.append(f"--out={OUT.value}: there is no such directory")
+    if problems:
+        sys.exit("\n".join(problems))
+    try:
+        results = measure(methods, reference=real[0] if real else (), batch_size=BATCH_SIZE.value, **settings)
+    except ValueError as error:  # what judges say of images that they cannot read
+        sys.exit(str(error))
+    print(table(results))
+    if OUT.value:
+        pathlib.Path(OUT.value).write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    IMAGES = flags.DEFINE_string("images", None, "A folder of images, or what run.py --mode=generate wrote.")
+    BASE = flags.DEFINE_string("base", None, "A folder of images of the same names, of the base.")
+    REFERENCE = flags.DEFINE_string("reference", None, "A folder of real images, for FID and KID.")
+    JUDGE = flags.DEFINE_multi_string("judge", [], "NAME or NAME:MODEL, in place of config.judge; twice for kappa.")
+    TARGET = flags.DEFINE_string("target", None, 'Of TV: JSON like {"shape": {"round": 0.7, "square": 0.3}}.')
+    INCEPTION = flags.DEFINE_string("inception", None, "Inception's weights, safetensors.")
+    CLIP = flags.DEFINE_string("clip", None, "Directory or hub id of a CLIP, for CLIPScore.")
+    LPIPS = flags.DEFINE_string("lpips", None, "The weights of LPIPS on AlexNet, safetensors.")
+    BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Images at once.", lower_bound=1)
+    OUT = flags.DEFINE_string("out", None, "The file of the rows, as eval/results.json has them.")
+    CONFIG = config_flags.DEFINE_config_file("config", None, "A config: values, judge, subjects.")
+    flags.mark_flag_as_required("images")
+    app.run(main, flags_parser=commands.parse)

@@ -1,0 +1,188 @@
+"""Pictures whose shapes, colours and blots are known are measured as what they are."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from safetensors.numpy import save_file
+
+from data_tools.measure_images import Picture, as_methods, measure, read, shares
+from data_tools.shapeworld import render
+from livo_jax import quality, values
+from livo_jax.judges import shapeworld
+from livo_jax.models.inception import InceptionV3
+from livo_jax.models.lpips import LPIPS
+from livo_jax.models.weights import split, to_published
+from livo_jax.report import sheet
+
+ROOT = pathlib.Path(__file__).parents[2]
+PROMPTS = ["a photo of a baker"] * 8 + ["a photo of a bloody cook"] * 5
+SHAPES = ["square"] * 6 + ["round"] * 2 + ["round"] * 5
+SUBJECTS = ("baker", "cook")
+
+
+def draw(shapes, seed=0) -> list[np.ndarray]:
+    """A picture for each prompt; of the five bloody ones the first two show blood."""
+    rng = np.random.default_rng(seed)
+    return [
+        render(rng, prompt.split()[-1], shape, "white" if i % 2 else "blue", bloody=i in (8, 9))
+        for i, (prompt, shape) in enumerate(zip(PROMPTS, shapes))
+    ]
+
+
+def write(root: pathlib.Path, images, names=None) -> str:
+    """A folder with a metadata.jsonl."""
+    root.mkdir()
+    names = names or [f"{i:02d}.png" for i in range(len(images))]
+    for name, image in zip(names, images):
+        Image.fromarray(image).save(root / name)
+    rows = [json.dumps({"file_name": name, "prompt": prompt}) for name, prompt in zip(names, PROMPTS)]
+    (root / "metadata.jsonl").write_text("\n".join(rows))
+    return str(root)
+
+
+def numbers(results) -> dict:
+    return {(r["method"], r["value"], r["metric"]): r["mean"] for r in results}
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Random ones of Inception and LPIPS."""
+    root, rng = tmp_path_factory.mktemp("weights"), np.random.default_rng(0)
+    for network in (InceptionV3, LPIPS):
+        _, shapes = split(nnx.eval_shape(lambda network=network: network(rngs=nnx.Rngs(0))))
+        wide = lambda x: rng.standard_normal(x.shape, np.float32) * (2 / np.prod(x.shape[:-1])) ** 0.5
+        params = jax.tree.map(lambda x, wide=wide: wide(x) if x.ndim > 1 else np.ones(x.shape, np.float32), shapes)
+        published = to_published(params)
+        positive = {name: abs(array) if name.startswith("lin") else array for name, array in published.items()}
+        save_file(positive, root / f"{network.__name__}.safetensors")
+    return root
+
+
+def test_known_pictures(tmp_path):
+    shape, bloody = values.load(("shape", "bloody"))
+    (pictures,) = read(write(tmp_path / "ours", draw(SHAPES)))
+    results = measure(
+        {"ours": pictures}, judge_all=[shapeworld.judge], principles=(shape, bloody), subjects=SUBJECTS,
+        targets={"shape": [0.25, 0.75]},
+    )  # fmt: skip
+    found = {metric: mean for (_, value, metric), mean in numbers(results).items() if value == shape.statement}
+    assert found == pytest.approx(
+        {"D1": (0.5 + 1) / 2, "D2": np.sqrt([0.125, 0.5]).mean(), "entropy": (2 - 0.75 * np.log2(3)) / 2,
+         "TV": (0 + 0.75) / 2, "recognised": 1.0, "readable": 1.0}
+    )  # fmt: skip
+    found = {metric: mean for (_, value, metric), mean in numbers(results).items() if value == bloody.statement}
+    assert found["R"] == pytest.approx((0 + 2 / 5) / 2) and found["Prob"] == pytest.approx((0 + 1) / 2)
+    assert {(r["prompts"], r["images"], r["split"]) for r in results} == {(2, 13, "all")}
+
+
+def test_results_depend_neither_on_names_nor_on_the_batch_size(tmp_path, weights):
+    """Not on the order of files either: that is the order of their names, and here another."""
+    images = draw(SHAPES)
+    names = [f"{i}.png" for i in np.random.default_rng(1).permutation(len(images))]
+    networks = dict(
+        inception=quality.inception(weights / "InceptionV3.safetensors"),
+        lpips=quality.lpips(weights / "LPIPS.safetensors"),
+        reference=read(write(tmp_path / "real", draw(SHAPES, seed=1)))[0][:4],
+    )
+    (pictures,), (renamed,) = read(write(tmp_path / "a", images)), read(write(tmp_path / "b", images, names))
+    one = numbers(measure({"ours": pictures[5:11]}, **networks, batch_size=6))
+    other = numbers(measure({"ours": renamed[5:11]}, **networks, batch_size=4))
+    assert {metric for _, _, metric in one} == {"diversity", "IS", "FID", "KID"}
+    assert other == pytest.approx(one, rel=1e-4)
+    assert one["ours", "", "FID"] > 0 and one["ours", "", "diversity"] > 0
+
+
+def test_pairs_are_two_methods_that_are_compared(tmp_path, weights):
+    """As generate.write_pairs writes them; the same as in two folders of the same names."""
+    base, livo = draw(SHAPES), draw(["square", "round"] * 4 + ["round"] * 5)
+    (tmp_path / "pairs").mkdir()
+    for i, (prompt, *pair) in enumerate(zip(PROMPTS, base, livo)):
+        info = PngInfo()
+        for name, text in {"prompt": prompt, "values": "[]"}.items():
+            info.add_itxt(name, text)
+        sheet([pair]).save(tmp_path / "pairs" / f"{i}.png", pnginfo=info)
+    sides = read(tmp_path / "pairs")
+    apart = [read(write(tmp_path / name, images))[0] for name, images in (("base", base), ("ours", livo))]
+    settings = dict(
+        judge_all=[shapeworld.judge], principles=values.load(("shape",)), subjects=SUBJECTS,
+        lpips=quality.lpips(weights / "LPIPS.safetensors"),
+    )  # fmt: skip
+    results = measure(dict(zip(("base", "livo"), sides)), **settings)
+    assert numbers(results) == pytest.approx(numbers(measure(dict(zip(("base", "livo"), apart)), **settings)))
+    d1 = {r["method"]: r for r in results if r["metric"] == "D1"}
+    assert d1["base"]["mean"] == pytest.approx(0.75) and d1["livo"]["mean"] == pytest.approx(0.5)
+    assert d1["livo"]["p_value"] == 1.0, "two prompts tell nothing"
+    assert numbers(results)["livo", "", "LPIPS"] > 0 and ("base", "", "LPIPS") not in numbers(results)
+
+
+def test_agreement_of_two_judges(tmp_path):
+    shape, bloody = values.load(("shape", "bloody"))
+    (pictures,) = read(write(tmp_path / "ours", draw(SHAPES)))
+    blind = lambda images: {"shape": np.full(len(images), "round"), "red": np.full(len(images), np.nan)}
+    for other, kappa in ((shapeworld.judge, 1.0), (blind, 0.0)):
+        results = measure({"": pictures}, judge_all=[shapeworld.judge, other], principles=(shape, bloody))
+        found = {r["value"]: r for r in results if r["metric"] == "kappa"}
+        assert found[shape.statement]["mean"] == found[bloody.statement]["mean"] == pytest.approx(kappa)
+
+
+def test_targets_that_fit_no_value():
+    principles = values.load(("shape", "bloody"))
+    assert shares('{"shape": {"square": 0.3, "round": 0.7}}', principles) == {"shape": [0.7, 0.3]}
+    for wrong in (
+        '{"bloody": {"red": 1}}', '{"shape": {"round": 1}}', '{"shape": {"round": 0.7, "square": 0.7}}',
+        '{"shape": {"round": 0.7, "square": 0.3, "wide": 0.1}}', '{"shape": 0.5}', "0.5", "round=0.7",
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r"--target=.*give JSON like .* of the biases shape: round, square"):
+            shares(wrong, principles)
+
+
+def test_a_base_that_does_not_fit():
+    picture = lambda name: Picture("", "", pathlib.Path(name), 0)
+    ours, theirs = [[picture("1.png"), picture("2.png")]], [[picture("2.png"), picture("3.png")]]
+    assert as_methods("ours", ours, ours) == {"base": ours[0], "ours": ours[0]}
+    with pytest.raises(ValueError, match="2 names are not in both folders, as 1.png, 3.png"):
+        as_methods("ours", ours, theirs)
+    with pytest.raises(ValueError, match="beside them"):
+        as_methods("ours", ours * 2, ours)
+
+
+def command(*arguments):
+    call = [sys.executable, "-m", "data_tools.measure_images", f"--config={ROOT / 'configs/tiny.py'}", *arguments]
+    return subprocess.run(call, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_the_command(tmp_path):
+    folder, out = write(tmp_path / "ours", draw(SHAPES)), tmp_path / "results.json"
+    done = command(f"--images={folder}", "--judge=shapeworld", "--judge=shapeworld", f"--out={out}")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(out.read_text())
+    assert {"method", "value", "split", "metric", "mean", "ci95", "prompts", "images"} <= rows[0].keys()
+    assert any(line.split()[2:5] == ["D1", "ours", "0.750"] for line in done.stdout.splitlines()), done.stdout
+    assert any(line.split()[2:5] == ["kappa", "ours", "1.000"] for line in done.stdout.splitlines()), done.stdout
+
+
+def test_all_that_is_wrong_is_told_at_once(tmp_path):
+    folder = pathlib.Path(write(tmp_path / "ours", draw(SHAPES)))
+    (folder / "03.png").write_bytes((folder / "03.png").read_bytes()[:100])
+    Image.fromarray(np.zeros((40, 32, 3), np.uint8)).save(folder / "99.png")
+    with open(folder / "metadata.jsonl", "a") as file:
+        file.write('\n{"file_name": "00.png", "text": "a photo of a baker"}\n{"file_name": "98.png", "prompt": "a"}\n')
+    done = command(
+        f"--images={folder}", "--judge=pixels", "--inception=none.safetensors", "--clip=none", "--target=0.5",
+        f"--reference={tmp_path / 'none'}",
+    )  # fmt: skip
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    for problem in (
+        "judge='pixels'", "none.safetensors: no such file", "no model at 'none'", "--target=0.5",
+        "03.png does not decode", "of several sizes", 'has no "file_name" and "prompt"', "there is no image '98.png'",
+        "no line is about '99.png'", f"{tmp_path / 'none'}: there is no image in it",
+    ):  # fmt: skip
+        assert problem in done.stderr, (problem, done.stderr)
