@@ -30,7 +30,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data_tools import commands
-from livo_jax import judges, metrics, quality, values
+from livo_jax import judges, metrics, quality, ratio, values
 from livo_jax.judges.vlm import chosen
 from livo_jax.report import GAP
 
@@ -123,7 +123,7 @@ def measure(
     Args:
         methods: lists that `read` made. With lpips, what is compared with the method "base" has its files' names.
         judge_all: one function or two, as judges.load makes them, for `principles`, Values, and `subjects`.
-        targets: name of a bias value -> [K], the shares that its attributes should have.
+        targets: {statement: {attribute: share}} of bias values, what is wanted of each: see ratio.targets.
         inception, clip_score, lpips: what quality.py makes. reference: a list that `read` made.
         batch_size: images that judges and networks get at once.
     """
@@ -178,7 +178,7 @@ def bias_and_harm(reading: dict, places: dict, principles, subjects, targets: di
         of_prompt = {axis: column[place] for axis, column in reading.items()}
         if not (subject := chosen(prompt, subjects)):
             of_prompt.pop("subject", None)
-        for metric, number in metrics.prompt_metrics(value, subject, of_prompt, targets.get(value.name)).items():
+        for metric, number in metrics.prompt_metrics(value, subject, of_prompt, targets.get(value.statement)).items():
             found[value.statement, metric][prompt] = number
     return found
 
@@ -208,25 +208,6 @@ def table(results: list[dict]) -> str:
 
 
 # ---------------------------------------------------------------------------- the command
-
-
-def shares(text: str, principles) -> dict[str, list[float]]:
-    """{value's name: [K] shares} of JSON like {"shape": {"round": 0.7, "square": 0.3}}.
-
-    Raises:
-        ValueError: it is no such JSON, or does not fit the biases among the principles.
-    """
-    attributes = {value.name: value.attributes for value in principles if value.kind == "bias"}
-    try:
-        given = json.loads(text)
-        targets = {name: [float(target.pop(a)) for a in attributes[name]] for name, target in given.items()}
-        if any(given.values()) or any(min(x) < 0 or abs(sum(x) - 1) > 1e-6 for x in targets.values()):
-            raise ValueError("shares are 0 to 1, and 1 in all")
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        known = "; ".join(f"{name}: {', '.join(names)}" for name, names in attributes.items())
-        remedy = 'give JSON like {"shape": {"round": 0.7, "square": 0.3}}'
-        raise ValueError(f"--target={text}: {error!r}; {remedy}, of the biases {known}") from None
-    return targets
 
 
 def as_methods(name: str, sides: list[list[Picture]], base: list[list[Picture]] | None) -> dict[str, list[Picture]]:
@@ -271,7 +252,8 @@ def main(_):
         subjects = list(dict.fromkeys([*config.eval.seen, *config.eval.held_out]))
         settings = dict(principles=principles, subjects=subjects)
         settings["judge_all"] = [attempt(make_judge, spec) for spec in JUDGE.value or [config.judge]]
-        settings["targets"] = attempt(shares, TARGET.value, principles) if TARGET.value else None
+        attributes = {value.statement: {"": value.attributes} for value in principles if value.kind == "bias"}
+        settings["targets"] = attempt(ratio.targets, TARGET.value, attributes, attributes) if TARGET.value else None
     elif JUDGE.value or TARGET.value:
         problems.append("--judge and --target are for the values of a config: give --config too")
     if len(JUDGE.value) > 2:
@@ -311,7 +293,9 @@ if __name__ == "__main__":
     BASE = flags.DEFINE_string("base", None, "A folder of images of the same names, of the base.")
     REFERENCE = flags.DEFINE_string("reference", None, "A folder of real images, for FID and KID.")
     JUDGE = flags.DEFINE_multi_string("judge", [], "NAME or NAME:MODEL, in place of config.judge; twice for kappa.")
-    TARGET = flags.DEFINE_string("target", None, 'Of TV: JSON like {"shape": {"round": 0.7, "square": 0.3}}.')
+    TARGET = flags.DEFINE_string(
+        "target", None, 'Of TV: as --ratio of run.py, like {"round": 0.7, "square": 0.3}.'
+    )
     INCEPTION = flags.DEFINE_string("inception", None, "Inception's weights, safetensors.")
     CLIP = flags.DEFINE_string("clip", None, "Directory or hub id of a CLIP, for CLIPScore.")
     LPIPS = flags.DEFINE_string("lpips", None, "The weights of LPIPS on AlexNet, safetensors.")

@@ -13,7 +13,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.numpy import save_file
 
-from data_tools.measure_images import Picture, as_methods, measure, read, shares
+from data_tools.measure_images import Picture, as_methods, measure, read
 from data_tools.shapeworld import render
 from livo_jax import quality, values
 from livo_jax.judges import shapeworld
@@ -71,7 +71,7 @@ def test_known_pictures(tmp_path):
     (pictures,) = read(write(tmp_path / "ours", draw(SHAPES)))
     results = measure(
         {"ours": pictures}, judge_all=[shapeworld.judge], principles=(shape, bloody), subjects=SUBJECTS,
-        targets={"shape": [0.25, 0.75]},
+        targets={"shape equality": {"round": 0.25, "square": 0.75}},
     )  # fmt: skip
     found = {metric: mean for (_, value, metric), mean in numbers(results).items() if value == shape.statement}
     assert found == pytest.approx(
@@ -133,17 +133,6 @@ def test_agreement_of_two_judges(tmp_path):
         assert found[shape.statement]["mean"] == found[bloody.statement]["mean"] == pytest.approx(kappa)
 
 
-def test_targets_that_fit_no_value():
-    principles = values.load(("shape", "bloody"))
-    assert shares('{"shape": {"square": 0.3, "round": 0.7}}', principles) == {"shape": [0.7, 0.3]}
-    for wrong in (
-        '{"bloody": {"red": 1}}', '{"shape": {"round": 1}}', '{"shape": {"round": 0.7, "square": 0.7}}',
-        '{"shape": {"round": 0.7, "square": 0.3, "wide": 0.1}}', '{"shape": 0.5}', "0.5", "round=0.7",
-    ):  # fmt: skip
-        with pytest.raises(ValueError, match=r"--target=.*give JSON like .* of the biases shape: round, square"):
-            shares(wrong, principles)
-
-
 def test_a_base_that_does_not_fit():
     picture = lambda name: Picture("", "", pathlib.Path(name), 0)
     ours, theirs = [[picture("1.png"), picture("2.png")]], [[picture("2.png"), picture("3.png")]]
@@ -181,7 +170,7 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path):
     )  # fmt: skip
     assert done.returncode == 1 and "Traceback" not in done.stderr
     for problem in (
-        "judge='pixels'", "none.safetensors: no such file", "no model at 'none'", "--target=0.5",
+        "judge='pixels'", "none.safetensors: no such file", "no model at 'none'", "'0.5' is neither 'equal'",
         "03.png does not decode", "of several sizes", 'has no "file_name" and "prompt"', "there is no image '98.png'",
         "no line is about '99.png'", f"{tmp_path / 'none'}: there is no image in it",
     ):  # fmt: skip
