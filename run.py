@@ -30,9 +30,7 @@ RATIO = flags.DEFINE_string(
 )  # fmt: skip
 NUM_IMAGES = flags.DEFINE_integer("num_images", 8, "generate: images of each prompt.", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "generate: of the noise.")
-DISTRIBUTED = flags.DEFINE_string(
-    "distributed", None, "One of several processes: 'auto' on a cluster, or HOST:PORT,PROCESSES,NUMBER."
-)
+DISTRIBUTED = commands.define_distributed()
 DEVICES = flags.DEFINE_integer("devices", None, "plan: how many. Default: those that are here.", lower_bound=1)
 OUT = flags.DEFINE_string("out", None, "generate, export: the directory to write.")
 

@@ -362,8 +362,6 @@ def main(_):
 if __name__ == "__main__":
     CONFIG = config_flags.DEFINE_config_file("config", None, "The config, with its section preferences.")
     OUT = flags.DEFINE_string("out", None, "The directory to write.")
-    DISTRIBUTED = flags.DEFINE_string(
-        "distributed", None, "One of several processes: 'auto' on a cluster, or HOST:PORT,PROCESSES,NUMBER."
-    )
+    DISTRIBUTED = commands.define_distributed()
     flags.mark_flags_as_required(["config", "out"])
     app.run(main, flags_parser=commands.parse)

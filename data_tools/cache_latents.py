@@ -51,7 +51,7 @@ def write(preferences: data.Preferences, sd: StableDiffusion, config):
     directory = preferences.directory / "cache"
     work = directory.with_name(".cache.partial")
     count, source = len(preferences.source), preferences.source
-    dtype = np.float32 if sd.vae.encoder.conv_in.kernel.dtype == jnp.float32 else np.float16
+    dtype = data.cache_dtype(config)
     at_once = config.sampling.batch_size * jax.local_device_count()
     encode = on_the_mesh(sd.vae, lambda vae, x: jnp.concatenate(vae.encode(x), axis=-1), at_once)
     read = on_the_mesh(sd.text_encoder, lambda text_encoder, ids: text_encoder(ids).last_hidden_state, at_once)
@@ -114,6 +114,6 @@ def main(_):
 if __name__ == "__main__":
     CONFIG = config_flags.DEFINE_config_file("config", None, "The config whose model encodes.")
     DATA = flags.DEFINE_string("data", None, "The dataset, to which the cache is added.")
-    DISTRIBUTED = flags.DEFINE_string("distributed", None, "As of data_tools.build_preferences.")
+    DISTRIBUTED = commands.define_distributed()
     flags.mark_flags_as_required(["config", "data"])
     app.run(main, flags_parser=commands.parse)

@@ -6,6 +6,13 @@ import sys
 from absl import app, flags
 
 
+def define_distributed() -> flags.FlagHolder:
+    """Defines --distributed, which is for livo_jax.sharding.join."""
+    return flags.DEFINE_string(
+        "distributed", None, "One of several processes: 'auto' on a cluster, or HOST:PORT,PROCESSES,NUMBER."
+    )
+
+
 def parse(argv):
     """absl's parser, which here answers misspelt overrides of --config with what can be overridden."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch, which nothing needs, is not there

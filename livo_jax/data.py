@@ -105,6 +105,11 @@ class Preferences:
             )
 
 
+def cache_dtype(config) -> np.dtype:
+    """Of a cache's moments and states: float32 where the models are, float16 else."""
+    return np.dtype("float32" if config.dtype == "float32" else "float16")
+
+
 def cache_made_of(preferences: Preferences, sd, config) -> dict:
     """All that a cache depends on, as JSON values: the pairs, how they are decoded, and the weights that read them."""
     digest = hashlib.sha256()
@@ -126,7 +131,7 @@ class Cache:
 
     Attributes:
         aligned, violating: [N, F, h, w, 2C], mean and log-variance of the VAE's posterior of each image, and,
-            where F is 2, of its mirror image; float32 where the model is, float16 else.
+            where F is 2, of its mirror image; of cache_dtype.
         states: [U, L, D], what the text encoder makes of each of the U prompts that batches can have.
         place: a prompt -> where it is among them.
     """
