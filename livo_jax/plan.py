@@ -16,6 +16,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, AxisType
 
 from livo_jax import sharding, train
+from livo_jax.data import cache_dtype
 from livo_jax.models.weights import split
 from livo_jax.pretrained import DESCRIPTION, PARTS, StableDiffusion, find, skeleton
 from livo_jax.step import init_state, make_loss, make_optimizer, make_train_step
@@ -62,7 +63,7 @@ def abstract_batch(sd, config, rows: int) -> dict:
     if config.data.beside and len(config.principles) > 1:
         batch |= {"beside_prompt_ids": array(L, dtype=jnp.int32), "beside": array(dtype=jnp.bool_)}
     if config.data.cache:
-        dtype = jnp.float32 if config.dtype == "float32" else jnp.float16
+        dtype = cache_dtype(config)
         moments = {f"{side}_moments": array(h, w, 2 * C, dtype=dtype) for side in ("aligned", "violating")}
         return batch | moments | {"prompt_states": array(L, D, dtype=dtype)}
     images = {side: array(sd.image_size, sd.image_size, 3) for side in ("aligned", "violating")}
@@ -86,50 +87,65 @@ def kept_for_backward(loss, params, frozen, batch) -> int:
     return size([v.aval for v in {id(v): v for v in jaxpr.outvars}.values() if id(v) not in given])
 
 
-def _by_rows(path) -> bool:
-    """Whether "tensor" divides a weight by rows, so that its layer's output is a sum over that axis."""
-    return sharding.rule(path)[1] == ("tensor", "fsdp")
+def partial_sums(part, positions, forward: int, backward: int, parts: int) -> float:
+    """Bytes that a device sends because layers are divided over "tensor" (Shoeybi et al. 2019).
+
+    Args:
+        part: weights; positions(name): at how many a device applies one. forward, backward: how often.
+        parts: the size of the axis.
+    """
+    ring, sent = 2 * (parts - 1) / parts, 0.0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(part):
+        name, (_, axes) = jax.tree_util.keystr(path, simple=True, separator="."), sharding.rule(path)
+        if axes == ("tensor", "fsdp"):  # each device has a part of every output's sum
+            sent += forward * ring * positions(name) * leaf.shape[-1] * leaf.dtype.itemsize
+        elif axes == ("fsdp", "tensor"):  # and of every input's gradient
+            sent += backward * ring * positions(name) * leaf.shape[-2] * leaf.dtype.itemsize
+            if "net.0" in name:  # half of the outputs are the other half's gates, and lie elsewhere
+                sent += (forward + backward) * positions(name) * leaf.shape[-1] / parts * leaf.dtype.itemsize
+    return sent
 
 
 def traffic(sd, params, frozen, mesh, config) -> dict[str, float]:
-    """Bytes that a device sends in a step, at least, by cause; collectives as rings.
+    """Bytes that a device sends in a step, by cause, with collectives as rings; docs/scaling.md says what is left out.
 
     Args:
         params: the value encoder's shapes. frozen: those of the frozen models.
     """
     data, fsdp, tensor = (mesh.shape[axis] for axis in sharding.AXES)
-    reduce_data, gather_fsdp = 2 * (data - 1) / data, (fsdp - 1) / fsdp
     trained = {k: v for k, v in params.items() if config.train.train_embeddings or k != "embeddings"}
-    lies = sharding.by_rules(params, mesh)
+    lies, found = sharding.by_rules(params, mesh), Counter()
     on_device = size(trained, {k: lies[k] for k in trained})
-    found = Counter()
-    # Gradients: their sum over data, of the part that fsdp left here. Weights: gathered forward and backward.
-    found["gradient"] = on_device * reduce_data + on_device * fsdp * gather_fsdp
-    found["value encoder's weights"] = 2 * size(params, lies) * fsdp * gather_fsdp
+
+    def gathered(part):  # but for tables, which are read where they lie, and what only draws
+        rest, whole = sharding.by_rules(part, mesh), sharding.by_rules(part, mesh, gathered=True)
+        used = part.keys() - {"embeddings", "decoder", "post_quant_conv"}
+        return sum(size(part[name], whole[name]) - size(part[name], rest[name]) for name in used)
+
+    # For each micro-batch. The gradient: summed over fsdp, of which a part stays here, and that over data.
+    found["gradient"] = config.train.accumulate * on_device * (2 * (data - 1) / data + fsdp - 1)
+    if fsdp > 1:  # forward and backward
+        found["value encoder's weights"] = 2 * config.train.accumulate * gathered(params)
     if config.shard_frozen:  # the UNet with the policy's and the reference's conditioning and backward
-        passes = {"unet": 3, "text_encoder": 1, "vae": 1}
-        for name, part in frozen.items():
-            found["frozen weights"] += (
-                passes[name] * size(part, sharding.by_rules(part, mesh)) * fsdp * gather_fsdp * config.train.accumulate
-            )
-    if tensor > 1:  # the sums of what is divided by rows: forward, and as much for the gradient
-        rows = config.train.batch_size // sharding.batch_parts(mesh)
-        reduce_tensor = 2 * (tensor - 1) / tensor
-        tokens = sd.text_encoder.config.max_position_embeddings
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-            if _by_rows(path):
-                found["activations"] += 2 * reduce_tensor * rows * tokens * leaf.shape[-1] * leaf.dtype.itemsize
-        if config.shard_frozen:
-            levels = len(sd.unet.config.block_out_channels)
-            for path, leaf in jax.tree_util.tree_leaves_with_path(frozen["unet"]):
-                if _by_rows(path):
-                    block, i, *_ = (key.key for key in path)
-                    level = levels - 1 if block == "mid_block" else i if block == "down_blocks" else levels - 1 - i
-                    side = sd.latent_shape[0] // 2**level
-                    # w and l; policy forward and backward, reference forward
-                    found["activations"] += (
-                        3 * reduce_tensor * 2 * rows * side**2 * leaf.shape[-1] * leaf.dtype.itemsize
-                    )
+        uses = {"unet": 3, "text_encoder": 1, "vae": 1}
+        found["frozen weights"] = config.train.accumulate * sum(uses[k] * gathered(v) for k, v in frozen.items())
+    if tensor > 1:
+        rows, L = config.train.batch_size // sharding.batch_parts(mesh), sd.text_encoder.config.max_position_embeddings
+        sum_up = functools.partial(partial_sums, parts=tensor)
+        found["activations"] = sum_up(params, lambda name: rows * L, 1, 1)
+        if config.shard_frozen:  # of the UNet w and l, with the policy's and the reference's conditioning
+            levels, side = len(sd.unet.config.block_out_channels), sd.latent_shape[0]
+
+            def positions(name):
+                block, i, *_ = name.split(".")
+                level = (
+                    levels - 1 if block == "mid_block" else int(i) if block == "down_blocks" else levels - 1 - int(i)
+                )
+                return 2 * rows * (L + 1 if "attn2.to_k" in name or "attn2.to_v" in name else (side // 2**level) ** 2)
+
+            found["activations"] += sum_up(frozen["unet"], positions, 2, 1)
+            if "text_encoder" in frozen:
+                found["activations"] += sum_up(frozen["text_encoder"], lambda name: rows * L, 1, 0)
     return {cause: sent for cause, sent in found.items() if sent}
 
 

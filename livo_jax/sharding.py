@@ -5,6 +5,7 @@ layer can compute with its part alone (Shoeybi et al. 2019) over "tensor" too: t
 """
 
 import re
+import sys
 
 import jax
 import numpy as np
@@ -39,13 +40,18 @@ def join(process: str = "auto"):
         ValueError: neither of these.
     """
     cluster = {}
-    if process != "auto":
-        try:
+    try:
+        if process != "auto":
             address, count, number = process.split(",")
             cluster = dict(coordinator_address=address, num_processes=int(count), process_id=int(number))
-        except ValueError as error:
-            raise ValueError(f"distributed={process!r}: write 'auto' or HOST:PORT,PROCESSES,NUMBER") from error
-    jax.distributed.initialize(**cluster, heartbeat_timeout_seconds=30)
+            # JAX waits without a word, and then aborts.
+            print(f"process {number} of {count}: waits up to 5 minutes for the others at {address}", file=sys.stderr)
+        jax.distributed.initialize(**cluster, heartbeat_timeout_seconds=30)
+    except ValueError as error:
+        raise ValueError(
+            f"distributed={process!r}: write 'auto' on a cluster that JAX knows (TPU pods, SLURM, ...), or"
+            f" HOST:PORT,PROCESSES,NUMBER with a number from 0 to PROCESSES - 1: {error}"
+        ) from error
 
 
 def mesh_shape(devices: int, data: int = -1, fsdp: int = 1, tensor: int = 1) -> tuple[int, int, int]:
@@ -126,11 +132,12 @@ def _weight(path, shape, mesh, rules, gathered: bool) -> tuple[str | None, Named
     return pattern, NamedSharding(mesh, PartitionSpec(*spec))
 
 
-def by_rules(tree, mesh: Mesh, rules=RULES):
+def by_rules(tree, mesh: Mesh, rules=RULES, gathered: bool = False):
     """The sharding of each leaf of a tree of weights (arrays, or what has their shape) by partition rules.
 
     Args:
         rules: (pattern, axes of the last dimensions), the first pattern found in a leaf's name counts; see RULES.
+        gathered: while a layer computes with them, not at rest.
 
     Raises:
         ValueError: leaves that no pattern fits, or patterns that fit no leaf; all are listed.
@@ -138,7 +145,7 @@ def by_rules(tree, mesh: Mesh, rules=RULES):
     used, homeless = set(), []
 
     def place(path, leaf):
-        pattern, sharding = _weight(path, leaf.shape, mesh, rules, gathered=False)
+        pattern, sharding = _weight(path, leaf.shape, mesh, rules, gathered)
         used.add(pattern)
         if pattern is None:
             homeless.append(jax.tree_util.keystr(path, simple=True, separator="."))
@@ -152,10 +159,14 @@ def by_rules(tree, mesh: Mesh, rules=RULES):
     return shardings
 
 
-def gather(params, mesh: Mesh, rules=RULES):
-    """The weights of a layer as it computes with them: whole along "fsdp". For use under jit."""
+def gather(x, params, mesh: Mesh, rules=RULES):
+    """A layer's input and weights as it computes with them: divided by rows alone, and whole along "fsdp". Under jit.
+
+    Without it the compiler may move rows to the weights' parts: traffic that grows with the batch.
+    """
+    rows = NamedSharding(mesh, PartitionSpec(PartitionSpec.UNCONSTRAINED, *[None] * (x.ndim - 1)))
     place = lambda path, leaf: _weight(path, leaf.shape, mesh, rules, gathered=True)[1]
-    return jax.lax.with_sharding_constraint(params, jax.tree_util.tree_map_with_path(place, params))
+    return jax.lax.with_sharding_constraint((x, params), (rows, jax.tree_util.tree_map_with_path(place, params)))
 
 
 def check_batch_size(mesh: Mesh, batch_size: int, name: str):

@@ -99,8 +99,11 @@ def load_models(config, mesh):
         )
     check_value_encoder(sd, value_encoder)
     sd.unet.remat = config.train.remat
+    gather = functools.partial(sharding.gather, mesh=mesh)
     if config.shard_frozen:
-        sd.unet.gather = functools.partial(sharding.gather, mesh=mesh)
+        sd.unet.gather = sd.text_encoder.encoder.gather = gather
+    if mesh.shape["fsdp"] > 1:
+        value_encoder.encoder.gather = gather
     return sd, value_encoder
 
 
@@ -111,7 +114,7 @@ def train_and_evaluate(config, workdir, build_preferences=None, cache_latents=No
     (sharding.join) train together, on a workdir that all of them see.
 
     Args:
-        workdir: a directory, or gs://... and what else etils.epath and Orbax know.
+        workdir: a directory, or gs://BUCKET/...
         build_preferences: build_preferences(config, directory, sd) makes the pairs in
             workdir/preferences where config.data.directory names none and there are none yet.
         cache_latents: cache_latents(preferences, sd, config) makes the cache that config.data.cache wants.

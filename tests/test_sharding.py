@@ -18,18 +18,36 @@ from livo_jax.models.weights import split
 from livo_jax.step import jit_step, make_train_step
 
 BYTES = {"f32": 4, "s32": 4, "u32": 4, "pred": 1}
-COLLECTIVE = re.compile(r"= (.*?) (all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all)(?:-start)?\(")
+COLLECTIVE = re.compile(
+    r"= (.*?) (all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all)(?:-start)?\((.*)"
+)
+SENT = {  # bytes that each of n devices sends for a result of so many, by rings
+    "all-reduce": lambda n, size: 2 * (n - 1) / n * size,
+    "all-gather": lambda n, size: (n - 1) / n * size,
+    "reduce-scatter": lambda n, size: (n - 1) * size,
+    "all-to-all": lambda n, size: (n - 1) / n * size,
+    "collective-permute": lambda n, size: size,
+}
 
 
-def collectives(compiled) -> list[tuple[str, list[int]]]:
-    """The kind of each collective of a compiled program, and the bytes of each array in it."""
+def collectives(compiled) -> list[tuple[str, list[int], int]]:
+    """The kind of each collective of a compiled program, the bytes of each array in it, and among how many it is."""
     found = []
-    for result, kind in COLLECTIVE.findall(compiled.as_text()):
+    for result, kind, rest in COLLECTIVE.findall(compiled.as_text()):
         arrays = re.findall(r"(\w+)\[([\d,]*)\]", result)
-        found.append(
-            (kind, [BYTES[dtype] * math.prod(map(int, filter(None, dims.split(",")))) for dtype, dims in arrays])
-        )
+        sizes = [BYTES[dtype] * math.prod(map(int, filter(None, dims.split(",")))) for dtype, dims in arrays]
+        found.append((kind, sizes, 2 if kind == "collective-permute" else group_size(rest)))
     return found
+
+
+def group_size(text: str) -> int:
+    """Of replica_groups, in whichever of XLA's three notations."""
+    if found := re.search(r"replica_groups=mesh\[(.*?)\].*?\{(.*?)\}", text):  # ['a'=4,'b'=2] {'b'}, or {'a':(1)2}
+        axes = dict(re.findall(r"('\w+')=(\d+)", found[1]))
+        return math.prod(int(part or axes[axis]) for axis, part in re.findall(r"('\w+')(?::\(\d+\)(\d+))?", found[2]))
+    if found := re.search(r"replica_groups=\[\d+,(\d+)\]", text):  # [4,2]<=[8]
+        return int(found[1])
+    return len(re.search(r"replica_groups=\{\{([\d,]+)\}", text)[1].split(","))  # {{0,1},{2,3}}
 
 
 @pytest.mark.parametrize(
@@ -56,6 +74,12 @@ def test_meshes_that_do_not_fit(sizes, message):
         sharding.make_mesh(*sizes)
 
 
+@pytest.mark.parametrize("process", ["auto-", "localhost:1,2", "localhost:1,two,0"])
+def test_what_names_no_process(process):
+    with pytest.raises(ValueError, match=f"distributed='{process}': write 'auto' .* or HOST:PORT,PROCESSES,NUMBER"):
+        sharding.join(process)
+
+
 @pytest.mark.parametrize("kind", [CLIPTextModel, UNet2DConditionModel, AutoencoderKL])
 def test_rules_divide_published_models(kind):
     """At full size: but for those with 3 or 4 channels, every matrix is divided; few numbers are not."""
@@ -79,10 +103,9 @@ def test_rules_that_fit_nothing_and_weights_that_none_fits():
 
 
 def compiled_step(mesh, **settings):
-    """The embedded world's step for a mesh: compiled, state, frozen and the batch's shapes."""
+    """The embedded world's step for a mesh and settings of the config: compiled, its state and frozen, and the plan."""
     config = tiny.get_config()
-    config.mesh = dict(mesh.shape)
-    config.train.remat, config.shard_frozen = "full", settings.get("shard_frozen", False)
+    config.update(mesh=dict(mesh.shape), **settings)
     sd, value_encoder = train.load_models(config, mesh)
     graphs, params = {}, {}
     for name, module in dict(
@@ -96,24 +119,36 @@ def compiled_step(mesh, **settings):
     step = make_train_step(graphs, sd.schedule, tx, config, sd.vae.config.scaling_factor)
     batch = plan.abstract_batch(sd, config, 8)
     # In the order that needs the least memory, as accelerators run it; the CPU's own favours concurrency.
-    options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
-    return jit_step(step, state, params, mesh).lower(state, params, batch).compile(options), state, params
+    options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED", "xla_backend_optimization_level": 0}
+    compiled = jit_step(step, state, params, mesh).lower(state, params, batch).compile(options)
+    return compiled, state, params, plan.traffic(sd, state["params"], params, mesh, config)
 
 
 def test_data_parallel_steps_send_gradients_alone():
     """One sum over the devices: each trained array, and the five scalars of the metrics."""
-    compiled, state, _ = compiled_step(sharding.make_mesh(8))
-    ((kind, sizes),) = collectives(compiled)
+    compiled, state, _, planned = compiled_step(sharding.make_mesh(8))
+    ((kind, sizes, among),) = collectives(compiled)
     trained = [
         x.nbytes for name, part in state["params"].items() if name != "embeddings" for x in jax.tree.leaves(part)
     ]
-    assert kind == "all-reduce" and sorted(sizes) == sorted(trained + [4] * 5)
+    assert (kind, among) == ("all-reduce", 8) and sorted(sizes) == sorted(trained + [4] * 5)
+    assert planned == {"gradient": SENT[kind](8, sum(trained))}
+
+
+@pytest.mark.parametrize("shape, shard_frozen", [((4, 2, 1), False), ((1, 8, 1), True), ((2, 2, 2), True)])
+def test_sharded_steps_send_what_the_plan_says(root, shape, shard_frozen):
+    """But for rounding: scalars, norms. The CPU's compiler sums gradients whole where others leave each its part."""
+    settings = dict(model=str(root / "model"), random_weights=True, shard_frozen=shard_frozen)
+    compiled, _, _, planned = compiled_step(sharding.make_mesh(*shape), **settings)
+    sent = sum(SENT[kind](among, sum(sizes)) for kind, sizes, among in collectives(compiled))
+    least = sum(planned.values())
+    assert 0.95 * least <= sent <= 1.05 * (least + planned["gradient"])
 
 
 def test_fsdp_gathers_no_whole_model():
     """What sharded weights cost beside replicated ones while the step runs is less than the UNet; at rest an eighth."""
-    unsharded, _, frozen = compiled_step(sharding.make_mesh(1))
-    sharded, _, _ = compiled_step(sharding.make_mesh(1, 8, 1), shard_frozen=True)
+    unsharded, _, frozen, _ = compiled_step(sharding.make_mesh(1), train=dict(remat="full"))
+    sharded, *_ = compiled_step(sharding.make_mesh(1, 8, 1), train=dict(remat="full"), shard_frozen=True)
     unet = sum(x.nbytes for x in jax.tree.leaves(frozen["unet"]))
     memory, at_rest = (
         [getattr(c.memory_analysis(), name) for c in (unsharded, sharded)]
@@ -122,5 +157,5 @@ def test_fsdp_gathers_no_whole_model():
     assert memory[1] - memory[0] / 8 < unet
     assert at_rest[1] < at_rest[0] / 4
     largest = max(x.nbytes for x in jax.tree.leaves(frozen))
-    gathered = [size for kind, sizes in collectives(sharded) if kind == "all-gather" for size in sizes]
+    gathered = [size for kind, sizes, _ in collectives(sharded) if kind == "all-gather" for size in sizes]
     assert max(gathered) <= largest and sum(gathered) > unet

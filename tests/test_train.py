@@ -224,8 +224,13 @@ def run(small, *mesh: int, steps: int = 3, shard_frozen: bool = False, **train_c
     # copied, for the step may overwrite its state
     state = state_on(mesh, jax.tree.map(jnp.copy, frozen["text_encoder"]), tx, config)
     frozen = jax.device_put(frozen, sharding.replicated(mesh))
+    gather = functools.partial(sharding.gather, mesh=mesh)
+    if mesh.shape["fsdp"] > 1:
+        sd.text_encoder.encoder.gather = gather
+        graphs = graphs | {"value_encoder": split(sd.text_encoder)[0]}
+        sd.text_encoder.encoder.gather = None
     if shard_frozen:
-        sd.unet.gather = functools.partial(sharding.gather, mesh=mesh)
+        sd.unet.gather = gather
         graphs = graphs | {"unet": split(sd.unet)[0]}
         sd.unet.gather = None
         frozen = {name: jax.device_put(part, sharding.by_rules(part, mesh)) for name, part in frozen.items()}

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from livo_jax.models.layers import ACTIVATIONS, PublishedConfig, attention, layer_norm
+from livo_jax.models.layers import ACTIVATIONS, PublishedConfig, all_but_gathered, attention, gathered, layer_norm
 
 IGNORED = frozenset(  # published fields that do not change the computation
     "architectures attention_dropout bos_token_id dropout dtype initializer_factor initializer_range model_type"
@@ -154,10 +154,14 @@ class CLIPEncoderLayer(nnx.Module):
 class CLIPEncoder(nnx.Module):
     def __init__(self, config: CLIPTextConfig | CLIPVisionConfig, *, rngs):
         self.layers = nnx.List([CLIPEncoderLayer(config, rngs=rngs) for _ in range(config.num_hidden_layers)])
+        self.gather = None  # of who shards it, as of the UNet
 
     def __call__(self, x):
+        run = lambda layer, x: layer(x)
+        if self.gather:
+            run = nnx.remat(gathered(self.gather), policy=all_but_gathered)
         for layer in self.layers:
-            x = layer(x)
+            x = run(layer, x)
         return x
 
 

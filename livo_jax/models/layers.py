@@ -91,6 +91,22 @@ class Attention(nnx.Module):
         return self.to_out[0](out)
 
 
+def gathered(gather):
+    """Runs a block on gather(its input, its weights), made when the input is there: no two blocks' at once."""
+
+    def run(block, x, *args):
+        graph, params = nnx.split(block)
+        x, params = gather(*jax.lax.optimization_barrier((x, nnx.to_pure_dict(params))))
+        return nnx.merge(graph, params)(x, *args)
+
+    return run
+
+
+def all_but_gathered(primitive, *_, **__):
+    """The checkpoint policy that keeps everything but gathered weights: the backward pass gathers them again."""
+    return primitive.name not in ("sharding_constraint", "optimization_barrier")
+
+
 def conv3x3(in_channels: int, out_channels: int, strides=1, padding=1, *, rngs):
     return nnx.Conv(in_channels, out_channels, (3, 3), strides, padding=padding, rngs=rngs)
 

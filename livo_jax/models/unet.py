@@ -12,7 +12,9 @@ from livo_jax.models.layers import (
     PublishedConfig,
     ResnetBlock2D,
     Upsample2D,
+    all_but_gathered,
     conv3x3,
+    gathered,
     group_norm,
     layer_norm,
     timestep_embedding,
@@ -24,22 +26,6 @@ REMAT = {
     "dots": jax.checkpoint_policies.dots_saveable,  # the results of matrix products and convolutions
     "full": jax.checkpoint_policies.nothing_saveable,  # its input alone
 }
-
-
-def _all_but_gathered(primitive, *_, **__):
-    """The checkpoint policy that keeps everything but gathered weights: the backward pass gathers them again."""
-    return primitive.name != "sharding_constraint"
-
-
-def _gathered(gather):
-    """Runs a block on weights that are gathered when its input is there, not before: no two blocks' at once."""
-
-    def run(block, x, *args):
-        graph, params = nnx.split(block)
-        x, params = jax.lax.optimization_barrier((x, nnx.to_pure_dict(params)))
-        return nnx.merge(graph, gather(params))(x, *args)
-
-    return run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,7 +226,7 @@ class UNet2DConditionModel(nnx.Module):
     def __init__(self, config: UNetConfig, *, rngs):
         self.config = config
         self.remat = "none"  # of REMAT; a choice of who takes gradients through the UNet
-        self.gather = None  # of who shards it: makes a block's weights, a nested dict, whole while it computes
+        self.gather = None  # of who shards it: makes a block's weights whole while it computes (sharding.gather)
         channels = config.block_out_channels
         levels = len(channels)
         layers, heads = config.per_level("layers_per_block"), config.per_level("attention_head_dim")
@@ -310,9 +296,9 @@ class UNet2DConditionModel(nnx.Module):
             t, self.config.block_out_channels[0], self.config.flip_sin_to_cos, self.config.freq_shift
         )
         time = self.time_embedding(time.astype(dtype))
-        run = _gathered(self.gather) if self.gather else lambda block, x, *args: block(x, *args)
+        run = gathered(self.gather) if self.gather else lambda block, x, *args: block(x, *args)
         if self.remat != "none" or self.gather:
-            run = nnx.remat(run, policy=REMAT[self.remat] or _all_but_gathered)
+            run = nnx.remat(run, policy=REMAT[self.remat] or all_but_gathered)
         x = self.conv_in(z_t)
         skips = [x]
         for block in self.down_blocks:
