@@ -70,6 +70,8 @@ def main(argv):
         raise app.UsageError(f"--mode={MODE.value} needs --out=DIR")
     if MODE.value == "export" and pathlib.Path(OUT.value).exists():
         raise app.UsageError(f"--out={OUT.value} exists: remove it, or export to another")
+    if MODE.value == "generate" and (pathlib.Path(OUT.value).is_file() or any(pathlib.Path(OUT.value).glob("*"))):
+        raise app.UsageError(f"--out={OUT.value} is not empty: remove it, or generate into another")
     if MODE.value == "generate":
         prompts = list(PROMPT.value)
         if PROMPTS_FILE.value:

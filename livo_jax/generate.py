@@ -338,7 +338,6 @@ def write_pairs(
     from livo_jax.report import sheet
 
     directory = pathlib.Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
 
     each = [prompt for prompt in prompts for _ in range(num_images)]
     sides = [requests_of(each)]
@@ -351,6 +350,7 @@ def write_pairs(
             chunk = rows[start : start + at_once]
             requests = list(itertools.chain(*zip(*chunk)))
             images = generate(sd, requests, value_encoder, seed=seed, batch_size=batch_size, mesh=mesh, **settings)
+            directory.mkdir(parents=True, exist_ok=True)  # not before something can be drawn
             for k, (*_, request) in enumerate(chunk):
                 info = PngInfo()
                 text = {**request._asdict(), "seed": seed, **settings}

@@ -258,7 +258,7 @@ def test_noise_is_normal_and_its_keys_differ():
     assert len({n.tobytes() for n in noise}) == 50
 
 
-def test_what_cannot_be_drawn_is_said(sd, value_encoder):
+def test_what_cannot_be_drawn_is_said(sd, value_encoder, tmp_path):
     with pytest.raises(ValueError, match="no images"):
         generate.generate(sd, [])
     with pytest.raises(ValueError, match="'shape equality' is asked for without a value encoder"):
@@ -275,6 +275,11 @@ def test_what_cannot_be_drawn_is_said(sd, value_encoder):
     narrow.config = dataclasses.replace(narrow.config, hidden_size=24, vocab_size=7)
     with pytest.raises(ValueError, match="another model:(.|\n)*hidden_size: 24 in the value(.|\n)*vocab_size: 7 in"):
         sd.generate(["a baker"], values=VALUE, value_encoder=narrow)
+    with pytest.raises(ValueError, match="odd"):
+        generate.write_pairs(
+            tmp_path / "out", sd, None, ["a baker"], None, 1, seed=0, batch_size=8, options={}, sampler="odd"
+        )
+    assert not (tmp_path / "out").exists(), "nothing is left of what failed"
 
 
 def test_odd_texts_are_drawn(sd, value_encoder):

@@ -160,6 +160,7 @@ MISTAKES = {  # flags: what the answer holds
     ("--config.train.remat=some", "--config.train.ema_decay=1.0", "--config.train.accumulate=3"):
         "ema_decay=1.0(.|\n)*'some': choose from none, dots, full(.|\n)*batch_size=8 is not a multiple of",
     ("--mode=export", "--out=tests"): "--out=tests exists: remove it",
+    ("--mode=generate", "--prompt=a cook", "--out=tests"): "--out=tests is not empty: remove it, or generate into",
     ("--config.judge=",): "preferences holds no preference pairs, and without config.judge none can be built",
     ("--config.variant=fp32",): "has no model.fp32.safetensors(.|\n)*There are model.safetensors",
     ("--mode=generate", "--prompt=a cook", "--out=DIR", "--value=age"):
