@@ -3,21 +3,44 @@
     from diffusers import DiffusionPipeline
 
     pipe = DiffusionPipeline.from_pretrained(BASE, custom_pipeline=DIRECTORY, trust_remote_code=True)
-    images = pipe("a photo of a doctor", value="gender equality", keep_probability=0.5, num_images_per_prompt=8).images
+    out = pipe("a photo of a doctor", values="auto", num_images_per_prompt=8)
+    out.images, out.applied
 
 Written by livo_jax, whose images it gives from the same noise (`latents`). Imported by diffusers alone.
 """
 
+import dataclasses
 import math
+import numbers
 import zlib
+from collections import Counter
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import diffusers
 import torch
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from transformers import CLIPTextModel
 
+from .livo_rules import Rules
+
 # How the value encoder was trained to be sampled; `livo_jax.export` fills this in.
 SETTINGS = dict(directory=".", scheduler="DPMSolverMultistepScheduler", options={}, steps=25, guidance_scale=7.5)
+
+
+class Dose(NamedTuple):
+    """A value that is applied to an image."""
+
+    value: str  # the statement that the value encoder reads
+    strength: float  # 1 is LiVO; below and past it the effect is scaled
+    reason: str  # why it was chosen, for values="auto"
+
+
+@dataclasses.dataclass
+class LiVOPipelineOutput(StableDiffusionPipelineOutput):
+    """`applied` has for each image the Doses of the values applied to it."""
+
+    applied: list[tuple[Dose, ...]]
 
 
 def applies(keep_probability: float, seed: int, value: str, prompt: str, index: int) -> bool:
@@ -26,14 +49,41 @@ def applies(keep_probability: float, seed: int, value: str, prompt: str, index: 
     return math.floor(start + keep_probability * (index + 1)) > math.floor(start + keep_probability * index)
 
 
+def faults(prompts, values, strength, keep_probability, known) -> list[str]:
+    """What is wrong with the arguments of a call; `values` has an entry for each prompt."""
+    number = lambda x: isinstance(x, numbers.Real) and math.isfinite(x)
+    problems = [f"prompt {prompt!r} is no text" for prompt in prompts if not isinstance(prompt, str)]
+    if len(values) != len(prompts) or not prompts:
+        problems.append(
+            f"{len(values)} values for {len(prompts)} prompts: give one for all, or a list with an entry for each"
+            " prompt, which is None, a value or a list of values"
+        )
+    for entry in values:
+        texts = entry if isinstance(entry, list | tuple) else [] if entry is None else [entry]
+        problems += [f"value {text!r} is no text" for text in texts if not (isinstance(text, str) and text)]
+        if entry != "auto" and "auto" in texts:
+            problems.append(f"values={entry!r}: 'auto' stands alone, outside of lists")
+    if "auto" in values and not (known and all(value.keywords for value in known)):
+        problems.append(
+            "values='auto' needs values with keywords in the value encoder's config, as livo_jax exports it"
+        )
+    strengths = strength if isinstance(strength, dict) else {"all values": strength}
+    problems += [f"strength={x!r} of {text} is no number" for text, x in strengths.items() if not number(x)]
+    if not (keep_probability is None or number(keep_probability) and 0 <= keep_probability <= 1):
+        problems.append(f"keep_probability={keep_probability!r} is not 0 to 1")
+    return problems
+
+
 class LiVOPipeline(diffusers.StableDiffusionPipeline):
-    """Stable Diffusion 1.x and 2.x whose images follow a value.
+    """Stable Diffusion 1.x and 2.x whose images follow values.
 
     `value_encoder` is the CLIPTextModel beside this file's original; give it where that was moved:
-    from_pretrained(..., value_encoder=CLIPTextModel.from_pretrained(...)).
+    from_pretrained(..., value_encoder=CLIPTextModel.from_pretrained(...)). Its config has the values that it was
+    trained with, and the rules by which "auto" finds them.
     """
 
     _optional_components = [*diffusers.StableDiffusionPipeline._optional_components, "value_encoder"]
+    model_cpu_offload_seq = "text_encoder->value_encoder->unet->vae"
 
     def __init__(
         self, vae, text_encoder, tokenizer, unet, scheduler, safety_checker, feature_extractor, image_encoder=None,
@@ -55,12 +105,52 @@ class LiVOPipeline(diffusers.StableDiffusionPipeline):
             return_tensors="pt",
         ).input_ids.to(self._execution_device)  # fmt: skip
 
+    def _choose(self, prompts, values, strength, keep_probability) -> list[list[tuple[Dose, float]]]:
+        """For each prompt its values, each with the share of the prompt's images that it is for."""
+        livo = getattr(self.value_encoder.config, "livo", {"values": [], "lists": {}})
+        known = sorted((SimpleNamespace(**value) for value in livo["values"]), key=lambda value: value.kind != "harm")
+        if problems := faults(prompts, values, strength, keep_probability, known):
+            raise ValueError("; ".join(problems))
+        statements = {value.name: value.statement for value in known}
+        named = lambda text: statements.get(text, text)
+        others = 1.0 if isinstance(strength, dict) else strength
+        strengths = {named(text): x for text, x in strength.items()} if isinstance(strength, dict) else {}
+        rules = Rules(known, livo["lists"]) if "auto" in values else None
+        override = lambda share: share if keep_probability is None else keep_probability
+        chosen = []
+        for prompt, entry in zip(prompts, values):
+            if entry == "auto":
+                found = {name: f"keywords: {reason}" for name, (_, reason) in rules(prompt).items()}
+                rows = [(v.statement, v.keep_probability, found[v.name]) for v in known if v.name in found]
+            else:
+                rows = [(named(text), 1.0, "") for text in ([entry] if isinstance(entry, str) else entry or ())]
+            doses = [(Dose(text, float(strengths.get(text, others)), reason), share) for text, share, reason in rows]
+            chosen.append([(dose, override(share)) for dose, share in doses if dose.strength])
+        return chosen
+
+    def _condition(self, rows: list[tuple[str, tuple[Dose, ...]]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the UNet reads for texts with values: [u; c], [R, V + L, D], and the mask of what each row has."""
+        dtype = self.unet.dtype  # parts may come in different ones: transformers keeps a file's, diffusers casts it
+        c = self.text_encoder(self._tokenize([text for text, _ in rows]))[0].to(dtype)
+        slots = max(len(doses) for _, doses in rows)
+        u = c.new_zeros(len(rows), slots, c.shape[-1])
+        mask = torch.ones(len(rows), slots + c.shape[1], dtype=torch.bool, device=c.device)
+        mask[:, :slots] = False
+        if slots:
+            places = [(row, slot) for row, (_, doses) in enumerate(rows) for slot in range(len(doses))]
+            at = torch.tensor(places).unbind(1)
+            texts = [f"{dose.value}, {text}" for text, doses in rows for dose in doses]
+            u[at] = self.value_encoder(self._tokenize(texts)).pooler_output.to(dtype)
+            mask[at] = True
+        return torch.cat([u, c], dim=1), mask
+
     @torch.no_grad()
     def __call__(
         self,
         prompt: str | list[str],
-        value: str | None = None,
-        keep_probability: float = 1.0,
+        values: str | list | None = None,
+        strength: float | dict[str, float] = 1.0,
+        keep_probability: float | None = None,
         negative_prompt: str = "",
         num_images_per_prompt: int = 1,
         num_inference_steps: int = SETTINGS["steps"],
@@ -71,46 +161,64 @@ class LiVOPipeline(diffusers.StableDiffusionPipeline):
         height: int | None = None,
         width: int | None = None,
         output_type: str = "pil",
-    ) -> StableDiffusionPipelineOutput:
+    ) -> LiVOPipelineOutput:
         """Images of prompts, all images of the first, then all of the second, ...
 
         Args:
-            value: what the images are to follow, e.g. "gender equality"; None for the base's images.
-            keep_probability: the share of each prompt's images that the value is applied to: 0.5 for a bias
-                between two attributes, 1 for a harm.
+            values: what the images are to follow, by name or statement ("gender equality"), one or a list, whose values
+                work together; "auto" for those that a prompt is for, by the rules of livo_jax; None for the base's
+                images. For a list of prompts: one for all, or a list with such an entry for each.
+            strength: how much of a value's effect: 0 is the base model, 1 LiVO. A number, or a dict of value -> number.
+                Each value of another strength costs its images one UNet evaluation more.
+            keep_probability: the share of each prompt's images that the values are applied to: 0.5 for a bias
+                between two attributes, 1 for a harm. None for all, and with "auto" for what suits the value.
             seed: decides which images these are.
             latents: [N, C, h, w] standard normal noise of all images; drawn from `generator` if None.
             output_type: "pil", "np" or "pt".
-        """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        texts = [text for text in prompts for _ in range(num_images_per_prompt)]
-        rows = [(text, texts[:i].count(text)) for i, text in enumerate(texts)]  # a prompt's images are numbered
-        with_value = [bool(value) and applies(keep_probability, seed, value, *row) for row in rows]
 
-        # Parts may come in different dtypes: transformers keeps that of a file, diffusers makes it float32.
-        dtype = self.unet.dtype
-        # [u; c] against [masked; c]: the negative prompt and images without a value do not see the first token.
-        c = self.text_encoder(self._tokenize(texts + [negative_prompt] * len(rows)))[0].to(dtype)
-        u = self.value_encoder(self._tokenize([f"{value}, {text}" for text in texts])).pooler_output.to(dtype)
-        cond = torch.cat([torch.cat([u, torch.zeros_like(u)])[:, None], c], dim=1)
-        mask = torch.ones(cond.shape[:2], dtype=torch.bool, device=cond.device)
-        mask[:, 0] = torch.tensor(with_value + [False] * len(rows))
+        Returns:
+            images, and `applied`: for each image the values applied to it, with strength and reason.
+
+        Raises:
+            ValueError: prompts or values that are no texts or not equally many, "auto" with a value encoder that has no
+                rules, a strength that is no number, a keep_probability that is not 0 to 1; all are listed.
+        """
+        if isinstance(prompt, str):
+            prompt, values = [prompt], [values]
+        elif values is None or isinstance(values, str):
+            values = [values] * len(prompt)
+        chosen, seen, images = self._choose(prompt, values, strength, keep_probability), Counter(), []
+        for text, doses in zip(prompt, chosen):
+            for _ in range(num_images_per_prompt):
+                kept = (dose for dose, share in doses if applies(share, seed, dose.value, text, seen[text]))
+                images.append((text, tuple(kept)))
+                seen[text] += 1
+
+        # The UNet's rows: prompts with the values of full strength, negative prompts, and the first once more with each
+        # of the other values.
+        N = len(images)
+        full = [(text, tuple(dose for dose in doses if dose.strength == 1)) for text, doses in images]
+        dosed = [(n, dose) for n, (_, doses) in enumerate(images) for dose in doses if dose.strength != 1]
+        extra = [(full[n][0], (*full[n][1], dose)) for n, dose in dosed]
+        cond, mask = self._condition([*full, *[(negative_prompt, ())] * N, *extra])
+        image_of = [*range(N), *range(N), *(n for n, _ in dosed)]
 
         height = height or self.unet.config.sample_size * self.vae_scale_factor
         width = width or self.unet.config.sample_size * self.vae_scale_factor
         self.scheduler.set_timesteps(num_inference_steps, device=cond.device)
-        z = self.prepare_latents(
-            len(rows), self.unet.config.in_channels, height, width, dtype, cond.device, generator, latents
-        )
+        channels = self.unet.config.in_channels
+        z = self.prepare_latents(N, channels, height, width, torch.float32, cond.device, generator, latents).float()
         for t in self.progress_bar(self.scheduler.timesteps):
-            model_input = self.scheduler.scale_model_input(torch.cat([z, z]), t)
-            out = self.unet(model_input, t, encoder_hidden_states=cond, encoder_attention_mask=mask).sample
-            with_prompt, with_negative = out.chunk(2)
-            out = with_negative + guidance_scale * (with_prompt - with_negative)
-            z = self.scheduler.step(out, t, z).prev_sample
-        images = self.vae.decode(z.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
-        images, unsafe = self.run_safety_checker(images, cond.device, images.dtype)
-        shown = [not bad for bad in unsafe] if unsafe is not None else [True] * len(rows)
-        images = self.image_processor.postprocess(images, output_type=output_type, do_denormalize=shown)
+            model_input = self.scheduler.scale_model_input(z, t)[image_of].to(cond.dtype)
+            eps = self.unet(model_input, t, encoder_hidden_states=cond, encoder_attention_mask=mask).sample.float()
+            with_prompt, with_negative, with_value = eps.split([N, N, len(dosed)])
+            guided = with_negative + guidance_scale * (with_prompt - with_negative)
+            for (n, dose), eps_v in zip(dosed, with_value):
+                guided[n] += dose.strength * guidance_scale * (eps_v - with_prompt[n])
+            z = self.scheduler.step(guided, t, z).prev_sample
+        decoded = self.vae.decode(z.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
+        decoded, unsafe = self.run_safety_checker(decoded, cond.device, decoded.dtype)
+        shown = [not bad for bad in unsafe] if unsafe is not None else [True] * N
+        decoded = self.image_processor.postprocess(decoded, output_type=output_type, do_denormalize=shown)
         self.maybe_free_model_hooks()
-        return StableDiffusionPipelineOutput(images=images, nsfw_content_detected=unsafe)
+        return LiVOPipelineOutput(decoded, unsafe, [doses for _, doses in images])

@@ -9,9 +9,11 @@ import shutil
 import tempfile
 
 from livo_jax.pretrained import read_json, save
+from livo_jax.retriever import lists
 from livo_jax.values import load as load_values
 
 PIPELINE = pathlib.Path(__file__).with_name("diffusers_pipeline.py")
+CARRIED = ("name", "statement", "kind", "keep_probability", "keywords", "exceptions", "stated")  # of a Value
 SCHEDULERS = {  # of diffusers, for diffusion.SAMPLERS
     "ddim": ("DDIMScheduler", {}),
     "dpmsolver++": ("DPMSolverMultistepScheduler", {}),
@@ -44,9 +46,10 @@ def whole_or_not_at_all(directory: pathlib.Path):
 def export(directory: str | os.PathLike, sd, value_encoder, config, results: list[dict] = (), recipe=None):
     """Writes a value encoder as PyTorch's libraries read it.
 
-        value_encoder/   config.json and model.safetensors: a transformers CLIPTextModel, float32
+        value_encoder/   config.json and model.safetensors: a transformers CLIPTextModel, float32; the config has the
+                         values that it knows, and which prompts they are for
         tokenizer/       of the model that it belongs to
-        pipeline.py      a diffusers custom pipeline around both
+        pipeline.py      a diffusers custom pipeline around both; livo_rules.py is a part of it
         README.md        a model card: how to use it, its recipe, its results
 
     Args:
@@ -72,6 +75,8 @@ def export(directory: str | os.PathLike, sd, value_encoder, config, results: lis
     with whole_or_not_at_all(directory) as out:
         published = read_json(sd.root / "text_encoder" / "config.json") | dataclasses.asdict(value_encoder.config)
         published |= {"architectures": ["CLIPTextModel"], "dtype": "float32", "torch_dtype": "float32"}
+        known = [{field: getattr(v, field) for field in CARRIED} for v in load_values(config.principles)]
+        published |= {"livo": {"values": known, "lists": lists()}}
         # transformers before 5 needs the prefix, and 5 takes it.
         save(value_encoder, out / "value_encoder", published, stem="model", prefix="text_model.")
         shutil.copytree(sd.root / "tokenizer", out / "tokenizer")
@@ -79,6 +84,7 @@ def export(directory: str | os.PathLike, sd, value_encoder, config, results: lis
         (place,) = (i for i, line in enumerate(lines) if line.startswith("SETTINGS = "))
         lines[place] = f"SETTINGS = {settings!r}\n"
         (out / "pipeline.py").write_text("".join(lines))
+        shutil.copy(PIPELINE.with_name("rules.py"), out / "livo_rules.py")
         (out / "README.md").write_text(card(directory, config, results, recipe))
 
 
@@ -119,9 +125,15 @@ from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained({base!r}, custom_pipeline={str(directory)!r}, trust_remote_code=True)
 images = pipe(
-    "a photo of a doctor", value={first.statement!r}, keep_probability={first.keep_probability}, num_images_per_prompt=4
+    "a photo of a doctor", values={first.statement!r}, keep_probability={first.keep_probability},
+    num_images_per_prompt=4,
 ).images
+out = pipe(["a photo of a doctor", "a lake"], values="auto", strength=0.8)  # for each prompt the values it calls for
+print(out.applied)  # for each image the values applied to it, with strength and reason
 ```
+
+`values` are names or statements: one, or a list of them that work together, or for a list of prompts a list with such
+an entry for each. `strength` is a number, or a dict of value to number: 0 is the base model, 1 LiVO.
 
 `pipeline.py` beside this card is what that runs. It loads `value_encoder/` from where it was exported to; after
 moving the folder pass it as well, `value_encoder=CLIPTextModel.from_pretrained(FOLDER, subfolder="value_encoder")`

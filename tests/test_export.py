@@ -1,5 +1,6 @@
 """What is exported is what was trained: bit for bit in transformers, image for image in diffusers."""
 
+import copy
 import json
 import pathlib
 import shutil
@@ -13,13 +14,12 @@ import torch
 
 from livo_jax import ValueEncoder, generate
 from livo_jax.export import export
-from livo_jax.generate import Dose, Request
 from livo_jax.models.weights import split
 from livo_jax.pretrained import initialise
-from livo_jax.values import load, text_hash
+from livo_jax.values import Retriever, load, text_hash
 
 ROOT = pathlib.Path(__file__).parents[1]
-VALUE = "shape equality"
+VALUE, BLOODY = "shape equality", "bloody considered inappropriate"
 RESULTS = [
     dict(method="livo", value=VALUE, split="held_out", metric="D1", mean=0.125, ci95=[0.1, 0.2], prompts=3, images=150)
 ]
@@ -75,34 +75,115 @@ def test_round_trip_is_bit_exact(value_encoder, exported, tmp_path):
         )
 
 
-def test_the_pipeline_draws_the_same_images(sd, value_encoder, exported, published):
-    """Several prompts, the value on a share of each one's images, as JAX draws them from the same noise."""
+@pytest.fixture(scope="module")
+def pipeline(exported, published):
     from diffusers import DiffusionPipeline
 
     pipeline = DiffusionPipeline.from_pretrained(
         published, custom_pipeline=str(exported), trust_remote_code=True, safety_checker=None
     )
     pipeline.set_progress_bar_config(disable=True)
-    (value,) = load(("shape",))
-    requests = [
-        Request(prompt, i, (Dose(VALUE),) if value.applies(7, prompt, i) else ())
-        for prompt in ("a photo of a baker", "a cook") for i in range(3)
-    ]  # fmt: skip
-    assert {r.values for r in requests} == {(Dose(VALUE),), ()}
-    noise = [np.array(generate.initial_noise(7, text_hash(r.prompt), r.index, (16, 16, 4))) for r in requests]
-    theirs = pipeline(
-        ["a photo of a baker", "a cook"], value=VALUE, keep_probability=0.5, num_images_per_prompt=3, seed=7,
-        latents=torch.tensor(np.stack(noise)).permute(0, 3, 1, 2), output_type="np",
-    ).images  # fmt: skip
-    settings = dict(seed=7, steps=4, guidance_scale=3.0)
-    ours = generate.generate(sd, requests, value_encoder, **settings)
-    assert np.abs(ours - theirs * 255).max() < 1.0
-    base = generate.generate(sd, [r._replace(values=()) for r in requests], **settings)
-    differ = [np.abs(a.astype(int) - b).max() > 1 for a, b in zip(ours, base)]
-    assert differ == [bool(r.values) for r in requests]
-    pipeline.text_encoder.half()  # as a base of half precision files comes
-    pipeline.value_encoder.half()
-    assert pipeline("a cook", value=VALUE, num_inference_steps=1).images[0].size == (128, 128)
+    return pipeline
+
+
+PROMPTS = ["a photo of a baker", "a bloody cook", "a photo of the sea"]
+RETRIEVER = Retriever(load(("shape", "colour", "bloody")))
+
+
+def noise(prompts, images: int) -> torch.Tensor:
+    """What JAX draws from for seed 7, as `latents`."""
+    rows = [generate.initial_noise(7, text_hash(p), i, (16, 16, 4)) for p in prompts for i in range(images)]
+    return torch.tensor(np.stack(rows)).permute(0, 3, 1, 2)
+
+
+def test_the_pipeline_draws_the_same_images(sd, value_encoder, pipeline):
+    """As JAX from the same noise, values of several strengths on a share of the images; and says the same of them."""
+    n, values = 3, [[VALUE, BLOODY], "auto", None]
+    settings = dict(strength={VALUE: 0.5}, keep_probability=0.5, seed=7, guidance_scale=3.0)
+    draw = lambda values: pipeline(
+        PROMPTS, values, num_images_per_prompt=n, latents=noise(PROMPTS, n), output_type="np", **settings
+    )
+    theirs, base = draw(values), draw(None)
+    each = lambda rows: [row for row in rows for _ in range(n)]
+    ours = sd.generate(
+        each(PROMPTS), each(values), value_encoder, retriever=RETRIEVER, steps=4, batch_size=2, **settings
+    )
+    assert np.abs(ours - theirs.images * 255).max() < 1.0
+    assert theirs.applied == ours.applied
+    assert {len(doses) for doses in ours.applied} == {0, 1, 2}
+    differ = [bool(np.abs(a - b).max() > 1 / 255) for a, b in zip(theirs.images, base.images)]
+    assert differ == [bool(doses) for doses in ours.applied]
+
+
+def test_a_value_has_a_name_a_strength_and_a_reason(pipeline):
+    """Few steps tell: strength 0 is the base, a name is its statement, and one prompt may have several values."""
+    settings = dict(latents=noise(PROMPTS[:1], 1), num_inference_steps=1, output_type="np")
+    draw = lambda *args, **kw: pipeline(PROMPTS[0], *args, **settings, **kw)
+    base, full = draw(), draw(VALUE)
+    assert base.applied == [()] and full.applied == [((VALUE, 1.0, ""),)]
+    np.testing.assert_array_equal(draw(VALUE, strength=0).images, base.images)
+    np.testing.assert_array_equal(draw("shape", strength={"shape": 1}).images, full.images)
+    assert not np.array_equal(base.images, full.images)
+    both = draw(["bloody", VALUE], strength={"bloody": 2})
+    assert both.applied == [((BLOODY, 2.0, ""), (VALUE, 1.0, ""))]
+    auto = draw("auto", keep_probability=1.0).applied[0]
+    assert [dose.value for dose in auto] == [VALUE, "colour equality"]
+    assert {dose.reason for dose in auto} == {"keywords: it says 'baker'"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_draws_nearly_the_same(dtype, pipeline):
+    """Also where the parts come in different dtypes: transformers keeps that of a file."""
+    settings = dict(strength={VALUE: 0.5}, latents=noise(PROMPTS[:1], 1), output_type="np")
+    whole = pipeline(PROMPTS[0], [VALUE, BLOODY], **settings).images
+    half = copy.deepcopy(pipeline.components)
+    for name in ("unet", "vae", "text_encoder"):
+        half[name].to(dtype)
+    half = type(pipeline)(**half, requires_safety_checker=False)
+    half.set_progress_bar_config(disable=True)
+    assert np.abs(half(PROMPTS[0], [VALUE, BLOODY], **settings).images - whole).mean() < 0.02
+
+
+@pytest.mark.parametrize(
+    "options, problem",
+    [
+        (dict(values=[VALUE]), "1 values for 2 prompts: give one for all"),
+        (dict(values=[["auto", VALUE], None]), "'auto' stands alone"),
+        (dict(values=[3, ""]), "value 3 is no text; value '' is no text"),
+        (dict(values=VALUE, strength={VALUE: "much"}), "strength='much' of shape equality is no number"),
+        (dict(values=VALUE, strength=float("nan"), keep_probability=2), "strength=nan .*; keep_probability=2 is not 0"),
+    ],
+)
+def test_bad_arguments_are_told(options, problem, pipeline):
+    with pytest.raises(ValueError, match=problem):
+        pipeline(PROMPTS[:2], **options)
+
+
+def test_auto_needs_rules(pipeline):
+    """As an official value encoder has none."""
+    known = pipeline.value_encoder.config.livo
+    try:
+        del pipeline.value_encoder.config.livo
+        with pytest.raises(ValueError, match="values='auto' needs values with keywords"):
+            pipeline(PROMPTS[0], "auto")
+    finally:
+        pipeline.value_encoder.config.livo = known
+
+
+def test_an_export_needs_pytorch_alone(exported, published):
+    """Neither JAX nor this package, nor what they bring."""
+    code = f"""
+import sys
+for name in ("jax", "flax", "livo_jax", "grain", "ml_collections", "bm25s", "openai"):
+    sys.modules[name] = None  # an import of it fails
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained(
+    {str(published)!r}, custom_pipeline={str(exported)!r}, trust_remote_code=True, safety_checker=None
+)
+print(pipe("a bloody baker", "auto", strength=0.5, num_inference_steps=1).applied[0][0].reason)
+"""
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert answer.stdout == "keywords: it says 'bloody'\n", answer.stderr
 
 
 def test_a_moved_export_takes_its_value_encoder_from_the_caller(exported, published, tmp_path):

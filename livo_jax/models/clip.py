@@ -14,7 +14,7 @@ IGNORED = frozenset(  # published fields that do not change the computation
     " pad_token_id projection_dim torch_dtype transformers_version chunk_size_feed_forward id2label label2id"
     " max_length min_length num_beams num_beam_groups num_return_sequences output_scores problem_type"
     " repetition_penalty length_penalty temperature top_k top_p typical_p tie_word_embeddings"
-    " diversity_penalty return_dict use_bfloat16".split()
+    " diversity_penalty return_dict use_bfloat16 livo".split()
 )
 
 
