@@ -18,6 +18,7 @@ from livo_jax.models.weights import put, split
 from livo_jax.values import Retriever, Value, applies, text_hash, value_prompt
 
 PROMPT_LAYOUTS = ("padded", "official")
+DECODED_PIXELS = 2**21  # at once on a device: 8 images of 512 px, for which the decoder takes some GB
 
 
 class Dose(NamedTuple):
@@ -44,8 +45,8 @@ def initial_noise(seed, prompt_hash, index, shape):
     return jax.random.normal(key, shape)
 
 
-@functools.partial(jax.jit, static_argnames=("graphs", "shape"))
-def _sample(graphs, params, batch, table, guidance_scale, scaling_factor, *, shape):
+@functools.partial(jax.jit, static_argnames=("graphs", "shape", "decoder_parts"))
+def _sample(graphs, params, batch, table, guidance_scale, scaling_factor, *, shape, decoder_parts: int):
     """One batch of images [B, H, W, 3] uint8; `batch` as `generate` makes it.
 
     The UNet sees R rows of each image, which lie side by side in the batch so that none leaves its device: the prompt
@@ -79,9 +80,13 @@ def _sample(graphs, params, batch, table, guidance_scale, scaling_factor, *, sha
             guided += strength[:, None, None, None] * guidance_scale * (with_value - with_prompt)
         return guided
 
-    z = diffusion.sample(predict, noise, table)
-    images = vae.decode(z / scaling_factor).astype(jnp.float32)
-    return jnp.round(jnp.clip((images + 1) * 127.5, 0, 255)).astype(jnp.uint8)
+    def decode(z):
+        return jnp.round(jnp.clip((vae.decode(z).astype(jnp.float32) + 1) * 127.5, 0, 255)).astype(jnp.uint8)
+
+    z = diffusion.sample(predict, noise, table) / scaling_factor
+    # In parts of every decoder_parts-th row: each device's rows stay its own.
+    parts = z.reshape(-1, decoder_parts, *shape).swapaxes(0, 1)
+    return merge(jax.lax.map(decode, parts).swapaxes(0, 1))
 
 
 def generate(
@@ -160,12 +165,15 @@ def generate(
         columns |= value_columns(sd, padded)
         if prompt_layout == "official":
             official_layout(columns, sd.tokenizer)
-    images = []
+    parts = -(-batch_size * sd.image_size**2 // DECODED_PIXELS)
+    parts = next(n for n in range(min(parts, batch_size), batch_size + 1) if batch_size % n == 0)
+    static, images = {"shape": sd.latent_shape, "decoder_parts": parts}, []
     progress = tqdm(range(0, len(padded), at_once), desc=description, unit="batch", disable=description is None)
     for start in progress:
         batch = {name: column[start : start + at_once] for name, column in columns.items()}
         batch = {name: put(rows, sharding.over_batch(mesh)) for name, rows in batch.items()}
-        out = _sample(graphs, params, batch, table, guidance_scale, sd.vae.config.scaling_factor, shape=sd.latent_shape)
+        with jax.set_mesh(mesh):  # which the attention kernels ask for
+            out = _sample(graphs, params, batch, table, guidance_scale, sd.vae.config.scaling_factor, **static)
         images.append(sharding.fetch(out))
     return np.concatenate(images)[: len(requests)]
 

@@ -109,6 +109,16 @@ def make_loss(graphs: dict, schedule: diffusion.NoiseSchedule, config, scaling_f
     return loss
 
 
+def draw(key, shape: tuple, timesteps: tuple[int, int]) -> dict:
+    """What a step draws for latents of `shape` [B, h, w, C]: noise_w, noise_l, eps, and t [B] of first .. last - 1.
+
+    The key is split once: none serves two purposes.
+    """
+    *keys, key_t = jax.random.split(key, 4)
+    drawn = {name: jax.random.normal(key, shape) for name, key in zip(("noise_w", "noise_l", "eps"), keys)}
+    return drawn | {"t": jax.random.randint(key_t, shape[:1], *timesteps)}
+
+
 def make_train_step(graphs: dict, schedule: diffusion.NoiseSchedule, tx, config, scaling_factor: float):
     """The function train_step(state, frozen, batch) -> (state, metrics), to be jitted.
 
@@ -124,18 +134,14 @@ def make_train_step(graphs: dict, schedule: diffusion.NoiseSchedule, tx, config,
     loss, those of losses.livo, and grad_norm.
     """
     loss = make_loss(graphs, schedule, config, scaling_factor)
-    first, last = config.loss.timesteps
+    timesteps = config.loss.timesteps
     accumulate, ema_decay = config.train.accumulate, config.train.ema_decay
 
     def train_step(state, frozen, batch):
-        # One base key, folded with the step, split once: no key serves two purposes. All is drawn for the
-        # whole batch, so that no number depends on how it is accumulated.
-        key = jax.random.fold_in(jax.random.key(config.seed), state["step"])
-        key_w, key_l, key_eps, key_t = jax.random.split(key, 4)
+        # One base key, folded with the step. All is drawn for the whole batch, so that no number depends on how it is
+        # accumulated.
         shape = jax.eval_shape(lambda: moments(graphs, frozen, batch, "aligned"))[0].shape  # [B, h, w, C]
-        noise_w, noise_l, eps = (jax.random.normal(key, shape) for key in (key_w, key_l, key_eps))
-        t = jax.random.randint(key_t, shape[:1], first, last)
-        batch = {**batch, "noise_w": noise_w, "noise_l": noise_l, "eps": eps, "t": t}
+        batch = batch | draw(jax.random.fold_in(jax.random.key(config.seed), state["step"]), shape, timesteps)
 
         gradient = lambda rows: jax.value_and_grad(loss, has_aux=True)(state["params"], frozen, rows)
         if accumulate == 1:
@@ -165,6 +171,11 @@ def state_on(mesh, params: dict, tx, config) -> dict:
 
 def jit_step(train_step, state: dict, frozen: dict, mesh):
     """train_step under jit: state and frozen stay where they lie, the state given is used up, rows go to the mesh."""
+
+    def on_mesh(*given):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # which the attention kernels ask for
+            return train_step(*given)
+
     lies, kept = jax.tree.map(lambda x: x.sharding, (state, frozen))
     given, returned = (lies, kept, sharding.over_batch(mesh)), (lies, sharding.replicated(mesh))
-    return jax.jit(train_step, in_shardings=given, out_shardings=returned, donate_argnums=0)
+    return jax.jit(on_mesh, in_shardings=given, out_shardings=returned, donate_argnums=0)

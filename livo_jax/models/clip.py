@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from livo_jax.models.layers import ACTIVATIONS, PublishedConfig, all_but_gathered, attention, gathered, layer_norm
+from livo_jax.models.attention import attention
+from livo_jax.models.layers import ACTIVATIONS, PublishedConfig, all_but_gathered, gathered, layer_norm
 
 IGNORED = frozenset(  # published fields that do not change the computation
     "architectures attention_dropout bos_token_id dropout dtype initializer_factor initializer_range model_type"

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from livo_jax.models.attention import attention
+
 ACTIVATIONS = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
@@ -54,24 +56,6 @@ class PublishedConfig:
         if unsupported:
             raise ValueError(f"{cls.__name__} does not support: " + ", ".join(unsupported))
         return cls(**supported)
-
-
-def attention(q, k, v, heads: int, mask=None, causal: bool = False):
-    """Multi-head scaled dot-product attention.
-
-    Args:
-        q: [B, L, D] queries. k, v: [B, S, D] keys and values.
-        heads: number of heads; divides D.
-        mask: [B, S] bool, False where a key is hidden, or None.
-        causal: whether query l sees keys 0..l only.
-
-    Returns:
-        [B, L, D] in q's dtype.
-    """
-    split = lambda x: x.reshape(*x.shape[:2], heads, -1)  # [B, L, N, K]
-    mask = None if mask is None else mask[:, None, None, :]  # [B, N, L, S]
-    out = jax.nn.dot_product_attention(split(q), split(k), split(v), mask=mask, is_causal=causal)
-    return out.reshape(q.shape)
 
 
 class Attention(nnx.Module):

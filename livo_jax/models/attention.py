@@ -1,0 +1,79 @@
+"""Scaled dot-product attention, by the kernel that the platform has."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+
+def attention(q, k, v, heads: int, mask=None, causal: bool = False):
+    """Multi-head scaled dot-product attention; no probabilities are kept for the backward pass.
+
+    Half precision without a mask takes the flash attention (Dao et al. 2022) of cuDNN on an NVIDIA GPU and of Pallas
+    on a TPU, where these take the shapes. The platform is known, and the kernel chosen, when a program is lowered.
+
+    Args:
+        q: [B, L, D] queries. k, v: [B, S, D] keys and values.
+        heads: number of heads; divides D.
+        mask: [B, S] bool, False where a key is hidden, or None.
+        causal: whether query l sees keys 0..l only.
+
+    Returns:
+        [B, L, D] in q's dtype.
+    """
+    shape = q.shape
+    q, k, v = (x.reshape(*x.shape[:2], heads, -1) for x in (q, k, v))  # [B, L, N, K]
+    if mask is not None:
+        mask = mask[:, None, None, :]  # [B, N, L, S]
+    plain = jax.checkpoint(functools.partial(jax.nn.dot_product_attention, mask=mask, is_causal=causal))
+    fused = {}
+    if mask is None and q.dtype in (jnp.bfloat16, jnp.float16):
+        cudnn = functools.partial(jax.nn.dot_product_attention, is_causal=causal, implementation="cudnn")
+        if _takes(cudnn, q, k, v):
+            fused["cuda"] = cudnn
+        if not causal and _takes(_flash_on_mesh, q, k, v):
+            fused["tpu"] = _flash_on_mesh
+    return jax.lax.platform_dependent(q, k, v, default=plain, **fused).reshape(shape)
+
+
+def _takes(kernel, *args) -> bool:
+    """Whether a kernel is there and takes such arguments and their gradients, by its own checks."""
+    try:
+        jax.eval_shape(lambda *args: jax.vjp(kernel, *args)[0], *args)
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True
+
+
+def _flash_on_mesh(q, k, v):
+    """Pallas' flash attention on the ambient mesh, rows divided over its first axes and heads over its last.
+
+    Raises NotImplementedError for shapes that it does not take, and without a mesh, over which nobody could divide it.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        raise NotImplementedError
+    *rows, heads = mesh.axis_names
+    B, L, N, K = q.shape
+    parts = math.prod(mesh.shape[axis] for axis in rows)
+    if K > 128 or L % 128 or k.shape[1] % 128 or B % parts or N % mesh.shape[heads]:
+        raise NotImplementedError
+    spec = PartitionSpec(rows, None, heads)
+    return jax.shard_map(_flash, in_specs=spec, out_specs=spec, check_vma=False)(q, k, v)
+
+
+def _flash(q, k, v):
+    """[B, L, N, K] from q [B, L, N, K] and k, v [B, S, N, K]; L and S are multiples of 128."""
+    from jax.experimental.pallas.ops.tpu.flash_attention import BlockSizes, flash_attention
+
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    # The kernel's own default, 128, is too little work for each step of its grid.
+    block_q, block_k = (math.gcd(512, x.shape[2]) for x in (q, k))
+    sizes = {
+        field.name: block_q if field.name.startswith("block_q") else block_k for field in dataclasses.fields(BlockSizes)
+    } | {"block_b": 1}
+    out = flash_attention(q, k, v, sm_scale=q.shape[-1] ** -0.5, block_sizes=BlockSizes(**sizes))
+    return out.swapaxes(1, 2)

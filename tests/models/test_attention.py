@@ -1,0 +1,98 @@
+"""Attention: one function, a kernel for each platform, the same numbers."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AxisType
+
+from livo_jax import sharding
+from livo_jax.models.attention import _flash, attention
+from tests.conftest import relative_error
+
+B, L, HEADS, K = 2, 256, 2, 40
+
+
+def qkv(keys=L, dtype=jnp.float32):
+    rng = np.random.default_rng(0)
+    return [jnp.asarray(rng.standard_normal((B, n, HEADS * K)), dtype) for n in (L, keys, keys)]
+
+
+def gradients(attend, arrays):
+    """Of a sum that weighs every output differently."""
+    weights = jnp.arange(1, 1 + arrays[0].size).reshape(arrays[0].shape) / arrays[0].size
+    return jax.jit(jax.grad(lambda *qkv: (attend(*qkv) * weights).astype(jnp.float32).sum(), (0, 1, 2)))(*arrays)
+
+
+@pytest.mark.parametrize("case", ["self", "masked", "causal"])
+def test_numbers_are_pytorchs(case):
+    arrays = qkv(77 if case == "masked" else L)
+    mask = np.ones((B, arrays[1].shape[1]), bool)
+    mask[:, 0], mask[1, 60:] = False, False
+    options = {"self": {}, "masked": {"mask": mask}, "causal": {"causal": True}}[case]
+    theirs = [torch.tensor(np.asarray(x).reshape(B, -1, HEADS, K)).transpose(1, 2).requires_grad_() for x in arrays]
+    shown = torch.tensor(mask)[:, None, None] if case == "masked" else None
+    out = torch.nn.functional.scaled_dot_product_attention(*theirs, attn_mask=shown, is_causal=case == "causal")
+    out = out.transpose(1, 2).reshape(B, L, -1)
+    (out * torch.arange(1, 1 + out.numel()).reshape(out.shape) / out.numel()).sum().backward()
+    attend = functools.partial(attention, heads=HEADS, **options)
+    assert relative_error(attend(*arrays), out.detach()) < 1e-5
+    for ours, x in zip(gradients(attend, arrays), theirs):
+        assert relative_error(ours, x.grad.transpose(1, 2).reshape(ours.shape)) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_no_probabilities_are_kept(dtype):
+    forward = lambda *qkv: jax.vjp(functools.partial(attention, heads=HEADS), *qkv)[1]
+    kept = jax.make_jaxpr(forward)(*qkv(dtype=dtype)).jaxpr.outvars
+    assert max(v.aval.size for v in kept) <= B * L * HEADS * K < B * HEADS * L * L
+
+
+@pytest.fixture
+def cudnn_is_there(monkeypatch):
+    """jax asks the installed library for its version; the kernel's rules and lowering are jax's own."""
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91002)
+
+
+def kernels(platform, arrays, **options) -> list[str]:
+    """The kernels in the attention and its gradient, lowered for a platform that is not here."""
+    mesh = jax.make_mesh((1, 1, 1), sharding.AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
+    loss = lambda *qkv: attention(*qkv, heads=HEADS, **options).astype(jnp.float32).sum()
+    with jax.set_mesh(mesh):
+        traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(*arrays)
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+    return [name for name in ("cudnn", "tpu_custom_call") if name in text]
+
+
+def test_each_platform_has_its_kernel(cudnn_is_there):
+    half, whole = qkv(dtype=jnp.bfloat16), qkv()
+    assert kernels("cuda", half) == ["cudnn"] and kernels("tpu", half) == ["tpu_custom_call"]
+    assert kernels("cpu", half) == kernels("rocm", half) == []
+    assert kernels("cuda", whole) == kernels("tpu", whole) == []
+    assert kernels("cuda", qkv(78, jnp.bfloat16)) == ["cudnn"]
+    assert kernels("cuda", qkv(77, jnp.bfloat16)) == kernels("tpu", qkv(78, jnp.bfloat16)) == []
+    masked = {"mask": jnp.ones((B, L), bool)}
+    assert kernels("cuda", half, **masked) == kernels("tpu", half, **masked) == []
+    wide = [jnp.zeros((B, L, HEADS * 512), jnp.bfloat16)] * 3  # as the VAE's
+    assert kernels("cuda", wide) == kernels("tpu", wide) == []
+
+
+def test_without_cudnn_there_is_xla():
+    assert kernels("cuda", qkv(dtype=jnp.bfloat16)) == []
+
+
+def test_the_tpu_kernel_computes_the_same():
+    """In its interpreter, which runs anywhere."""
+    arrays = qkv()
+    split = lambda x: x.reshape(B, L, HEADS, K)
+    flash = lambda q, k, v: _flash(split(q), split(k), split(v)).reshape(q.shape)
+    with pltpu.force_tpu_interpret_mode():
+        found = [flash(*arrays), *gradients(flash, arrays)]
+    attend = functools.partial(attention, heads=HEADS)
+    for ours, plain in zip(found, [attend(*arrays), *gradients(attend, arrays)]):
+        assert relative_error(ours, plain) < 1e-5
