@@ -101,6 +101,7 @@ def generate(
     prompt_layout: str = "padded",
     batch_size: int = 8,
     mesh=None,
+    slots: tuple[int, int] = (0, 0),
     description: str | None = None,
 ) -> np.ndarray:
     """Draws one image for each request.
@@ -117,6 +118,8 @@ def generate(
         batch_size: images at once on each device of the mesh. Images depend on neither, but for rounding.
         mesh: the devices; all of them by default. Weights that lie on it stay as they are, others are
             copied to each.
+        slots: room for so many values of full strength and of another, though no image has them: calls of equal
+            slots share one compiled program.
         description: of a progress bar; None for none.
 
     Returns:
@@ -162,7 +165,7 @@ def generate(
         "negative_ids": sd.tokenize([r.negative for r in padded]),
     }
     if value_encoder is not None:
-        columns |= value_columns(sd, padded)
+        columns |= value_columns(sd, padded, slots)
         if prompt_layout == "official":
             official_layout(columns, sd.tokenizer)
     parts = -(-batch_size * sd.image_size**2 // DECODED_PIXELS)
@@ -178,8 +181,10 @@ def generate(
     return np.concatenate(images)[: len(requests)]
 
 
-def value_columns(sd, requests: list[Request]) -> dict[str, np.ndarray]:
+def value_columns(sd, requests: list[Request], slots: tuple[int, int] = (0, 0)) -> dict[str, np.ndarray]:
     """What _sample needs of the values of N requests, in V slots for value tokens and R rows for the UNet.
+
+    There are at least `slots`: of values of full strength, and of others, which have a row of their own too.
 
     Returns:
         value_prompt_ids [N, V, L] int32; visible [N, R, V] bool, whether a row sees a token; strength [N, R - 2]
@@ -187,7 +192,7 @@ def value_columns(sd, requests: list[Request]) -> dict[str, np.ndarray]:
     """
     full = [[dose for dose in r.values if dose.strength == 1] for r in requests]
     partial = [[dose for dose in r.values if dose.strength not in (0, 1)] for r in requests]
-    F, P = max(map(len, full)), max(map(len, partial))
+    F, P = (max(least, *map(len, doses)) for least, doses in zip(slots, (full, partial)))
     N, V = len(requests), F + P
     texts, visible, strength = [], np.zeros((N, 2 + P, V), bool), np.zeros((N, P), np.float32)
     for n, request in enumerate(requests):
@@ -340,10 +345,7 @@ def write_pairs(
             None or [] for the base's images alone.
         settings: of generate.
     """
-    from PIL.PngImagePlugin import PngInfo
     from tqdm import tqdm
-
-    from livo_jax.report import sheet
 
     directory = pathlib.Path(directory)
 
@@ -360,12 +362,20 @@ def write_pairs(
             images = generate(sd, requests, value_encoder, seed=seed, batch_size=batch_size, mesh=mesh, **settings)
             directory.mkdir(parents=True, exist_ok=True)  # not before something can be drawn
             for k, (*_, request) in enumerate(chunk):
-                info = PngInfo()
-                text = {**request._asdict(), "seed": seed, **settings}
-                text["values"] = json.dumps([dose._asdict() for dose in request.values])
-                for name, setting in text.items():
-                    info.add_itxt(name, str(setting))
-                picture = sheet([images[k :: len(chunk)]])
                 p, i = divmod(start + k, num_images)
-                picture.save(directory / f"{p:03d}_{i:03d}.png", pnginfo=info)
+                write_pair(directory / f"{p:03d}_{i:03d}.png", images[k :: len(chunk)], request, seed, settings)
             progress.update(len(chunk))
+
+
+def write_pair(file, images, request: Request, seed: int, settings: dict):
+    """Writes the images [H, W, 3] of one noise side by side as a PNG, whose text has the request and its settings."""
+    from PIL.PngImagePlugin import PngInfo
+
+    from livo_jax.report import sheet
+
+    info = PngInfo()
+    text = {**request._asdict(), "seed": seed, **settings}
+    text["values"] = json.dumps([dose._asdict() for dose in request.values])
+    for name, setting in text.items():
+        info.add_itxt(name, str(setting))
+    sheet([images]).save(file, pnginfo=info)

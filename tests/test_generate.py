@@ -148,6 +148,8 @@ def test_strength_is_a_dial_for_each_value(sd, value_encoder):
         assert np.abs(dial[0] - start).max() <= 1 and np.abs(dial[4] - end).max() <= 1
         distances = [np.abs(image - start).mean() for image in dial]
         assert distances == sorted(distances) and distances[1] > 0
+    roomy = generate.generate(sd, requests[-4:], value_encoder, slots=(3, 2), **SETTINGS)
+    assert np.abs(np.array(images[-4:]) - roomy).max() <= 1, "slots that no value takes"
 
 
 def test_the_retriever_chooses_and_says_why(sd, value_encoder):
