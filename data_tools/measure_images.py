@@ -293,9 +293,7 @@ if __name__ == "__main__":
     BASE = flags.DEFINE_string("base", None, "A folder of images of the same names, of the base.")
     REFERENCE = flags.DEFINE_string("reference", None, "A folder of real images, for FID and KID.")
     JUDGE = flags.DEFINE_multi_string("judge", [], "NAME or NAME:MODEL, in place of config.judge; twice for kappa.")
-    TARGET = flags.DEFINE_string(
-        "target", None, 'Of TV: as --ratio of run.py, like {"round": 0.7, "square": 0.3}.'
-    )
+    TARGET = flags.DEFINE_string("target", None, 'Of TV: as --ratio of run.py, like {"round": 0.7, "square": 0.3}.')
     INCEPTION = flags.DEFINE_string("inception", None, "Inception's weights, safetensors.")
     CLIP = flags.DEFINE_string("clip", None, "Directory or hub id of a CLIP, for CLIPScore.")
     LPIPS = flags.DEFINE_string("lpips", None, "The weights of LPIPS on AlexNet, safetensors.")

@@ -54,13 +54,18 @@ def abstract_model(config) -> StableDiffusion:
     return sd
 
 
+def value_encodings(config) -> int:
+    """How often a step has the value encoder read: once, and once more where a second value stands beside."""
+    return 2 if config.data.beside and len(config.principles) > 1 else 1
+
+
 def abstract_batch(sd, config, rows: int) -> dict:
     """Shapes and dtypes of a batch of data.batches."""
     L, D = sd.text_encoder.config.max_position_embeddings, sd.text_encoder.config.hidden_size
     h, w, C = sd.latent_shape
     array = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct((rows, *shape), dtype)
     batch = {"value_prompt_ids": array(L, dtype=jnp.int32)}
-    if config.data.beside and len(config.principles) > 1:
+    if value_encodings(config) > 1:
         batch |= {"beside_prompt_ids": array(L, dtype=jnp.int32), "beside": array(dtype=jnp.bool_)}
     if config.data.cache:
         dtype = cache_dtype(config)
@@ -124,15 +129,15 @@ def traffic(sd, params, frozen, mesh, config) -> dict[str, float]:
 
     # For each micro-batch. The gradient: summed over fsdp, of which a part stays here, and that over data.
     found["gradient"] = config.train.accumulate * on_device * (2 * (data - 1) / data + fsdp - 1)
-    if fsdp > 1:  # forward and backward
-        found["value encoder's weights"] = 2 * config.train.accumulate * gathered(params)
+    if fsdp > 1:  # forward, and once backward
+        found["value encoder's weights"] = (value_encodings(config) + 1) * config.train.accumulate * gathered(params)
     if config.shard_frozen:  # the UNet with the policy's and the reference's conditioning and backward
         uses = {"unet": 3, "text_encoder": 1, "vae": 1}
         found["frozen weights"] = config.train.accumulate * sum(uses[k] * gathered(v) for k, v in frozen.items())
     if tensor > 1:
         rows, L = config.train.batch_size // sharding.batch_parts(mesh), sd.text_encoder.config.max_position_embeddings
         sum_up = functools.partial(partial_sums, parts=tensor)
-        found["activations"] = sum_up(params, lambda name: rows * L, 1, 1)
+        found["activations"] = sum_up(params, lambda name: rows * L, value_encodings(config), 1)
         if config.shard_frozen:  # of the UNet w and l, with the policy's and the reference's conditioning
             levels, side = len(sd.unet.config.block_out_channels), sd.latent_shape[0]
 
