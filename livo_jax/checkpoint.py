@@ -11,7 +11,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-FORMAT = 1  # of what a checkpoint holds: {"state": step, params, opt_state, perhaps ema}
+FORMAT = 1  # of what a checkpoint holds: {"state": step, params, opt_state, perhaps ema}; 0 had no checksum
 
 
 @jax.jit
@@ -65,7 +65,10 @@ class Checkpoints:
         for step in sorted(self.manager.all_steps(), reverse=True):
             place, found, error = self.directory / str(step), {}, None
             try:
-                found = self.manager.metadata(step).custom_metadata
+                metadata = self.manager.metadata(step)
+                if metadata.init_timestamp_nsecs is None:
+                    raise ValueError("its metadata cannot be read")
+                found = {"format": 0} | metadata.custom_metadata
                 if found["format"] <= FORMAT:
                     restored = self.manager.restore(step, args=args)["state"]
             except Exception as problem:  # Orbax and TensorStore raise nearly every type, by what is damaged
@@ -74,7 +77,7 @@ class Checkpoints:
                 problems[place] = error or ValueError("another process cannot read it")
             elif found["format"] > FORMAT:
                 raise ValueError(f"{place} has format {found['format']}, newer than ours, {FORMAT}: update livo_jax")
-            elif int(checksum(restored)) != found["checksum"]:
+            elif found["format"] > 0 and int(checksum(restored)) != found["checksum"]:
                 problems[place] = ValueError("its numbers are not those that were saved")
             else:
                 break

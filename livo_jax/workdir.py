@@ -1,4 +1,4 @@
-"""Where a run lives: on a disk that every process sees, or in a bucket (gs://, s3://), with one config."""
+"""Where a run lives: on a disk that every process sees, or in a bucket (gs://), with one config."""
 
 import json
 import os
@@ -16,8 +16,12 @@ FREE = (
 
 
 def find(path: str | os.PathLike) -> epath.Path:
-    """An absolute path, on disk or in a bucket."""
-    return epath.Path(path) if is_remote(path) else epath.Path(path).absolute()
+    """An absolute path, on disk or in a bucket. Raises ValueError for buckets that Orbax cannot write to."""
+    if not is_remote(path):
+        return epath.Path(path).absolute()
+    if not os.fspath(path).startswith("gs://"):
+        raise ValueError(f"workdir {path}: checkpoints can be written to a disk or to gs://BUCKET/... alone")
+    return epath.Path(path)
 
 
 def is_remote(path: str | os.PathLike) -> bool:

@@ -1,10 +1,12 @@
 """What a run survives: damaged checkpoints, a full disk, SIGKILL, SIGTERM."""
 
 import gc
+import json
 import pathlib
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from livo_jax import sharding
 from livo_jax.checkpoint import FORMAT, Checkpoints
+from livo_jax.workdir import find
 from tests import small_run
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -120,6 +123,15 @@ def test_a_newer_format_is_no_damage(saved, monkeypatch):
     assert (saved / "checkpoints" / "2").exists()
 
 
+def test_a_checkpoint_without_a_checksum_is_no_damage(saved):
+    """As the first livo_jax wrote them, without a format either."""
+    metadata = saved / "checkpoints" / "2" / "_CHECKPOINT_METADATA"
+    found = json.loads(metadata.read_text())
+    assert found["custom_metadata"].keys() == {"format", "checksum"}
+    metadata.write_text(json.dumps(found | {"custom_metadata": {}}))
+    assert_state(Checkpoints(saved).restore(make_state(0), set_aside=True), 2)
+
+
 @pytest.mark.parametrize("mesh", [(2, 2, 2), (1, 1, 1)])
 def test_a_checkpoint_of_another_mesh(saved, mesh):
     state = make_state(0, mesh)
@@ -209,6 +221,48 @@ def test_killed_and_terminated_a_run_ends_as_if_it_were_not(root, uninterrupted,
 
     assert f"at step {step}\n" in small_run.finish(small_run.start(root, workdir, *RUN))
     assert_same(workdir, uninterrupted)
+
+
+def test_buckets_that_checkpoints_cannot_be_written_to():
+    with pytest.raises(ValueError, match="workdir s3://bucket/run: checkpoints can be written to a disk or to gs://"):
+        find("s3://bucket/run")
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    """gs://bucket, made up by a server on this machine for what the test starts; as gcsfs sees it."""
+    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # would ask for what the server has not
+    gcsfs, server = pytest.importorskip("gcsfs"), shutil.which("fake-gcs-server")
+    if not server:
+        pytest.skip("fake-gcs-server (https://github.com/fsouza/fake-gcs-server) is not on the PATH")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", url)  # for gcsfs
+    monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", url)
+    monkeypatch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")  # for TensorStore
+    place = ["-scheme=http", "-host=127.0.0.1", f"-port={port}", f"-external-url={url}"]
+    process = subprocess.Popen([server, "-backend=memory", "-log-level=error", *place])
+    files = gcsfs.GCSFileSystem(endpoint_url=url, token="anon", project="any", use_listings_cache=False)
+    files.mkdir("bucket")  # gcsfs tries until the server is up
+    yield files
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.slow
+def test_killed_a_run_in_a_bucket_ends_as_one_on_disk(root, uninterrupted, bucket, tmp_path):
+    process = small_run.start(root, "gs://bucket/run", *RUN)
+    while len(bucket.glob("bucket/run/checkpoints/*/commit_success.txt")) < 2:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    process.kill()
+    process.communicate()
+    out = small_run.finish(small_run.start(root, "gs://bucket/run", *RUN))
+    assert re.search("resuming gs://bucket/run at step [0-9]+\n", out), out
+    bucket.get("bucket/run", str(tmp_path), recursive=True)
+    assert_same(tmp_path / "run", uninterrupted)
 
 
 @pytest.mark.slow
