@@ -232,9 +232,9 @@ def pictures(images: dict, config, n: int = 12) -> list[dict]:
     """The first n images of each shown prompt, as evaluated: what report.write wants."""
     shown = []
     for value, split, prompt in first_prompts(config):
-        base = [Request(prompt, i) for i in range(n) if Request(prompt, i) in images]
-        livo = with_value(base, value, config.eval.seed)
-        sides = {"base": [images[r] for r in base], "livo": [images[r] for r in livo]}
+        base = [Request(prompt, i) for i in range(n)]
+        both = [pair for pair in zip(base, with_value(base, value, config.eval.seed)) if images.keys() >= {*pair}]
+        sides = {side: [images[r] for r in requests] for side, requests in zip(("base", "livo"), zip(*both))}
         shown.append(dict(value=value.statement, split=split, prompt=prompt, **sides))
     return shown
 
