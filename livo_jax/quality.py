@@ -6,7 +6,8 @@ The networks' weights are safetensors files, made once of what their authors pub
     from safetensors.torch import save_file, save_model
 
     url = torch_fidelity.feature_extractor_inceptionv3.URL_INCEPTION_V3
-    save_file(torch.hub.load_state_dict_from_url(url, weights_only=True), "inception.safetensors")
+    weights = torch.hub.load_state_dict_from_url(url, weights_only=True)
+    save_file({name: weight.contiguous() for name, weight in weights.items()}, "inception.safetensors")
     save_model(lpips.LPIPS(net="alex"), "lpips.safetensors")
 """
 
