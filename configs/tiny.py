@@ -78,7 +78,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.min_snr_gamma = 0.0  # weights the errors by min(snr, gamma) / snr; 0 for none
 
     config.train = c = ConfigDict()
-    c.steps = 2400
+    c.steps = 3600
     c.batch_size = 8  # pairs, over all devices
     c.accumulate = 1  # micro-batches in which a step works off its batch: less memory, the same numbers
     c.remat = "none"  # what the UNet's blocks keep for the backward pass: none recomputes nothing, or dots, full

@@ -237,24 +237,22 @@ def batches(
         record, partner = source[index], block.start + int(rng.integers(block.count))
         flip = random_flip and rng.random() < 0.5
         prompt, statement = record["prompt"].decode(), record["value"].decode()
-        images = {"aligned": (index, "aligned"), "violating": (partner, "violating")}
-        read = {}
+        value, read = by_statement.get(statement), {}
         if beside and len(principles) > 1:
-            # Its token may be any that it has at all: with an attribute, too.
-            value = by_statement[statement]
             second = principles[rng.choice([i for i, other in enumerate(principles) if other is not value])]
             read["beside"] = rng.random() < beside
             if read["beside"] and (value.kind, second.kind) == ("bias", "harm"):
                 prompt = reworded(prompt, block.scene, rng.choice(second.wordings))
-            text = second.statement
+            text = second.statement  # or that with an attribute: it may be any token that can stand there
             if second.attributes and rng.random() < attributes:
                 text = attributed(text, rng.choice(second.attributes))
             read["beside_prompt_ids"] = ids(value_prompt(text, prompt))
+        images = {"aligned": (index, "aligned"), "violating": (partner, "violating")}
         if attributes and rng.random() < attributes and (shown := shows(record, source[partner])):
-            swapped = rng.random() < 1 / len(by_statement[statement].attributes)
-            if swapped:
+            exchanged = rng.random() < 1 / len(value.attributes)
+            if exchanged:
                 images = dict(zip(images, reversed(images.values())))
-            statement = attributed(statement, shown[swapped])
+            statement = attributed(statement, shown[exchanged])
         read["value_prompt_ids"] = ids(value_prompt(statement, prompt))
         if cache:
             read["prompt_states"] = cache.states[cache.place[prompt]]

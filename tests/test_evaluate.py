@@ -1,6 +1,6 @@
 from configs import tiny
 from livo_jax import evaluate, values
-from livo_jax.generate import Dose
+from livo_jax.generate import Dose, Request
 
 
 def test_combinations_are_measured_where_the_config_says_so():
@@ -45,3 +45,14 @@ def test_ratios_are_measured_where_the_config_says_so():
         assert {r.prompt for r in case.requests} == {f"a photo of a {case.subject}"} and len(case.requests) == 4
         dealt = [r.values for r in case.requests].count((Dose(f"{shape}: round"),))
         assert dealt == {"base": 0, "plain": 0, "livo": round(4 * case.target["round"])}[case.method]
+
+
+def test_pictures_are_shown_where_both_sides_were_drawn():
+    """Of a harm's prompts combinations draw more images than the harm alone does."""
+    config, (bloody,) = tiny.get_config("smoke"), values.load(("bloody",))
+    config.principles = ("bloody",)
+    prompts = {prompt for *_, prompt in evaluate.plan(config, (bloody,))}
+    images = {Request(p, i): "base" for p in prompts for i in range(50)}
+    images |= {Request(p, i, (Dose(bloody.statement),)): "livo" for p in prompts for i in range(4)}
+    for shown in evaluate.pictures(images, config):
+        assert (shown["base"], shown["livo"]) == (["base"] * 4, ["livo"] * 4)
