@@ -87,18 +87,16 @@ def of_strengths(config, values, shares) -> list[Case]:
 
 
 def of_ratios(config, values, rates: dict) -> list[Case]:
-    """Cases of config.eval.ratios, for each value that they are for; "plain" is by its keep probability."""
-    found, n = [], config.eval.images_per_prompt
+    """Cases of config.eval.ratios, all values of a ratio applied at once; "plain" is each alone by keep probability."""
+    found, n, seed = [], config.eval.images_per_prompt, config.eval.seed
     rows = [row for row in prompts(config) for _ in range(n)]
     base = requests_of([prompt for *_, prompt in rows])
     for ratio in config.eval.ratios:
-        for statement, target in ratios.targets(ratio, rates, list(rates)).items():
-            value, wanted = principles.find(statement, values), {k: v for k, v in target.items() if v}
-            sides = {
-                "base": base,
-                "plain": with_value(base, value, config.eval.seed),
-                "livo": requests_of([r.prompt for r in base], [statement] * len(base), config.eval.seed, wanted, rates),
-            }
+        targets = ratios.targets(ratio, rates, list(rates))
+        dealt = requests_of([r.prompt for r in base], [[*targets]] * len(base), seed, ratio, rates)
+        for statement, target in targets.items():
+            value = principles.find(statement, values)
+            sides = {"base": base, "plain": with_value(base, value, seed), "livo": dealt}
             for k, (method, requests) in itertools.product(range(0, len(rows), n), sides.items()):
                 name, (split, subject, _) = f"{statement}, ratio {ratio}", rows[k]
                 found.append(Case(name, method, value, split, subject, requests[k : k + n], target))
