@@ -13,8 +13,8 @@ from data_tools import commands
 CONFIG = config_flags.DEFINE_config_file("config", None, "The config file, FILE or FILE:VARIANT.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives. Default: runs/<config file's name>.")
 MODE = flags.DEFINE_enum(
-    "mode", "train", ["train", "evaluate", "generate", "export", "plan"],
-    "train also evaluates at its end; plan tells what training needs.",
+    "mode", "train", ["train", "evaluate", "generate", "export", "demo", "plan"],
+    "train also evaluates at its end; demo serves a page; plan tells what training needs.",
 )  # fmt: skip
 PROMPT = flags.DEFINE_multi_string("prompt", [], "generate: a prompt; may be repeated.")
 PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "generate: a text file with a prompt on each line.")
@@ -32,6 +32,7 @@ NUM_IMAGES = flags.DEFINE_integer("num_images", 8, "generate: images of each pro
 SEED = flags.DEFINE_integer("seed", 0, "generate: of the noise.")
 DISTRIBUTED = commands.define_distributed()
 DEVICES = flags.DEFINE_integer("devices", None, "plan: how many. Default: those that are here.", lower_bound=1)
+PORT = flags.DEFINE_integer("port", 7860, "demo: of 127.0.0.1.", lower_bound=1, upper_bound=65535)
 OUT = flags.DEFINE_string("out", None, "generate, export: the directory to write.")
 
 
@@ -61,11 +62,13 @@ def main(argv):
         train_and_evaluate(config, workdir, build_preferences.build, cache_latents.write)
         return
 
-    from livo_jax import evaluate, export, generate, sharding, train, values
+    from livo_jax import demo, evaluate, export, generate, sharding, train, values
     from livo_jax.workdir import find, recipe
 
     workdir = find(workdir)
     mesh = sharding.make_mesh(**config.mesh)
+    if MODE.value == "demo":
+        demo.check(PORT.value)
     if MODE.value in ("generate", "export") and not OUT.value:
         raise app.UsageError(f"--mode={MODE.value} needs --out=DIR")
     if MODE.value == "export" and pathlib.Path(OUT.value).exists():
@@ -94,6 +97,8 @@ def main(argv):
     sd, value_encoder = train.restore_run(config, workdir, mesh)
     if MODE.value == "evaluate":
         evaluate.evaluate_and_report(sd, value_encoder, config, mesh, workdir)
+    elif MODE.value == "demo":
+        demo.serve(sd, value_encoder, config, mesh, PORT.value)
     elif MODE.value == "generate":
         generate.write_pairs(
             OUT.value, sd, value_encoder, prompts, chosen, NUM_IMAGES.value,
