@@ -105,7 +105,9 @@ def main(argv):
             seed=SEED.value, mesh=mesh, options=options, **config.sampling.to_dict(),
         )  # fmt: skip
     else:
-        export.export(OUT.value, sd, value_encoder, config, evaluate.read_results(workdir), recipe(workdir))
+        rates = evaluate.read_rates(workdir) if (workdir / "eval" / "rates.json").exists() else None
+        results = evaluate.read_results(workdir)
+        export.export(OUT.value, sd, value_encoder, config, results, rates, recipe(workdir))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import torch
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from transformers import CLIPTextModel
 
+from .livo_ratio import deal
 from .livo_rules import Rules
 
 # How the value encoder was trained to be sampled; `livo_jax.export` fills this in.
@@ -151,6 +152,7 @@ class LiVOPipeline(diffusers.StableDiffusionPipeline):
         values: str | list | None = None,
         strength: float | dict[str, float] = 1.0,
         keep_probability: float | None = None,
+        ratio: str | dict[str, float] | None = None,
         negative_prompt: str = "",
         num_images_per_prompt: int = 1,
         num_inference_steps: int = SETTINGS["steps"],
@@ -172,6 +174,9 @@ class LiVOPipeline(diffusers.StableDiffusionPipeline):
                 Each value of another strength costs its images one UNet evaluation more.
             keep_probability: the share of each prompt's images that the values are applied to: 0.5 for a bias
                 between two attributes, 1 for a harm. None for all, and with "auto" for what suits the value.
+            ratio: which attributes the images of bias values should show, in the place of keep_probability: "equal", a
+                table as {"female": 0.7, "male": 0.3}, or a JSON file of one. Reached over all images of the call, and
+                over those of each prompt, as nearly as their number allows. It needs scipy.
             seed: decides which images these are.
             latents: [N, C, h, w] standard normal noise of all images; drawn from `generator` if None.
             output_type: "pil", "np" or "pt".
@@ -181,18 +186,23 @@ class LiVOPipeline(diffusers.StableDiffusionPipeline):
 
         Raises:
             ValueError: prompts or values that are no texts or not equally many, "auto" with a value encoder that has no
-                rules, a strength that is no number, a keep_probability that is not 0 to 1; all are listed.
+                rules, a strength that is no number, a keep_probability that is not 0 to 1; all are listed. Or a ratio
+                that is unknown, for no value, out of reach, or without rates.
         """
         if isinstance(prompt, str):
             prompt, values = [prompt], [values]
         elif values is None or isinstance(values, str):
             values = [values] * len(prompt)
-        chosen, seen, images = self._choose(prompt, values, strength, keep_probability), Counter(), []
-        for text, doses in zip(prompt, chosen):
-            for _ in range(num_images_per_prompt):
-                kept = (dose for dose, share in doses if applies(share, seed, dose.value, text, seen[text]))
-                images.append((text, tuple(kept)))
-                seen[text] += 1
+        chosen = self._choose(prompt, values, strength, keep_probability)
+        each = lambda rows: [row for row in rows for _ in range(num_images_per_prompt)]
+        texts, chosen = each(prompt), each(chosen)
+        if ratio is not None:
+            chosen = deal(chosen, texts, ratio, getattr(self.value_encoder.config, "livo", {}).get("rates"), seed)
+        seen, images = Counter(), []
+        for text, doses in zip(texts, chosen):
+            kept = (dose for dose, share in doses if applies(share, seed, dose.value, text, seen[text]))
+            images.append((text, tuple(kept)))
+            seen[text] += 1
 
         # The UNet's rows: prompts with the values of full strength, negative prompts, and the first once more with each
         # of the other values.

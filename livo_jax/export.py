@@ -43,20 +43,21 @@ def whole_or_not_at_all(directory: pathlib.Path):
         raise
 
 
-def export(directory: str | os.PathLike, sd, value_encoder, config, results: list[dict] = (), recipe=None):
+def export(directory: str | os.PathLike, sd, value_encoder, config, results: list[dict] = (), rates=None, recipe=None):
     """Writes a value encoder as PyTorch's libraries read it.
 
         value_encoder/   config.json and model.safetensors: a transformers CLIPTextModel, float32; the config has the
                          values that it knows, and which prompts they are for
         tokenizer/       of the model that it belongs to
-        pipeline.py      a diffusers custom pipeline around both; livo_rules.py is a part of it
+        pipeline.py      a diffusers custom pipeline around both, with livo_rules.py and livo_ratio.py
         README.md        a model card: how to use it, its recipe, its results
 
     Args:
         directory: to be made; it appears whole or not at all.
         sd: the StableDiffusion that the value encoder was trained against.
         config: its model, principles and sampling are used.
-        results: the rows of eval/results.json. recipe: the config.json of the run that trained it, if any.
+        results: the rows of eval/results.json. rates: of eval/rates.json; the pipeline needs them for a ratio.
+        recipe: the config.json of the run that trained it, if any.
 
     Raises:
         FileExistsError: `directory` exists.
@@ -76,7 +77,7 @@ def export(directory: str | os.PathLike, sd, value_encoder, config, results: lis
         published = read_json(sd.root / "text_encoder" / "config.json") | dataclasses.asdict(value_encoder.config)
         published |= {"architectures": ["CLIPTextModel"], "dtype": "float32", "torch_dtype": "float32"}
         known = [{field: getattr(v, field) for field in CARRIED} for v in load_values(config.principles)]
-        published |= {"livo": {"values": known, "lists": lists()}}
+        published |= {"livo": {"values": known, "lists": lists(), "rates": rates}}
         # transformers before 5 needs the prefix, and 5 takes it.
         save(value_encoder, out / "value_encoder", published, stem="model", prefix="text_model.")
         shutil.copytree(sd.root / "tokenizer", out / "tokenizer")
@@ -84,7 +85,8 @@ def export(directory: str | os.PathLike, sd, value_encoder, config, results: lis
         (place,) = (i for i, line in enumerate(lines) if line.startswith("SETTINGS = "))
         lines[place] = f"SETTINGS = {settings!r}\n"
         (out / "pipeline.py").write_text("".join(lines))
-        shutil.copy(PIPELINE.with_name("rules.py"), out / "livo_rules.py")
+        for name in ("rules.py", "ratio.py"):
+            shutil.copy(PIPELINE.with_name(name), out / f"livo_{name}")
         (out / "README.md").write_text(card(directory, config, results, recipe))
 
 
@@ -133,7 +135,8 @@ print(out.applied)  # for each image the values applied to it, with strength and
 ```
 
 `values` are names or statements: one, or a list of them that work together, or for a list of prompts a list with such
-an entry for each. `strength` is a number, or a dict of value to number: 0 is the base model, 1 LiVO.
+an entry for each. `strength` is a number, or a dict of value to number: 0 is the base model, 1 LiVO. A `ratio`,
+"equal" or a dict of attribute to share, is what all images of a call are to show of a bias (it needs scipy).
 
 `pipeline.py` beside this card is what that runs. It loads `value_encoder/` from where it was exported to; after
 moving the folder pass it as well, `value_encoder=CLIPTextModel.from_pretrained(FOLDER, subfolder="value_encoder")`

@@ -290,30 +290,12 @@ def requests_of(prompts, values=None, seed: int = 0, ratio=None, rates=None, **o
     doses = {key: choose(*key, **options) for key in dict.fromkeys(keys)}  # a prompt's images are of one choice
     rows = [doses[key] for key in keys]
     if ratio is not None:
-        rows = dealt(rows, prompts, ratio, rates, seed)
+        rows = ratios.deal(rows, prompts, ratio, rates, seed)
     seen, requests = Counter(), []
     for prompt, row in zip(prompts, rows):
         requests.append(with_doses(Request(prompt, seen[prompt]), row, seed))
         seen[prompt] += 1
     return requests
-
-
-def dealt(rows: list[list[tuple[Dose, float]]], prompts, ratio, rates, seed: int) -> list[list[tuple[Dose, float]]]:
-    """The (Dose, share) rows of images where a ratio deals out what its values read, as requests_of has it."""
-    statements = list(dict.fromkeys(dose.value for row in rows for dose, _ in row))
-    if rates is None:
-        raise ValueError(f"ratio={ratio!r} needs rates, what the tokens show: a run leaves them in eval/rates.json")
-    rows, rates = list(rows), ratios.read(rates)
-    targets = ratios.targets(ratio, rates, statements)
-    if statements and not targets:
-        raise ValueError(f"ratio={ratio!r} is for none of the values {statements}, but for biases: {list(rates)}")
-    for statement, target in targets.items():
-        mine = [i for i, row in enumerate(rows) if any(dose.value == statement for dose, _ in row)]
-        mix = ratios.solve(target, rates[statement])
-        arms = dict(zip(mine, ratios.assign(mix, [prompts[i] for i in mine], statement, seed)))
-        for i, arm in arms.items():
-            rows[i] = [(d._replace(value=arm), 1.0) if d.value == statement else (d, share) for d, share in rows[i]]
-    return [[(dose, share) for dose, share in row if dose.value] for row in rows]
 
 
 def with_value(requests: list[Request], value: Value, seed: int) -> list[Request]:

@@ -123,3 +123,29 @@ def assign(mix: Mapping[str, float], prompts: list[str], statement: str, seed: i
             dealt[i] = arm
         left = left[~taken]
     return dealt
+
+
+def deal(rows: list[list], prompts: list[str], ratio, rates, seed: int) -> list[list]:
+    """The values of images, with arms in the place of those that a ratio is for.
+
+    Args:
+        rows: for each image its values: (dose, the share of its prompt's images that it is for), dose.value being a
+            statement.
+        prompts: of the images. ratio, rates: as `targets` takes them. seed: of the draw.
+
+    Raises:
+        ValueError: as `targets` and `solve`; there are no rates, or the ratio is for none of the values.
+    """
+    if rates is None:
+        raise ValueError(f"ratio={ratio!r} needs rates, what the tokens show: a run leaves them in eval/rates.json")
+    statements = list(dict.fromkeys(dose.value for row in rows for dose, _ in row))
+    rows, rates = list(rows), read(rates)
+    wanted = targets(ratio, rates, statements)
+    if statements and not wanted:
+        raise ValueError(f"ratio={ratio!r} is for none of the values {statements}, but for biases: {list(rates)}")
+    for statement, target in wanted.items():
+        mine = [i for i, row in enumerate(rows) if any(dose.value == statement for dose, _ in row)]
+        arms = assign(solve(target, rates[statement]), [prompts[i] for i in mine], statement, seed)
+        for i, arm in zip(mine, arms):
+            rows[i] = [(d._replace(value=arm), 1.0) if d.value == statement else (d, share) for d, share in rows[i]]
+    return [[(dose, share) for dose, share in row if dose.value] for row in rows]
