@@ -24,12 +24,18 @@ def get_config(variant: str = "") -> ConfigDict:
     config.variant = ""  # of the weight files; "fp16": half to fetch
     config.random_weights = False  # the architecture of config.model alone, untrained
     config.dtype = "bfloat16"  # of the frozen models; the value encoder, its optimizer and the errors are float32
-    config.value_encoder = ""  # directory or hub id to start from; empty: the model's text encoder
     config.principles = ("gender", "race", "nudity", "gore", "zombie")  # names in livo_jax/principles.toml
     config.judge = ""  # a module of livo_jax/judges; empty: train without evaluation
     # Devices: rows of a batch are divided over data and fsdp, weights over fsdp and tensor; -1 takes the rest.
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
     config.shard_frozen = False  # whether the frozen models are divided as the value encoder is: more traffic
+
+    config.value_encoder = c = ConfigDict()  # livo_jax/value_encoders.py
+    c.kind = "full"  # a text encoder of its own; "lora": low-rank updates of the model's; "token": soft tokens alone
+    c.start = ""  # directory or hub id of one of this kind to start from; empty: the model's text encoder
+    c.rank, c.alpha = 8, 8.0  # lora: kernels are W + alpha / rank * A B
+    c.targets = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")  # lora: the layers that are updated
+    c.tokens = 4  # token: of each value
 
     config.judging = c = ConfigDict()  # of the judges clip and vlm
     c.model = ""  # clip: directory or hub id, as openai/clip-vit-large-patch14. vlm: the model's name at the endpoint

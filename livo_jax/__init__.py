@@ -7,7 +7,7 @@ livo_jax.generate, evaluate and train hold the functions that work on them.
 
 import importlib
 
-_HOMES = {"StableDiffusion": "livo_jax.pretrained", "ValueEncoder": "livo_jax.pretrained"}
+_HOMES = {"StableDiffusion": "livo_jax.pretrained", "ValueEncoder": "livo_jax.value_encoders"}
 __all__ = ["StableDiffusion", "ValueEncoder", "losses"]
 
 

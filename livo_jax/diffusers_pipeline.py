@@ -12,6 +12,7 @@ Written by livo_jax, whose images it gives from the same noise (`latents`). Impo
 import dataclasses
 import math
 import numbers
+import pathlib
 import zlib
 from collections import Counter
 from types import SimpleNamespace
@@ -20,7 +21,8 @@ from typing import NamedTuple
 import diffusers
 import torch
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
-from transformers import CLIPTextModel
+from safetensors import safe_open
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from .livo_ratio import deal
 from .livo_rules import Rules
@@ -75,6 +77,17 @@ def faults(prompts, values, strength, keep_probability, known) -> list[str]:
     return problems
 
 
+class SoftTokens(torch.nn.Module):
+    """A value encoder of kind "token": learned tokens [V, n, D] of the values that it knows."""
+
+    def __init__(self, directory: pathlib.Path):
+        super().__init__()
+        self.config = CLIPTextConfig.from_pretrained(directory)
+        with safe_open(directory / "value_tokens.safetensors", "pt") as file:
+            self.statements = file.metadata()["statements"].split("\n")
+            self.table = torch.nn.Parameter(file.get_tensor("table"))
+
+
 class LiVOPipeline(diffusers.StableDiffusionPipeline):
     """Stable Diffusion 1.x and 2.x whose images follow values.
 
@@ -96,7 +109,9 @@ class LiVOPipeline(diffusers.StableDiffusionPipeline):
             requires_safety_checker,
         )  # fmt: skip
         if value_encoder is None:
-            value_encoder = CLIPTextModel.from_pretrained(SETTINGS["directory"], subfolder="value_encoder")
+            directory = pathlib.Path(SETTINGS["directory"], "value_encoder")
+            soft = (directory / "value_tokens.safetensors").exists()
+            value_encoder = SoftTokens(directory) if soft else CLIPTextModel.from_pretrained(directory)
         scheduler = getattr(diffusers, SETTINGS["scheduler"]).from_config(published, **SETTINGS["options"])
         self.register_modules(scheduler=scheduler, value_encoder=value_encoder)
 
@@ -134,16 +149,26 @@ class LiVOPipeline(diffusers.StableDiffusionPipeline):
         dtype = self.unet.dtype  # parts may come in different ones: transformers keeps a file's, diffusers casts it
         c = self.text_encoder(self._tokenize([text for text, _ in rows]))[0].to(dtype)
         slots = max(len(doses) for _, doses in rows)
-        u = c.new_zeros(len(rows), slots, c.shape[-1])
-        mask = torch.ones(len(rows), slots + c.shape[1], dtype=torch.bool, device=c.device)
-        mask[:, :slots] = False
-        if slots:
-            places = [(row, slot) for row, (_, doses) in enumerate(rows) for slot in range(len(doses))]
-            at = torch.tensor(places).unbind(1)
-            texts = [f"{dose.value}, {text}" for text, doses in rows for dose in doses]
-            u[at] = self.value_encoder(self._tokenize(texts)).pooler_output.to(dtype)
-            mask[at] = True
-        return torch.cat([u, c], dim=1), mask
+        if not slots:
+            return c, torch.ones(c.shape[:2], dtype=torch.bool, device=c.device)
+        places = [(row, slot) for row, (_, doses) in enumerate(rows) for slot in range(len(doses))]
+        at = torch.tensor(places).unbind(1)
+        tokens = self._value_tokens([(dose.value, text) for text, doses in rows for dose in doses]).to(dtype)
+        u = c.new_zeros(len(rows), slots, *tokens.shape[1:])  # [R, V, n, D]
+        sees = torch.zeros(u.shape[:3], dtype=torch.bool, device=c.device)
+        u[at], sees[at] = tokens, True
+        cond = torch.cat([u.flatten(1, 2), c], dim=1)
+        return cond, torch.cat([sees.flatten(1), sees.new_ones(c.shape[:2])], dim=1)
+
+    def _value_tokens(self, read: list[tuple[str, str]]) -> torch.Tensor:
+        """The tokens [P, n, D] of pairs of a statement and a prompt."""
+        if not hasattr(self.value_encoder, "table"):
+            ids = self._tokenize([f"{statement}, {prompt}" for statement, prompt in read])
+            return self.value_encoder(ids).pooler_output[:, None]
+        known = self.value_encoder.statements
+        if unknown := sorted({statement for statement, _ in read} - set(known)):
+            raise ValueError(f"the value encoder knows {', '.join(known)}, not {', '.join(unknown)}")
+        return self.value_encoder.table[[known.index(statement) for statement, _ in read]]
 
     @torch.no_grad()
     def __call__(

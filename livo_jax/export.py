@@ -8,8 +8,10 @@ import pathlib
 import shutil
 import tempfile
 
-from livo_jax.pretrained import read_json, save
+from livo_jax.models.clip import CLIPTextModel
+from livo_jax.pretrained import load, read_json, save
 from livo_jax.retriever import lists
+from livo_jax.value_encoders import KINDS, LoRA, SoftTokens, ValueEncoder
 from livo_jax.values import load as load_values
 
 PIPELINE = pathlib.Path(__file__).with_name("diffusers_pipeline.py")
@@ -20,6 +22,19 @@ SCHEDULERS = {  # of diffusers, for diffusion.SAMPLERS
     "dpmsolver++_karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
     "euler": ("EulerDiscreteScheduler", {}),
     "pndm": ("PNDMScheduler", {}),
+}
+
+READS = """reads a value and a prompt; its pooled output, one token put before the prompt's tokens, makes the frozen
+base model follow the value."""
+WHAT = {  # the model card's first paragraph, by kind of value encoder
+    "full": f"A CLIP text model that {READS}",
+    "lora": f"""\
+Low-rank updates of the base's text encoder. With them it {READS} `value_encoder/` is a CLIP text model that has the
+updates in its weights; `adapter/` has them alone, for peft:
+`PeftModel.from_pretrained(TEXT_ENCODER, FOLDER, subfolder="adapter")`.""",
+    "token": """\
+Learned tokens of each value, the same for every prompt: put before the prompt's tokens, they make the frozen base model
+follow the value.""",
 }
 
 
@@ -46,8 +61,10 @@ def whole_or_not_at_all(directory: pathlib.Path):
 def export(directory: str | os.PathLike, sd, value_encoder, config, results: list[dict] = (), rates=None, recipe=None):
     """Writes a value encoder as PyTorch's libraries read it.
 
-        value_encoder/   config.json and model.safetensors: a transformers CLIPTextModel, float32; the config has the
-                         values that it knows, and which prompts they are for
+        value_encoder/   config.json and model.safetensors: a transformers CLIPTextModel, float32, with low-rank updates
+                         merged into it; or value_tokens.safetensors, soft tokens. The config has the values that it
+                         knows, and which prompts they are for
+        adapter/         low-rank updates alone, which peft loads on the model's text encoder
         tokenizer/       of the model that it belongs to
         pipeline.py      a diffusers custom pipeline around both, with livo_rules.py and livo_ratio.py
         README.md        a model card: how to use it, its recipe, its results
@@ -73,13 +90,23 @@ def export(directory: str | os.PathLike, sd, value_encoder, config, results: lis
         "directory": str(directory), "scheduler": scheduler, "options": options,
         "steps": config.sampling.steps, "guidance_scale": config.sampling.guidance_scale,
     }  # fmt: skip
+    text_encoder = sd.text_encoder
+    if isinstance(value_encoder, LoRA) and config.dtype != "float32":  # what peft adds the adapter to is not rounded
+        text_encoder = load(CLIPTextModel, sd.root / "text_encoder", variant=config.variant or None)
     with whole_or_not_at_all(directory) as out:
         published = read_json(sd.root / "text_encoder" / "config.json") | dataclasses.asdict(value_encoder.config)
         published |= {"architectures": ["CLIPTextModel"], "dtype": "float32", "torch_dtype": "float32"}
         known = [{field: getattr(v, field) for field in CARRIED} for v in load_values(config.principles)]
         published |= {"livo": {"values": known, "lists": lists(), "rates": rates}}
-        # transformers before 5 needs the prefix, and 5 takes it.
-        save(value_encoder, out / "value_encoder", published, stem="model", prefix="text_model.")
+        if isinstance(value_encoder, SoftTokens):
+            value_encoder.save(out / "value_encoder", config.model)
+            (out / "value_encoder" / "config.json").write_text(json.dumps(published, indent=2) + "\n")
+        else:
+            if isinstance(value_encoder, LoRA):
+                value_encoder.save(out / "adapter", config.model)
+                value_encoder = value_encoder.merged(text_encoder)
+            # transformers before 5 needs the prefix, and 5 takes it.
+            save(value_encoder, out / "value_encoder", published, stem="model", prefix="text_model.")
         shutil.copytree(sd.root / "tokenizer", out / "tokenizer")
         lines = PIPELINE.read_text().splitlines(keepends=True)
         (place,) = (i for i, line in enumerate(lines) if line.startswith("SETTINGS = "))
@@ -94,6 +121,7 @@ def card(directory: pathlib.Path, config, results, recipe) -> str:
     """The model card, Markdown."""
     values = load_values(config.principles)
     base, first, sampling = config.model, values[0], config.sampling
+    kind = KINDS[config.value_encoder.kind]
     statements = "\n".join(
         f"- `{v.statement}` ({v.kind}): apply it to {v.keep_probability:.0%} of a prompt's images" for v in values
     )
@@ -104,7 +132,7 @@ def card(directory: pathlib.Path, config, results, recipe) -> str:
     ]
     if table:
         table = ["| value | prompts | metric | method | mean | 95% interval | images |", "|---" * 7 + "|", *table]
-    trained = {name: recipe[name] for name in ("model", "seed", "loss", "train")} if recipe else {}
+    trained = {name: recipe[name] for name in ("model", "seed", "value_encoder", "loss", "train")} if recipe else {}
     return f"""---
 library_name: diffusers
 base_model: {base}
@@ -113,8 +141,9 @@ tags: [livo, stable-diffusion, text-to-image]
 
 # LiVO value encoder for {base}
 
-A CLIP text model that reads a value and a prompt; its pooled output, one token put before the prompt's tokens,
-makes the frozen base model follow the value (LiVO, Wang et al., ACM MM 2024, arXiv 2410.12700). Written by livo_jax.
+{WHAT[config.value_encoder.kind]}
+
+The method is LiVO (Wang et al., ACM MM 2024, arXiv 2410.12700). Written by livo_jax.
 
 It knows the values
 
@@ -143,9 +172,11 @@ moving the folder pass it as well, `value_encoder=CLIPTextModel.from_pretrained(
 with transformers' `CLIPTextModel`. In JAX:
 
 ```python
-from livo_jax import StableDiffusion, ValueEncoder
+from livo_jax import StableDiffusion
+from livo_jax.value_encoders import {kind.__name__}
 
-sd, ve = StableDiffusion.from_pretrained({base!r}), ValueEncoder.from_pretrained({str(directory)!r})
+sd = StableDiffusion.from_pretrained({base!r})
+ve = {kind.__name__}.from_pretrained({str(directory)!r}{"" if kind is ValueEncoder else ", sd"})
 images = sd.generate(
     ["a photo of a doctor"] * 4, values={first.statement!r}, value_encoder=ve,
     keep_probability={first.keep_probability},

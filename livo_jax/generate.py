@@ -62,14 +62,15 @@ def _sample(graphs, params, batch, table, guidance_scale, scaling_factor, *, sha
     if value_encoder:
         B, rows, V = batch["visible"].shape
         D = cond.shape[-1]
-        u = value_encoder(merge(batch["value_prompt_ids"])).pooled.astype(cond.dtype).reshape(B, 1, V, D)
-        u = jnp.broadcast_to(u, (B, rows, V, D))
+        u = value_encoder.tokens(merge(batch["value_prompt_ids"]), text_encoder).astype(cond.dtype)  # [B V, n, D]
+        visible = jnp.repeat(batch["visible"], u.shape[1], axis=2)
+        u = jnp.broadcast_to(u.reshape(B, 1, -1, D), (B, rows, visible.shape[2], D))
         cond = cond.reshape(B, 2, -1, D)
         cond = jnp.concatenate([cond, jnp.repeat(cond[:, :1], rows - 2, axis=1)], axis=1)  # [B, R, L, D]
         mask = jnp.arange(cond.shape[2]) < batch["length"][:, :, None]
         # [u; c], and a row does not see the values that are not its own: the negative prompt none.
         cond = merge(jnp.concatenate([u, cond], axis=2))
-        mask = merge(jnp.concatenate([batch["visible"], mask], axis=2))
+        mask = merge(jnp.concatenate([visible, mask], axis=2))
 
     def predict(z, t):
         unet = nnx.merge(graphs[1], params[1])  # here: rematerialised blocks want modules of the loop's own trace
@@ -108,8 +109,8 @@ def generate(
 
     Args:
         sd: a StableDiffusion.
-        value_encoder: a ValueEncoder; needed where a request has values. A strength that is neither 0 nor 1 costs
-            one UNet evaluation more.
+        value_encoder: one of livo_jax.value_encoders; needed where a request has values. A strength that is neither 0
+            nor 1 costs one UNet evaluation more.
         steps, sampler: of the sampler, one of diffusion.SAMPLERS.
         guidance_scale: classifier-free guidance (Ho & Salimans 2022), against the negative prompt.
         prompt_layout: what an image with a value is conditioned on. "padded": the value token and the
@@ -136,7 +137,7 @@ def generate(
     if value_encoder is None and (wanting := [r.values for r in requests if r.values]):
         raise ValueError(f"value {wanting[0][0].value!r} is asked for without a value encoder")
     if value_encoder is not None:
-        check_value_encoder(sd, value_encoder)
+        check_value_encoder(sd, value_encoder, {dose.value for r in requests for dose in r.values})
         value_encoder = value_encoder if any(r.values for r in requests) else None
     if prompt_layout not in PROMPT_LAYOUTS:
         raise ValueError(f"prompt_layout={prompt_layout!r}: choose from {', '.join(PROMPT_LAYOUTS)}")
@@ -220,11 +221,13 @@ def official_layout(columns: dict, tokenizer):
     negative[cut, n[cut]] = tokenizer.eos_token_id  # a negative prompt that is longer ends there
 
 
-def check_value_encoder(sd, value_encoder):
-    """Raises ValueError unless the value encoder reads this model's tokens and makes one of its width."""
+def check_value_encoder(sd, value_encoder, statements=()):
+    """Raises ValueError unless the value encoder fits this model and knows the values of these statements."""
+    if value_encoder.statements and (unknown := sorted(set(statements) - set(value_encoder.statements))):
+        raise ValueError(f"the value encoder knows {', '.join(value_encoder.statements)}, not {', '.join(unknown)}")
     differences = [
         f"{name}: {theirs} in the value encoder, {ours} in the text encoder of the model"
-        for name in ("hidden_size", "vocab_size", "max_position_embeddings")
+        for name in value_encoder.FITS
         if (theirs := getattr(value_encoder.config, name)) != (ours := getattr(sd.text_encoder.config, name))
     ]
     if differences:

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType
 
-from livo_jax import sharding, train
+from livo_jax import sharding, train, value_encoders
 from livo_jax.data import cache_dtype
 from livo_jax.models.weights import split
 from livo_jax.pretrained import DESCRIPTION, PARTS, StableDiffusion, find, skeleton
@@ -119,7 +119,8 @@ def traffic(sd, params, frozen, mesh, config) -> dict[str, float]:
     """
     data, fsdp, tensor = (mesh.shape[axis] for axis in sharding.AXES)
     trained = {k: v for k, v in params.items() if config.train.train_embeddings or k != "embeddings"}
-    lies, found = sharding.by_rules(params, mesh), Counter()
+    rules = sharding.RULES if config.value_encoder.kind == "full" else sharding.WHOLE
+    lies, found = sharding.by_rules(params, mesh, rules), Counter()
     on_device = size(trained, {k: lies[k] for k in trained})
 
     def gathered(part):  # but for tables, which are read where they lie, and what only draws
@@ -128,8 +129,11 @@ def traffic(sd, params, frozen, mesh, config) -> dict[str, float]:
         return sum(size(part[name], whole[name]) - size(part[name], rest[name]) for name in used)
 
     # For each micro-batch. The gradient: summed over fsdp, of which a part stays here, and that over data.
-    found["gradient"] = config.train.accumulate * on_device * (2 * (data - 1) / data + fsdp - 1)
-    if fsdp > 1:  # forward, and once backward
+    if rules is sharding.WHOLE:  # or over both, where every device has all of it
+        found["gradient"] = config.train.accumulate * on_device * 2 * (1 - 1 / (data * fsdp))
+    else:
+        found["gradient"] = config.train.accumulate * on_device * (2 * (data - 1) / data + fsdp - 1)
+    if fsdp > 1 and rules is sharding.RULES:  # forward, and once backward
         found["value encoder's weights"] = (value_encodings(config) + 1) * config.train.accumulate * gathered(params)
     if config.shard_frozen:  # the UNet with the policy's and the reference's conditioning and backward
         uses = {"unet": 3, "text_encoder": 1, "vae": 1}
@@ -137,7 +141,9 @@ def traffic(sd, params, frozen, mesh, config) -> dict[str, float]:
     if tensor > 1:
         rows, L = config.train.batch_size // sharding.batch_parts(mesh), sd.text_encoder.config.max_position_embeddings
         sum_up = functools.partial(partial_sums, parts=tensor)
-        found["activations"] = sum_up(params, lambda name: rows * L, value_encodings(config), 1)
+        found["activations"] = (
+            sum_up(params, lambda name: rows * L, value_encodings(config), 1) if rules is sharding.RULES else 0
+        )
         if config.shard_frozen:  # of the UNet w and l, with the policy's and the reference's conditioning
             levels, side = len(sd.unet.config.block_out_channels), sd.latent_shape[0]
 
@@ -173,12 +179,12 @@ def plan(config, devices: int) -> dict:
     parts = sharding.batch_parts(mesh)
     rows = config.train.batch_size // parts // config.train.accumulate  # on a device at once
 
-    modules = {"unet": sd.unet} | ({} if config.data.cache else {"text_encoder": sd.text_encoder, "vae": sd.vae})
+    modules = {"unet": sd.unet, "text_encoder": sd.text_encoder} | ({} if config.data.cache else {"vae": sd.vae})
     graphs, frozen = {}, {}
     for name, module in modules.items():
         graphs[name], frozen[name] = split(module)
-    graphs["value_encoder"], params = split(sd.text_encoder)
-    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), params)
+    value_encoder = nnx.eval_shape(lambda: value_encoders.make(config, sd))
+    graphs["value_encoder"], params = split(value_encoder)
     tx = make_optimizer(config)
     state = jax.eval_shape(functools.partial(init_state, tx=tx, ema_decay=config.train.ema_decay), params)
 
@@ -193,10 +199,10 @@ def plan(config, devices: int) -> dict:
     drawn = {name: jax.ShapeDtypeStruct((rows, h, w, C), jnp.float32) for name in ("noise_w", "noise_l", "eps")}
     drawn["t"] = jax.ShapeDtypeStruct((rows,), jnp.int32)
     loss = make_loss(graphs, sd.schedule, micro, scale)
-    lies = sharding.by_rules(state, mesh)
+    lies = sharding.by_rules(state, mesh, value_encoder.RULES)
     memory = {
         "state": size(state, lies),
-        "gradient": size(params, sharding.by_rules(params, mesh)),
+        "gradient": size(params, lies["params"]),
         "frozen models": size(frozen, {k: sharding.by_rules(v, mesh) for k, v in frozen.items()})
         if config.shard_frozen
         else size(frozen),

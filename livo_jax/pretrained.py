@@ -200,27 +200,6 @@ def save(module, directory: pathlib.Path, config: dict, *, stem: str, prefix: st
     save_file(tensors, directory / f"{stem}.safetensors", metadata={"format": "pt"})
 
 
-class ValueEncoder(CLIPTextModel):
-    """E_V: reads token ids [B, L] of "value, prompt"; its pooled output [B, D] is the value token."""
-
-    @classmethod
-    def from_pretrained(
-        cls, path_or_hub_id, dtype=jnp.float32, *, subfolder: str = "", variant=None, sharding=None
-    ) -> "ValueEncoder":
-        """Loads a CLIP text model, with or without the `text_model.` prefix on its names.
-
-        Args:
-            subfolder: where it is ("text_encoder" of a Stable Diffusion). If empty, at the root or in
-                value_encoder/, as an export has it.
-            dtype, variant, sharding: as StableDiffusion.from_pretrained has them.
-        """
-        patterns = ["config.json", *weight_patterns("model", variant)]
-        places = [subfolder] if subfolder else ["", "value_encoder"]
-        root = find(path_or_hub_id, [f"{place}/{name}".lstrip("/") for place in places for name in patterns])
-        place = next((place for place in places if (root / place / "config.json").is_file()), places[0])
-        return load(cls, root / place, dtype, variant=variant, sharding=sharding)
-
-
 class StableDiffusion:
     """A frozen Stable Diffusion 1.x or 2.x.
 
@@ -327,7 +306,7 @@ class StableDiffusion:
             values: what the value encoder is to read before each prompt ("gender equality"): one for all, or a list
                 with an entry for each prompt, which is None, a value or a list of values. None leaves the image as it
                 is without LiVO. "auto" has the retriever choose.
-            value_encoder: a ValueEncoder.
+            value_encoder: one of livo_jax.value_encoders.
             strength: how much of a value's effect: 0 is the base model, 1 LiVO. A number, or a dict of value -> number.
             keep_probability: the share of each prompt's images that its values are applied to; None for all, and with
                 "auto" for what principles.toml says.

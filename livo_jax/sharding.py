@@ -26,6 +26,9 @@ RULES = (
 )
 
 
+WHOLE = ((r"", ()),)  # rules for what is small: every device holds all of it
+
+
 def join(process: str = "auto"):
     """Joins the processes of a run, before anything else touches a device.
 

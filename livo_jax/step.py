@@ -66,9 +66,10 @@ def make_loss(graphs: dict, schedule: diffusion.NoiseSchedule, config, scaling_f
     constants = {name: config.loss[name] for name in ("alpha", "beta", "gamma_1", "gamma_2")}
 
     def loss(params, frozen, batch):
-        if not train_embeddings:
+        if not train_embeddings and "embeddings" in params:
             params = params | {"embeddings": jax.lax.stop_gradient(params["embeddings"])}
-        value_encoder, unet = nnx.merge(graphs["value_encoder"], params), nnx.merge(graphs["unet"], frozen["unet"])
+        value_encoder = nnx.merge(graphs["value_encoder"], params)
+        text_encoder, unet = (nnx.merge(graphs[name], frozen[name]) for name in ("text_encoder", "unet"))
 
         def latents(side, noise):
             mean, logvar = (x.astype(jnp.float32) for x in moments(graphs, frozen, batch, side))
@@ -91,19 +92,19 @@ def make_loss(graphs: dict, schedule: diffusion.NoiseSchedule, config, scaling_f
         if "prompt_states" in batch:
             c = batch["prompt_states"].astype(unet.conv_in.kernel.dtype)  # [b, L, D]
         else:
-            c = nnx.merge(graphs["text_encoder"], frozen["text_encoder"])(batch["prompt_ids"]).last_hidden_state
-        before = lambda u, c: jnp.concatenate([u[:, None].astype(c.dtype), c], axis=1)  # [u; c]: value tokens first
-        see = lambda sees, mask: None if mask is None else jnp.concatenate([sees[:, None], mask], axis=1)
-        mask = None
+            c = text_encoder(batch["prompt_ids"]).last_hidden_state
+        before = lambda u, c: jnp.concatenate([u.astype(c.dtype), c], axis=1)  # [u; c]: value tokens first
+        u, mask = value_encoder.tokens(batch["value_prompt_ids"], text_encoder), None  # [b, n, D]
         if "beside" in batch:
             # Policy and reference both have the second value, where there is one: what is learned is what u adds to
             # it. Another pair trains its token.
-            u_beside = jax.lax.stop_gradient(value_encoder(batch["beside_prompt_ids"]).pooled)
-            mask = see(batch["beside"], jnp.ones(c.shape[:2], bool))
+            u_beside = jax.lax.stop_gradient(value_encoder.tokens(batch["beside_prompt_ids"], text_encoder))
+            beside = jnp.broadcast_to(batch["beside"][:, None], u.shape[:2])
+            mask = jnp.concatenate([beside, jnp.ones(c.shape[:2], bool)], axis=1)
             c = before(u_beside, c)
-        u = value_encoder(batch["value_prompt_ids"]).pooled  # [b, D]
         r_w, r_l = errors(c, mask)
-        l_w, l_l = errors(before(u, c), see(jnp.ones(len(u), bool), mask))
+        mask = mask if mask is None else jnp.concatenate([jnp.ones(u.shape[:2], bool), mask], axis=1)
+        l_w, l_l = errors(before(u, c), mask)
         return losses.livo(l_w, l_l, r_w, r_l, **constants)
 
     return loss
@@ -130,7 +131,7 @@ def make_train_step(graphs: dict, schedule: diffusion.NoiseSchedule, tx, config,
 
     The step takes `state` (step, params, opt_state, perhaps ema), `frozen` (parameters of text_encoder,
     unet and vae) and a batch of data.batches: value_prompt_ids, and either prompt_ids and images or, from a
-    cache, prompt_states and moments; then `frozen` needs the unet alone. Its metrics are float32 scalars:
+    cache, prompt_states and moments; then `frozen` needs no vae. Its metrics are float32 scalars:
     loss, those of losses.livo, and grad_norm.
     """
     loss = make_loss(graphs, schedule, config, scaling_factor)
@@ -163,10 +164,10 @@ def make_train_step(graphs: dict, schedule: diffusion.NoiseSchedule, tx, config,
     return train_step
 
 
-def state_on(mesh, params: dict, tx, config) -> dict:
+def state_on(mesh, params: dict, tx, config, rules=sharding.RULES) -> dict:
     """init_state, each leaf where the partition rules have it."""
     make = lambda params: init_state(params, tx, config.train.ema_decay)
-    return jax.jit(make, out_shardings=sharding.by_rules(jax.eval_shape(make, params), mesh))(params)
+    return jax.jit(make, out_shardings=sharding.by_rules(jax.eval_shape(make, params), mesh, rules))(params)
 
 
 def jit_step(train_step, state: dict, frozen: dict, mesh):

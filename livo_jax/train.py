@@ -3,6 +3,7 @@
 import collections
 import functools
 import importlib.util
+import json
 import math
 import pathlib
 import signal
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from tqdm import tqdm
 
-from livo_jax import diffusion, judges, sharding, values
+from livo_jax import diffusion, judges, sharding, value_encoders, values
 from livo_jax.checkpoint import Checkpoints, Termination
 from livo_jax.data import Cache, Preferences, batches
 from livo_jax.evaluate import evaluate_and_report, read_results, sample_sheet, table
@@ -21,9 +22,9 @@ from livo_jax.generate import PROMPT_LAYOUTS, check_value_encoder
 from livo_jax.log import Log
 from livo_jax.models.unet import REMAT
 from livo_jax.models.weights import split
-from livo_jax.pretrained import StableDiffusion, ValueEncoder
+from livo_jax.pretrained import StableDiffusion
 from livo_jax.step import jit_step, make_optimizer, make_train_step, state_on, trained_params
-from livo_jax.workdir import claim, find, is_remote, recipe, say
+from livo_jax.workdir import claim, differences, find, is_remote, recipe, say
 
 
 def check_config(config, sd, mesh, judge: bool = True):
@@ -74,35 +75,25 @@ def check_config(config, sd, mesh, judge: bool = True):
 
 
 def load_models(config, mesh):
-    """The frozen StableDiffusion of config.model, and the value encoder to start from, in float32, on the mesh.
-
-    That is config.value_encoder, or the text encoder of the model.
+    """The frozen StableDiffusion of config.model, and the value encoder to start from, on the mesh.
 
     Raises:
-        FileNotFoundError, ValueError: as StableDiffusion.from_pretrained; a value encoder of another model.
+        FileNotFoundError, ValueError: as StableDiffusion.from_pretrained and value_encoders.start; a value encoder of
+            another model.
     """
-    by_rules = functools.partial(sharding.by_rules, mesh=mesh)
-    where = by_rules if config.shard_frozen else sharding.replicated(mesh)
+    where = functools.partial(sharding.by_rules, mesh=mesh) if config.shard_frozen else sharding.replicated(mesh)
     dtype, variant = jnp.dtype(config.dtype), config.variant or None
     if config.random_weights:
         sd = StableDiffusion.from_config(config.model, dtype, seed=config.seed, sharding=where)
     else:
         sd = StableDiffusion.from_pretrained(config.model, dtype, variant=variant, sharding=where)
-    if config.value_encoder:
-        value_encoder = ValueEncoder.from_pretrained(config.value_encoder, sharding=by_rules)
-    elif config.random_weights:
-        graph, params = split(sd.text_encoder)  # copied, for training gives the arrays of its state away
-        value_encoder = nnx.merge(graph, jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), params))
-    else:
-        value_encoder = ValueEncoder.from_pretrained(
-            config.model, subfolder="text_encoder", variant=variant, sharding=by_rules
-        )
+    value_encoder = value_encoders.start(config, sd, mesh)
     check_value_encoder(sd, value_encoder)
     sd.unet.remat = config.train.remat
     gather = functools.partial(sharding.gather, mesh=mesh)
     if config.shard_frozen:
         sd.unet.gather = sd.text_encoder.encoder.gather = gather
-    if mesh.shape["fsdp"] > 1:
+    if mesh.shape["fsdp"] > 1 and config.value_encoder.kind == "full":
         value_encoder.encoder.gather = gather
     return sd, value_encoder
 
@@ -155,14 +146,14 @@ def train_and_evaluate(config, workdir, build_preferences=None, cache_latents=No
     cache = Cache(preferences, sd, config) if config.data.cache else None
 
     # ---- state: from step 0, or where the last checkpoint left it
-    modules = dict(unet=sd.unet, value_encoder=value_encoder)
+    modules = dict(unet=sd.unet, text_encoder=sd.text_encoder, value_encoder=value_encoder)
     if not cache:
-        modules |= dict(text_encoder=sd.text_encoder, vae=sd.vae)
+        modules["vae"] = sd.vae
     graphs, params = {}, {}
     for name, module in modules.items():
         graphs[name], params[name] = split(module)
     tx = make_optimizer(config)
-    state, frozen = state_on(mesh, params.pop("value_encoder"), tx, config), params
+    state, frozen = state_on(mesh, params.pop("value_encoder"), tx, config, value_encoder.RULES), params
     checkpoints = Checkpoints(workdir, config.checkpoint.keep)
     if checkpoints.latest_step() is not None:
         state = checkpoints.restore(state, set_aside=True)
@@ -257,29 +248,30 @@ def check_finite(step: int, metrics: dict, checkpoints, config) -> dict[str, flo
 
 
 def restore_run(config, workdir, mesh):
-    """The frozen StableDiffusion and the ValueEncoder of a run: trained, or config.value_encoder as it is.
+    """The frozen StableDiffusion and the value encoder of a run: trained, or config.value_encoder.start as it is.
 
     Raises:
-        FileNotFoundError: `workdir` has no checkpoint and the config no value encoder.
+        FileNotFoundError: `workdir` has no checkpoint and config.value_encoder no start.
         ValueError: the config cannot work, or the checkpoint is of another one.
     """
     workdir = find(workdir)
     checkpoints = Checkpoints(workdir)
     trained = checkpoints.latest_step() is not None
-    if not trained and not config.value_encoder:
+    if not trained and not config.value_encoder.start:
         raise FileNotFoundError(
             f"{checkpoints.directory} has no checkpoint: train first, with the same --workdir, or give a trained value"
-            " encoder by --config.value_encoder=DIRECTORY_OR_HUB_ID"
+            " encoder by --config.value_encoder.start=DIRECTORY_OR_HUB_ID"
         )
-    if trained and config.value_encoder != (start := recipe(workdir)["value_encoder"]):
+    of = lambda config: {"value_encoder": config["value_encoder"]}
+    if trained and (found := differences(of(recipe(workdir)), of(json.loads(config.to_json())))):
         raise ValueError(
-            f"{workdir} holds a value encoder trained from {start or 'the model'!r}, not from"
-            f" {config.value_encoder!r}: to use that as it is, name a new --workdir"
+            f"{workdir} holds another value encoder: to use one that is trained already, name a new --workdir\n  "
+            + "\n  ".join(found)
         )
     sd, value_encoder = load_models(config, mesh)
     check_config(config, sd, mesh, judge=False)
     if trained:
         graph, params = split(value_encoder)
-        state = checkpoints.restore(state_on(mesh, params, make_optimizer(config), config))
+        state = checkpoints.restore(state_on(mesh, params, make_optimizer(config), config, value_encoder.RULES))
         value_encoder = nnx.merge(graph, trained_params(state))
     return sd, value_encoder

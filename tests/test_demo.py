@@ -36,7 +36,7 @@ def address(tmp_path_factory):
         port = probe.getsockname()[1]
     command = [
         sys.executable, "run.py", "--config=configs/tiny.py", f"--workdir={folder / 'run'}", "--mode=demo",
-        f"--config.value_encoder={folder / 'encoder'}", "--config.sampling.steps=4", f"--port={port}",
+        f"--config.value_encoder.start={folder / 'encoder'}", "--config.sampling.steps=4", f"--port={port}",
     ]  # fmt: skip
     environment = os.environ | {
         "TMPDIR": str(folder), "JAX_LOG_COMPILES": "1",

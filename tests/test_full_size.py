@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from livo_jax import StableDiffusion
+from livo_jax import StableDiffusion, ValueEncoder
 from livo_jax.models.weights import split
+from livo_jax.pretrained import skeleton
 from tests.conftest import randomised, relative_error
 from tests.test_train import compare_training, torch_training
 
@@ -125,7 +126,7 @@ def test_three_livo_steps(both):
     graphs, frozen = {}, {}
     for name in ("text_encoder", "unet", "vae"):
         graphs[name], frozen[name] = split(getattr(ours, name))
-    graphs["value_encoder"] = graphs["text_encoder"]
+    graphs["value_encoder"], _ = skeleton(ValueEncoder, ours.root / "text_encoder")
     expected = torch_training(theirs, batch, ours.scheduler_config)
     theirs.clear()  # for memory
     compare_training(expected, graphs, frozen, batch, ours.schedule)

@@ -118,7 +118,7 @@ def test_evaluate_and_generate_read_the_checkpoint(finished, tmp_path):
     assert process.returncode == 0, process.stderr
     assert "| livo |" in (tmp_path / "export" / "README.md").read_text()
     process = run(
-        tmp_path / "other", "--mode=generate", f"--config.value_encoder={tmp_path / 'export'}",
+        tmp_path / "other", "--mode=generate", f"--config.value_encoder.start={tmp_path / 'export'}",
         "--prompt=a photo of a cook", "--value=shape", "--num_images=3", "--seed=5", f"--out={tmp_path / 'again'}",
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
@@ -156,7 +156,7 @@ MISTAKES = {  # flags: what the answer holds
     ("--mode=generate", "--out=DIR", "--prompt=a cook", "--num_images=0"): "num_images=0",
     ("--mode=generate", "--out=DIR", "--prompt=a cook", "--value=shape", "--ratio=equal"):
         "a ratio needs .*rates.json, what the tokens show: run --mode=evaluate first",
-    ("--mode=export", "--out=DIR"): "no checkpoint: train first(.|\n)*--config.value_encoder=",
+    ("--mode=export", "--out=DIR"): "no checkpoint: train first(.|\n)*--config.value_encoder.start=",
     ("--config.train.remat=some", "--config.train.ema_decay=1.0", "--config.train.accumulate=3"):
         "ema_decay=1.0(.|\n)*'some': choose from none, dots, full(.|\n)*batch_size=8 is not a multiple of",
     ("--mode=export", "--out=tests"): "--out=tests exists: remove it",

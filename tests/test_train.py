@@ -14,8 +14,9 @@ import torch
 from flax import nnx
 from ml_collections import ConfigDict
 
-from livo_jax import StableDiffusion, sharding
+from livo_jax import StableDiffusion, ValueEncoder, sharding
 from livo_jax.models.weights import split, to_published
+from livo_jax.pretrained import skeleton
 from livo_jax.step import init_state, jit_step, make_optimizer, make_train_step, state_on, trained_params
 from tests.conftest import relative_error
 
@@ -35,7 +36,7 @@ def parts(sd):
     graphs, params = {}, {}
     for name in ("text_encoder", "unet", "vae"):
         graphs[name], params[name] = split(getattr(sd, name))
-    graphs["value_encoder"] = graphs["text_encoder"]
+    graphs["value_encoder"], _ = skeleton(ValueEncoder, sd.root / "text_encoder")
     return graphs, params
 
 
@@ -191,7 +192,7 @@ def small(published, tmp_path_factory):
     graphs, params = {}, {}
     for name in ("text_encoder", "unet", "vae"):
         graphs[name], params[name] = split(getattr(sd, name))
-    graphs["value_encoder"] = graphs["text_encoder"]
+    graphs["value_encoder"], _ = skeleton(ValueEncoder, sd.root / "text_encoder")
     rng = np.random.default_rng(0)
     prompts = [f"a photo of a {word}" for word in "baker cook smith tailor farmer miller sailor diver".split()]
     batch = {name: rng.uniform(-1, 1, (8, 16, 16, 3)).astype(np.float32) for name in ("aligned", "violating")}

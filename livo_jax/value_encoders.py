@@ -1,0 +1,303 @@
+"""Value encoders, of three kinds: each makes the tokens that go before the prompt's of "value, prompt".
+
+All have tokens(ids, text_encoder), which takes ids [B, L] int32 and the model's frozen text encoder and returns
+[B, n, D] float32, and
+
+    config      of the text encoder that it belongs to; FITS: the fields of it that must be the model's
+    statements  of the values that it knows; None: of any
+    RULES       by which its parameters are divided over a mesh
+    SETTINGS    what config.value_encoder says of it, beside the kind
+"""
+
+import functools
+import json
+import os
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from livo_jax import sharding, values
+from livo_jax.models.clip import CLIPTextConfig, CLIPTextModel
+from livo_jax.models.weights import from_published, put, split, to_published
+from livo_jax.pretrained import find, load, open_tensors, read_json, weight_patterns
+
+WIDTHS = ("hidden_size", "vocab_size", "max_position_embeddings")
+
+
+class ValueEncoder(CLIPTextModel):
+    """The paper's, kind "full": a text encoder of its own, whose pooled output [B, D] is the value token."""
+
+    FITS, RULES, SETTINGS, statements = WIDTHS, sharding.RULES, (), None
+
+    def tokens(self, ids, text_encoder=None):
+        return self(ids).pooled[:, None]
+
+    @classmethod
+    def from_pretrained(
+        cls, path_or_hub_id, dtype=jnp.float32, *, subfolder: str = "", variant=None, sharding=None
+    ) -> "ValueEncoder":
+        """Loads a CLIP text model, with or without the `text_model.` prefix on its names.
+
+        Args:
+            subfolder: where it is ("text_encoder" of a Stable Diffusion). If empty, at the root or in
+                value_encoder/, as an export has it.
+            dtype, variant, sharding: as StableDiffusion.from_pretrained has them.
+        """
+        patterns = ["config.json", *weight_patterns("model", variant)]
+        places = [subfolder] if subfolder else ["", "value_encoder"]
+        root = find(path_or_hub_id, [f"{place}/{name}".lstrip("/") for place in places for name in patterns])
+        place = next((place for place in places if (root / place / "config.json").is_file()), places[0])
+        return load(cls, root / place, dtype, variant=variant, sharding=sharding)
+
+
+class LoRA(nnx.Module):
+    """Kind "lora": the frozen text encoder, its kernels W as W + alpha / rank * A B (Hu et al. 2022).
+
+    Args:
+        config: of the text encoder.
+        rank: columns of A and rows of B.
+        targets: names of the layers that are updated, of TARGETS.
+
+    Raises:
+        ValueError: a rank or alpha below any use, targets that there are not; all are listed.
+    """
+
+    TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+    FITS, RULES = (*WIDTHS, "intermediate_size", "num_hidden_layers"), sharding.WHOLE
+    SETTINGS, statements = ("rank", "alpha", "targets"), None
+    UNSUPPORTED = (  # fields of an adapter_config.json that ask for another computation
+        "use_rslora use_dora use_qalora lora_bias fan_in_fan_out modules_to_save rank_pattern alpha_pattern"
+        " layers_to_transform layer_replication exclude_modules target_parameters trainable_token_indices".split()
+    )
+    PREFIX = "base_model.model."  # of peft's names, which end as the layers of today's transformers are called
+
+    def __init__(self, config: CLIPTextConfig, *, rank: int, alpha: float, targets, rngs):
+        problems = [f"target {name!r}: choose from {', '.join(self.TARGETS)}" for name in {*targets} - {*self.TARGETS}]
+        if rank < 1 or alpha <= 0 or not targets:
+            problems.append(f"rank={rank}, alpha={alpha}, {len(targets)} targets: each must be above 0")
+        if problems:
+            raise ValueError("lora cannot work: " + "; ".join(problems))
+        self.config, self.rank, self.alpha, self.targets = config, rank, alpha, tuple(sorted(targets))
+        self.updates = nnx.Dict()  # by the path of the layer
+        # As peft starts: A is small, B zero, so that the untrained one is the text encoder.
+        small, zero = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform"), nnx.initializers.zeros
+        linear = lambda rows, columns, init: nnx.Linear(rows, columns, use_bias=False, kernel_init=init, rngs=rngs)
+        _, text_encoder = split(nnx.eval_shape(lambda: CLIPTextModel(config, rngs=nnx.Rngs(0))))
+        for (*layer, leaf), weight in jax.tree_util.tree_leaves_with_path(text_encoder):
+            if leaf.key == "kernel" and layer[-1].key in targets:
+                rows, columns = weight.shape
+                A, B = linear(rows, rank, small), linear(rank, columns, zero)
+                self.updates[jax.tree_util.keystr(layer, simple=True, separator=".")] = nnx.Dict(lora_A=A, lora_B=B)
+
+    def tokens(self, ids, text_encoder):
+        return self.merged(text_encoder)(ids).pooled[:, None]
+
+    def merged(self, text_encoder: CLIPTextModel) -> CLIPTextModel:
+        """The text encoder with the updates in its weights, float32."""
+        graph, params = split(text_encoder)
+
+        def update(path, weight):
+            *layer, leaf = path
+            name, weight = jax.tree_util.keystr(layer, simple=True, separator="."), weight.astype(jnp.float32)
+            if leaf.key != "kernel" or name not in self.updates:
+                return weight
+            A, B = (self.updates[name][part].kernel[...] for part in ("lora_A", "lora_B"))
+            return weight + self.alpha / self.rank * jnp.matmul(A, B, precision="highest")
+
+        return nnx.merge(graph, jax.tree_util.tree_map_with_path(update, params))
+
+    @classmethod
+    def from_pretrained(cls, path_or_hub_id: str | os.PathLike, sd, *, sharding=None) -> "LoRA":
+        """Loads an adapter of peft for the text encoder of a StableDiffusion.
+
+        Args:
+            path_or_hub_id: with adapter_config.json and adapter_model.safetensors, at the root or in adapter/, as
+                an export has it.
+            sharding: where its weights go; the default device if None.
+
+        Raises:
+            FileNotFoundError: it is not there.
+            ValueError: it does what we do not compute, or is of another text encoder.
+        """
+        files = ("adapter_config.json", "adapter_model.safetensors")
+        root = find(path_or_hub_id, [f"{place}{name}" for place in ("", "adapter/") for name in files])
+        root = root / "adapter" if (root / "adapter").is_dir() else root
+        published = read_json(root / files[0])
+        problems = [f"{name}={published[name]!r}" for name in cls.UNSUPPORTED if published.get(name)]
+        targets, kind, bias = (published.get(name) for name in ("target_modules", "peft_type", "bias"))
+        if (kind, bias) != ("LORA", "none") or not isinstance(targets, list):
+            problems.append(f"peft_type={kind!r}, bias={bias!r}, target_modules={targets!r}")
+        if problems:
+            raise ValueError(f"{root / files[0]}: not supported: {', '.join(problems)}")
+        if not (root / files[1]).is_file():
+            raise FileNotFoundError(f"{root} has no {files[1]}")
+        settings = dict(rank=published.get("r", 8), alpha=published.get("lora_alpha", 8), targets=targets)
+        graph, abstract = split(nnx.eval_shape(lambda: cls(sd.text_encoder.config, **settings, rngs=nnx.Rngs(0))))
+        ours = lambda name: name.removeprefix(cls.PREFIX).removeprefix("text_model.")  # of transformers before
+        tensors = {f"updates.{ours(name)}": tensor for name, tensor in open_tensors([root / files[1]]).items()}
+        try:
+            return nnx.merge(graph, from_published(tensors, abstract, jnp.float32, sharding))
+        except ValueError as error:
+            base = published.get("base_model_name_or_path")
+            raise ValueError(f"{root}, an adapter of {base!r}, does not fit {sd.root}/text_encoder: {error}") from error
+
+    def save(self, directory: pathlib.Path, base: str):
+        """Writes adapter_config.json and adapter_model.safetensors, which peft loads on the text encoder of `base`."""
+        from safetensors.numpy import save_file
+
+        directory.mkdir(parents=True, exist_ok=True)
+        settings = {
+            "peft_type": "LORA", "base_model_name_or_path": base, "r": self.rank, "lora_alpha": self.alpha,
+            "target_modules": list(self.targets), "bias": "none", "inference_mode": True,
+        }  # fmt: skip
+        (directory / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        published = to_published(split(self)[1]["updates"], self.PREFIX)
+        save_file(published, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+class SoftTokens(nnx.Module):
+    """Kind "token": n learned tokens of each value (Lester et al. 2021), whatever the prompt.
+
+    Args:
+        config: of the text encoder.
+        statements: the values, which ids are told by that begin with one.
+        tokenizer: the model's.
+        count: how many tokens a value has.
+
+    Raises:
+        ValueError: no statements, or no tokens.
+    """
+
+    FITS, RULES, SETTINGS = WIDTHS, sharding.WHOLE, ("count", "statements")
+    FILE = "value_tokens.safetensors"
+
+    def __init__(self, config: CLIPTextConfig, *, statements, tokenizer, count: int):
+        if count < 1 or not statements:
+            raise ValueError(f"{count} soft tokens of {len(statements)} values: at least 1 of each")
+        self.config, self.count, self.statements = config, count, tuple(statements)
+        ids = tokenizer([values.value_prompt(statement, "") for statement in statements])["input_ids"]
+        self.beginnings = tuple(tuple(row[:-1][: config.max_position_embeddings - 1]) for row in ids)
+        self.table = nnx.Param(jnp.zeros((len(self.statements), count, config.hidden_size)))  # [V, n, D]
+
+    def tokens(self, ids, text_encoder=None):
+        # The longest statement that the ids begin with: one may be the beginning of another.
+        begin = [len(row) * (ids[:, : len(row)] == jnp.array(row)).all(axis=1) for row in self.beginnings]
+        return self.table[jnp.argmax(jnp.stack(begin, axis=1), axis=1)]
+
+    def untrained(self, sd) -> np.ndarray:
+        """The table [V, n, D] to start from: the text encoder's states of each statement, from its end on.
+
+        The first is the pooled one. The others, of the padding, have its meaning at another place: equal tokens would
+        stay equal.
+        """
+        ids, count = sd.tokenize(self.statements), self.count
+        end = (ids == sd.tokenizer.eos_token_id).argmax(axis=1)
+        if (room := ids.shape[1] - end.max()) < count:
+            raise ValueError(f"config.value_encoder.tokens={count}: the model has room for {room} after a statement")
+        graph, params = split(sd.text_encoder)
+        states = jax.jit(lambda params, ids: nnx.merge(graph, params)(ids).last_hidden_state)(params, ids)
+        return np.stack([row[e : e + count] for row, e in zip(sharding.fetch(states), end)]).astype(np.float32)
+
+    @classmethod
+    def from_pretrained(cls, path_or_hub_id: str | os.PathLike, sd, *, sharding=None) -> "SoftTokens":
+        """Loads what `save` wrote, for a StableDiffusion.
+
+        Args:
+            path_or_hub_id: with value_tokens.safetensors, at the root or in value_encoder/, as an export has it.
+            sharding: where they go; the default device if None.
+
+        Raises:
+            FileNotFoundError: it is not there.
+            ValueError: it is damaged, or of a model of another width.
+        """
+        import safetensors
+
+        root = find(path_or_hub_id, [cls.FILE, f"value_encoder/{cls.FILE}"])
+        file = next((file for place in (root, root / "value_encoder") if (file := place / cls.FILE).is_file()), None)
+        if file is None:
+            raise FileNotFoundError(f"{root} has no {cls.FILE}")
+        tensors = open_tensors([file])
+        with safetensors.safe_open(file, framework="numpy") as opened:
+            metadata = opened.metadata() or {}
+        config = sd.text_encoder.config
+        shape = tensors["table"].shape if "table" in tensors else ()
+        statements = metadata.get("statements", "").split("\n")
+        if len(shape) != 3 or shape[0] != len(statements):
+            raise ValueError(f"{file}: a table {shape} for the values {statements}, it must be [values, tokens, width]")
+        if shape[2] != config.hidden_size:
+            raise ValueError(
+                f"{file}, of {metadata.get('base')!r}, has tokens of width {shape[2]}; those of {sd.root} are"
+                f" {config.hidden_size} wide"
+            )
+        value_encoder = cls(config, statements=statements, tokenizer=sd.tokenizer, count=shape[1])
+        value_encoder.table[...] = put(np.asarray(tensors["table"], np.float32), sharding)
+        return value_encoder
+
+    def save(self, directory: pathlib.Path, base: str):
+        """Writes the table and, as metadata, the statements that its rows are for."""
+        from safetensors.numpy import save_file
+
+        directory.mkdir(parents=True, exist_ok=True)
+        metadata = {"format": "pt", "base": base, "statements": "\n".join(self.statements)}
+        save_file({"table": np.asarray(self.table[...])}, directory / self.FILE, metadata=metadata)
+
+
+KINDS = {"full": ValueEncoder, "lora": LoRA, "token": SoftTokens}
+
+
+def make(config, sd):
+    """A value encoder of config.value_encoder for a StableDiffusion, of random or no weights."""
+    c, text = config.value_encoder, sd.text_encoder.config
+    if c.kind == "full":
+        return ValueEncoder(text, rngs=nnx.Rngs(config.seed))
+    if c.kind == "lora":
+        return LoRA(text, rank=c.rank, alpha=c.alpha, targets=c.targets, rngs=nnx.Rngs(config.seed))
+    if c.kind == "token":
+        statements = []
+        for value in values.load(config.principles):
+            named = value.attributes if config.data.attributes else ()
+            statements += [value.statement, *(values.attributed(value.statement, a) for a in named)]
+        return SoftTokens(text, statements=statements, tokenizer=sd.tokenizer, count=c.tokens)
+    raise ValueError(f"config.value_encoder.kind={c.kind!r}: choose from {', '.join(KINDS)}")
+
+
+def start(config, sd, mesh):
+    """The value encoder that training starts from, float32, on the mesh.
+
+    That is config.value_encoder.start, or what gives the tokens of the model's text encoder.
+
+    Raises:
+        FileNotFoundError, ValueError: as the from_pretrained of its kind; config.value_encoder.start is of another
+            kind, rank or values than the config, or config.value_encoder cannot work.
+    """
+    c, whole = config.value_encoder, sharding.replicated(mesh)
+    by_rules = functools.partial(sharding.by_rules, mesh=mesh)
+    wanted = nnx.eval_shape(lambda: make(config, sd))
+    if c.start:
+        try:
+            if c.kind == "full":
+                return ValueEncoder.from_pretrained(c.start, sharding=by_rules)
+            found = KINDS[c.kind].from_pretrained(c.start, sd, sharding=whole)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"config.value_encoder.start holds no {c.kind!r} value encoder: {error}") from error
+        if differences := [
+            f"{name}: {theirs} there, {ours} in the config"
+            for name in found.SETTINGS
+            if (theirs := getattr(found, name)) != (ours := getattr(wanted, name))
+        ]:
+            raise ValueError(f"config.value_encoder.start={c.start!r} is another:\n  " + "\n  ".join(differences))
+        return found
+    if c.kind == "full" and not config.random_weights:
+        variant = config.variant or None
+        return ValueEncoder.from_pretrained(config.model, subfolder="text_encoder", variant=variant, sharding=by_rules)
+    if c.kind == "full":  # copied, for training gives the arrays of its state away
+        params = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), split(sd.text_encoder)[1])
+        return nnx.merge(split(wanted)[0], params)
+    value_encoder = make(config, sd)
+    if c.kind == "token":
+        value_encoder.table[...] = value_encoder.untrained(sd)
+    graph, params = split(value_encoder)
+    return nnx.merge(graph, jax.tree.map(lambda x: put(np.asarray(x), whole), params))

@@ -1,0 +1,300 @@
+"""Value encoders of each kind: gradients are PyTorch's, files are peft's, and all else works with each."""
+
+import copy
+import json
+import shutil
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+from flax import nnx
+from ml_collections import ConfigDict
+
+from configs import tiny
+from livo_jax import StableDiffusion, ValueEncoder, export, generate, plan, sharding, train, value_encoders
+from livo_jax.generate import Dose, Request
+from livo_jax.models.weights import split, to_published
+from livo_jax.step import init_state, make_train_step
+from livo_jax.value_encoders import LoRA, SoftTokens
+from livo_jax.values import text_hash
+from tests.conftest import randomised
+from tests.test_train import CONFIG, SCALE, torch_step
+
+STATEMENTS = ("shape equality", "colour equality")
+PROMPTS = [f"a photo of a {word}" for word in ("baker", "cook", "smith", "tailor")]
+SETTINGS = dict(steps=2, guidance_scale=3.0, batch_size=1)
+
+
+@pytest.fixture(scope="module")
+def small(torch_models):
+    """The text encoder of all tests, with a UNet and a VAE that compile in seconds."""
+    import diffusers
+
+    torch.manual_seed(0)
+    levels = dict(block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1)
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8, cross_attention_dim=20, attention_head_dim=2, **levels,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    vae = diffusers.AutoencoderKL(
+        sample_size=16, **levels, down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2
+    )
+    return torch_models | {"unet": randomised(unet), "vae": randomised(vae)}
+
+
+@pytest.fixture(scope="module")
+def published(small, published, tmp_path_factory):
+    root = tmp_path_factory.mktemp("small")
+    for name in ("tokenizer", "scheduler"):
+        shutil.copytree(published / name, root / name)
+    shutil.copy(published / "model_index.json", root)
+    for name, module in small.items():
+        module.save_pretrained(root / name)
+    return root
+
+
+@pytest.fixture(scope="module")
+def sd(published):
+    return StableDiffusion.from_pretrained(published)
+
+
+@pytest.fixture(scope="module")
+def config(published):
+    config = tiny.get_config()
+    config.model, config.principles = str(published), ("shape", "colour")
+    config.value_encoder.rank, config.value_encoder.alpha, config.value_encoder.tokens = 3, 6.0, 2
+    config.sampling.sampler, config.sampling.steps = "dpmsolver++", 2
+    return config
+
+
+def of_kind(config, kind: str, **settings) -> ConfigDict:
+    config = config.copy_and_resolve_references()
+    config.value_encoder.update(kind=kind, **settings)
+    return config
+
+
+def trained(value_encoder):
+    """As after some training: no weight where it started."""
+    graph, params = split(value_encoder)
+    rng = np.random.default_rng(0)
+    return nnx.merge(graph, jax.tree.map(lambda x: x + rng.normal(0, 0.1, x.shape).astype(np.float32), params))
+
+
+@pytest.fixture(scope="module")
+def made(sd, config):
+    """kind -> a trained value encoder of it."""
+    start = lambda kind: trained(value_encoders.start(of_kind(config, kind), sd, sharding.make_mesh()))
+    return {kind: start(kind) for kind in value_encoders.KINDS}
+
+
+@pytest.fixture(scope="module")
+def ids(sd):
+    return sd.tokenize([f"{statement}, {prompt}" for statement, prompt in zip(2 * STATEMENTS, PROMPTS)])
+
+
+@pytest.fixture(scope="module")
+def step(sd, ids):
+    """step(value encoder) -> gradients by parameter, the loss, and the batch that they are of."""
+    rng = np.random.default_rng(0)
+    images = {side: rng.uniform(-1, 1, (len(ids), 16, 16, 3)).astype(np.float32) for side in ("aligned", "violating")}
+    batch = {"prompt_ids": sd.tokenize(PROMPTS), "value_prompt_ids": ids} | images
+    graphs, frozen = {}, {}
+    for name in ("text_encoder", "unet", "vae"):
+        graphs[name], frozen[name] = split(getattr(sd, name))
+
+    def step(value_encoder):
+        graph, params = split(value_encoder)
+        tx = optax.trace(0.0)  # its state is the gradient
+        run = jax.jit(make_train_step(graphs | {"value_encoder": graph}, sd.schedule, tx, CONFIG, SCALE))
+        state, metrics = run(init_state(params, tx), frozen, batch)
+        return state["opt_state"].trace, float(metrics["loss"]), batch
+
+    return step
+
+
+def same_gradients(ours: dict, theirs: dict):
+    assert ours.keys() == theirs.keys()
+    largest = max(np.abs(gradient).max() for gradient in theirs.values())
+    for name, gradient in theirs.items():
+        assert np.abs(ours[name] - gradient).max() < 1e-3 * largest, name
+        assert np.abs(gradient).max() > 1e-4 * largest or "k_proj" in name, name
+
+
+def test_lora_starts_as_the_text_encoder(sd, config, ids):
+    lora = value_encoders.start(of_kind(config, "lora"), sd, sharding.make_mesh())
+    np.testing.assert_allclose(lora.tokens(ids, sd.text_encoder)[:, 0], sd.text_encoder(ids).pooled, atol=1e-6)
+    graph, params = split(sd.text_encoder)
+    half = nnx.merge(graph, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
+    assert lora.tokens(ids, half).dtype == jnp.float32
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft, of transformers
+def test_lora_is_pefts(sd, made, config, ids, small, step, tmp_path):
+    """The same outputs, loss and gradients as the adapter in peft, which reads it; what peft saves we read."""
+    from peft import PeftModel
+
+    made["lora"].save(tmp_path / "ours", config.model)
+    theirs = PeftModel.from_pretrained(
+        copy.deepcopy(small["text_encoder"]), tmp_path / "ours", is_trainable=True
+    ).eval()
+    with torch.no_grad():
+        pooled = theirs(torch.tensor(ids)).pooler_output
+    ours = made["lora"].tokens(ids, sd.text_encoder)[:, 0]
+    np.testing.assert_allclose(ours, pooled, atol=1e-5)
+    assert np.abs(ours - sd.text_encoder(ids).pooled).max() > 0.05
+
+    gradients, loss, batch = step(made["lora"])
+    expected, _ = torch_step(small, theirs, batch, CONFIG, sd.scheduler_config)
+    assert loss == pytest.approx(expected, rel=1e-4)
+    name = lambda name: name.removeprefix("base_model.model.").replace(".default", "")
+    grads = {name(n): p.grad.numpy() for n, p in theirs.named_parameters() if p.requires_grad}
+    same_gradients(to_published(gradients["updates"]), grads)
+
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = LoRA.from_pretrained(tmp_path / "theirs", sd)
+    jax.tree.map(np.testing.assert_array_equal, split(again)[1], split(made["lora"])[1])
+    assert (again.rank, again.alpha, again.targets) == (3, 6.0, tuple(sorted(LoRA.TARGETS)))
+
+
+def test_soft_tokens_have_pytorchs_gradients(sd, config, small, step):
+    tokens = trained(value_encoders.start(of_kind(config, "token", tokens=1), sd, sharding.make_mesh()))
+    table = torch.tensor(np.asarray(tokens.table[...])[:, 0], requires_grad=True)
+    gradients, loss, batch = step(tokens)
+    theirs = lambda ids: SimpleNamespace(pooler_output=table[torch.tensor([0, 1, 0, 1])])
+    expected, _ = torch_step(small, theirs, batch, CONFIG, sd.scheduler_config)
+    assert loss == pytest.approx(expected, rel=1e-4)
+    same_gradients({"table": np.asarray(gradients["table"])[:, 0]}, {"table": table.grad.numpy()})
+
+
+def test_soft_tokens_know_their_value_by_its_words(sd, config):
+    """By the longest statement that the ids begin with. They start from its states, the pooled one first."""
+    mesh = sharding.make_mesh()
+    tokens = value_encoders.start(of_kind(config, "token"), sd, mesh)
+    start = np.asarray(tokens.table[...])
+    statements = sd.tokenize(STATEMENTS)
+    np.testing.assert_allclose(start[:, 0], sd.text_encoder(statements).pooled, atol=1e-5)
+    assert np.abs(start[:, 0] - start[:, 1]).min(axis=1).max() > 0, "equal tokens would stay equal"
+    texts = ["Colour  equality, a cook", "shape equality, colour equality, a cook", "shape equality, "]
+    np.testing.assert_array_equal(tokens.tokens(sd.tokenize(texts)), start[[1, 0, 0]])
+    longer = SoftTokens(tokens.config, statements=("shape", "shape, colour"), tokenizer=sd.tokenizer, count=1)
+    longer.table[...] = jnp.arange(2.0)[:, None, None] * jnp.ones_like(longer.table[...])
+    found = longer.tokens(sd.tokenize(["shape, a cook", "shape, colour, a cook"]))
+    assert found[:, 0, 0].tolist() == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("kind", ["lora", "token"])
+def test_several_values_and_strengths(sd, made, kind):
+    """Each image is what it is alone; what has no value is the base's; strength 1 of one kind is the value's token."""
+    first, second = (Dose(statement) for statement in STATEMENTS)
+    rows = [(), (first,), (first, second), (first._replace(strength=0.5),)]
+    requests = [Request("a baker", 0, doses) for doses in rows]
+    images = generate.generate(sd, requests, made[kind], **SETTINGS).astype(int)
+    base = generate.generate(sd, requests[:1], **SETTINGS)
+    assert np.abs(images[0] - base[0]).max() <= 1
+    for request, image in list(zip(requests, images))[1:3]:
+        assert np.abs(image - generate.generate(sd, [request], made[kind], **SETTINGS)[0]).max() <= 1
+    assert min(np.abs(images[i] - images[j]).max() for i in range(4) for j in range(i)) > 1
+
+
+@pytest.mark.parametrize("kind", ["lora", "token"])
+def test_the_pipeline_draws_the_same_images(sd, made, config, kind, tmp_path):
+    from diffusers import DiffusionPipeline
+
+    export.export(tmp_path / "out", sd, made[kind], of_kind(config, kind))
+    pipeline = DiffusionPipeline.from_pretrained(
+        sd.root, custom_pipeline=str(tmp_path / "out"), trust_remote_code=True, safety_checker=None
+    )
+    prompts, values, seed = PROMPTS[:3], [list(STATEMENTS), STATEMENTS[1], None], 7
+    noise = np.stack([generate.initial_noise(seed, text_hash(prompt), 0, sd.latent_shape) for prompt in prompts])
+    latents = torch.tensor(np.moveaxis(noise, -1, 1))
+    settings = dict(strength={STATEMENTS[1]: 0.5}, seed=seed, guidance_scale=3.0)
+    theirs = pipeline(prompts, values, latents=latents, output_type="np", **settings).images
+    ours = sd.generate(prompts, values, made[kind], steps=2, batch_size=1, **settings)
+    assert np.abs(ours - theirs * 255).max() < 1.0
+    if kind == "token":
+        with pytest.raises(ValueError, match="knows shape equality, colour equality, not gender equality"):
+            pipeline(prompts, "gender equality", latents=latents)
+
+
+@pytest.mark.parametrize("kind", ["lora", "token"])
+def test_an_export_is_read_again(sd, made, config, kind, tmp_path):
+    """Bit for bit, by the kind that wrote it; the merged weights are a value encoder of kind full."""
+    config, out = of_kind(config, kind, start=str(tmp_path / "out")), tmp_path / "out"
+    export.export(out, sd, made[kind], config)
+    assert f"ve = {type(made[kind]).__name__}.from_pretrained({str(out)!r}, sd)" in (out / "README.md").read_text()
+    again = value_encoders.start(config, sd, sharding.make_mesh())
+    jax.tree.map(np.testing.assert_array_equal, split(again)[1], split(made[kind])[1])
+    if kind == "lora":
+        ids = sd.tokenize(PROMPTS)
+        merged = ValueEncoder.from_pretrained(out)(ids).pooled
+        np.testing.assert_allclose(merged, made[kind].tokens(ids, sd.text_encoder)[:, 0], atol=1e-6)
+    else:
+        with pytest.raises(FileNotFoundError, match="start holds no 'full' value encoder"):
+            value_encoders.start(of_kind(config, "full"), sd, sharding.make_mesh())
+        with pytest.raises(ValueError, match="knows shape equality, colour equality, not gender equality"):
+            generate.generate(sd, [Request("a cook", 0, (Dose("gender equality"),))], again, **SETTINGS)
+
+
+@pytest.mark.parametrize("kind", ["lora", pytest.param("token", marks=pytest.mark.slow)])
+def test_a_run_trains_its_kind_alone(root, tmp_path, kind):
+    """A run on four devices, from a checkpoint on one: what it wrote is read, and another kind or rank is refused."""
+    config = tiny.get_config("smoke")
+    config.model, config.random_weights, config.data.directory = str(root / "model"), True, str(root / "pairs")
+    config.principles, config.judge = ("shape", "colour"), ""
+    config.eval.seen, config.eval.held_out = ("cook",), ("baker",)
+    config.sampling.steps, config.sampling.batch_size = 2, 2
+    config.mesh = dict(data=2, fsdp=2, tensor=1)
+    config.value_encoder.update(kind=kind)
+    train.train_and_evaluate(config, tmp_path)
+    config.mesh = dict(data=1, fsdp=1, tensor=1)
+    sd, value_encoder = train.restore_run(config, tmp_path, sharding.make_mesh(1))
+    start = value_encoders.start(config, sd, sharding.make_mesh(1))
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), split(value_encoder)[1], split(start)[1])
+    assert all(jax.tree.leaves(moved))
+    parameters = plan.plan(config, 1)["parameters"]["trained"]
+    assert parameters == sum(x.size for x in jax.tree.leaves(split(value_encoder)[1]))
+    config.value_encoder.update(rank=2, tokens=3)
+    with pytest.raises(ValueError, match="holds another value encoder(.|\n)*value_encoder.rank: 8 there, 2 now"):
+        train.restore_run(config, tmp_path, sharding.make_mesh(1))
+
+
+def test_what_does_not_fit(sd, made, config, tmp_path):
+    mesh = sharding.make_mesh()
+    start = lambda kind, **settings: value_encoders.start(of_kind(config, kind, **settings), sd, mesh)
+    with pytest.raises(ValueError, match="kind='half': choose from full, lora, token"):
+        start("half")
+    with pytest.raises(ValueError, match="(?s)target 'to_q': choose from q_proj.*rank=0, alpha=6.0, 1 targets"):
+        start("lora", rank=0, targets=("to_q",))
+    with pytest.raises(ValueError, match="tokens=30: the model has room for 1[0-9] after a statement"):
+        start("token", tokens=30)
+    with pytest.raises(ValueError, match="0 soft tokens of 2 values"):
+        start("token", tokens=0)
+
+    place = tmp_path / "adapter"
+    made["lora"].save(place, "the-base")
+    with pytest.raises(ValueError, match="is another:\n  rank: 3 there, 4 in the config"):
+        start("lora", start=str(place), rank=4)
+    with pytest.raises(FileNotFoundError, match="start holds no 'token' value encoder: .*has no value_tokens"):
+        start("token", start=str(place))
+    with pytest.raises(FileNotFoundError, match="start holds no 'lora' value encoder: .*adapter_config.json"):
+        start("lora", start=str(sd.root / "text_encoder"))
+    settings = json.loads((place / "adapter_config.json").read_text())
+    (place / "adapter_config.json").write_text(json.dumps(settings | {"use_dora": True, "bias": "all"}))
+    with pytest.raises(ValueError, match="adapter_config.json: not supported: use_dora=True, .* bias='all'"):
+        start("lora", start=str(place))
+
+    # The embedded world's text encoder is wider and has fewer layers.
+    other = StableDiffusion.from_pretrained(tiny.get_config().model)
+    (place / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="(?s)an adapter of 'the-base', does not fit .*shapeworld_model.*layers.2"):
+        LoRA.from_pretrained(place, other)
+    made["token"].save(place, "the-base")
+    with pytest.raises(ValueError, match="of 'the-base', has tokens of width 20; those of .*shapeworld_model are 64"):
+        SoftTokens.from_pretrained(place, other)
+    for kind in ("lora", "token"):
+        with pytest.raises(ValueError, match="made for another model:\n  hidden_size: 20 in the value encoder, 64 in"):
+            generate.generate(other, [Request("a cook", 0, (Dose(STATEMENTS[0]),))], made[kind], **SETTINGS)
