@@ -22,7 +22,7 @@ import diffusers
 import torch
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from safetensors import safe_open
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedModel
 
 from .livo_ratio import deal
 from .livo_rules import Rules
@@ -77,12 +77,11 @@ def faults(prompts, values, strength, keep_probability, known) -> list[str]:
     return problems
 
 
-class SoftTokens(torch.nn.Module):
+class SoftTokens(PreTrainedModel):
     """A value encoder of kind "token": learned tokens [V, n, D] of the values that it knows."""
 
     def __init__(self, directory: pathlib.Path):
-        super().__init__()
-        self.config = CLIPTextConfig.from_pretrained(directory)
+        super().__init__(CLIPTextConfig.from_pretrained(directory))
         with safe_open(directory / "value_tokens.safetensors", "pt") as file:
             self.statements = file.metadata()["statements"].split("\n")
             self.table = torch.nn.Parameter(file.get_tensor("table"))
