@@ -227,9 +227,9 @@ def run(small, *mesh: int, steps: int = 3, shard_frozen: bool = False, **train_c
     frozen = jax.device_put(frozen, sharding.replicated(mesh))
     gather = functools.partial(sharding.gather, mesh=mesh)
     if mesh.shape["fsdp"] > 1:
-        sd.text_encoder.encoder.gather = gather
-        graphs = graphs | {"value_encoder": split(sd.text_encoder)[0]}
-        sd.text_encoder.encoder.gather = None
+        value_encoder = nnx.merge(graphs["value_encoder"], frozen["text_encoder"])
+        value_encoder.encoder.gather = gather
+        graphs = graphs | {"value_encoder": split(value_encoder)[0]}
     if shard_frozen:
         sd.unet.gather = gather
         graphs = graphs | {"unet": split(sd.unet)[0]}
