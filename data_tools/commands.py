@@ -14,8 +14,16 @@ def define_distributed() -> flags.FlagHolder:
 
 
 def parse(argv):
-    """absl's parser, which here answers misspelt overrides of --config with what can be overridden."""
+    """absl's parser, which here answers misspelt overrides of --config with what can be overridden.
+
+    What is compiled is kept for the next start, in JAX_COMPILATION_CACHE_DIR or ~/.cache/livo_jax.
+    """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch, which nothing needs, is not there
+    import jax  # here: imports of a command line's module stay quick
+
+    if not jax.config.jax_compilation_cache_dir:
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        jax.config.update("jax_compilation_cache_dir", os.path.join(home, "livo_jax"))
     try:
         return app.parse_flags_with_usage(argv)
     except (AttributeError, KeyError):

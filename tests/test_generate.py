@@ -60,6 +60,19 @@ def test_images_are_the_published_pipelines(sd, published, torch_models, sampler
     assert np.abs(ours - theirs * 255).max() < 1.0, "equal but for rounding to bytes"
 
 
+def test_any_number_of_prompts_is_one_program(sd, monkeypatch):
+    """And of two images a device, decoded one at a time, the images are the same."""
+    prompts = ["a baker", "a cook"] * 9
+    whole = sd.generate(prompts, **SETTINGS)
+    compiled = generate._sample._cache_size()
+    for n in (1, 8, 9):
+        assert np.array_equal(sd.generate(prompts[:n], **SETTINGS), whole[:n])
+    assert generate._sample._cache_size() == compiled
+    monkeypatch.setattr(generate, "DECODED_PIXELS", 128**2)
+    parts = sd.generate(prompts[:2], **SETTINGS | {"batch_size": 2}, mesh=sharding.make_mesh(data=1))
+    assert np.abs(parts.astype(int) - whole[:2]).max() <= 1
+
+
 def test_the_official_layout(sd, published, torch_models, value_encoder):
     """Value token and the prompt's own n tokens, against n + 1 tokens of the negative prompt, as unpadded PyTorch."""
     text, tokenizer = torch_models["text_encoder"], sd.tokenizer

@@ -1,0 +1,164 @@
+"""Times a training step, beside the same in PyTorch and in the last published Flax modules.
+
+    python -m benchmarks.train_step --config=configs/tiny.py
+    python -m benchmarks.train_step --config=configs/livo.py --config.model=benchmarks/sd15 --config.random_weights=True
+
+On a CPU the second wants --config.dtype=float32 --config.train.batch_size=1 --image_size=256.
+
+Loss and gradient norm of all are compared first, on the same noise. Then each is timed on fresh random batches.
+"""
+
+import json
+import pathlib
+import subprocess
+import tempfile
+import time
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from benchmarks import common  # sets what jax reads when it is imported
+from data_tools import commands
+
+# isort: split
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from livo_jax import sharding
+from livo_jax.models.weights import split
+from livo_jax.pretrained import StableDiffusion
+from livo_jax.step import draw, jit_step, make_optimizer, make_train_step, state_on
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "The config whose step is timed.")
+PEERS = flags.DEFINE_list("peers", ["eager", "compile"], "Of eager, compile (PyTorch) and flax; empty for none.")
+FLAX_PYTHON = flags.DEFINE_string("flax_python", "python", "The python that has benchmarks/flax_peer.txt.")
+IMAGE_SIZE = flags.DEFINE_integer("image_size", None, "In pixels. Default: the model's.")
+DRAWN = ("noise_w", "noise_l", "eps", "t")
+
+
+def images_batch(rng, sd, config) -> dict:
+    """Random images and texts for a step, and what it draws, numpy arrays."""
+    rows, text = config.train.batch_size, sd.text_encoder.config
+
+    def ids():
+        ids = rng.integers(0, text.vocab_size - 2, (rows, text.max_position_embeddings), dtype=np.int32)
+        ids[:, -1] = text.vocab_size - 1 if text.eos_token_id == 2 else text.eos_token_id
+        return ids
+
+    image = lambda: rng.uniform(-1, 1, (rows, sd.image_size, sd.image_size, 3)).astype(np.float32)
+    batch = {"prompt_ids": ids(), "value_prompt_ids": ids(), "aligned": image(), "violating": image()}
+    drawn = draw(jax.random.key(rng.integers(2**31)), (rows, *sd.latent_shape), config.loss.timesteps)
+    return batch | jax.tree.map(np.asarray, drawn)
+
+
+def cached_batch(batch: dict, sd) -> dict:
+    """A batch as a cache has it: moments in place of images, states in place of prompts."""
+    encode = jax.jit(lambda vae, images: jnp.concatenate(vae.encode(images), axis=-1))
+    kept = {name: batch[name] for name in ("value_prompt_ids", *DRAWN)}
+    for side in ("aligned", "violating"):
+        kept[f"{side}_moments"] = np.float32(encode(sd.vae, batch[side]))
+    return kept | {"prompt_states": np.float32(sd.text_encoder(batch["prompt_ids"]).last_hidden_state)}
+
+
+class Ours:
+    """step(batch) -> (loss, gradient norm) by livo_jax.step, compiled; `row` tells what compilation knows."""
+
+    def __init__(self, sd, config, batch: dict):
+        graphs, frozen = {}, {}
+        for part in ("unet",) if "prompt_states" in batch else ("unet", "text_encoder", "vae"):
+            graphs[part], frozen[part] = split(getattr(sd, part))
+        graphs["value_encoder"], params = split(sd.text_encoder)
+        params = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), params)  # a step uses its state up
+        self.mesh, self.frozen, tx = sharding.make_mesh(**config.mesh), frozen, make_optimizer(config)
+        self.state = state_on(self.mesh, params, tx, config)
+        step = make_train_step(graphs, sd.schedule, tx, config, sd.vae.config.scaling_factor)
+        started = time.perf_counter()
+        lowered = jit_step(step, self.state, frozen, self.mesh).lower(self.state, frozen, self.on_mesh(batch))
+        lowering = time.perf_counter() - started
+        self.step = lowered.compile()
+        compilation = time.perf_counter() - started - lowering
+        self.row = {"lower_s": lowering, "compile_s": compilation, "tflop": lowered.cost_analysis()["flops"] / 1e12}
+        if memory := self.step.memory_analysis():
+            self.row["temporary_gib"] = memory.temp_size_in_bytes / 2**30
+
+    def on_mesh(self, batch: dict) -> dict:
+        return sharding.global_batch(self.mesh, {name: batch[name] for name in batch if name not in DRAWN})
+
+    def __call__(self, batch: dict) -> tuple[float, float]:
+        self.state, metrics = self.step(self.state, self.frozen, self.on_mesh(batch))
+        return float(metrics["loss"]), float(metrics["grad_norm"])
+
+
+def flax_peer(sd, config, first: dict) -> dict:
+    """What benchmarks/flax_peer.py, in a process of its own, finds of its step on a cached batch."""
+    with tempfile.TemporaryDirectory() as directory:
+        directory = pathlib.Path(directory)
+        for part in ("unet", "text_encoder"):
+            leaves = jax.tree_util.tree_leaves_with_path(split(getattr(sd, part))[1])
+            named = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+            np.savez(directory / f"{part}.npz", **{name: np.float32(leaf) for name, leaf in named.items()})
+        np.savez(directory / "batch.npz", **first)
+        settings = {"root": str(sd.root.resolve()), "scale": sd.vae.config.scaling_factor}
+        settings |= {"repeats": common.REPEATS.value, "config": json.loads(config.to_json_best_effort())}
+        (directory / "settings.json").write_text(json.dumps(settings))
+        command = [FLAX_PYTHON.value, "-m", "benchmarks.flax_peer", str(directory)]
+        out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return json.loads(out.splitlines()[-1])
+
+
+def main(_):
+    logging.set_verbosity(logging.WARNING)
+    config, rng = CONFIG.value, np.random.default_rng(0)
+    if unknown := set(PEERS.value) - {"eager", "compile", "flax"}:
+        raise app.UsageError(f"--peers={','.join(PEERS.value)}: {', '.join(unknown)} is none of eager, compile, flax")
+    make = StableDiffusion.from_config if config.random_weights else StableDiffusion.from_pretrained
+    sd = make(config.model, jnp.dtype(config.dtype))
+    sd.unet.remat = config.train.remat
+    if IMAGE_SIZE.value:
+        side = IMAGE_SIZE.value * sd.latent_shape[0] // sd.image_size
+        sd.image_size, sd.latent_shape = IMAGE_SIZE.value, (side, side, sd.latent_shape[2])
+
+    # The first step of a run draws this: all take the same.
+    first = images_batch(rng, sd, config)
+    key = jax.random.fold_in(jax.random.key(config.seed), 0)
+    first |= jax.tree.map(np.asarray, draw(key, first["eps"].shape, config.loss.timesteps))
+    first_cached = cached_batch(first, sd)
+
+    def fresh_cached():
+        """A new batch with the moments of the first: encoding others would take longer than the steps."""
+        batch = images_batch(rng, sd, config)
+        return first_cached | {name: batch[name] for name in ("value_prompt_ids", *DRAWN)}
+
+    rows = []
+
+    def time_step(name: str, step, given: dict, inputs):
+        loss, norm = step(given)
+        rows.append({"step": name, "loss": loss, "grad_norm": norm, "seconds": common.median_seconds(step, inputs)})
+        rows[-1] |= getattr(step, "row", {})
+
+    fresh = lambda: images_batch(rng, sd, config)
+    time_step("livo_jax, cached", Ours(sd, config, first_cached), first_cached, fresh_cached)
+    time_step("livo_jax, images", Ours(sd, config, first), first, fresh)
+    if "flax" in PEERS.value:
+        rows.append({"step": "diffusers' Flax, cached", **flax_peer(sd, config, first_cached)})
+    if {"eager", "compile"} & set(PEERS.value):
+        from benchmarks.official import TrainStep
+
+        for mode in PEERS.value:
+            if mode != "flax":
+                time_step(f"PyTorch {mode}, images", TrainStep(sd, config, mode == "compile"), first, fresh)
+    for row in rows:
+        row["pairs_per_sec"] = config.train.batch_size / row["seconds"]
+        row["cached_is_faster"] = row["seconds"] / rows[0]["seconds"]
+    settings = {"batch_size": config.train.batch_size, "image_size": sd.image_size}
+    common.report("train_step", settings | {"model": config.model, "dtype": config.dtype}, rows)
+    tolerance = 0.01 if config.dtype == "float32" else 0.3  # of differences of errors, which the slopes multiply
+    for name in ("loss", "grad_norm"):
+        if far := [row for row in rows if abs(row[name] / rows[0][name] - 1) > tolerance]:
+            raise AssertionError(f"{name} is not equal: {rows[0][name]} and {', '.join(str(r[name]) for r in far)}")
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    app.run(main, flags_parser=commands.parse)
