@@ -22,11 +22,11 @@ from data_tools import commands
 
 # isort: split
 import jax
-import jax.numpy as jnp
+from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import AxisType
 
-from livo_jax import plan, sharding
+from livo_jax import plan, sharding, value_encoders
 from livo_jax.models.weights import split
 from livo_jax.step import init_state, jit_step, make_optimizer, make_train_step
 
@@ -60,10 +60,9 @@ def main(_):
     there = lambda tree, where: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree)
 
     sd, tx, graphs, frozen = plan.abstract_model(config), make_optimizer(config), {}, {}
-    for part in ("unet",) if config.data.cache else ("unet", "text_encoder", "vae"):
+    for part in ("unet", "text_encoder") if config.data.cache else ("unet", "text_encoder", "vae"):
         graphs[part], frozen[part] = split(getattr(sd, part))
-    graphs["value_encoder"], params = split(sd.text_encoder)
-    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), params)
+    graphs["value_encoder"], params = split(nnx.eval_shape(lambda: value_encoders.make(config, sd)))
     state = jax.eval_shape(functools.partial(init_state, tx=tx, ema_decay=config.train.ema_decay), params)
     step = make_train_step(graphs, sd.schedule, tx, config, sd.vae.config.scaling_factor)
     state, frozen = (there(tree, sharding.replicated(mesh)) for tree in (state, frozen))

@@ -22,6 +22,7 @@ from livo_jax.data import Preferences, batches
 from livo_jax.models.weights import split
 from livo_jax.pretrained import StableDiffusion
 from livo_jax.step import draw, init_state, make_loss, make_optimizer, make_train_step
+from livo_jax.value_encoders import ValueEncoder
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The config that is trained.")
 STEPS = flags.DEFINE_integer("steps", 100, "Of training.", lower_bound=1)
@@ -37,7 +38,7 @@ def main(_):
              for dtype, model in models.items()}  # fmt: skip
     frozen = {dtype: {name: params for name, (_, params) in part.items()} for dtype, part in parts.items()}
     graphs = {name: graph for name, (graph, _) in parts["float32"].items()}
-    graphs["value_encoder"], params = split(sd.text_encoder)
+    graphs["value_encoder"], params = split(ValueEncoder.from_pretrained(config.model, subfolder="text_encoder"))
     loss = make_loss(graphs, sd.schedule, config, sd.vae.config.scaling_factor)
     gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))
     step = jax.jit(make_train_step(graphs, sd.schedule, tx, config, sd.vae.config.scaling_factor))

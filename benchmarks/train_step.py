@@ -24,8 +24,9 @@ from data_tools import commands
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
-from livo_jax import sharding
+from livo_jax import sharding, value_encoders
 from livo_jax.models.weights import split
 from livo_jax.pretrained import StableDiffusion
 from livo_jax.step import draw, jit_step, make_optimizer, make_train_step, state_on
@@ -66,9 +67,10 @@ class Ours:
 
     def __init__(self, sd, config, batch: dict):
         graphs, frozen = {}, {}
-        for part in ("unet",) if "prompt_states" in batch else ("unet", "text_encoder", "vae"):
+        for part in ("unet", "text_encoder") if "prompt_states" in batch else ("unet", "text_encoder", "vae"):
             graphs[part], frozen[part] = split(getattr(sd, part))
-        graphs["value_encoder"], params = split(sd.text_encoder)
+        graphs["value_encoder"], _ = split(nnx.eval_shape(lambda: value_encoders.make(config, sd)))
+        params = frozen["text_encoder"]
         params = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), params)  # a step uses its state up
         self.mesh, self.frozen, tx = sharding.make_mesh(**config.mesh), frozen, make_optimizer(config)
         self.state = state_on(self.mesh, params, tx, config)

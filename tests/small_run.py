@@ -52,13 +52,9 @@ def start(root, workdir, *flags, devices: int = 1, **more) -> subprocess.Popen:
         "--config.log.every=1", *flags,
     ]  # fmt: skip
     return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment(root, devices) | more,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        command, cwd=ROOT, env=environment(root, devices) | more, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True,
-    )
+    )  # fmt: skip
 
 
 def finish(process) -> str:
