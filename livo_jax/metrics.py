@@ -108,12 +108,12 @@ def confidence(per_prompt, seed: int = 0) -> tuple[float, list[float]]:
 def significance(a, b, seed: int = 0) -> float:
     """The two-sided p-value of a paired permutation test: the means of a and b, [prompts], are the same.
 
-    Exact where there are few prompts: among n of them it is at least 2 / 2^n.
+    Exact where there are few prompts: among n of them it is at least 2 / 2^n, and 1 for one.
     """
     from scipy.stats import permutation_test
 
     difference = np.asarray(a, float) - np.asarray(b, float)
-    if not difference.any():
+    if len(difference) < 2 or not difference.any():
         return 1.0
     return float(
         permutation_test(

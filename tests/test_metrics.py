@@ -71,7 +71,7 @@ def test_confidence_covers_the_truth():
 def test_significance():
     """Exact for four prompts, where only the signs as they are and all of them reversed are as extreme."""
     assert metrics.significance([1.0, 2.0, 3.0, 4.0], [0.0] * 4) == pytest.approx(2 / 16)
-    assert metrics.significance([0.5, 0.5], [0.5, 0.5]) == 1.0
+    assert metrics.significance([0.5, 0.5], [0.5, 0.5]) == metrics.significance([1.0], [0.5]) == 1.0
     rng = np.random.default_rng(0)
     base = rng.normal(0.7, 0.2, 30)  # prompts differ far more than the methods do
     assert metrics.significance(base - 0.05 + rng.normal(0, 0.02, 30), base) < 0.001
