@@ -60,7 +60,7 @@ def random_cache(directory: pathlib.Path, rng, sd, config):
         aligned=mapped("aligned", *moments),
         violating=mapped("violating", *moments),
         states=mapped("states", 50, text.max_position_embeddings, text.hidden_size),
-        prompt=np.arange(PAIRS.value) % 50,
+        place={f"a photo of worker {i}": i for i in range(50)},
     )
 
 

@@ -256,10 +256,10 @@ def make(config, sd):
     if c.kind == "lora":
         return LoRA(text, rank=c.rank, alpha=c.alpha, targets=c.targets, rngs=nnx.Rngs(config.seed))
     if c.kind == "token":
-        statements = []
-        for value in values.load(config.principles):
-            named = value.attributes if config.data.attributes else ()
-            statements += [value.statement, *(values.attributed(value.statement, a) for a in named)]
+        principles = values.load(config.principles)
+        statements = [value.statement for value in principles]
+        if config.data.attributes:  # then these are read too
+            statements += [values.attributed(v.statement, a) for v in principles for a in v.attributes]
         return SoftTokens(text, statements=statements, tokenizer=sd.tokenizer, count=c.tokens)
     raise ValueError(f"config.value_encoder.kind={c.kind!r}: choose from {', '.join(KINDS)}")
 

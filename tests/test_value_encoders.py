@@ -67,6 +67,7 @@ def sd(published):
 def config(published):
     config = tiny.get_config()
     config.model, config.principles = str(published), ("shape", "colour")
+    config.data.attributes = 0.0
     config.value_encoder.rank, config.value_encoder.alpha, config.value_encoder.tokens = 3, 6.0, 2
     config.sampling.sampler, config.sampling.steps = "dpmsolver++", 2
     return config
@@ -185,6 +186,12 @@ def test_soft_tokens_know_their_value_by_its_words(sd, config):
     longer.table[...] = jnp.arange(2.0)[:, None, None] * jnp.ones_like(longer.table[...])
     found = longer.tokens(sd.tokenize(["shape, a cook", "shape, colour, a cook"]))
     assert found[:, 0, 0].tolist() == [0.0, 1.0]
+    config = of_kind(config, "token")
+    config.data.attributes = 0.4
+    named = value_encoders.make(config, sd)  # "shape equality: round" has tokens of its own, too
+    named.table[...] = jnp.arange(9.0)[:, None, None] * jnp.ones_like(named.table[...])
+    found = named.tokens(sd.tokenize([f"{statement}, a cook" for statement in named.statements]))
+    assert found[:, 0, 0].tolist() == list(range(9))
 
 
 @pytest.mark.parametrize("kind", ["lora", "token"])
@@ -193,7 +200,7 @@ def test_several_values_and_strengths(sd, made, kind):
     first, second = (Dose(statement) for statement in STATEMENTS)
     rows = [(), (first,), (first, second), (first._replace(strength=0.5),)]
     requests = [Request("a baker", 0, doses) for doses in rows]
-    draw = functools.partial(generate.generate, sd, mesh=sharding.make_mesh(1), **SETTINGS | {"batch_size": 4})
+    draw = functools.partial(generate.generate, sd, mesh=sharding.make_mesh(1), **SETTINGS | dict(batch_size=4, guidance_scale=15.0))
     images = draw(requests, made[kind]).astype(int)
     assert np.abs(images[0] - draw(requests[:1])[0]).max() <= 1
     assert np.abs(images[1] - draw(requests[1:2], made[kind])[0]).max() <= 1
