@@ -200,7 +200,8 @@ def test_several_values_and_strengths(sd, made, kind):
     first, second = (Dose(statement) for statement in STATEMENTS)
     rows = [(), (first,), (first, second), (first._replace(strength=0.5),)]
     requests = [Request("a baker", 0, doses) for doses in rows]
-    draw = functools.partial(generate.generate, sd, mesh=sharding.make_mesh(1), **SETTINGS | dict(batch_size=4, guidance_scale=15.0))
+    settings = SETTINGS | {"batch_size": 4, "guidance_scale": 15.0}
+    draw = functools.partial(generate.generate, sd, mesh=sharding.make_mesh(1), **settings)
     images = draw(requests, made[kind]).astype(int)
     assert np.abs(images[0] - draw(requests[:1])[0]).max() <= 1
     assert np.abs(images[1] - draw(requests[1:2], made[kind])[0]).max() <= 1
