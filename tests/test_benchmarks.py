@@ -8,6 +8,8 @@ import pytest
 
 from tests import small_run
 
+pytestmark = pytest.mark.slow  # pytest -m slow tests/test_benchmarks.py
+
 
 def run(root, results, benchmark: str, *flags) -> dict:
     command = [
@@ -38,7 +40,6 @@ def test_loader(root, tmp_path):
     assert rows["cache"]["pairs_per_sec"] > 0 and rows["images"]["pairs_per_sec"] > 0
 
 
-@pytest.mark.slow
 def test_startup(root, tmp_path):
     rows = run(root, tmp_path, "startup")
     first, second = (rows[f"livo_jax, images: compile, {start} start"]["seconds"] for start in ("first", "second"))

@@ -60,6 +60,7 @@ def test_images_are_the_published_pipelines(sd, published, torch_models, sampler
     assert np.abs(ours - theirs * 255).max() < 1.0, "equal but for rounding to bytes"
 
 
+@pytest.mark.slow
 def test_any_number_of_prompts_is_one_program(sd, monkeypatch):
     """And of two images a device, decoded one at a time, the images are the same."""
     prompts = ["a baker", "a cook"] * 9

@@ -135,7 +135,11 @@ def test_data_parallel_steps_send_gradients_alone():
     assert planned == {"gradient": SENT[kind](8, sum(trained))}
 
 
-@pytest.mark.parametrize("shape, shard_frozen", [((4, 2, 1), False), ((1, 8, 1), True), ((2, 2, 2), True)])
+slow = pytest.mark.slow  # half a minute each
+SHARDED = [pytest.param((4, 2, 1), False, marks=slow), pytest.param((1, 8, 1), True, marks=slow), ((2, 2, 2), True)]
+
+
+@pytest.mark.parametrize("shape, shard_frozen", SHARDED)
 def test_sharded_steps_send_what_the_plan_says(root, shape, shard_frozen):
     """But for rounding: scalars, norms. The CPU's compiler sums gradients whole where others leave each its part."""
     settings = dict(model=str(root / "model"), random_weights=True, shard_frozen=shard_frozen)

@@ -285,6 +285,7 @@ def test_accumulation_changes_no_number(small, devices):
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_moving_average(small):
     """Its decay rises as t / (t + 9), to ema_decay."""
     history = [small[2]["text_encoder"]] + [run(small, 1, steps=n)[1]["params"] for n in (1, 2)]

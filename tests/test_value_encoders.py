@@ -25,6 +25,8 @@ from livo_jax.values import text_hash
 from tests.conftest import randomised
 from tests.test_train import CONFIG, SCALE, torch_step
 
+pytestmark = pytest.mark.slow  # minutes: pytest -m slow tests/test_value_encoders.py
+
 STATEMENTS = ("shape equality", "colour equality")
 PROMPTS = [f"a photo of a {word}" for word in ("baker", "cook", "smith", "tailor")]
 SETTINGS = dict(steps=2, guidance_scale=3.0, batch_size=1)

@@ -31,6 +31,7 @@ def losses(workdir):
     return [line["train/loss"] for line in lines if "train/loss" in line]
 
 
+@pytest.mark.slow
 def test_the_losses_are_those_of_the_images(config, tmp_path):
     train_and_evaluate(config, tmp_path / "images")
     cached = config.copy_and_resolve_references()

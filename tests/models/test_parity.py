@@ -78,6 +78,7 @@ def test_text_encoder(act, eos, tmp_path):
     assert relative_error(out.pooled, expected.pooler_output.detach()) < 1e-4
 
 
+@pytest.mark.slow
 def test_modules_compute_in_their_weights_dtype(published):
     from livo_jax import StableDiffusion
 
