@@ -10,7 +10,7 @@ import numpy as np
 from livo_jax import judges, metrics, report
 from livo_jax import ratio as ratios
 from livo_jax import values as principles
-from livo_jax.generate import Dose, Request, generate, requests_of, with_doses, with_value
+from livo_jax.generate import Dose, Request, generate, requests_of, with_values
 
 RATE_IMAGES = 10  # of each seen prompt and arm: what a token shows is told by 160 images
 
@@ -52,19 +52,18 @@ def cases(config, values) -> list[Case]:
     "A + B" is measured under A, on prompts in the wordings of the one that is a harm; "plain" is A alone.
     """
     found = []
-    dose = lambda value: (Dose(value.statement), value.keep_probability)
 
     def add(name, value, rows, **methods):
-        for (split, subject, prompt), (method, doses) in itertools.product(rows, methods.items()):
-            base = (Request(prompt, i) for i in range(images_of(value, config)))
-            requests = [with_doses(request, doses, config.eval.seed) for request in base]
+        for (split, subject, prompt), (method, applied) in itertools.product(rows, methods.items()):
+            base = [Request(prompt, i) for i in range(images_of(value, config))]
+            requests = with_values(base, applied, config.eval.seed)
             found.append(Case(name, method, value, split, subject, requests))
 
     for value in values:
-        add(value.statement, value, prompts(config, value), base=[], livo=[dose(value)])
+        add(value.statement, value, prompts(config, value), base=[], livo=[value])
     for a, b in itertools.permutations(values, 2) if config.eval.combinations else ():
         rows = prompts(config, a if a.kind == "harm" else b)
-        add(f"{a.statement} + {b.statement}", a, rows, base=[], plain=[dose(a)], livo=[dose(a), dose(b)])
+        add(f"{a.statement} + {b.statement}", a, rows, base=[], plain=[a], livo=[a, b])
     return found
 
 
@@ -96,7 +95,7 @@ def of_ratios(config, values, rates: dict) -> list[Case]:
         dealt = requests_of([r.prompt for r in base], [[*targets]] * len(base), seed, ratio, rates)
         for statement, target in targets.items():
             value = principles.find(statement, values)
-            sides = {"base": base, "plain": with_value(base, value, seed), "livo": dealt}
+            sides = {"base": base, "plain": with_values(base, [value], seed), "livo": dealt}
             for k, (method, requests) in itertools.product(range(0, len(rows), n), sides.items()):
                 name, (split, subject, _) = f"{statement}, ratio {ratio}", rows[k]
                 found.append(Case(name, method, value, split, subject, requests[k : k + n], target))
@@ -231,7 +230,7 @@ def pictures(images: dict, config, n: int = 12) -> list[dict]:
     shown = []
     for value, split, prompt in first_prompts(config):
         base = [Request(prompt, i) for i in range(n)]
-        both = [pair for pair in zip(base, with_value(base, value, config.eval.seed)) if images.keys() >= {*pair}]
+        both = [pair for pair in zip(base, with_values(base, [value], config.eval.seed)) if images.keys() >= {*pair}]
         sides = {side: [images[r] for r in requests] for side, requests in zip(("base", "livo"), zip(*both))}
         shown.append(dict(value=value.statement, split=split, prompt=prompt, **sides))
     return shown

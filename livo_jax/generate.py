@@ -301,9 +301,10 @@ def requests_of(prompts, values=None, seed: int = 0, ratio=None, rates=None, **o
     return requests
 
 
-def with_value(requests: list[Request], value: Value, seed: int) -> list[Request]:
-    """The requests, with the value in those that it is applied to: its keep_probability's share."""
-    return [with_doses(r, [(Dose(value.statement), value.keep_probability)], seed) for r in requests]
+def with_values(requests: list[Request], values: list[Value], seed: int) -> list[Request]:
+    """The requests, with each value in those that it is applied to: its keep_probability's share."""
+    doses = [(Dose(value.statement), value.keep_probability) for value in values]
+    return [with_doses(request, doses, seed) for request in requests]
 
 
 def write_pairs(

@@ -141,9 +141,8 @@ def traffic(sd, params, frozen, mesh, config) -> dict[str, float]:
     if tensor > 1:
         rows, L = config.train.batch_size // sharding.batch_parts(mesh), sd.text_encoder.config.max_position_embeddings
         sum_up = functools.partial(partial_sums, parts=tensor)
-        found["activations"] = (
-            sum_up(params, lambda name: rows * L, value_encodings(config), 1) if rules is sharding.RULES else 0
-        )
+        if rules is sharding.RULES:
+            found["activations"] += sum_up(params, lambda name: rows * L, value_encodings(config), 1)
         if config.shard_frozen:  # of the UNet w and l, with the policy's and the reference's conditioning
             levels, side = len(sd.unet.config.block_out_channels), sd.latent_shape[0]
 

@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 
 from livo_jax.judges import clip
+from livo_jax.models.clip import unit
 from livo_jax.models.inception import InceptionV3
 from livo_jax.models.lpips import LEAST, LPIPS
 from livo_jax.models.weights import from_published, split
@@ -100,7 +101,6 @@ def clip_score(path_or_hub_id):
     @jax.jit
     def compute(params, pixels, ids):
         model = nnx.merge(graph, params)
-        unit = lambda x: x / jax.numpy.linalg.norm(x, axis=-1, keepdims=True)
         cosine = (unit(model.image_features(pixels)) * unit(model.text_features(ids))).sum(-1)
         return 100 * jax.numpy.maximum(cosine, 0)
 

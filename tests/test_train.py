@@ -331,8 +331,10 @@ def test_frozen_embeddings(small):
     sizes = {x.shape for x in jax.tree.leaves(state["opt_state"])}
     assert sizes.isdisjoint({x.shape for x in jax.tree.leaves(frozen["text_encoder"]["embeddings"])})
     after, metrics = jax.jit(make_train_step(graphs, sd.schedule, tx, config, SCALE))(state, frozen, batch)
-    moved = jax.tree.map(lambda a, b: bool((a != b).any()), after["params"], state["params"])
+    moved = jax.tree.map(lambda a, b: bool((a != b).all()), after["params"], state["params"])
     embeddings = moved.pop("embeddings")
+    for layer in moved["encoder"]["layers"].values():
+        del layer["self_attn"]["k_proj"]["bias"]  # it shifts a query's scores alike: its gradient is rounding, or zero
     assert not any(jax.tree.leaves(embeddings)) and all(jax.tree.leaves(moved))
     whole = make_train_step(graphs, sd.schedule, tx, CONFIG, SCALE)
     assert metrics["grad_norm"] < jax.jit(whole)(state, frozen, batch)[1]["grad_norm"]

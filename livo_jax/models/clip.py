@@ -205,6 +205,11 @@ class CLIPVisionModel(nnx.Module):
         return VisionOutput(x, self.post_layernorm(x[:, 0]))
 
 
+def unit(x):
+    """Features [..., P] at length 1: their products are cosines."""
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+
 class CLIPModel(nnx.Module):
     """Both transformers, with what compares an image and a text."""
 
@@ -229,5 +234,4 @@ class CLIPModel(nnx.Module):
 
     def logits(self, image_features, text_features):
         """Scaled cosines [B, T] of features [B, P] and [T, P]."""
-        unit = lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True)
         return jnp.exp(self.logit_scale[...]) * unit(image_features) @ unit(text_features).T
