@@ -277,13 +277,15 @@ class StableDiffusion:
     def tokenize(self, texts: list[str]) -> np.ndarray:
         """Token ids [B, L] int32, padded and cut to the text encoder's length; what is cut is warned of."""
         length = self.text_encoder.config.max_position_embeddings
-        ids = self.tokenizer(list(texts), truncation=True, max_length=length, padding="max_length")["input_ids"]
-        for text in dict.fromkeys(t for t, row in zip(texts, ids) if row[-2] != self.tokenizer.pad_token_id):
-            whole = self.tokenizer(text, verbose=False)["input_ids"]
+        ids = np.full((len(texts), length), self.tokenizer.pad_token_id, np.int32)
+        # Padding and cutting are settings of the tokenizer, which the data's threads share: neither is asked of it.
+        for text, row, whole in zip(texts, ids, self.tokenizer(list(texts), verbose=False)["input_ids"]):
+            row[: len(whole)] = whole[:length]
             if len(whole) > length:
+                row[-1] = whole[-1]
                 cut = self.tokenizer.decode(whole[length - 1 : -1])
                 warnings.warn(f"{text!r} is longer than {length} tokens; cut off: {cut!r}", stacklevel=2)
-        return np.array(ids, np.int32)
+        return ids
 
     def generate(
         self,

@@ -1,5 +1,6 @@
 """Published directories load exactly, and what is wrong with one is said at once."""
 
+import concurrent.futures
 import hashlib
 import http.server
 import json
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import urllib.parse
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -142,6 +144,16 @@ def test_long_prompts_are_cut_with_a_warning_that_quotes(sd):
     with pytest.warns(UserWarning, match="longer than 16 tokens; cut off: 'a baker at work on a bloody day'"):
         ids = sd.tokenize([words, "a baker"])
     assert ids.shape == (2, 16) and ids.dtype == np.int32 and ids[0, -1] == ids[1, -1] == sd.tokenizer.eos_token_id
+
+
+def test_threads_tokenize_as_one(sd):
+    texts = [" ".join(["baker"] * n) for n in (1, 5, 30)] * 200
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        alone = [sd.tokenize([text]) for text in texts]
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            together = list(pool.map(lambda text: sd.tokenize([text]), texts))
+    np.testing.assert_array_equal(together, alone)
 
 
 def test_strict_conversion_counts_every_leaf(sd):
