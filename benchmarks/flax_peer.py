@@ -4,6 +4,7 @@ python -m venv peer && peer/bin/pip install -r benchmarks/flax_peer.txt
 python -m benchmarks.train_step --config=FILE --peers=flax --flax_python=peer/bin/python
 """
 
+import functools
 import json
 import os
 import pathlib
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from diffusers import FlaxUNet2DConditionModel
+from flax import linen
 from flax.traverse_util import unflatten_dict
 from transformers import CLIPTextConfig
 from transformers.models.clip.modeling_flax_clip import FlaxCLIPTextModule
@@ -37,6 +39,11 @@ def weights(part: str, dtype, rename) -> dict:
     arrays = np.load(directory / f"{part}.npz")
     return unflatten_dict({tuple(rename(name).split(".")): jnp.asarray(arrays[name], dtype) for name in arrays})
 
+
+# The published modules have 32 groups whatever their config says, and GELU's tanh approximation.
+group_norm = linen.GroupNorm
+linen.GroupNorm = lambda num_groups, epsilon: group_norm(read("unet").get("norm_num_groups", 32), epsilon=epsilon)
+linen.gelu = functools.partial(linen.gelu, approximate=False)
 
 unet = FlaxUNet2DConditionModel.from_config(read("unet"), dtype=dtype)
 frozen = weights("unet", dtype, lambda name: re.sub(r"\.(\d+)", r"_\1", name))  # down_blocks_0.resnets_0

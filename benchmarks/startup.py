@@ -3,6 +3,8 @@
     python -m benchmarks.startup --config=configs/tiny.py
     python -m benchmarks.startup --config=configs/livo.py --config.model=benchmarks/sd15 --config.random_weights=True
 
+On a CPU the second wants --config.dtype=float32 --config.train.batch_size=1 --image_size=256.
+
 Each runs in a new process. The compilation cache is a temporary directory, empty at first.
 """
 
@@ -21,6 +23,7 @@ from benchmarks import common
 from data_tools import commands
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The config whose step is compiled.")
+IMAGE_SIZE = flags.DEFINE_integer("image_size", None, "In pixels. Default: the model's.")
 IMPORTS = {
     "import livo_jax": "import livo_jax",
     "import run": "import run",
@@ -43,7 +46,7 @@ def compile_step(cache: str) -> list[dict]:
     """The rows of benchmarks.train_step without peers, with the overrides of this command line."""
     with tempfile.TemporaryDirectory() as results:
         command = [sys.executable, "-m", "benchmarks.train_step", "--repeats=1", "--peers=", f"--results={results}"]
-        command += [arg for arg in sys.argv[1:] if arg.startswith("--config")]
+        command += [arg for arg in sys.argv[1:] if arg.startswith(("--config", "--image_size"))]
         environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_ENABLE_COMPILATION_CACHE": "true"}
         subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
         with open(f"{results}/train_step.json") as file:
