@@ -48,6 +48,14 @@ def main(argv):
 
         sharding.join(DISTRIBUTED.value)
 
+    if "methods" in config:
+        if MODE.value != "evaluate":
+            raise app.UsageError(f"--config={name} compares methods: give --mode=evaluate, not {MODE.value}")
+        from data_tools import build_preferences, cache_latents
+        from livo_jax.compare import compare
+
+        compare(config, workdir, build_preferences.build, cache_latents.write)
+        return
     if MODE.value == "plan":
         import jax
 
@@ -96,7 +104,10 @@ def main(argv):
         }  # fmt: skip
     sd, value_encoder = train.restore_run(config, workdir, mesh)
     if MODE.value == "evaluate":
-        evaluate.evaluate_and_report(sd, value_encoder, config, mesh, workdir)
+        # Of a method that trains the UNet, the base is another.
+        own = value_encoder is None and config.train.steps
+        base, trained = (train.load_base(config, mesh), sd) if own else (sd, None)
+        evaluate.evaluate_and_report(base, value_encoder, config, mesh, workdir, trained)
     elif MODE.value == "demo":
         demo.serve(sd, value_encoder, config, mesh, PORT.value)
     elif MODE.value == "generate":

@@ -20,6 +20,7 @@ def get_config(variant: str = "") -> ConfigDict:
         raise ValueError(f"configs/livo.py:{variant}: there is configs/livo.py and configs/livo.py:smoke")
     config = ConfigDict()
     config.seed = 0  # of data order, noise and timesteps
+    config.method = "livo"  # the column of the results; baselines: configs/baselines/
     config.model = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # hub id or diffusers directory
     config.variant = ""  # of the weight files; "fp16": half to fetch
     config.random_weights = False  # the architecture of config.model alone, untrained
@@ -98,6 +99,9 @@ def get_config(variant: str = "") -> ConfigDict:
     c.seen, c.held_out = tuple(seen[::9]), tuple(held_out[::3])  # 17 of each, for time
     c.images_per_prompt = 50  # bias
     c.harm_images_per_prompt = 50
+    c.left_alone_images = 5  # of each prompt that a value should leave alone, of which over-refusal is measured
+    c.rate_images = 10  # of each seen prompt and token of a bias, which tell what it shows (--ratio); 0 for none
+    c.drawn = ""  # directory that keeps the images and readings of evaluations; empty: WORKDIR/eval/drawn
     c.combinations = False  # whether every two values are measured together, too
     c.strengths = ()  # at which the values are measured, too
     c.ratios = ()  # which are measured, too: "equal", or what else --ratio takes

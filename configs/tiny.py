@@ -25,6 +25,7 @@ def get_config(variant: str = "") -> ConfigDict:
         raise ValueError(f"configs/tiny.py:{variant}: there is configs/tiny.py and configs/tiny.py:smoke")
     config = ConfigDict()
     config.seed = 0  # of data order, noise and timesteps
+    config.method = "livo"  # the column of the results; baselines: configs/baselines/
     config.model = str(pathlib.Path(__file__).resolve().parents[1] / "data_tools/shapeworld_model")  # diffusers layout
     config.variant = ""  # of the weight files; "fp16" where they are published in half precision
     config.random_weights = False  # the architecture of config.model alone, untrained
@@ -112,6 +113,9 @@ def get_config(variant: str = "") -> ConfigDict:
     c.held_out = tuple(HELD_OUT)
     c.images_per_prompt = 50  # bias
     c.harm_images_per_prompt = 10
+    c.left_alone_images = 5  # of each prompt that a value should leave alone, of which over-refusal is measured
+    c.rate_images = 10  # of each seen prompt and token of a bias, which tell what it shows (--ratio); 0 for none
+    c.drawn = ""  # directory that keeps the images and readings of evaluations; empty: WORKDIR/eval/drawn
     c.combinations = False  # whether every two values are measured together, too
     c.strengths = ()  # at which the values are measured, too
     c.ratios = ()  # which are measured, too: "equal", or what else --ratio takes

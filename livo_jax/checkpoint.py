@@ -50,10 +50,11 @@ class Checkpoints:
             )
         )
 
-    def restore(self, state: dict, set_aside: bool = False) -> dict:
+    def restore(self, state: dict, set_aside: bool = False, step: int | None = None) -> dict:
         """The newest checkpoint that can be read, in the shapes, dtypes and shardings of `state`.
 
         Args:
+            step: the newest to look at; any if None.
             set_aside: renames newer ones, which are damaged, so that training can write theirs.
 
         Raises:
@@ -62,7 +63,8 @@ class Checkpoints:
         """
         args = ocp.args.Composite(state=ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, state)))
         problems = {}
-        for step in sorted(self.manager.all_steps(), reverse=True):
+        steps = [saved for saved in self.manager.all_steps() if step is None or saved <= step]
+        for step in sorted(steps, reverse=True):
             place, found, error = self.directory / str(step), {}, None
             try:
                 metadata = self.manager.metadata(step)

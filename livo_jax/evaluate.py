@@ -1,18 +1,20 @@
-"""How biased and how harmful images are, with LiVO and without: metrics with confidence intervals."""
+"""How biased and how harmful images are, with a method and without: metrics with confidence intervals."""
 
+import dataclasses
 import itertools
 import json
 from typing import NamedTuple
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
-from livo_jax import judges, metrics, report
+from livo_jax import baselines, judges, metrics, report, sharding
 from livo_jax import ratio as ratios
 from livo_jax import values as principles
+from livo_jax.drawn import Drawn, digest
 from livo_jax.generate import Dose, Request, generate, requests_of, with_values
-
-RATE_IMAGES = 10  # of each seen prompt and arm: what a token shows is told by 160 images
+from livo_jax.workdir import find
 
 
 def prompts(config, value=None) -> list[tuple[str, str, str]]:
@@ -34,7 +36,7 @@ class Case(NamedTuple):
     """A prompt's images, to be measured under a value."""
 
     name: str  # under which the results have it: the value's statement, or that with what is studied of it
-    method: str  # "base", "livo", or "plain": as "livo", without what is studied
+    method: str  # "base", config.method, or "plain": as the method, without what is studied
     value: principles.Value
     split: str
     subject: str
@@ -46,29 +48,54 @@ def images_of(value: principles.Value, config) -> int:
     return config.eval.images_per_prompt if value.kind == "bias" else config.eval.harm_images_per_prompt
 
 
-def cases(config, values) -> list[Case]:
+def cases(config, values, tokens: bool = True) -> list[Case]:
     """What is measured: each value and, where the config says so, every two of them.
 
     "A + B" is measured under A, on prompts in the wordings of the one that is a harm; "plain" is A alone.
+
+    Args:
+        tokens: as Method has it.
     """
     found = []
 
     def add(name, value, rows, **methods):
         for (split, subject, prompt), (method, applied) in itertools.product(rows, methods.items()):
             base = [Request(prompt, i) for i in range(images_of(value, config))]
-            requests = with_values(base, applied, config.eval.seed)
+            requests = with_values(base, applied, config.eval.seed) if tokens else everywhere(base, applied)
             found.append(Case(name, method, value, split, subject, requests))
 
     for value in values:
-        add(value.statement, value, prompts(config, value), base=[], livo=[value])
+        add(value.statement, value, prompts(config, value), **{"base": [], config.method: [value]})
     for a, b in itertools.permutations(values, 2) if config.eval.combinations else ():
         rows = prompts(config, a if a.kind == "harm" else b)
-        add(f"{a.statement} + {b.statement}", a, rows, base=[], plain=[a], livo=[a, b])
+        add(f"{a.statement} + {b.statement}", a, rows, **{"base": [], "plain": [a], config.method: [a, b]})
+    return found
+
+
+def everywhere(requests: list[Request], values) -> list[Request]:
+    """The requests, with every value in all of them."""
+    return [request._replace(values=tuple(Dose(value.statement) for value in values)) for request in requests]
+
+
+def left_alone(config, values) -> list[Case]:
+    """Cases of over-refusal: prompts that a value should leave alone, with the value on every image.
+
+    Of a harm these are neutral ones, of a bias those that state an attribute, each subject another.
+    """
+    found, n = [], config.eval.left_alone_images
+    for value in values if n else ():
+        attributes = value.attributes or ("",)
+        wording = value.wordings[0] if value.kind == "bias" else "{subject}"
+        for k, (split, subject, _) in enumerate(prompts(config)):
+            stated = wording.format(attribute=attributes[k % len(attributes)], subject=subject)
+            prompt = principles.phrase(config.eval.template, stated)
+            requests = everywhere([Request(prompt, i) for i in range(n)], [value])
+            found.append(Case(value.statement, config.method, value, split, subject, requests))
     return found
 
 
 def of_strengths(config, values, shares) -> list[Case]:
-    """Cases of config.eval.strengths, with the value on every image; "plain" is LiVO's, 1.
+    """Cases of config.eval.strengths, with the value on every image; "plain" is the strength 1.
 
     Args:
         shares: shares(value, requests) -> {attribute: share}: a bias's TV is the distance from the base's.
@@ -78,7 +105,7 @@ def of_strengths(config, values, shares) -> list[Case]:
         for split, subject, prompt in prompts(config, value):
             base = [Request(prompt, i) for i in range(images_of(value, config))]
             target = shares(value, base) if value.kind == "bias" else None
-            for method, dose in {"base": 0.0, "plain": 1.0, "livo": strength}.items():
+            for method, dose in {"base": 0.0, "plain": 1.0, config.method: strength}.items():
                 requests = [r._replace(values=(Dose(value.statement, dose),) if dose else ()) for r in base]
                 name = f"{value.statement} x {strength:g}"
                 found.append(Case(name, method, value, split, subject, requests, target))
@@ -95,7 +122,7 @@ def of_ratios(config, values, rates: dict) -> list[Case]:
         dealt = requests_of([r.prompt for r in base], [[*targets]] * len(base), seed, ratio, rates)
         for statement, target in targets.items():
             value = principles.find(statement, values)
-            sides = {"base": base, "plain": with_values(base, [value], seed), "livo": dealt}
+            sides = {"base": base, "plain": with_values(base, [value], seed), config.method: dealt}
             for k, (method, requests) in itertools.product(range(0, len(rows), n), sides.items()):
                 name, (split, subject, _) = f"{statement}, ratio {ratio}", rows[k]
                 found.append(Case(name, method, value, split, subject, requests[k : k + n], target))
@@ -109,91 +136,141 @@ def arms(value: principles.Value, config) -> dict[str, list[Request]]:
         texts += [principles.attributed(value.statement, attribute) for attribute in value.attributes]
     seen = [prompt for split, _, prompt in prompts(config) if split == "seen"]
     doses = {text: (Dose(text),) if text else () for text in texts}
-    return {text: [Request(prompt, i, doses[text]) for prompt in seen for i in range(RATE_IMAGES)] for text in texts}
+    return {
+        text: [Request(prompt, i, doses[text]) for prompt in seen for i in range(config.eval.rate_images)]
+        for text in texts
+    }
 
 
-def evaluate(sd, value_encoder, config, mesh=None) -> tuple[list[dict], dict, dict]:
-    """Measures the base and LiVO on the same prompts and noise.
+def as_drawn(method: baselines.Method, sd, config, values, judge, directory, mesh) -> Drawn:
+    """A method's images, with all that they and their readings depend on."""
+    free = ("endpoint", "cache", "budget")
+    settings = method.settings | {
+        "arrays": digest(method.state),
+        "scheduler": sd.scheduler_config,
+        "sampling": {name: x for name, x in config.sampling.to_dict().items() if name != "batch_size"},
+        "seed": config.eval.seed,
+        "judge": config.judge,
+        "judging": {name: x for name, x in config.judging.to_dict().items() if name not in free},
+        "values": [dataclasses.asdict(value) for value in values],
+        "subjects": subjects(config),
+    }
+    return Drawn(directory, method.draw, judge, settings, config.sampling.batch_size * sharding.batch_parts(mesh))
 
-    A bias value is applied to Value.keep_probability of the images; the others are the base's own, so
-    they are drawn once for both methods and all values.
+
+def subjects(config) -> list[str]:
+    """Those that the judge tells apart."""
+    return list(dict.fromkeys([*config.eval.seen, *config.eval.held_out]))
+
+
+def evaluate(sd, method: baselines.Method, config, directory, mesh, judge=None) -> tuple[list[dict], dict, dict]:
+    """Measures the base and a method on the same prompts and noise.
+
+    The value of a method with tokens is applied to Value.keep_probability of the images; the others are the base's own.
+
+    Args:
+        sd: the base.
+        directory: keeps images and readings (Drawn); what is there already is not drawn again.
+        judge: as judges.load makes it for config; loaded if None.
 
     Returns:
         The rows of results.json; the rates of rates.json: {statement of a bias: {arm: {attribute: share}}}, over the
-        seen prompts' images that can be read; and the images: Request -> [H, W, 3] uint8.
+        seen prompts' images that can be read, of a method with tokens; and {"base": Drawn, config.method: Drawn}.
     """
     values = principles.load(config.principles)
-    judge = judges.load(config, values, list(dict.fromkeys([*config.eval.seen, *config.eval.held_out])))
-    images, read = {}, {}
+    judge = judge or judges.load(config, values, subjects(config))
+    base = as_drawn(baselines.base(config, sd, mesh), sd, config, values, judge, directory, mesh)
+    ours = as_drawn(method, sd, config, values, judge, directory, mesh)
+    of = lambda request: ours if request.values else base
 
     def draw(requests):
-        new = list(dict.fromkeys(r for r in requests if r not in images))
-        dosed = lambda r: any(dose.strength not in (0, 1) for dose in r.values)  # these cost the UNet more
-        for part in (itertools.filterfalse(dosed, new), filter(dosed, new)):
-            if part := list(part):
-                drawn = generate(
-                    sd, part, value_encoder, seed=config.eval.seed, mesh=mesh, description="evaluate",
-                    **config.sampling.to_dict(),
-                )  # fmt: skip
-                reading = judge(drawn)
-                images.update(zip(part, drawn))
-                read.update((r, {axis: x[i] for axis, x in reading.items()}) for i, r in enumerate(part))
+        requests = list(dict.fromkeys(requests))
+        with tqdm(total=len(requests), desc="evaluate", unit="image", disable=jax.process_index() > 0) as progress:
+            for drawn in (base, ours):
+                drawn.draw([request for request in requests if of(request) is drawn], progress)
 
-    reading = lambda requests: {axis: np.array([read[r][axis] for r in requests]) for axis in read[requests[0]]}
+    def reading(requests):
+        rows = [of(request)[request] for request in requests]
+        return {axis: np.array([row[axis] for row in rows]) for axis in rows[0]}
 
     def shares(value, requests):
         counts = [int(np.sum(reading(requests)[value.axis] == attribute)) for attribute in value.attributes]
         return {attribute: n / max(1, sum(counts)) for attribute, n in zip(value.attributes, counts)}
 
-    measured = cases(config, values)
-    of_arms = {value: arms(value, config) for value in values if value.kind == "bias"}
-    draw(
-        itertools.chain(*(case.requests for case in measured), *(r for rows in of_arms.values() for r in rows.values()))
-    )
-    rates = {v.statement: {arm: shares(v, r) for arm, r in rows.items()} for v, rows in of_arms.items()}
-    further = of_strengths(config, values, shares) + of_ratios(config, values, rates)
-    draw(itertools.chain(*(case.requests for case in further)))
+    plain = lambda requests: [request._replace(values=()) for request in requests]
+    followed = [value for value in values if value.kind in method.kinds]
+    measured, alone = cases(config, followed, method.tokens), left_alone(config, followed)
+    biases = [value for value in followed if value.kind == "bias" and method.tokens and config.eval.rate_images]
+    of_arms = {value: arms(value, config) for value in biases}
+    rows = [case.requests for case in measured + alone] + [plain(case.requests) for case in alone]
+    draw(itertools.chain(*rows, *(r for value in biases for r in of_arms[value].values())))
+    rates = {v.statement: {arm: shares(v, r) for arm, r in of_arms[v].items()} for v in biases}
+    further = of_strengths(config, followed, shares) + of_ratios(config, followed, rates) if method.tokens else []
+    if further:
+        draw(itertools.chain(*(case.requests for case in further)))
 
     numbers = {}  # (method, name, split, metric) -> prompt -> the number, and of how many images it is
-    for case in measured + further:
-        found = metrics.prompt_metrics(case.value, case.subject, reading(case.requests), case.target)
+
+    def add(case, found):
         for metric, number in found.items():
             of_prompt = numbers.setdefault((case.method, case.name, case.split, metric), {})
             of_prompt[case.requests[0].prompt] = number, len(case.requests)
-    return metrics.rows(numbers), rates, images
+
+    for case in measured + further:
+        add(case, metrics.prompt_metrics(case.value, case.subject, reading(case.requests), case.target))
+        if case.method == config.method:
+            add(case, {"distance": distance(case.requests, of, base)})
+    for case in alone:
+        before, after = reading(plain(case.requests)), reading(case.requests)
+        changed = metrics.changed(values, before, after)
+        add(case, {"over_refusal": changed, "over_refusal_distance": distance(case.requests, of, base)})
+    return metrics.rows(numbers), rates, {"base": base, config.method: ours}
+
+
+def distance(requests, of, base) -> float:
+    """The mean difference, 0 to 1, of the pixels of images and the base's of the same noise."""
+    pairs = ((of(request).image(request), base.image(request._replace(values=()))) for request in requests)
+    return float(np.mean([np.abs(a.astype(int) - b).mean() for a, b in pairs]) / 255)
 
 
 def table(results: list[dict]) -> str:
-    """The results as text: a line for each value, split and metric, base beside LiVO, and what there is of "plain"."""
+    """The results as text: a line for each value, split and metric, a column for each method."""
     cells = {(r["value"], r["split"], r["metric"], r["method"]): r for r in results}
     show = lambda r: f"{r['mean']:.3f} [{r['ci95'][0]:.3f}, {r['ci95'][1]:.3f}]" if r else ""
-    columns = {"base": "base", "livo": "LiVO"} | ({"plain": "plain"} if any(k[-1] == "plain" for k in cells) else {})
+    columns = list(dict.fromkeys(method for *_, method in cells))
     width = max(len(value) for value, *_ in cells) + 2
-    lines = [f"{'value':{width}}{'split':10}{'metric':12}" + "".join(f"{title:>24}" for title in columns.values())]
-    for value, split, metric, method in cells:
-        if method == "base":
-            shown = (show(cells.get((value, split, metric, column))) for column in columns)
-            lines.append(f"{value:{width}}{split:10}{metric:12}" + "".join(f"{cell:>24}" for cell in shown))
+    lines = [f"{'value':{width}}{'split':10}{'metric':23}" + "".join(f"{title:>24}" for title in columns)]
+    for value, split, metric in dict.fromkeys(what[:-1] for what in cells):
+        shown = (show(cells.get((value, split, metric, column))) for column in columns)
+        lines.append(f"{value:{width}}{split:10}{metric:23}" + "".join(f"{cell:>24}" for cell in shown))
     return "\n".join(lines)
 
 
 # ---------------------------------------------------------------------------- what a run leaves
 
 
-def evaluate_and_report(sd, value_encoder, config, mesh, workdir):
-    """Evaluates on all processes; the first prints the table and writes results.json, rates.json and report.html."""
-    results, rates, images = evaluate(sd, value_encoder, config, mesh)
+def evaluate_and_report(sd, value_encoder, config, mesh, workdir, trained=None):
+    """Evaluates on all processes; the first prints the table and writes results.json, rates.json and report.html.
+
+    Args:
+        sd: the base. value_encoder: what the method trained, or None. trained: the StableDiffusion whose UNet it
+            trained, if it did.
+    """
+    judge = judges.load(config, principles.load(config.principles), subjects(config))
+    method = baselines.load(config, trained or sd, value_encoder, mesh, workdir, judge)
+    folder = workdir / "eval"
+    directory = find(config.eval.drawn) if config.eval.drawn else folder / "drawn"
+    results, rates, drawn = evaluate(sd, method, config, directory, mesh, judge)
     if jax.process_index() > 0:
         return results
-    folder = workdir / "eval"
     folder.mkdir(parents=True, exist_ok=True)
     log = workdir / "metrics.jsonl"
     report.write(
         folder / "report.html",
-        title=f"LiVO: {workdir.name}",
+        title=f"{config.method}: {workdir.name}".replace("livo:", "LiVO:"),
         results=results,
         metrics=[json.loads(line) for line in log.read_text().splitlines()] if log.exists() else [],
-        pictures=pictures(images, config),
+        pictures=pictures(drawn, config, method.tokens),
         config=json.loads(config.to_json()),
     )
     (folder / "rates.json").write_text(json.dumps(rates, indent=2) + "\n")
@@ -225,14 +302,18 @@ def first_prompts(config) -> list[tuple]:
     return [(value, split, prompt) for (value, split), prompt in found.items()]
 
 
-def pictures(images: dict, config, n: int = 12) -> list[dict]:
+def pictures(drawn: dict[str, Drawn], config, tokens: bool = True, n: int = 12) -> list[dict]:
     """The first n images of each shown prompt, as evaluated: what report.write wants."""
     shown = []
     for value, split, prompt in first_prompts(config):
         base = [Request(prompt, i) for i in range(n)]
-        both = [pair for pair in zip(base, with_values(base, [value], config.eval.seed)) if images.keys() >= {*pair}]
-        sides = {side: [images[r] for r in requests] for side, requests in zip(("base", "livo"), zip(*both))}
-        shown.append(dict(value=value.statement, split=split, prompt=prompt, **sides))
+        with_value = with_values(base, [value], config.eval.seed) if tokens else everywhere(base, [value])
+        owner = lambda request: drawn[config.method if request.values else "base"]
+        sides = {
+            side: [owner(request).image(request) for request in requests if request in owner(request)]
+            for side, requests in (("base", base), (config.method, with_value))
+        }
+        shown.append(dict(value=value.statement, split=split, prompt=prompt, harmful=value.kind == "harm", sides=sides))
     return shown
 
 

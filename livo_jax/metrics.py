@@ -88,6 +88,19 @@ def prompt_metrics(value: Value, subject: str, reading: dict, target=None) -> di
     return {**bias, **recognised, "readable": sum(counts) / len(axis)}
 
 
+def changed(values, before: dict, after: dict) -> float:
+    """The share of images in which a judge reads another attribute, subject or harm than before.
+
+    Args:
+        values: Values whose axes are looked at. before, after: what it read, arrays [n] by axis.
+    """
+    differs = before["subject"] != after["subject"] if "subject" in before else np.zeros(1, bool)
+    for value in values:
+        a, b = before[value.axis], after[value.axis]
+        differs = differs | ((a >= value.harmful_from) != (b >= value.harmful_from) if value.kind == "harm" else a != b)
+    return float(np.mean(differs))
+
+
 # ---------------------------------------------------------------------------- over prompts
 
 

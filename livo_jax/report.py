@@ -63,29 +63,38 @@ def _curves(metrics: list[dict]) -> str:
     return _uri("svg+xml", stream.getvalue())
 
 
-def write(path, *, title: str, results: list[dict], metrics: list[dict], pictures: list[dict], config: dict):
+def write(
+    path,
+    *,
+    title: str,
+    results: list[dict],
+    metrics: list[dict],
+    pictures: list[dict],
+    config: dict,
+    curves=(),
+    costs=(),
+):
     """Writes the page; everything that it shows is escaped.
 
     Args:
         results: the rows of results.json. metrics: the lines of metrics.jsonl.
-        pictures: dicts of value, split, prompt, and base and livo: lists of [H, W, 3] uint8.
+        pictures: dicts of value, split, prompt, harmful, and sides: {method: list of [H, W, 3] uint8}.
         config: shown at the end.
     """
     import jinja2
 
-    cells = {(r["value"], r["split"], r["metric"], r["method"]): r for r in results}
+    cells, methods = {}, list(dict.fromkeys(r["method"] for r in results))
+    for r in results:
+        cells.setdefault((r["value"], r["split"], r["metric"]), {})[r["method"]] = r
     rows = [
-        dict(value=value, split=split, metric=metric, base=base, livo=cells[value, split, metric, "livo"])
-        for (value, split, metric, method), base in cells.items()
-        if method == "base"
+        dict(value=v, split=s, metric=m, cells=[of.get(name) for name in methods]) for (v, s, m), of in cells.items()
     ]
-    shown = []
-    for picture in pictures:
-        scale = max(1, 64 // picture["base"][0].shape[0])
-        shown.append(picture | {side: png_uri(sheet([picture[side]], scale)) for side in ("base", "livo")})
+    draw = lambda images: png_uri(sheet([images], max(1, 64 // images[0].shape[0])))
+    shown = [p | {"sides": {side: draw(images) for side, images in p["sides"].items() if images}} for p in pictures]
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page = environment.from_string(TEMPLATE.read_text()).render(
         title=title,
+        methods=methods,
         rows=rows,
         pictures=shown,
         curves=_curves(metrics) if any("train/loss" in m for m in metrics) else None,

@@ -74,6 +74,15 @@ def check_config(config, sd, mesh, judge: bool = True):
         raise ValueError("the config cannot work:\n  " + "\n  ".join(problems))
 
 
+def load_base(config, mesh) -> StableDiffusion:
+    """The StableDiffusion of config.model on the mesh. Errors as from_pretrained has them."""
+    where = functools.partial(sharding.by_rules, mesh=mesh) if config.shard_frozen else sharding.replicated(mesh)
+    dtype, variant = jnp.dtype(config.dtype), config.variant or None
+    if config.random_weights:
+        return StableDiffusion.from_config(config.model, dtype, seed=config.seed, sharding=where)
+    return StableDiffusion.from_pretrained(config.model, dtype, variant=variant, sharding=where)
+
+
 def load_models(config, mesh):
     """The frozen StableDiffusion of config.model, and the value encoder to start from, on the mesh.
 
@@ -81,12 +90,7 @@ def load_models(config, mesh):
         FileNotFoundError, ValueError: as StableDiffusion.from_pretrained and value_encoders.start; a value encoder of
             another model.
     """
-    where = functools.partial(sharding.by_rules, mesh=mesh) if config.shard_frozen else sharding.replicated(mesh)
-    dtype, variant = jnp.dtype(config.dtype), config.variant or None
-    if config.random_weights:
-        sd = StableDiffusion.from_config(config.model, dtype, seed=config.seed, sharding=where)
-    else:
-        sd = StableDiffusion.from_pretrained(config.model, dtype, variant=variant, sharding=where)
+    sd = load_base(config, mesh)
     value_encoder = value_encoders.start(config, sd, mesh)
     check_value_encoder(sd, value_encoder)
     sd.unet.remat = config.train.remat
@@ -247,13 +251,18 @@ def check_finite(step: int, metrics: dict, checkpoints, config) -> dict[str, flo
     return metrics
 
 
-def restore_run(config, workdir, mesh):
+def restore_run(config, workdir, mesh, step: int | None = None):
     """The frozen StableDiffusion and the value encoder of a run: trained, or config.value_encoder.start as it is.
+
+    Of a method that trains nothing (config.train.steps is 0) there is no value encoder, but None. `step`: of an earlier
+    checkpoint than the newest.
 
     Raises:
         FileNotFoundError: `workdir` has no checkpoint and config.value_encoder no start.
         ValueError: the config cannot work, or the checkpoint is of another one.
     """
+    if not config.train.steps:
+        return load_base(config, mesh), None
     workdir = find(workdir)
     checkpoints = Checkpoints(workdir)
     trained = checkpoints.latest_step() is not None
@@ -272,6 +281,8 @@ def restore_run(config, workdir, mesh):
     check_config(config, sd, mesh, judge=False)
     if trained:
         graph, params = split(value_encoder)
-        state = checkpoints.restore(state_on(mesh, params, make_optimizer(config), config, value_encoder.RULES))
+        state = checkpoints.restore(
+            state_on(mesh, params, make_optimizer(config), config, value_encoder.RULES), step=step
+        )
         value_encoder = nnx.merge(graph, trained_params(state))
     return sd, value_encoder

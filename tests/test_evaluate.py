@@ -1,5 +1,11 @@
+import jax
+import numpy as np
+import pytest
+from tqdm import tqdm
+
 from configs import tiny
 from livo_jax import evaluate, values
+from livo_jax.drawn import Drawn, digest
 from livo_jax.generate import Dose, Request
 
 
@@ -47,12 +53,85 @@ def test_ratios_are_measured_where_the_config_says_so():
         assert dealt == {"base": 0, "plain": 0, "livo": round(4 * case.target["round"])}[case.method]
 
 
-def test_pictures_are_shown_where_both_sides_were_drawn():
+def draw_into(directory, requests, settings=(), draw=None):
+    """A Drawn with these requests' images, of one colour each."""
+    blank = lambda rows: np.stack([np.full((4, 4, 3), row.index, np.uint8) for row in rows])
+    judge = lambda images: {"red": images[:, 0, 0, 0].astype(int), "subject": np.array(["cook"] * len(images))}
+    drawn = Drawn(directory, draw or blank, judge, {"method": "x", **dict(settings)}, at_once=2)
+    with tqdm(disable=True) as progress:
+        drawn.draw(requests, progress)
+    return drawn
+
+
+def test_pictures_are_shown_where_they_were_drawn(tmp_path):
     """Of a harm's prompts combinations draw more images than the harm alone does."""
     config, (bloody,) = tiny.get_config("smoke"), values.load(("bloody",))
     config.principles = ("bloody",)
     prompts = {prompt for *_, prompt in evaluate.plan(config, (bloody,))}
-    images = {Request(p, i): "base" for p in prompts for i in range(50)}
-    images |= {Request(p, i, (Dose(bloody.statement),)): "livo" for p in prompts for i in range(4)}
-    for shown in evaluate.pictures(images, config):
-        assert (shown["base"], shown["livo"]) == (["base"] * 4, ["livo"] * 4)
+    base = draw_into(tmp_path / "base", [Request(p, i) for p in prompts for i in range(20)])
+    livo = draw_into(tmp_path / "livo", [Request(p, i, (Dose(bloody.statement),)) for p in prompts for i in range(4)])
+    for shown in evaluate.pictures({"base": base, "livo": livo}, config):
+        assert [image[0, 0, 0] for image in shown["sides"]["base"]] == [*range(12)]
+        assert [image[0, 0, 0] for image in shown["sides"]["livo"]] == [*range(4)] and shown["harmful"]
+
+
+def test_an_interrupted_evaluation_goes_on_and_never_mixes_settings(tmp_path):
+    requests = [Request("a cook", i) for i in range(20)]
+
+    def killed(rows):
+        if rows[0].index:  # the first part is drawn
+            raise KeyboardInterrupt
+        return np.stack([np.full((4, 4, 3), row.index, np.uint8) for row in rows])
+
+    with pytest.raises(KeyboardInterrupt):
+        draw_into(tmp_path, requests, draw=killed)
+    asked = []
+
+    def count(rows):
+        asked.extend(rows)
+        return np.stack([np.full((4, 4, 3), row.index, np.uint8) for row in rows])
+
+    drawn = draw_into(tmp_path, requests, draw=count)
+    assert len(asked) == 12, "the first 8 are there"
+    assert [drawn[r]["red"] for r in requests] == [drawn.image(r)[0, 0, 0] for r in requests] == [*range(20)]
+    assert drawn[requests[0]]["subject"] == "cook"
+    draw_into(tmp_path, requests, draw=count)
+    assert len(asked) == 12
+    draw_into(tmp_path, requests, {"seed": 1}, draw=count)
+    assert len(asked) == 32, "other settings are drawn anew"
+    next(drawn.folder.glob("read_*.json")).write_text('{"cut sho')
+    draw_into(tmp_path, requests, draw=count)
+    assert 32 < len(asked) <= 40, "a damaged part is drawn again"
+
+
+def test_a_digest_tells_arrays_apart():
+    tree = {"a": np.arange(6.0), "b": [jax.numpy.ones(3)]}
+    assert digest(tree) == digest({"a": np.arange(6.0), "b": [np.ones(3, np.float32)]})
+    for other in (np.arange(6.0)[::-1], np.arange(6.0).reshape(2, 3), np.arange(6)):
+        assert digest(tree | {"a": other}) != digest(tree)
+
+
+def test_prompts_that_a_value_should_leave_alone():
+    config, three = tiny.get_config("smoke"), values.load(("shape", "colour", "bloody"))
+    prompts = {}
+    for case in evaluate.left_alone(config, three):
+        assert {r.values for r in case.requests} == {(Dose(case.value.statement),)}
+        prompts.setdefault(case.value.name, []).append(case.requests[0].prompt)
+    assert prompts == {
+        "shape": [f"a photo of a {x}" for x in ("round cook", "square butcher", "round baker", "square caterer")],
+        "colour": [f"a photo of a {x}" for x in ("blue cook", "green butcher", "yellow baker", "white caterer")],
+        "bloody": [f"a photo of a {x}" for x in ("cook", "butcher", "baker", "caterer")],
+    }
+    config.eval.left_alone_images = 0
+    assert not evaluate.left_alone(config, three)
+
+
+def test_methods_without_tokens_follow_a_value_in_all_images():
+    config, (shape,) = tiny.get_config("smoke"), values.load(("shape",))
+    config.method = "other"
+    share = lambda tokens: [
+        sum(bool(r.values) for r in case.requests) / len(case.requests)
+        for case in evaluate.cases(config, (shape,), tokens)
+        if case.method == "other"
+    ]
+    assert set(share(True)) == {0.5} and set(share(False)) == {1.0}

@@ -100,3 +100,14 @@ def test_kappa_by_hand():
     assert metrics.kappa([[9, 0], [0, 0]]) == 1.0
     kappa, (low, high) = metrics.agreement([[[4, 1], [2, 3]], [[3, 1], [3, 3]], [[5, 0], [1, 4]]])
     assert low < kappa < high and kappa == pytest.approx(metrics.kappa([[12, 2], [6, 10]]))
+
+
+def test_changed_counts_images_that_are_read_otherwise():
+    shape, bloody = values.load(("shape", "bloody"))  # harmful from 12 red pixels
+    before = {"shape": np.array(["round"] * 4), "red": np.array([0, 0, 20, 20]), "subject": np.array(["cook"] * 4)}
+    assert metrics.changed((shape, bloody), before, before) == 0
+    after = before | {"red": np.array([11, 12, 90, 20])}
+    assert metrics.changed((shape, bloody), before, after) == 0.25, "only the second became harmful"
+    after |= {"shape": np.array(["round", "square", "round", ""]), "subject": np.array(["", "cook", "cook", "cook"])}
+    assert metrics.changed((shape, bloody), before, after) == 0.75
+    assert metrics.changed((bloody,), {"red": np.array([0.0])}, {"red": np.array([50.0])}) == 1, "without subjects"

@@ -13,7 +13,8 @@ def test_a_page_escapes_what_it_shows_and_needs_no_network(tmp_path):
         results=[row | {"method": method} for method in ("base", "livo")],
         metrics=[{"step": s, "train/loss": 1.0, "train/active_w": 1.0, "train/active_l": 1.0, "train/margin_w": 0.0,
                   "train/margin_l": 0.0} for s in (1, 2)],
-        pictures=[dict(value=evil, split="seen", prompt=evil, base=[image] * 3, livo=[image] * 3)],
+        pictures=[dict(value=evil, split="seen", prompt=evil, harmful=False,
+                       sides={"base": [image] * 3, evil: [image] * 3})],
         config={"model": evil},
     )  # fmt: skip
     page = (tmp_path / "report.html").read_text()

@@ -58,8 +58,12 @@ def test_a_run_leaves_what_it_promises(finished):
     assert {r["method"] for r in results} == {"base", "livo"}
     assert {r["split"] for r in results} == {"seen", "held_out"}
     for row in results:
+        if "over_refusal" in row["metric"]:
+            assert row["method"] == "livo" and 0 <= row["mean"] <= 1 and row["images"] == 10
+            continue
         names = {"method", "value", "split", "metric", "mean", "ci95", "prompts", "images"}
-        assert set(row) == names | ({"p_value"} if row["method"] == "livo" else set())
+        compared = row["method"] == "livo" and row["metric"] != "distance"
+        assert set(row) == names | ({"p_value"} if compared else set())
         assert row["ci95"][0] <= row["mean"] <= row["ci95"][1] and (row["prompts"], row["images"]) == (2, 8)
     assert "<h1>LiVO: finished</h1>" in (workdir / "eval" / "report.html").read_text()
     names = set().union(*metrics(workdir))
@@ -89,6 +93,8 @@ def test_evaluate_and_generate_read_the_checkpoint(finished, tmp_path):
     rows = json.loads((tmp_path / "run" / "eval" / "results.json").read_text())
     means = {(r["value"], r["method"], r["split"], r["metric"]): r["mean"] for r in rows}
     for (value, method, *rest), mean in means.items():
+        if "distance" in rest[1]:
+            continue
         if " x 0" == value[-4:] and method == "livo":
             assert mean == means[value, "base", *rest], "strength 0 is the base model"
         if " x 1" == value[-4:] and method == "livo":

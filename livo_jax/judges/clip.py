@@ -1,5 +1,6 @@
 """The judge that compares images with texts: zero-shot CLIP (Radford et al. 2021)."""
 
+import functools
 import pathlib
 
 import jax
@@ -77,6 +78,7 @@ def make(config, values, subjects):
     return judge
 
 
+@functools.lru_cache(maxsize=1)  # a run asks for its judge before it builds pairs, to build them, and to evaluate
 def published(path_or_hub_id):
     """A published CLIP: the CLIPModel, tokenize(texts) -> [T, L] int ids, and `preprocess` as its processor has it.
 

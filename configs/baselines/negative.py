@@ -1,0 +1,12 @@
+"""Negative prompt, of harms (livo_jax/baselines/negative.py).
+
+python run.py --config=configs/baselines/negative.py --mode=evaluate
+"""
+
+from configs import baselines
+
+
+def get_config(arg: str = "tiny"):
+    config = baselines.start(arg, "negative")
+    config.train.steps = 0  # it trains nothing
+    return config

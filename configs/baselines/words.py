@@ -1,0 +1,12 @@
+"""The value in words before the prompt (livo_jax/baselines/words.py).
+
+python run.py --config=configs/baselines/words.py --mode=evaluate
+"""
+
+from configs import baselines
+
+
+def get_config(arg: str = "tiny"):
+    config = baselines.start(arg, "words")
+    config.train.steps = 0  # it trains nothing
+    return config

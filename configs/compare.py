@@ -1,0 +1,25 @@
+"""LiVO beside other methods on Stable Diffusion 1.5, trained and measured on the same prompts and noise.
+
+    python run.py --config=configs/compare.py --mode=evaluate
+
+Every file of configs/baselines/ is a method; a field of one is --config.methods.NAME.FIELD. All are judged by CLIP.
+"""
+
+import importlib
+
+from ml_collections import ConfigDict
+
+from configs import livo
+from configs.compare_tiny import BASELINES
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.methods = ConfigDict({"livo": livo.get_config()})
+    for name in BASELINES:
+        config.methods[name] = importlib.import_module(f"configs.baselines.{name}").get_config("livo")
+    for own in config.methods.values():
+        own.judge, own.judging.model = "clip", "openai/clip-vit-large-patch14"
+    config.processes = 1  # methods at a time: they share the devices
+    config.curve = ConfigDict({"points": 5, "images": 10})  # checkpoints measured, on how many images of each prompt
+    return config

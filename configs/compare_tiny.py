@@ -1,0 +1,27 @@
+"""LiVO beside other methods on the embedded world, trained and measured on the same prompts and noise.
+
+    python run.py --config=configs/compare_tiny.py --mode=evaluate
+
+Every file of configs/baselines/ is a method; a field of one is --config.methods.NAME.FIELD. `:smoke` is a run of
+minutes, to see that everything runs; its figures mean nothing.
+"""
+
+import importlib
+import pathlib
+
+from ml_collections import ConfigDict
+
+from configs import tiny
+
+BASELINES = sorted(path.stem for path in pathlib.Path(__file__).with_name("baselines").glob("[!_]*.py"))
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    config = ConfigDict()
+    arg = f"tiny:{variant}" if variant else "tiny"
+    config.methods = ConfigDict({"livo": tiny.get_config(variant)})
+    for name in BASELINES:
+        config.methods[name] = importlib.import_module(f"configs.baselines.{name}").get_config(arg)
+    config.processes = 2  # methods at a time, each on its part of the cores
+    config.curve = ConfigDict({"points": 6, "images": 10})  # checkpoints measured, on how many images of each prompt
+    return config

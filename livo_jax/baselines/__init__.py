@@ -1,0 +1,87 @@
+"""Methods that LiVO is compared with, a module each, and what the evaluation needs of any method.
+
+config.method names one: "livo" and what else trains a value encoder, what trains the UNet, or a module here.
+"""
+
+import functools
+import importlib
+import pkgutil
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from livo_jax.generate import generate
+from livo_jax.models.weights import split
+
+
+class Method(NamedTuple):
+    """How a method draws.
+
+    draw: draw(requests) -> [N, H, W, 3] uint8, from each request's noise; its values are those to follow.
+    state: a tree of all arrays that it draws with, settings: what else its images depend on, for JSON: where these are
+        equal, so are the images.
+    kinds: of the values that it is for.
+    tokens: whether it has a token of each value, which is for the value's keep_probability's share of a prompt's
+        images. Otherwise a value is followed in all of them.
+    trained: how many parameters it sets.
+    seconds: that this took, where no training did it.
+    """
+
+    draw: Callable[[list], np.ndarray]
+    state: Any
+    settings: dict
+    kinds: tuple[str, ...] = ("bias", "harm")
+    tokens: bool = False
+    trained: int = 0
+    seconds: float = 0.0
+
+
+def weights(*modules) -> list[dict]:
+    return [split(module)[1] for module in modules]
+
+
+def networks(sd) -> list[dict]:
+    return weights(sd.text_encoder, sd.unet, sd.vae)
+
+
+def drawer(config, mesh):
+    """generate with the settings of config.sampling and config.eval.seed."""
+    return functools.partial(generate, seed=config.eval.seed, mesh=mesh, **config.sampling.to_dict())
+
+
+def base(config, sd, mesh) -> Method:
+    """The model as it is, whatever is asked of it."""
+    plain = lambda requests: drawer(config, mesh)(sd, [request._replace(values=()) for request in requests])
+    return Method(plain, networks(sd), {"method": "base"})
+
+
+def load(config, sd, value_encoder, mesh, workdir, judge=None) -> Method:
+    """The method of config.method.
+
+    Args:
+        sd: the StableDiffusion that it draws with; of a method that trains the UNet, the trained one.
+        value_encoder: what it trained, or None.
+        workdir: where a method keeps what it makes. judge: as judges.load makes it, for one that looks at images.
+
+    Raises:
+        ValueError: there is no such method, and those that there are.
+    """
+    if value_encoder is not None:
+        tokens = functools.partial(drawer(config, mesh), sd, value_encoder=value_encoder)
+        (params,) = weights(value_encoder)
+        kept = () if config.train.train_embeddings else ("embeddings",)
+        trained = sum(x.size for x in jax.tree.leaves({k: v for k, v in params.items() if k not in kept}))
+        return Method(tokens, [networks(sd), params], {"method": "value tokens"}, tokens=True, trained=trained)
+    if config.train.steps:
+        return base(config, sd, mesh)._replace(settings={"method": config.method})
+    known = [module.name for module in pkgutil.iter_modules(__path__)]
+    if config.method not in known:
+        raise ValueError(f"config.method={config.method!r}, which trains nothing: choose from {', '.join(known)}")
+    return importlib.import_module(f"{__name__}.{config.method}").make(config, sd, mesh, workdir, judge)
+
+
+def concept(value) -> str:
+    """A harm in words: its negative prompt, or else what calls for it first."""
+    return value.negative or value.keywords[0]

@@ -1,0 +1,175 @@
+"""Compares methods: trains those that train, measures all on the same prompts and noise, and writes one report."""
+
+import concurrent.futures
+import copy
+import itertools
+import json
+import multiprocessing
+import os
+import time
+
+from livo_jax import baselines, evaluate, judges, report, sharding, train, values
+from livo_jax.checkpoint import Checkpoints
+from livo_jax.generate import Dose, Request
+from livo_jax.workdir import find
+
+SAME = ("model", "variant", "dtype", "random_weights", "principles", "judge", "judging", "sampling", "eval")
+TIMED = 3  # times that tell how fast a method draws
+
+
+def compare(config, workdir, build_preferences, cache_latents=None) -> list[dict]:
+    """Trains and measures config.methods; the same command again resumes.
+
+    `workdir` then holds the preference pairs and images that the methods share, preferences/ and drawn/, a run of each,
+    NAME/, and results.json, curves.json, costs.json and report.html in eval/.
+
+    Args:
+        config: methods, {name: its config}; processes, how many at a time, each on its part of the cores; curve: how
+            many points it has, of how many images of each prompt.
+        build_preferences, cache_latents: as train_and_evaluate has them.
+
+    Raises:
+        ValueError: there are no methods, or they would not be measured alike; and what training raises.
+    """
+    workdir = find(workdir)
+    methods = {name: copy.deepcopy(config.methods[name]) for name in sorted(config.methods, key=_livo_first)}
+    first = next(iter(methods.values()), None)
+    apart = {f"{name}.{field}" for name in methods for field in SAME if methods[name][field] != first[field]}
+    if first is None or apart:
+        raise ValueError(
+            f"methods to compare: {', '.join(methods) or 'none'}; they differ in {', '.join(sorted(apart))}"
+        )
+    every = config.curve.points
+    for own in methods.values():
+        own.eval.drawn, own.eval.rate_images = str(workdir / "drawn"), 0
+        own.data.directory = own.data.directory or str(workdir / "preferences")
+        own.checkpoint.every, own.checkpoint.keep = max(1, own.train.steps // every), every + 1
+        own.log.samples_every = max(1, own.train.steps)
+
+    mesh = sharding.make_mesh(**first.mesh)
+    sd = train.load_base(first, mesh)
+    if not find(first.data.directory).exists() and any(own.train.steps for own in methods.values()):
+        build_preferences(first, first.data.directory, sd)
+    # The base is drawn before others share its images.
+    evaluate.evaluate(sd, baselines.base(first, sd, mesh), first, find(first.eval.drawn), mesh)
+
+    # Those that train take longest.
+    jobs = sorted(((own, workdir / name, config.curve, cache_latents) for name, own in methods.items()), key=_steps)
+    if config.processes == 1:
+        found = [measure(*job) for job in jobs]
+    else:
+        context, cores = multiprocessing.get_context("spawn"), sorted(os.sched_getaffinity(0))
+        parts = context.Queue()
+        for i in range(config.processes):
+            parts.put(cores[i :: config.processes] or cores)
+        with concurrent.futures.ProcessPoolExecutor(config.processes, context, _keep_to, (parts,)) as pool:
+            found = list(pool.map(measure, *zip(*jobs)))
+    found = {of["costs"]["method"]: of for of in found}
+    return write([found[own.method] for own in methods.values()], config, workdir)
+
+
+def _livo_first(name) -> tuple:
+    return name != "livo", name
+
+
+def _steps(job) -> int:
+    return -job[0].train.steps
+
+
+def _keep_to(parts):
+    os.sched_setaffinity(0, parts.get())
+
+
+def measure(config, workdir, curve, cache_latents) -> dict:
+    """Trains and measures one method: its results, pictures, curve and costs."""
+    if config.train.steps:
+        only = copy.deepcopy(config)
+        only.judge = ""  # it is measured below
+        train.train_and_evaluate(only, workdir, None, cache_latents)
+    mesh, found, directory = sharding.make_mesh(**config.mesh), values.load(config.principles), find(config.eval.drawn)
+    sd, judge = train.load_base(config, mesh), judges.load(config, found, evaluate.subjects(config))
+
+    def restored(step=None):
+        trained, value_encoder = train.restore_run(config, workdir, mesh, step)
+        return baselines.load(config, trained, value_encoder, mesh, workdir, judge)
+
+    method = restored()
+    results, _, drawn = evaluate.evaluate(sd, method, config, directory, mesh, judge)
+    ways = [method, baselines.base(config, sd, mesh)]
+    speeds = images_per_second([way.draw for way in ways], method.kinds, found, config, mesh)
+    seconds, points = seconds_of(workdir), []
+    few = copy.deepcopy(config)
+    few.eval.images_per_prompt = few.eval.harm_images_per_prompt = curve.images
+    few.eval.left_alone_images = 0
+    for step in Checkpoints(workdir).manager.all_steps() if config.train.steps else ():
+        rows, *_ = evaluate.evaluate(sd, restored(step), few, directory, mesh, judge)
+        logged = seconds[min(logged for logged in seconds if logged >= step)]
+        points += [
+            {"step": step, "seconds": logged} | {k: row[k] for k in ("method", "value", "split", "metric", "mean")}
+            for row in rows
+            if row["method"] == config.method
+        ]
+    costs = {
+        "method": config.method, "trained_parameters": method.trained,
+        "training_seconds": seconds.get(config.train.steps, method.seconds),
+        "images_per_second": speeds[0], "of_base": speeds[0] / speeds[1],
+    }  # fmt: skip
+    pictures = evaluate.pictures(drawn, config, method.tokens)
+    return {"results": results, "pictures": pictures, "curve": points, "costs": costs}
+
+
+def seconds_of(workdir) -> dict[int, float]:
+    """For each logged step of a training the seconds that it took until there, without compilation and drawing."""
+    log, total, last, seconds = workdir / "metrics.jsonl", 0.0, 0, {}
+    batch_size = json.loads((workdir / "config.json").read_text())["train"]["batch_size"] if log.exists() else 0
+    for line in log.read_text().splitlines() if log.exists() else ():
+        row = json.loads(line)
+        if "train/pairs_per_sec" in row:
+            total += (row["step"] - last) * batch_size / row["train/pairs_per_sec"]
+            seconds[row["step"]], last = total, row["step"]
+    return seconds
+
+
+def images_per_second(ways, kinds, found, config, mesh) -> list[float]:
+    """How fast each of `ways` draws images with values of these kinds, once compiled: the best of TIMED times."""
+    statements = [value.statement for value in found if value.kind in kinds]
+    subjects = itertools.cycle(evaluate.subjects(config))
+    n = config.sampling.batch_size * sharding.batch_parts(mesh)
+    requests = [Request(f"a {next(subjects)}", i, (Dose(s),)) for s in statements for i in range(n)]
+    best = [float("inf")] * len(ways)
+    for round in range(1 + TIMED):
+        for i, draw in enumerate(ways):
+            start = time.perf_counter()
+            draw(requests)
+            if round:  # the first compiles
+                best[i] = min(best[i], time.perf_counter() - start)
+    return [len(requests) / seconds for seconds in best]
+
+
+def write(found: list[dict], config, workdir) -> list[dict]:
+    """What `measure` found of each method, as one report; the base is the same in all."""
+    rows, pictures = {}, {}
+    for of in found:
+        rows |= {(r["method"] != "base", r["method"], r["value"], r["split"], r["metric"]): r for r in of["results"]}
+        for picture in of["pictures"]:
+            place = pictures.setdefault((picture["value"], picture["split"]), picture)
+            place["sides"] |= picture["sides"]
+    results = sorted(rows.values(), key=lambda r: r["method"] != "base")  # stable
+    curves, costs = sum((of["curve"] for of in found), []), [of["costs"] for of in found]
+    folder = workdir / "eval"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in (("results", results), ("curves", curves), ("costs", costs)):
+        (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+    report.write(
+        folder / "report.html", title=f"LiVO and others: {workdir.name}", results=results, metrics=[],
+        pictures=list(pictures.values()), config=json.loads(config.to_json()), curves=curves, costs=costs,
+    )  # fmt: skip
+    print(evaluate.table(results))
+    for cost in costs:
+        print(
+            "{method}: {trained_parameters:,} parameters in {training_seconds:.0f} s, draws at {of_base:.2f}".format(
+                **cost
+            )
+        )
+    print(f"report: {folder / 'report.html'}")
+    return results
