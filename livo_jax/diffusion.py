@@ -340,25 +340,29 @@ def sampler_table(config: dict, sampler: str, steps: int) -> SamplerTable:
     return SamplerTable(*(np.asarray(column, np.float32) for column in table))
 
 
-def sample(predict, noise, table: SamplerTable):
+def sample(predict, noise, table: SamplerTable, carried=None):
     """Runs a sampler; traceable, one loop whatever the number of steps.
 
     Args:
-        predict: (z [B, h, w, C], t scalar float32) -> the UNet's prediction [B, h, w, C].
+        predict: (z [B, h, w, C], t scalar float32, carried) -> the UNet's prediction [B, h, w, C], and what it carries
+            to the next step.
         noise: [B, h, w, C] float32, standard normal.
         table: what sampler_table returns.
+        carried: a tree of arrays that predict gets at the first step.
 
     Returns:
         [B, h, w, C] float32 latents z_0, scaled as the UNet has them.
     """
 
-    def step(state, row: SamplerTable):
+    def step(carry, row: SamplerTable):
+        state, carried = carry
         z = state[0]
-        out = predict(row.scale * z, row.t).astype(z.dtype)
+        out, carried = predict(row.scale * z, row.t, carried)
+        out = out.astype(z.dtype)
         z_0 = jnp.clip(row.from_z * z + row.from_out * out, -row.clip, row.clip)
         known = jnp.concatenate([state, out[None], z_0[None]])
-        return jnp.einsum("ij,j...->i...", row.step, known, precision="highest"), None
+        return (jnp.einsum("ij,j...->i...", row.step, known, precision="highest"), carried), None
 
     memory = jnp.zeros((table.step.shape[1] - 1, *noise.shape), noise.dtype)
-    state, _ = jax.lax.scan(step, jnp.concatenate([noise[None], memory]), table)
+    (state, _), _ = jax.lax.scan(step, (jnp.concatenate([noise[None], memory]), carried), table)
     return state[0]

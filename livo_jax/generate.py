@@ -37,6 +37,7 @@ class Request(NamedTuple):
     values: tuple[Dose, ...] = ()  # none leaves the image to the base
     negative: str = ""
     noise: str = ""  # another prompt whose noise to take
+    edits: tuple[tuple[str, float], ...] = ()  # texts, with a weight each, for a guidance of livo_jax.baselines
 
 
 def initial_noise(seed, prompt_hash, index, shape):
@@ -45,20 +46,23 @@ def initial_noise(seed, prompt_hash, index, shape):
     return jax.random.normal(key, shape)
 
 
-@functools.partial(jax.jit, static_argnames=("graphs", "shape", "decoder_parts"))
-def _sample(graphs, params, batch, table, guidance_scale, scaling_factor, *, shape, decoder_parts: int):
+@functools.partial(jax.jit, static_argnames=("graphs", "shape", "decoder_parts", "guidance"))
+def _sample(graphs, params, batch, table, guidance_scale, scaling_factor, *, shape, decoder_parts: int, guidance):
     """One batch of images [B, H, W, 3] uint8; `batch` as `generate` makes it.
 
     The UNet sees R rows of each image, which lie side by side in the batch so that none leaves its device: the prompt
-    with the values of full strength, the negative prompt, and the first once more with each of the other values.
+    with the values of full strength, the negative prompt, and the first once more with each of the other values; or
+    the prompt, the negative prompt, and the texts of a guidance.
     """
     text_encoder, _, vae, value_encoder = (graph and nnx.merge(graph, part) for graph, part in zip(graphs, params))
     noise = jax.vmap(functools.partial(initial_noise, shape=shape))(batch["seed"], batch["prompt_hash"], batch["index"])
 
     merge = lambda x: x.reshape(-1, *x.shape[2:])  # the first two axes as one
     texts = jnp.stack([batch["prompt_ids"], batch["negative_ids"]], axis=1)  # [B, 2, L]
+    if guidance:
+        texts = jnp.concatenate([texts, batch["edit_ids"]], axis=1)  # [B, R, L]
     cond = text_encoder(merge(texts)).last_hidden_state
-    rows, mask = 2, None
+    rows, mask = texts.shape[1], None
     if value_encoder:
         B, rows, V = batch["visible"].shape
         D = cond.shape[-1]
@@ -72,19 +76,21 @@ def _sample(graphs, params, batch, table, guidance_scale, scaling_factor, *, sha
         cond = merge(jnp.concatenate([u, cond], axis=2))
         mask = merge(jnp.concatenate([visible, mask], axis=2))
 
-    def predict(z, t):
+    def predict(z, t, carried):
         unet = nnx.merge(graphs[1], params[1])  # here: rematerialised blocks want modules of the loop's own trace
         eps = unet(jnp.repeat(z, rows, axis=0), jnp.full(rows * len(z), t), cond, mask).astype(jnp.float32)
         with_prompt, with_negative, *dosed = jnp.unstack(eps.reshape(-1, rows, *z.shape[1:]), axis=1)
+        if guidance:
+            return guidance(with_prompt, with_negative, dosed, batch["edit_weights"], guidance_scale, carried)
         guided = with_negative + guidance_scale * (with_prompt - with_negative)
         for strength, with_value in zip(batch["strength"].T if dosed else (), dosed):
             guided += strength[:, None, None, None] * guidance_scale * (with_value - with_prompt)
-        return guided
+        return guided, carried
 
     def decode(z):
         return jnp.round(jnp.clip((vae.decode(z).astype(jnp.float32) + 1) * 127.5, 0, 255)).astype(jnp.uint8)
 
-    z = diffusion.sample(predict, noise, table) / scaling_factor
+    z = diffusion.sample(predict, noise, table, guidance and guidance.start(noise)) / scaling_factor
     # In parts of every decoder_parts-th row: each device's rows stay its own.
     parts = z.reshape(-1, decoder_parts, *shape).swapaxes(0, 1)
     return merge(jax.lax.map(decode, parts).swapaxes(0, 1))
@@ -103,6 +109,7 @@ def generate(
     batch_size: int = 8,
     mesh=None,
     slots: tuple[int, int] = (0, 0),
+    guidance=None,
     description: str | None = None,
 ) -> np.ndarray:
     """Draws one image for each request.
@@ -121,6 +128,8 @@ def generate(
             copied to each.
         slots: room for so many values of full strength and of another, though no image has them: calls of equal
             slots share one compiled program.
+        guidance: of livo_jax.baselines, in the place of classifier-free guidance alone; hashable. For requests without
+            values, which all have as many edits.
         description: of a progress bar; None for none.
 
     Returns:
@@ -139,9 +148,13 @@ def generate(
     if value_encoder is not None:
         check_value_encoder(sd, value_encoder, {dose.value for r in requests for dose in r.values})
         value_encoder = value_encoder if any(r.values for r in requests) else None
+    if len({len(r.edits) for r in requests}) > 1 or bool(guidance) != bool(requests[0].edits):
+        raise ValueError("edits are for a guidance, as many in each request")
+    if guidance and value_encoder is not None:
+        raise ValueError("a guidance draws requests without values")
     if prompt_layout not in PROMPT_LAYOUTS:
         raise ValueError(f"prompt_layout={prompt_layout!r}: choose from {', '.join(PROMPT_LAYOUTS)}")
-    for text in {t for r in requests for t in (r.prompt, r.negative, r.noise, *(dose.value for dose in r.values))}:
+    for text in {t for r in requests for t in _texts(r)}:
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -169,9 +182,13 @@ def generate(
         columns |= value_columns(sd, padded, slots)
         if prompt_layout == "official":
             official_layout(columns, sd.tokenizer)
+    if guidance:
+        ids = sd.tokenize([text for r in padded for text, _ in r.edits])
+        columns["edit_ids"] = ids.reshape(len(padded), -1, ids.shape[-1])
+        columns["edit_weights"] = np.array([[weight for _, weight in r.edits] for r in padded], np.float32)
     parts = -(-batch_size * sd.image_size**2 // DECODED_PIXELS)
     parts = next(n for n in range(min(parts, batch_size), batch_size + 1) if batch_size % n == 0)
-    static, images = {"shape": sd.latent_shape, "decoder_parts": parts}, []
+    static, images = {"shape": sd.latent_shape, "decoder_parts": parts, "guidance": guidance}, []
     progress = tqdm(range(0, len(padded), at_once), desc=description, unit="batch", disable=description is None)
     for start in progress:
         batch = {name: column[start : start + at_once] for name, column in columns.items()}
@@ -180,6 +197,11 @@ def generate(
             out = _sample(graphs, params, batch, table, guidance_scale, sd.vae.config.scaling_factor, **static)
         images.append(sharding.fetch(out))
     return np.concatenate(images)[: len(requests)]
+
+
+def _texts(request: Request) -> list[str]:
+    doses, edits = (dose.value for dose in request.values), (text for text, _ in request.edits)
+    return [request.prompt, request.negative, request.noise, *doses, *edits]
 
 
 def value_columns(sd, requests: list[Request], slots: tuple[int, int] = (0, 0)) -> dict[str, np.ndarray]:

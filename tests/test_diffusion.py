@@ -63,7 +63,7 @@ def toy_unet(z, t, np=np):
     return np.tanh(np.einsum("bhwc,cd->bhwd", z, W) + t / 1000)
 
 
-sample = jax.jit(functools.partial(diffusion.sample, lambda z, t: toy_unet(z, t, jnp)))
+sample = jax.jit(functools.partial(diffusion.sample, lambda z, t, _: (toy_unet(z, t, jnp), None)))
 
 SAMPLERS = {
     "ddim": ("DDIMScheduler", {}),
