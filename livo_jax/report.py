@@ -63,6 +63,31 @@ def _curves(metrics: list[dict]) -> str:
     return _uri("svg+xml", stream.getvalue())
 
 
+def _convergence(curves: list[dict]) -> str:
+    """D1 or R of each value on held-out prompts, against steps and against seconds, as an SVG data URI."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shown = [row for row in curves if row["metric"] in ("D1", "R") and row["split"] == "held_out"]
+    values = list(dict.fromkeys((row["value"], row["metric"]) for row in shown))
+    methods = list(dict.fromkeys(row["method"] for row in shown))
+    figure, axes = plt.subplots(2, len(values), figsize=(4 * len(values), 6), layout="constrained", squeeze=False)
+    for line, x in zip(axes, ("step", "seconds")):
+        for axis, (value, metric) in zip(line, values):
+            for method in methods:
+                points = [(r[x], r["mean"]) for r in shown if (r["value"], r["method"]) == (value, method)]
+                axis.plot(*zip(*points), marker=".", label=method)
+            axis.set(title=value, xlabel=x, ylabel=metric)
+            axis.grid(alpha=0.3)
+    axes[0][0].legend()
+    stream = io.BytesIO()
+    figure.savefig(stream, format="svg")
+    plt.close(figure)
+    return _uri("svg+xml", stream.getvalue())
+
+
 def write(
     path,
     *,
@@ -80,6 +105,8 @@ def write(
         results: the rows of results.json. metrics: the lines of metrics.jsonl.
         pictures: dicts of value, split, prompt, harmful, and sides: {method: list of [H, W, 3] uint8}.
         config: shown at the end.
+        curves: of trainings, rows of method, step, seconds, value, split, metric, mean.
+        costs: rows of method, trained_parameters, training_seconds, images_per_second, of_base.
     """
     import jinja2
 
@@ -98,6 +125,8 @@ def write(
         rows=rows,
         pictures=shown,
         curves=_curves(metrics) if any("train/loss" in m for m in metrics) else None,
+        convergence=_convergence(curves) if curves else None,
+        costs=costs,
         config=json.dumps(config, indent=2),
     )
     path.write_text(page)

@@ -16,11 +16,13 @@ def test_a_page_escapes_what_it_shows_and_needs_no_network(tmp_path):
         pictures=[dict(value=evil, split="seen", prompt=evil, harmful=False,
                        sides={"base": [image] * 3, evil: [image] * 3})],
         config={"model": evil},
+        curves=[dict(row, method=evil, split="held_out", step=k, seconds=2.0 * k) for k in (1, 2)],
+        costs=[dict(method=evil, trained_parameters=12345, training_seconds=6.0, images_per_second=70.0, of_base=0.9)],
     )  # fmt: skip
     page = (tmp_path / "report.html").read_text()
     assert "<script" not in page and page.count("&lt;script&gt;") >= 4
     assert "http" not in page.replace("http-equiv", ""), "nothing is fetched"
-    assert "data:image/svg+xml" in page and page.count("data:image/png") == 2
+    assert page.count("data:image/svg+xml") == 2 and "12,345" in page and page.count("data:image/png") == 2
 
 
 def test_a_sheet_lays_images_out():
