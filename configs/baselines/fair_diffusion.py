@@ -12,11 +12,11 @@ def get_config(arg: str = "tiny"):
     config = baselines.start(arg, "fair_diffusion")
     config.train.steps = 0  # it trains nothing
     config.fair_diffusion = c = ConfigDict()
-    c.edit = "{} person"  # the text of an attribute
+    c.edit = "{attribute} person"  # the text of an attribute; it may have the {prompt}
     c.scale = 4.0
     c.warmup = 10  # steps of 50 before it takes effect; of fewer steps the same share
     c.threshold = 0.95  # share of the places that an edit leaves alone
     c.momentum, c.beta = 0.3, 0.6
     if arg.startswith("tiny"):
-        c.edit = "a {}"  # that world's captions know no persons
+        c.edit = "{attribute}, {prompt}"  # that world's captions know no persons
     return config

@@ -45,13 +45,14 @@ class SemanticGuidance(NamedTuple):
 def directions(value, text: str, seed: int, prompt: str, index: int) -> tuple[tuple[str, float], ...]:
     """The edits of the image (seed, prompt, index): towards an attribute drawn at random, away from the others.
 
-    `text` has the attribute for its {}. Of two attributes that is the paper's pair; of more, what leads away is shared
-    among the others.
+    `text` has the {attribute}, and may have the {prompt}. Of two attributes that is the paper's pair; of more, what
+    leads away is shared among the others.
     """
     rng = np.random.default_rng(text_hash(f"{seed}, {value.statement}, {prompt}, {index}"))
     K = len(value.attributes)
     chosen = rng.integers(K)
-    return tuple((text.format(a), 1.0 if k == chosen else -1.0 / (K - 1)) for k, a in enumerate(value.attributes))
+    texts = [text.format(attribute=attribute, prompt=prompt) for attribute in value.attributes]
+    return tuple((edit, 1.0 if k == chosen else -1.0 / (K - 1)) for k, edit in enumerate(texts))
 
 
 def make(config, sd, mesh, *_) -> Method:
