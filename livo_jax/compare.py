@@ -8,12 +8,14 @@ import multiprocessing
 import os
 import time
 
+import jax
+
 from livo_jax import baselines, evaluate, judges, report, sharding, train, values
 from livo_jax.checkpoint import Checkpoints
 from livo_jax.generate import Dose, Request
 from livo_jax.workdir import find
 
-SAME = ("model", "variant", "dtype", "random_weights", "principles", "judge", "judging", "sampling", "eval")
+SAME = ("model", "variant", "dtype", "random_weights", "judge", "judging", "sampling", "eval")
 TIMED = 3  # times that tell how fast a method draws
 
 
@@ -39,17 +41,17 @@ def compare(config, workdir, build_preferences, cache_latents=None) -> list[dict
         raise ValueError(
             f"methods to compare: {', '.join(methods) or 'none'}; they differ in {', '.join(sorted(apart))}"
         )
-    every = config.curve.points
+    points = config.curve.points
     for own in methods.values():
         own.eval.drawn, own.eval.rate_images = str(workdir / "drawn"), 0
         own.data.directory = own.data.directory or str(workdir / "preferences")
-        own.checkpoint.every, own.checkpoint.keep = max(1, own.train.steps // every), every + 1
+        own.checkpoint.every, own.checkpoint.keep = max(1, own.train.steps // points), points + 1
         own.log.samples_every = max(1, own.train.steps)
 
     mesh = sharding.make_mesh(**first.mesh)
     sd = train.load_base(first, mesh)
     if not find(first.data.directory).exists() and any(own.train.steps for own in methods.values()):
-        build_preferences(first, first.data.directory, sd)
+        build_preferences(first, first.data.directory, None if first.random_weights or jax.process_count() > 1 else sd)
     # The base is drawn before others share its images.
     evaluate.evaluate(sd, baselines.base(first, sd, mesh), first, find(first.eval.drawn), mesh)
 
@@ -155,6 +157,8 @@ def write(found: list[dict], config, workdir) -> list[dict]:
             place = pictures.setdefault((picture["value"], picture["split"]), picture)
             place["sides"] |= picture["sides"]
     results = sorted(rows.values(), key=lambda r: r["method"] != "base")  # stable
+    if jax.process_index() > 0:
+        return results
     curves, costs = sum((of["curve"] for of in found), []), [of["costs"] for of in found]
     folder = workdir / "eval"
     folder.mkdir(parents=True, exist_ok=True)
@@ -165,11 +169,9 @@ def write(found: list[dict], config, workdir) -> list[dict]:
         pictures=list(pictures.values()), config=json.loads(config.to_json()), curves=curves, costs=costs,
     )  # fmt: skip
     print(evaluate.table(results))
-    for cost in costs:
-        print(
-            "{method}: {trained_parameters:,} parameters in {training_seconds:.0f} s, draws at {of_base:.2f}".format(
-                **cost
-            )
-        )
+    told = (
+        "{method}: {trained_parameters:,} parameters in {training_seconds:.0f} s, draws at {of_base:.2f} of the base's"
+    )
+    print(*(told.format(**cost) for cost in costs), sep="\n")
     print(f"report: {folder / 'report.html'}")
     return results

@@ -5,6 +5,7 @@ import json
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from PIL import Image
 
 from livo_jax import sharding
@@ -64,6 +65,8 @@ class Drawn:
                         Image.fromarray(image).save(file, "PNG")
                 (self.folder / f"read_{_name(part[0])}.json").write_text(json.dumps(rows))
             progress.update(len(part))
+        if new and jax.process_count() > 1:
+            multihost_utils.sync_global_devices("drawn")  # others read what process 0 has written
 
     def __getitem__(self, request) -> dict:
         """What the judge read in the image of a request, by axis."""

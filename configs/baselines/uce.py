@@ -16,8 +16,8 @@ def get_config(arg: str = "tiny"):
     config.uce = c = ConfigDict()
     c.subjects = tuple(config.preferences.scenes or config.eval.seen)  # whose prompts are edited
     c.regularisation = 0.1
-    c.rounds = 8  # of a bias: measurements of its shares
+    c.rounds = 16  # of a bias: measurements of its shares
     c.images = 2  # of each subject and template in a round
-    c.step = 0.5  # by which alpha follows the distance of a share from its target
+    c.step = 1.0  # by which alpha follows the distance of a share from its target
     c.tolerance = 0.1  # of a share
     return config
