@@ -63,6 +63,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.attributes = 0.0  # share of a bias's pairs whose value names the attribute to show: what --ratio mixes
 
     config.loss = c = ConfigDict()  # livo_jax/losses.py
+    c.form = "livo"  # or sft, dpo, ipo, kto: of these the last three read beta, sft none of the constants
     c.alpha = 500.0  # slope of the violating hinge
     c.beta = 1000.0  # slope of the aligned hinge
     c.gamma_1 = 1.0  # margin of the aligned hinge

@@ -75,6 +75,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.attributes = 0.4  # share of a bias's pairs whose value names the attribute to show: what --ratio mixes
 
     config.loss = c = ConfigDict()  # livo_jax/losses.py
+    c.form = "livo"  # or sft, dpo, ipo, kto: of these the last three read beta, sft none of the constants
     # While both hinges pull, the best prediction is (beta w - alpha l) / (beta - alpha): a steeper violating
     # hinge pushes further past what the aligned images show, and the five colours out of balance.
     c.alpha = 50.0  # slope of the violating hinge

@@ -96,7 +96,7 @@ class Log:
     def warn(self, step: int, numbers: dict):
         """Says once what the numbers mean where they mean trouble."""
         for name in self.alive:
-            if numbers[name] > 0:
+            if numbers.get(name, 1) > 0:  # livo's; other losses have no hinge to die
                 self.alive[name] = step
             elif step - self.alive[name] >= DEAD_FOR:
                 gamma = "gamma_1" if name.endswith("w") else "gamma_2"

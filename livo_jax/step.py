@@ -1,5 +1,7 @@
 """The LiVO training step: pure functions that need jax, flax and optax alone."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -57,13 +59,37 @@ def moments(graphs: dict, frozen: dict, batch: dict, side: str):
     return nnx.merge(graphs["vae"], frozen["vae"]).encode(batch[side])
 
 
+def make_preference(config, T: int):
+    """The function of losses.py that config.loss.form names, with its constants; T timesteps.
+
+    Raises:
+        ValueError: an unknown form, or one that micro-batches would change.
+    """
+    c, of_ratios = config.loss, {"beta": config.loss.beta, "T": T}
+    forms = {
+        "livo": {name: c[name] for name in ("alpha", "beta", "gamma_1", "gamma_2")},
+        "sft": {},
+        "dpo": of_ratios,
+        "ipo": of_ratios,
+        "kto": of_ratios,
+    }
+    if c.form not in forms:
+        raise ValueError(f"config.loss.form={c.form!r}: choose from {', '.join(forms)}")
+    if c.form == "kto" and config.train.accumulate > 1:
+        raise ValueError(
+            f"config.train.accumulate={config.train.accumulate}: kto compares with the mean of a whole batch, set 1"
+        )
+    return functools.partial(getattr(losses, c.form), **forms[c.form])
+
+
 def make_loss(graphs: dict, schedule: diffusion.NoiseSchedule, config, scaling_factor: float):
     """The function loss(params, frozen, batch) -> (loss, metrics); arguments as of make_train_step.
 
     Its batch also has what the step draws: noise_w, noise_l, eps [b, h, w, C] and t [b].
     """
     min_snr_gamma, train_embeddings = config.loss.min_snr_gamma, config.train.train_embeddings
-    constants = {name: config.loss[name] for name in ("alpha", "beta", "gamma_1", "gamma_2")}
+    preference = make_preference(config, schedule.num_timesteps)
+    sides = {"aligned": "noise_w"} if config.loss.form == "sft" else {"aligned": "noise_w", "violating": "noise_l"}
 
     def loss(params, frozen, batch):
         if not train_embeddings and "embeddings" in params:
@@ -77,17 +103,17 @@ def make_loss(graphs: dict, schedule: diffusion.NoiseSchedule, config, scaling_f
 
         # w and l go through the UNet as one batch, with the same eps and t: side by side, so that no row leaves
         # its device.
-        twice = lambda x: jnp.repeat(x, 2, axis=0)
-        z = jnp.stack([latents("aligned", batch["noise_w"]), latents("violating", batch["noise_l"])], axis=1)
+        of_sides = lambda x: jnp.repeat(x, len(sides), axis=0)
+        z = jnp.stack([latents(side, batch[noise]) for side, noise in sides.items()], axis=1)
         z = z.reshape(-1, *z.shape[2:])
-        eps, t = twice(batch["eps"]), twice(batch["t"])
+        eps, t = of_sides(batch["eps"]), of_sides(batch["t"])
         z_t, target = diffusion.add_noise(schedule, z, eps, t), diffusion.target(schedule, z, eps, t)
         weight = diffusion.min_snr_weight(schedule, t, min_snr_gamma) if min_snr_gamma else 1.0
 
         def errors(conditioning, mask):
-            mask = None if mask is None else twice(mask)
-            eps_hat = unet(z_t, t, twice(conditioning), mask)
-            return (weight * losses.denoising_error(eps_hat, target)).reshape(-1, 2).T
+            mask = None if mask is None else of_sides(mask)
+            eps_hat = unet(z_t, t, of_sides(conditioning), mask)
+            return (weight * losses.denoising_error(eps_hat, target)).reshape(-1, len(sides)).T
 
         if "prompt_states" in batch:
             c = batch["prompt_states"].astype(unet.conv_in.kernel.dtype)  # [b, L, D]
@@ -102,10 +128,9 @@ def make_loss(graphs: dict, schedule: diffusion.NoiseSchedule, config, scaling_f
             beside = jnp.broadcast_to(batch["beside"][:, None], u.shape[:2])
             mask = jnp.concatenate([beside, jnp.ones(c.shape[:2], bool)], axis=1)
             c = before(u_beside, c)
-        r_w, r_l = errors(c, mask)
+        reference = errors(c, mask)
         mask = mask if mask is None else jnp.concatenate([jnp.ones(u.shape[:2], bool), mask], axis=1)
-        l_w, l_l = errors(before(u, c), mask)
-        return losses.livo(l_w, l_l, r_w, r_l, **constants)
+        return preference(*errors(before(u, c), mask), *reference)
 
     return loss
 
@@ -125,14 +150,13 @@ def make_train_step(graphs: dict, schedule: diffusion.NoiseSchedule, tx, config,
 
     Args:
         graphs: GraphDefs of value_encoder, text_encoder, unet, vae.
-        config: its `loss` (alpha, beta, gamma_1, gamma_2, timesteps, min_snr_gamma), `seed` and `train`
-            (accumulate, ema_decay, train_embeddings) are used.
+        config: its `loss`, `seed` and `train` (accumulate, ema_decay, train_embeddings) are used.
         scaling_factor: of the VAE's latents.
 
     The step takes `state` (step, params, opt_state, perhaps ema), `frozen` (parameters of text_encoder,
     unet and vae) and a batch of data.batches: value_prompt_ids, and either prompt_ids and images or, from a
     cache, prompt_states and moments; then `frozen` needs no vae. Its metrics are float32 scalars:
-    loss, those of losses.livo, and grad_norm.
+    loss, those of the form's function in losses.py, and grad_norm.
     """
     loss = make_loss(graphs, schedule, config, scaling_factor)
     timesteps = config.loss.timesteps

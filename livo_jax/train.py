@@ -23,7 +23,7 @@ from livo_jax.log import Log
 from livo_jax.models.unet import REMAT
 from livo_jax.models.weights import split
 from livo_jax.pretrained import StableDiffusion
-from livo_jax.step import jit_step, make_optimizer, make_train_step, state_on, trained_params
+from livo_jax.step import jit_step, make_optimizer, make_preference, make_train_step, state_on, trained_params
 from livo_jax.workdir import claim, differences, find, is_remote, recipe, say
 
 
@@ -62,6 +62,7 @@ def check_config(config, sd, mesh, judge: bool = True):
     for attempt in (
         lambda: sharding.check_batch_size(mesh, config.train.batch_size, "config.train.batch_size"),
         lambda: make_optimizer(config),
+        lambda: make_preference(config, sd.schedule.num_timesteps),
         lambda: diffusion.sampler_table(sd.scheduler_config, config.sampling.sampler, config.sampling.steps),
         lambda: found.extend(values.load(config.principles)),
         lambda: config.judge and judge and judges.load(config, found, config.eval.seen),

@@ -166,6 +166,8 @@ MISTAKES = {  # flags: what the answer holds
     ("--mode=export", "--out=DIR"): "no checkpoint: train first(.|\n)*--config.value_encoder.start=",
     ("--config.train.remat=some", "--config.train.ema_decay=1.0", "--config.train.accumulate=3"):
         "ema_decay=1.0(.|\n)*'some': choose from none, dots, full(.|\n)*batch_size=8 is not a multiple of",
+    ("--config.loss.form=ppo",): "config.loss.form='ppo': choose from livo, sft, dpo, ipo, kto",
+    ("--config.loss.form=kto", "--config.train.accumulate=2"): "train.accumulate=2: kto compares with the mean of a wh",
     ("--mode=export", "--out=tests"): "--out=tests exists: remove it",
     ("--mode=generate", "--prompt=a cook", "--out=tests"): "--out=tests is not empty: remove it, or generate into",
     ("--config.judge=",): "preferences holds no preference pairs, and without config.judge none can be built",

@@ -24,7 +24,7 @@ LOSS = dict(alpha=50.0, beta=100.0, gamma_1=1.0, gamma_2=0.5)
 CONFIG = ConfigDict(
     {
         "seed": 7,
-        "loss": LOSS | {"timesteps": (0, 1000), "min_snr_gamma": 0.0},
+        "loss": LOSS | {"form": "livo", "timesteps": (0, 1000), "min_snr_gamma": 0.0},
         "train": {"accumulate": 1, "ema_decay": 0.0, "train_embeddings": True},
     }
 )
@@ -168,6 +168,19 @@ def test_loss_and_gradients_are_pytorchs(parts, torch_models, batch, sd, min_snr
     for name, gradient in theirs.items():
         error = np.abs(ours[name] - gradient).max() / max(np.abs(gradient).max(), 1e-3 * total)
         assert error < 1e-3, (name, error)
+
+
+def test_fine_tuning_asks_for_no_violating_image(parts, torch_models, batch, sd):
+    graphs, frozen = parts
+    config = CONFIG.copy_and_resolve_references()
+    config.loss.form = "sft"
+    step = jax.jit(make_train_step(graphs, sd.schedule, optax.sgd(0.0), config, SCALE))
+    state = init_state(frozen["text_encoder"], optax.sgd(0.0))
+    _, metrics = step(state, frozen, {name: x for name, x in batch.items() if name != "violating"})
+    _, errors = torch_step(
+        torch_models, copy.deepcopy(torch_models["text_encoder"]), batch, CONFIG, sd.scheduler_config
+    )
+    assert metrics["loss"] == pytest.approx(errors["l", "aligned"].mean(), rel=1e-4)
 
 
 def test_three_steps_are_pytorchs(parts, torch_models, batch, sd):
