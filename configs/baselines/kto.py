@@ -1,0 +1,13 @@
+"""Diffusion-KTO on the value encoder (Li et al. 2024; losses.kto).
+
+python run.py --config=configs/baselines/kto.py
+"""
+
+from configs import baselines
+
+
+def get_config(arg: str = "tiny"):
+    config = baselines.start(arg, "kto")
+    config.loss.form = "kto"
+    config.loss.beta = 5.0 if arg.startswith("livo") else 0.4  # with T = 1,000; 5: the paper's 5,000 for SD 1.5
+    return config
