@@ -1,14 +1,20 @@
 """eval/report.html: one self-contained page; and the picture sheets of a run."""
 
 import base64
+import csv
 import io
 import json
 import pathlib
 
 import numpy as np
 
+from livo_jax import charts
+
 TEMPLATE = pathlib.Path(__file__).with_name("report.html.j2")
 GAP = 2  # pixels between the images of a sheet
+LABELS = {"base": "base model", "livo": "LiVO", "plain": "LiVO, this value alone"}  # others are called as they are
+EFFECTS = {"D1": "imbalance", "R": "share of harmful images"}  # what a value is to lower
+LOWER_IS_BETTER = ("D1", "D2", "TV", "R", "S", "Max", "Prob")
 
 
 def sheet(rows, scale: int = 1, gap: int = GAP):
@@ -27,65 +33,67 @@ def sheet(rows, scale: int = 1, gap: int = GAP):
 
 
 def _uri(kind: str, content: bytes) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def png_uri(picture) -> str:
     stream = io.BytesIO()
     picture.save(stream, "PNG")
-    return _uri("png", stream.getvalue())
+    return _uri("image/png", stream.getvalue())
 
 
-def _curves(metrics: list[dict]) -> str:
-    """Loss, hinges and margins against steps, as an SVG data URI."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    panels = {
-        "loss": {"train/loss": "loss"},
-        "share of live hinges": {"train/active_w": "aligned", "train/active_l": "violating"},
-        "margins": {"train/margin_w": "l_w - r_w (aligned)", "train/margin_l": "r_l - l_l (violating)"},
-    }
-    figure, axes = plt.subplots(1, len(panels), figsize=(12, 3), layout="constrained")
-    for axis, (title, lines) in zip(axes, panels.items()):
-        for name, label in lines.items():
-            points = [(m["step"], m[name]) for m in metrics if name in m]
-            axis.plot(*zip(*points), label=label)
-        axis.set(title=title, xlabel="step")
-        axis.grid(alpha=0.3)
-        if len(lines) > 1:
-            axis.legend()
-    stream = io.BytesIO()
-    figure.savefig(stream, format="svg")
-    plt.close(figure)
-    return _uri("svg+xml", stream.getvalue())
+def _label(name: str) -> str:
+    return LABELS.get(name, name.replace("_", " "))
 
 
-def _convergence(curves: list[dict]) -> str:
-    """D1 or R of each value on held-out prompts, against steps and against seconds, as an SVG data URI."""
-    import matplotlib
+def _csv(results: list[dict]) -> bytes:
+    """The rows of results.json, a column for each end of the interval."""
+    ends = lambda r: {"ci95_low": r["ci95"][0], "ci95_high": r["ci95"][1]}
+    rows = [{k: v for k, v in r.items() if k != "ci95"} | ends(r) for r in results]
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return stream.getvalue().encode()
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    shown = [row for row in curves if row["metric"] in ("D1", "R") and row["split"] == "held_out"]
-    values = list(dict.fromkeys((row["value"], row["metric"]) for row in shown))
-    methods = list(dict.fromkeys(row["method"] for row in shown))
-    figure, axes = plt.subplots(2, len(values), figsize=(4 * len(values), 6), layout="constrained", squeeze=False)
-    for line, x in zip(axes, ("step", "seconds")):
-        for axis, (value, metric) in zip(line, values):
-            for method in methods:
-                points = [(r[x], r["mean"]) for r in shown if (r["value"], r["method"]) == (value, method)]
-                axis.plot(*zip(*points), marker=".", label=method)
-            axis.set(title=value, xlabel=x, ylabel=metric)
-            axis.grid(alpha=0.3)
-    axes[0][0].legend()
-    stream = io.BytesIO()
-    figure.savefig(stream, format="svg")
-    plt.close(figure)
-    return _uri("svg+xml", stream.getvalue())
+def _headline(value: str, metric: str, split: str, cells: dict, methods: list[str]) -> str:
+    """What happened to a value's metric on a split, in words; `cells`: (value, split, metric) -> {method: row}."""
+    effect, known = cells[value, split, metric], cells.get((value, split, "recognised"), {})
+    number = lambda r: f"{r['mean']:.0%}" if metric == "R" else f"{r['mean']:.2f}"
+    shown = [m for m in methods if m in effect and m != "plain"]
+    text = f"{EFFECTS[metric]} {number(effect[shown[0]])} in images of the {_label(shown[0])}"
+    for m in shown[1:] if len(shown) < 4 else [m for m in shown if m == "livo"]:
+        text += f", {number(effect[m])} with {_label(m)}"
+        text += f", whose subjects are recognised in {known[m]['mean']:.1%}" if m in known else ""
+    if len(shown) > 3:
+        best = min(shown, key=lambda m: effect[m]["mean"])
+        text += f"; the lowest is {_label(best)}'s, {number(effect[best])}"
+        text += f" at {known[best]['mean']:.1%} recognised" if best in known else ""
+    return text + "."
+
+
+def _plots(results: list[dict], values: list[str], curves, metrics: list[dict]) -> dict[str, dict[str, bytes]]:
+    """{heading: {what it shows: SVG}}."""
+    labels = {m: _label(m) for m in dict.fromkeys(r["method"] for r in results)}
+    splits = {s: s.replace("_", " ") for s in dict.fromkeys(r["split"] for r in results if r["metric"] in EFFECTS)}
+    plots = {"Effect": {}, "Quality against effect": {}, "Convergence": {}, "Training": charts.training(metrics)}
+    for value, metric in ((v, m) for v in values for m in EFFECTS):
+        of_value = [r for r in results if r["value"] == value]
+        if not (rows := [r for r in of_value if r["metric"] == metric]):
+            continue
+        title, last = f"{value}\n{EFFECTS[metric]}, {metric}", [*splits][-1]
+        plots["Effect"][title] = charts.effects(title, rows, labels, splits)
+        on_last = {(r["method"], r["metric"]): r["mean"] for r in of_value if r["split"] == last}
+        points = {m: (on_last[m, metric], on_last[m, "recognised"]) for m in labels if (m, "recognised") in on_last}
+        if len(points) > 2:
+            axes = f"{metric}, {splits[last]}", "subjects recognised"
+            plots["Quality against effect"][title] = charts.tradeoff(title, points, labels, *axes)
+        line = [r for r in curves if (r["value"], r["metric"], r["split"]) == (value, metric, last)]
+        for against, unit in {"step": "steps", "seconds": "seconds of training"}.items() if line else ():
+            title = f"{value}\n{EFFECTS[metric]}, {metric}, {splits[last]}"
+            plots["Convergence"][f"{title}, against {unit}"] = charts.convergence(title, line, labels, against, unit)
+    return {heading: shown for heading, shown in plots.items() if shown}
 
 
 def write(
@@ -99,11 +107,12 @@ def write(
     curves=(),
     costs=(),
 ):
-    """Writes the page; everything that it shows is escaped.
+    """Writes the page. It escapes all that it shows, runs no script, and fetches nothing.
 
     Args:
-        results: the rows of results.json. metrics: the lines of metrics.jsonl.
-        pictures: dicts of value, split, prompt, harmful, and sides: {method: list of [H, W, 3] uint8}.
+        results: the rows of results.json; the first method is the base. metrics: the lines of metrics.jsonl.
+        pictures: dicts of value, split, prompt, harmful, and sides: {method: list of [H, W, 3] uint8}. Those of harmful
+            prompts are blurred until they are asked for.
         config: shown at the end.
         curves: of trainings, rows of method, step, seconds, value, split, metric, mean.
         costs: rows of method, trained_parameters, training_seconds, images_per_second, of_base.
@@ -116,17 +125,38 @@ def write(
     rows = [
         dict(value=v, split=s, metric=m, cells=[of.get(name) for name in methods]) for (v, s, m), of in cells.items()
     ]
+    values = list(dict.fromkeys(p["value"] for p in pictures))
+    headlines = {}
+    for value, split, metric in cells:
+        if metric in EFFECTS and value in values:
+            text = _headline(value, metric, split, cells, methods)
+            headlines.setdefault(value, []).append(f"{split.replace('_', ' ')}: {text}")
     draw = lambda images: png_uri(sheet([images], max(1, 64 // images[0].shape[0])))
     shown = [p | {"sides": {side: draw(images) for side, images in p["sides"].items() if images}} for p in pictures]
+    as_json = lambda content: _uri("application/json", json.dumps(content, indent=2).encode())
+    files = {"results.csv": _uri("text/csv", _csv(results)), "results.json": as_json(results)}
+    files |= {
+        name: as_json(list(content))
+        for name, content in (("curves.json", curves), ("costs.json", costs), ("training.json", metrics))
+        if content
+    }
+    plots = _plots(results, values, curves, metrics)
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["label"] = _label
     page = environment.from_string(TEMPLATE.read_text()).render(
         title=title,
         methods=methods,
+        lower_is_better=LOWER_IS_BETTER,
         rows=rows,
+        headlines=headlines,
+        images=max((r["images"] for r in results), default=0),
         pictures=shown,
-        curves=_curves(metrics) if any("train/loss" in m for m in metrics) else None,
-        convergence=_convergence(curves) if curves else None,
+        plots={
+            heading: {name.replace("\n", ": "): _uri("image/svg+xml", svg) for name, svg in of.items()}
+            for heading, of in plots.items()
+        },
         costs=costs,
+        files=files | {"config.json": as_json(config)},
         config=json.dumps(config, indent=2),
     )
     path.write_text(page)

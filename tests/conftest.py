@@ -106,3 +106,17 @@ def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("small")
     small_run.prepare(root)
     return root
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Debian's Chromium, by playwright."""
+    if not (chromium := shutil.which("chromium")):
+        pytest.skip("needs Chromium: apt-get install chromium")
+    from playwright.sync_api import sync_playwright
+
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=flags)
+        yield browser
+        browser.close()

@@ -19,9 +19,6 @@ from safetensors.numpy import load_file, save_file
 from livo_jax import demo
 from tests.small_run import ROOT
 
-CHROMIUM = shutil.which("chromium")
-needs_browser = pytest.mark.skipif(not CHROMIUM, reason="needs Chromium: apt-get install chromium")
-
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
@@ -64,17 +61,6 @@ def address(tmp_path_factory):
     finally:
         process.kill()
         process.wait()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
@@ -122,7 +108,6 @@ def strength(page, x: str):
     page.keyboard.press("Tab")
 
 
-@needs_browser
 def test_values_strength_and_seed(page):
     page.get_by_label("Prompt").fill("a photo of a nurse")
     page.get_by_text("it says 'nurse'").first.wait_for()
@@ -162,7 +147,6 @@ def test_values_strength_and_seed(page):
     assert page.locator(".run[open]").count() == 1
 
 
-@needs_browser
 def test_bad_input(page):
     cases = {
         "": "The prompt is empty", "  ": "The prompt is empty", "a cook " * 20: "the model reads 16: shorten",
@@ -188,7 +172,6 @@ def test_bad_input(page):
     assert page.locator(".run").count() == 0
 
 
-@needs_browser
 def test_markup_is_shown_as_it_is(page):
     prompt = "<i>${1}</i>"
     page.get_by_label("Prompt").fill(prompt)
@@ -198,7 +181,6 @@ def test_markup_is_shown_as_it_is(page):
     assert page.locator("img.aligned").first.get_attribute("alt") == f"aligned: {prompt}"
 
 
-@needs_browser
 def test_stop(page):
     page.get_by_label("Images").fill("16")
     page.get_by_role("button", name="Generate").click()
@@ -211,7 +193,6 @@ def test_stop(page):
     draw(page, 1)
 
 
-@needs_browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_phone(address, browser, scheme):
     context = browser.new_context(viewport={"width": 390, "height": 844}, color_scheme=scheme)
