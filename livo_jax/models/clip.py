@@ -40,6 +40,32 @@ class CLIPTextConfig(PublishedConfig):
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act={self.hidden_act!r}: choose from {', '.join(ACTIVATIONS)}")
 
+    @property
+    def towers(self) -> tuple["CLIPTextConfig", ...]:
+        return (self,)
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPTextConfigWithProjection(CLIPTextConfig):
+    projection_dim: int = 512
+
+    IGNORED = IGNORED - {"projection_dim"}
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPTextConfigs:
+    """Of text transformers side by side."""
+
+    towers: tuple[CLIPTextConfig, ...]
+
+    @property
+    def hidden_size(self) -> int:
+        return sum(config.hidden_size for config in self.towers)
+
+    @property
+    def max_position_embeddings(self) -> int:
+        return min(config.max_position_embeddings for config in self.towers)
+
 
 @dataclasses.dataclass(frozen=True)
 class CLIPVisionConfig(PublishedConfig):
@@ -84,6 +110,8 @@ class CLIPConfig(PublishedConfig):
 class TextOutput(NamedTuple):
     last_hidden_state: jax.Array  # [B, L, D] after the final layer norm
     pooled: jax.Array  # [B, D] its row at the end-of-text token
+    penultimate: jax.Array  # [B, L, D] what the last layer reads
+    text_embeds: jax.Array | None = None  # [B, P] the pooled row, projected, where the model projects it
 
 
 class VisionOutput(NamedTuple):
@@ -158,12 +186,13 @@ class CLIPEncoder(nnx.Module):
         self.gather = None  # of who shards it, as of the UNet
 
     def __call__(self, x):
+        """The states after the last layer, and before it."""
         run = lambda layer, x: layer(x)
         if self.gather:
             run = nnx.remat(gathered(self.gather), policy=all_but_gathered)
         for layer in self.layers:
-            x = run(layer, x)
-        return x
+            before, x = x, run(layer, x)
+        return x, before
 
 
 class CLIPTextModel(nnx.Module):
@@ -177,14 +206,54 @@ class CLIPTextModel(nnx.Module):
         self.encoder = CLIPEncoder(config, rngs=rngs)
         self.final_layer_norm = layer_norm(config.hidden_size, config.layer_norm_eps, rngs=rngs)
 
+    @property
+    def towers(self) -> tuple["CLIPTextModel", ...]:
+        return (self,)
+
     def __call__(self, ids) -> TextOutput:
         """Encodes token ids [B, L] int32, L at most `max_position_embeddings`."""
-        x = self.final_layer_norm(self.encoder(self.embeddings(ids)))
+        x, before = self.encoder(self.embeddings(ids))
+        x = self.final_layer_norm(x)
         # Published SD files say eos_token_id=2 though their end token is the vocabulary's last id:
         # the position of the largest id is then what the original computes.
         eos = self.config.eos_token_id
         end = ids.argmax(-1) if eos == 2 else (ids == eos).argmax(-1)
-        return TextOutput(x, jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0])
+        return TextOutput(x, jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0], before)
+
+
+class CLIPTextModelWithProjection(CLIPTextModel):
+    """The text transformer and its projection to the space that CLIP compares in: Stable Diffusion XL's second."""
+
+    Config = CLIPTextConfigWithProjection
+
+    def __init__(self, config: CLIPTextConfigWithProjection, *, rngs):
+        super().__init__(config, rngs=rngs)
+        self.text_projection = nnx.Linear(config.hidden_size, config.projection_dim, use_bias=False, rngs=rngs)
+
+    def __call__(self, ids) -> TextOutput:
+        out = super().__call__(ids)
+        return out._replace(text_embeds=self.text_projection(out.pooled))
+
+
+class CLIPTextModels(nnx.Module):
+    """Stable Diffusion XL's two text transformers as one (Podell et al. 2023, section 2.1), D = D_1 + D_2 wide."""
+
+    def __init__(self, text_encoder: CLIPTextModel, text_encoder_2: CLIPTextModel):
+        self.config = CLIPTextConfigs((text_encoder.config, text_encoder_2.config))
+        self.text_encoder, self.text_encoder_2 = text_encoder, text_encoder_2
+
+    @property
+    def towers(self) -> tuple[CLIPTextModel, ...]:
+        return self.text_encoder, self.text_encoder_2
+
+    def __call__(self, ids) -> TextOutput:
+        """Encodes token ids [B, 2, L] int32, each transformer those of its own tokenizer.
+
+        What the UNet attends to, here the last_hidden_state, are the penultimate states of both.
+        """
+        one, two = self.text_encoder(ids[:, 0]), self.text_encoder_2(ids[:, 1])
+        states = jnp.concatenate([one.penultimate, two.penultimate], axis=-1)
+        return TextOutput(states, jnp.concatenate([one.pooled, two.pooled], axis=-1), states, two.text_embeds)
 
 
 class CLIPVisionModel(nnx.Module):
@@ -201,7 +270,7 @@ class CLIPVisionModel(nnx.Module):
 
     def __call__(self, pixels) -> VisionOutput:
         """Encodes normalised images [B, image_size, image_size, 3] float."""
-        x = self.encoder(self.pre_layrnorm(self.embeddings(pixels)))
+        x, _ = self.encoder(self.pre_layrnorm(self.embeddings(pixels)))
         return VisionOutput(x, self.post_layernorm(x[:, 0]))
 
 

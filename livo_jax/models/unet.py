@@ -1,4 +1,4 @@
-"""The conditional UNet of Stable Diffusion 1.x and 2.x (Rombach et al. 2022)."""
+"""The conditional UNet of Stable Diffusion 1.x, 2.x (Rombach et al. 2022) and XL (Podell et al. 2023)."""
 
 import dataclasses
 
@@ -32,8 +32,10 @@ REMAT = {
 class UNetConfig(PublishedConfig):
     """The fields of a published unet/config.json that change the computation.
 
-    `attention_head_dim` is the number of heads, as the published files (mis)name it; it and
-    `layers_per_block` are one number or one for each level.
+    `attention_head_dim` is the number of heads, as the published files (mis)name it; it, `layers_per_block` and
+    `transformer_layers_per_block` are one number or one for each level. With `addition_embed_type` "text_time" (XL)
+    the time embedding also has a pooled text and sizes, embedded in `addition_time_embed_dim` numbers each;
+    together they are `projection_class_embeddings_input_dim` wide.
     """
 
     in_channels: int = 4
@@ -49,6 +51,10 @@ class UNetConfig(PublishedConfig):
     cross_attention_dim: int = 1280
     attention_head_dim: int | tuple = 8
     use_linear_projection: bool = False
+    transformer_layers_per_block: int | tuple = 1
+    addition_embed_type: str | None = None
+    addition_time_embed_dim: int | None = None
+    projection_class_embeddings_input_dim: int | None = None
 
     FIXED = {
         "act_fn": "silu",
@@ -61,7 +67,6 @@ class UNetConfig(PublishedConfig):
         "resnet_out_scale_factor": 1.0,
         "resnet_time_scale_shift": "default",
         "time_embedding_type": "positional",
-        "transformer_layers_per_block": 1,
     }
     # upcast_attention asks for a float32 softmax, which ours always is.
     IGNORED = frozenset({"sample_size", "upcast_attention", "addition_embed_type_num_heads"})
@@ -71,8 +76,11 @@ class UNetConfig(PublishedConfig):
             unknown = [name for name in names if name not in (suffix, "CrossAttn" + suffix)]
             if unknown:
                 raise ValueError(f"unknown block types {unknown}: choose from {suffix}, CrossAttn{suffix}")
+        if self.addition_embed_type not in (None, "text_time"):
+            raise ValueError(f"unknown addition_embed_type={self.addition_embed_type!r}: choose from None, 'text_time'")
         levels = len(self.block_out_channels)
-        for name in ("down_block_types", "up_block_types", "layers_per_block", "attention_head_dim"):
+        per_level = "layers_per_block attention_head_dim transformer_layers_per_block"
+        for name in ("down_block_types", "up_block_types", *per_level.split()):
             value = getattr(self, name)
             if isinstance(value, tuple) and len(value) != levels:
                 raise ValueError(f"{name} has {len(value)} entries for {levels} levels of block_out_channels")
@@ -126,7 +134,11 @@ class BasicTransformerBlock(nnx.Module):
 
 
 class Transformer2DModel(nnx.Module):
-    def __init__(self, channels: int, heads: int, config: UNetConfig, *, rngs):
+    """The transformer blocks of one place in a level of the UNet, around a residual."""
+
+    def __init__(self, level: int, config: UNetConfig, *, rngs):
+        channels, heads = config.block_out_channels[level], config.per_level("attention_head_dim")[level]
+        layers = config.per_level("transformer_layers_per_block")[level]
         self.norm = group_norm(channels, config.norm_num_groups, 1e-6, rngs=rngs)
         if config.use_linear_projection:
             projection = lambda: nnx.Linear(channels, channels, rngs=rngs)
@@ -134,30 +146,32 @@ class Transformer2DModel(nnx.Module):
             projection = lambda: nnx.Conv(channels, channels, (1, 1), rngs=rngs)
         self.proj_in = projection()
         self.transformer_blocks = nnx.List(
-            [BasicTransformerBlock(channels, heads, config.cross_attention_dim, rngs=rngs)]
+            [BasicTransformerBlock(channels, heads, config.cross_attention_dim, rngs=rngs) for _ in range(layers)]
         )
         self.proj_out = projection()
 
     def __call__(self, x, cond, mask):
         B, H, W, C = x.shape
         h = self.proj_in(self.norm(x)).reshape(B, H * W, C)
-        h = self.transformer_blocks[0](h, cond, mask)
+        for block in self.transformer_blocks:
+            h = block(h, cond, mask)
         return x + self.proj_out(h.reshape(B, H, W, C))
 
 
 class DownBlock2D(nnx.Module):
-    """DownBlock2D, or CrossAttnDownBlock2D where `heads` is given."""
+    """A level of the down path: DownBlock2D, or CrossAttnDownBlock2D where it `attends`."""
 
-    def __init__(self, in_channels, out_channels, layers, heads, downsample, config: UNetConfig, *, rngs):
-        time_dim = 4 * config.block_out_channels[0]
+    def __init__(self, level: int, attends: bool, config: UNetConfig, *, rngs):
+        channels, time_dim = config.block_out_channels, 4 * config.block_out_channels[0]
+        in_channels, out_channels = channels[max(level - 1, 0)], channels[level]
+        layers = config.per_level("layers_per_block")[level]
         resnet = lambda c: ResnetBlock2D(c, out_channels, config.norm_num_groups, config.norm_eps, time_dim, rngs=rngs)
         self.resnets = nnx.List([resnet(out_channels if i else in_channels) for i in range(layers)])
-        if heads:
-            self.attentions = nnx.List(
-                [Transformer2DModel(out_channels, heads, config, rngs=rngs) for _ in range(layers)]
-            )
-        self.attends = heads is not None
-        self.downsamplers = nnx.List([Downsample2D(out_channels, 1, rngs=rngs)] if downsample else [])
+        if attends:
+            self.attentions = nnx.List([Transformer2DModel(level, config, rngs=rngs) for _ in range(layers)])
+        self.attends = attends
+        last = level == len(channels) - 1
+        self.downsamplers = nnx.List([] if last else [Downsample2D(out_channels, 1, rngs=rngs)])
 
     def __call__(self, x, time, cond, mask):
         """Returns the output and the states that the up path takes over."""
@@ -174,15 +188,15 @@ class DownBlock2D(nnx.Module):
 
 
 class UNetMidBlock2DCrossAttn(nnx.Module):
-    def __init__(self, channels: int, heads: int, config: UNetConfig, *, rngs):
-        time_dim = 4 * config.block_out_channels[0]
+    def __init__(self, config: UNetConfig, *, rngs):
+        channels, time_dim = config.block_out_channels[-1], 4 * config.block_out_channels[0]
         self.resnets = nnx.List(
             [
                 ResnetBlock2D(channels, channels, config.norm_num_groups, config.norm_eps, time_dim, rngs=rngs)
                 for _ in range(2)
             ]
         )
-        self.attentions = nnx.List([Transformer2DModel(channels, heads, config, rngs=rngs)])
+        self.attentions = nnx.List([Transformer2DModel(len(config.block_out_channels) - 1, config, rngs=rngs)])
 
     def __call__(self, x, time, cond, mask):
         x = self.attentions[0](self.resnets[0](x, time), cond, mask)
@@ -190,23 +204,22 @@ class UNetMidBlock2DCrossAttn(nnx.Module):
 
 
 class UpBlock2D(nnx.Module):
-    """UpBlock2D, or CrossAttnUpBlock2D where `heads` is given.
+    """A level of the up path: UpBlock2D, or CrossAttnUpBlock2D where it `attends`.
 
     `skip_channels` are the widths of the states taken over from the down path, in order of use.
     """
 
-    def __init__(self, in_channels, skip_channels, out_channels, heads, upsample, config: UNetConfig, *, rngs):
-        time_dim = 4 * config.block_out_channels[0]
+    def __init__(self, level: int, skip_channels, attends: bool, config: UNetConfig, *, rngs):
+        channels, time_dim = config.block_out_channels, 4 * config.block_out_channels[0]
+        in_channels, out_channels = channels[min(level + 1, len(channels) - 1)], channels[level]
         resnet = lambda c: ResnetBlock2D(c, out_channels, config.norm_num_groups, config.norm_eps, time_dim, rngs=rngs)
         self.resnets = nnx.List(
             [resnet((out_channels if i else in_channels) + skip) for i, skip in enumerate(skip_channels)]
         )
-        if heads:
-            self.attentions = nnx.List(
-                [Transformer2DModel(out_channels, heads, config, rngs=rngs) for _ in skip_channels]
-            )
-        self.attends = heads is not None
-        self.upsamplers = nnx.List([Upsample2D(out_channels, rngs=rngs)] if upsample else [])
+        if attends:
+            self.attentions = nnx.List([Transformer2DModel(level, config, rngs=rngs) for _ in skip_channels])
+        self.attends = attends
+        self.upsamplers = nnx.List([Upsample2D(out_channels, rngs=rngs)] if level else [])
 
     def __call__(self, x, skips, time, cond, mask):
         for i, resnet in enumerate(self.resnets):
@@ -228,53 +241,33 @@ class UNet2DConditionModel(nnx.Module):
         self.remat = "none"  # of REMAT; a choice of who takes gradients through the UNet
         self.gather = None  # of who shards it: makes a block's weights whole while it computes (sharding.gather)
         channels = config.block_out_channels
-        levels = len(channels)
-        layers, heads = config.per_level("layers_per_block"), config.per_level("attention_head_dim")
-        heads_if = lambda block_type, level: heads[level] if block_type.startswith("CrossAttn") else None
+        layers = config.per_level("layers_per_block")
+        attends = lambda block_type: block_type.startswith("CrossAttn")
 
         self.conv_in = conv3x3(config.in_channels, channels[0], rngs=rngs)
         self.time_embedding = TimestepEmbedding(channels[0], 4 * channels[0], rngs=rngs)
+        if config.addition_embed_type:
+            width = config.projection_class_embeddings_input_dim
+            self.add_embedding = TimestepEmbedding(width, 4 * channels[0], rngs=rngs)
 
         down, skip_channels = [], [channels[0]]
-        for i, block_type in enumerate(config.down_block_types):
-            downsample = i < levels - 1
-            down.append(
-                DownBlock2D(
-                    channels[max(i - 1, 0)],
-                    channels[i],
-                    layers[i],
-                    heads_if(block_type, i),
-                    downsample,
-                    config,
-                    rngs=rngs,
-                )
-            )
-            skip_channels += [channels[i]] * (layers[i] + downsample)
+        for level, block_type in enumerate(config.down_block_types):
+            down.append(DownBlock2D(level, attends(block_type), config, rngs=rngs))
+            skip_channels += [channels[level]] * (layers[level] + len(down[-1].downsamplers))
         self.down_blocks = nnx.List(down)
 
-        self.mid_block = UNetMidBlock2DCrossAttn(channels[-1], heads[-1], config, rngs=rngs)
+        self.mid_block = UNetMidBlock2DCrossAttn(config, rngs=rngs)
 
         up = []
-        for i, block_type in enumerate(config.up_block_types):
-            level = levels - 1 - i
+        for level, block_type in zip(reversed(range(len(channels))), config.up_block_types):
             taken = [skip_channels.pop() for _ in range(layers[level] + 1)]
-            up.append(
-                UpBlock2D(
-                    channels[min(level + 1, levels - 1)],
-                    taken,
-                    channels[level],
-                    heads_if(block_type, level),
-                    level > 0,
-                    config,
-                    rngs=rngs,
-                )
-            )
+            up.append(UpBlock2D(level, taken, attends(block_type), config, rngs=rngs))
         self.up_blocks = nnx.List(up)
 
         self.conv_norm_out = group_norm(channels[0], config.norm_num_groups, config.norm_eps, rngs=rngs)
         self.conv_out = conv3x3(channels[0], config.out_channels, rngs=rngs)
 
-    def __call__(self, z_t, t, cond, mask=None):
+    def __call__(self, z_t, t, cond, mask=None, text_embeds=None, time_ids=None):
         """One denoising evaluation.
 
         Args:
@@ -282,6 +275,9 @@ class UNet2DConditionModel(nnx.Module):
             t: [B] timesteps, 0..T-1.
             cond: [B, L, D] text states.
             mask: [B, L] bool, False where a text state is hidden, or None.
+            text_embeds, time_ids: where config.addition_embed_type is "text_time", the pooled text [B, P] and the
+                sizes, [B, 6] or [6] of all rows, in pixels: height and width of the original image, top and left of
+                its crop, height and width of the wanted image.
 
         Returns:
             [B, h, w, C] the prediction, in the weights' dtype.
@@ -296,6 +292,12 @@ class UNet2DConditionModel(nnx.Module):
             t, self.config.block_out_channels[0], self.config.flip_sin_to_cos, self.config.freq_shift
         )
         time = self.time_embedding(time.astype(dtype))
+        if self.config.addition_embed_type:
+            sizes = timestep_embedding(
+                jnp.broadcast_to(jnp.asarray(time_ids), (len(z_t), 6)).reshape(-1),
+                self.config.addition_time_embed_dim, self.config.flip_sin_to_cos, self.config.freq_shift,
+            ).reshape(len(z_t), -1)  # fmt: skip
+            time += self.add_embedding(jnp.concatenate([text_embeds.astype(dtype), sizes.astype(dtype)], axis=-1))
         run = gathered(self.gather) if self.gather else lambda block, x, *args: block(x, *args)
         if self.remat != "none" or self.gather:
             run = nnx.remat(run, policy=REMAT[self.remat] or all_but_gathered)

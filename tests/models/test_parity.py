@@ -5,11 +5,18 @@ import numpy as np
 import pytest
 import torch
 
-from livo_jax.models.clip import CLIPTextModel
+from livo_jax.models.clip import CLIPTextModel, CLIPTextModels, CLIPTextModelWithProjection
 from livo_jax.models.unet import UNet2DConditionModel
 from livo_jax.models.vae import AutoencoderKL
 from livo_jax.pretrained import load
 from tests.conftest import UNET, randomised, relative_error, text_model
+
+SDXL = dict(
+    block_out_channels=(8, 16, 24), down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
+    up_block_types=("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",), transformer_layers_per_block=(1, 2, 3),
+    attention_head_dim=(1, 2, 3), use_linear_projection=True, addition_embed_type="text_time",
+    addition_time_embed_dim=6, projection_class_embeddings_input_dim=46,
+)  # fmt: skip
 
 
 def last(x):
@@ -28,8 +35,9 @@ def last(x):
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         ),
+        SDXL,
     ],
-    ids=["sd1", "sd2", "embedding", "two-levels"],
+    ids=["sd1", "sd2", "embedding", "two-levels", "sdxl"],
 )
 def test_unet(settings, tmp_path):
     import diffusers
@@ -40,9 +48,11 @@ def test_unet(settings, tmp_path):
     ours = load(UNet2DConditionModel, tmp_path)
     z, t, cond = torch.randn(3, 4, 16, 8), torch.tensor([1, 500, 999]), torch.randn(3, 9, 20)
     mask = torch.rand(3, 9) > 0.4
+    added = dict(text_embeds=torch.randn(3, 10), time_ids=torch.randint(0, 1024, (3, 6))) if settings is SDXL else {}
     for m in (None, mask):
-        expected = last(theirs(z, t, cond, encoder_attention_mask=m).sample)
-        got = ours(last(z), t.numpy(), cond.numpy(), None if m is None else m.numpy())
+        expected = last(theirs(z, t, cond, encoder_attention_mask=m, added_cond_kwargs=added).sample)
+        mine = {name: x.numpy() for name, x in added.items()}
+        got = ours(last(z), t.numpy(), cond.numpy(), None if m is None else m.numpy(), **mine)
         assert relative_error(got, expected) < 1e-4
 
 
@@ -76,6 +86,30 @@ def test_text_encoder(act, eos, tmp_path):
     out, expected = load(CLIPTextModel, tmp_path)(jnp.asarray(ids.numpy())), theirs(ids)
     assert relative_error(out.last_hidden_state, expected.last_hidden_state.detach()) < 1e-4
     assert relative_error(out.pooled, expected.pooler_output.detach()) < 1e-4
+
+
+def test_two_text_encoders(tmp_path):
+    """What diffusers' pipeline of Stable Diffusion XL makes of two text encoders of different widths."""
+    import transformers
+
+    torch.manual_seed(3)
+    one = text_model(100, 90)
+    config = {**one.config.to_dict(), "hidden_size": 24, "num_hidden_layers": 2, "projection_dim": 10}
+    two = randomised(transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig.from_dict(config)))
+    one.save_pretrained(tmp_path / "1")
+    two.save_pretrained(tmp_path / "2")
+    ids = torch.randint(3, 90, (2, 4, 16))
+    ids[:, :, 7], ids[1, 2, 3:] = 90, 90
+    expected = [model(i, output_hidden_states=True) for model, i in zip((one, two), ids)]
+    ours = CLIPTextModels(load(CLIPTextModel, tmp_path / "1"), load(CLIPTextModelWithProjection, tmp_path / "2"))
+    out = ours(jnp.asarray(ids.numpy()).swapaxes(0, 1))
+    states = torch.cat([e.hidden_states[-2] for e in expected], dim=-1)
+    assert relative_error(out.last_hidden_state, states.detach()) < 1e-4
+    assert relative_error(out.text_embeds, expected[1].text_embeds.detach()) < 1e-4
+    pooled = torch.cat(
+        [expected[0].pooler_output, expected[1].last_hidden_state[range(4), (ids[1] == 90).int().argmax(1)]], -1
+    )
+    assert relative_error(out.pooled, pooled.detach()) < 1e-4
 
 
 @pytest.mark.slow
