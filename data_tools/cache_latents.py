@@ -26,7 +26,7 @@ from livo_jax.pretrained import StableDiffusion
 
 
 def on_the_mesh(module, compute, at_once: int):
-    """compute(module, rows) as a function of 1 to `at_once` rows, divided over this process's devices."""
+    """compute(module, rows), a tree, as a function of 1 to `at_once` rows, divided over this process's devices."""
     mesh = sharding.make_local_mesh()
     graph, params = split(module)
     params = jax.device_put(params, sharding.replicated(mesh))
@@ -34,7 +34,8 @@ def on_the_mesh(module, compute, at_once: int):
 
     def run(x):
         padded = np.concatenate([x, np.repeat(x[-1:], at_once - len(x), axis=0)])
-        return np.asarray(compiled(params, jax.device_put(padded, sharding.over_batch(mesh))))[: len(x)]
+        found = compiled(params, jax.device_put(padded, sharding.over_batch(mesh)))
+        return jax.tree.map(lambda array: np.asarray(array)[: len(x)], found)
 
     return run
 
@@ -54,7 +55,13 @@ def write(preferences: data.Preferences, sd: StableDiffusion, config):
     dtype = data.cache_dtype(config)
     at_once = config.sampling.batch_size * jax.local_device_count()
     encode = on_the_mesh(sd.vae, lambda vae, x: jnp.concatenate(vae.encode(x), axis=-1), at_once)
-    read = on_the_mesh(sd.text_encoder, lambda text_encoder, ids: text_encoder(ids).last_hidden_state, at_once)
+
+    def states_of(text_encoder, ids):
+        text = text_encoder(ids)
+        found = {"states": text.last_hidden_state, "text_embeds": text.text_embeds}
+        return {name: array for name, array in found.items() if array is not None}
+
+    read = on_the_mesh(sd.text_encoder, states_of, at_once)
     chunks = lambda rows: [rows[i : i + at_once] for i in range(0, len(rows), at_once)]
 
     def create(name, shape, dtype=dtype):
@@ -76,10 +83,15 @@ def write(preferences: data.Preferences, sd: StableDiffusion, config):
             h, w, channels = sd.latent_shape
             for side in data.SIDES:
                 create(side, (count, 1 + config.data.random_flip, h, w, 2 * channels))
-            states = create("states", (len(prompts), text.max_position_embeddings, text.hidden_size))
+            stored = {"states": create("states", (len(prompts), text.max_position_embeddings, text.hidden_size))}
+            if sd.time_ids is not None:
+                stored["text_embeds"] = create("text_embeds", (len(prompts), text.towers[1].projection_dim))
             for rows in chunks(range(len(prompts))):
-                states[rows.start : rows.stop] = read(sd.tokenize(prompts[rows.start : rows.stop]))
-            states.flush()
+                found = read(sd.tokenize(prompts[rows.start : rows.stop]))
+                for name, array in stored.items():
+                    array[rows.start : rows.stop] = found[name]
+            for array in stored.values():
+                array.flush()
         barrier("created")
         moments = {side: np.lib.format.open_memmap(work / f"{side}.npy", "r+") for side in data.SIDES}
         parts = chunks(range(count))

@@ -133,6 +133,7 @@ class Cache:
         aligned, violating: [N, F, h, w, 2C], mean and log-variance of the VAE's posterior of each image, and,
             where F is 2, of its mirror image; of cache_dtype.
         states: [U, L, D], what the text encoder makes of each of the U prompts that batches can have.
+        text_embeds: [U, P], their pooled text, of XL; None of others.
         place: a prompt -> where it is among them.
     """
 
@@ -151,6 +152,8 @@ class Cache:
         self.aligned, self.violating, self.states = (
             np.load(directory / f"{name}.npy", mmap_mode="r") for name in (*SIDES, "states")
         )
+        pooled = directory / "text_embeds.npy"
+        self.text_embeds = np.load(pooled, mmap_mode="r") if pooled.exists() else None
         self.place = {prompt: i for i, prompt in enumerate(json.loads((directory / "prompts.json").read_text()))}
 
 
@@ -206,7 +209,7 @@ def batches(
     random from the same value and scene. Both are flipped, or neither.
 
     Args:
-        tokenize: texts -> ids [N, L] int32.
+        tokenize: texts -> ids [N, L] int32, of XL [N, 2, L].
         cache: the dataset's; None decodes the images.
         batch_size: of the global batch; divisible by the number of processes.
         start: how many batches to pass over. They are not read: batch n depends on (seed, n) alone, whatever
@@ -221,9 +224,9 @@ def batches(
     Returns:
         A grain DatasetIterator of dicts: `prompt_ids` and `value_prompt_ids`
         [b, L] int32, `aligned` and `violating` [b, H, W, 3] float32 in [-1, 1]; from a cache
-        `prompt_states` [b, L, D], `aligned_moments` and `violating_moments` [b, h, w, 2C] in place of
-        prompt_ids and the images. With `beside` also `beside_prompt_ids` [b, L], what the value encoder reads of the
-        second value, and `beside` [b] bool, whether there is one.
+        `prompt_states` [b, L, D] (of XL also `text_embeds` [b, P]), `aligned_moments` and `violating_moments`
+        [b, h, w, 2C] in place of prompt_ids and the images. With `beside` also `beside_prompt_ids` [b, L], what the
+        value encoder reads of the second value, and `beside` [b] bool, whether there is one.
     """
     import grain
 
@@ -256,6 +259,8 @@ def batches(
         read["value_prompt_ids"] = ids(value_prompt(statement, prompt))
         if cache:
             read["prompt_states"] = cache.states[cache.place[prompt]]
+            if cache.text_embeds is not None:
+                read["text_embeds"] = cache.text_embeds[cache.place[prompt]]
             for side, (i, stored) in images.items():
                 read[f"{side}_moments"] = getattr(cache, stored)[i, int(flip)]
             return read

@@ -1,4 +1,4 @@
-"""Stable Diffusion with a LiVO value encoder, in PyTorch: a diffusers custom pipeline.
+"""Stable Diffusion 1.x, 2.x or XL with a LiVO value encoder, in PyTorch: a diffusers custom pipeline.
 
     from diffusers import DiffusionPipeline
 
@@ -28,7 +28,7 @@ from .livo_ratio import deal
 from .livo_rules import Rules
 
 # How the value encoder was trained to be sampled; `livo_jax.export` fills this in.
-SETTINGS = dict(directory=".", scheduler="DPMSolverMultistepScheduler", options={}, steps=25, guidance_scale=7.5)
+SETTINGS = dict(directory=".", xl=False, scheduler="DDIMScheduler", options={}, steps=25, guidance_scale=7.5)
 
 
 class Dose(NamedTuple):
@@ -87,38 +87,32 @@ class SoftTokens(PreTrainedModel):
             self.table = torch.nn.Parameter(file.get_tensor("table"))
 
 
-class LiVOPipeline(diffusers.StableDiffusionPipeline):
-    """Stable Diffusion 1.x and 2.x whose images follow values.
+def exported(value_encoder, name: str = "value_encoder"):
+    """The value encoder that is given, or that of this name in the export."""
+    directory = pathlib.Path(SETTINGS["directory"], name)
+    if value_encoder is not None:
+        return value_encoder
+    soft = (directory / "value_tokens.safetensors").exists()
+    return SoftTokens(directory) if soft else CLIPTextModel.from_pretrained(directory)
+
+
+class LiVO:
+    """What makes the images of a Stable Diffusion pipeline follow values.
 
     `value_encoder` is the CLIPTextModel beside this file's original; give it where that was moved:
     from_pretrained(..., value_encoder=CLIPTextModel.from_pretrained(...)). Its config has the values that it was
     trained with, and the rules by which "auto" finds them.
     """
 
-    _optional_components = [*diffusers.StableDiffusionPipeline._optional_components, "value_encoder"]
-    model_cpu_offload_seq = "text_encoder->value_encoder->unet->vae"
-
-    def __init__(
-        self, vae, text_encoder, tokenizer, unet, scheduler, safety_checker, feature_extractor, image_encoder=None,
-        value_encoder=None, requires_safety_checker: bool = True,
-    ):  # fmt: skip
-        published = dict(scheduler.config)  # before the superclass corrects what it thinks outdated
-        super().__init__(
-            vae, text_encoder, tokenizer, unet, scheduler, safety_checker, feature_extractor, image_encoder,
-            requires_safety_checker,
-        )  # fmt: skip
-        if value_encoder is None:
-            directory = pathlib.Path(SETTINGS["directory"], "value_encoder")
-            soft = (directory / "value_tokens.safetensors").exists()
-            value_encoder = SoftTokens(directory) if soft else CLIPTextModel.from_pretrained(directory)
+    def _sample_with(self, published: dict):
+        """Takes the scheduler that the value encoder was trained to be sampled with, on a published schedule."""
         scheduler = getattr(diffusers, SETTINGS["scheduler"]).from_config(published, **SETTINGS["options"])
-        self.register_modules(scheduler=scheduler, value_encoder=value_encoder)
+        self.register_modules(scheduler=scheduler)
 
-    def _tokenize(self, texts):
-        return self.tokenizer(
-            texts, padding="max_length", max_length=self.tokenizer.model_max_length, truncation=True,
-            return_tensors="pt",
-        ).input_ids.to(self._execution_device)  # fmt: skip
+    def _tokenize(self, texts, tokenizer):
+        return tokenizer(
+            texts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+        ).input_ids.to(self._execution_device)
 
     def _choose(self, prompts, values, strength, keep_probability) -> list[list[tuple[Dose, float]]]:
         """For each prompt its values, each with the share of the prompt's images that it is for."""
@@ -143,13 +137,14 @@ class LiVOPipeline(diffusers.StableDiffusionPipeline):
             chosen.append([(dose, override(share)) for dose, share in doses if dose.strength])
         return chosen
 
-    def _condition(self, rows: list[tuple[str, tuple[Dose, ...]]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the UNet reads for texts with values: [u; c], [R, V + L, D], and the mask of what each row has."""
+    def _condition(self, rows: list[tuple[str | None, tuple[Dose, ...]]]) -> tuple[torch.Tensor, torch.Tensor, dict]:
+        """What the UNet reads for texts with values: [u; c], [R, V + L, D], the mask of what each row has, and more."""
         dtype = self.unet.dtype  # parts may come in different ones: transformers keeps a file's, diffusers casts it
-        c = self.text_encoder(self._tokenize([text for text, _ in rows]))[0].to(dtype)
+        c, added = self._encode([text for text, _ in rows])
+        c, added = c.to(dtype), {name: x.to(dtype) for name, x in added.items()}
         slots = max(len(doses) for _, doses in rows)
         if not slots:
-            return c, torch.ones(c.shape[:2], dtype=torch.bool, device=c.device)
+            return c, torch.ones(c.shape[:2], dtype=torch.bool, device=c.device), added
         places = [(row, slot) for row, (_, doses) in enumerate(rows) for slot in range(len(doses))]
         at = torch.tensor(places).unbind(1)
         tokens = self._value_tokens([(dose.value, text) for text, doses in rows for dose in doses]).to(dtype)
@@ -157,17 +152,21 @@ class LiVOPipeline(diffusers.StableDiffusionPipeline):
         sees = torch.zeros(u.shape[:3], dtype=torch.bool, device=c.device)
         u[at], sees[at] = tokens, True
         cond = torch.cat([u.flatten(1, 2), c], dim=1)
-        return cond, torch.cat([sees.flatten(1), sees.new_ones(c.shape[:2])], dim=1)
+        return cond, torch.cat([sees.flatten(1), sees.new_ones(c.shape[:2])], dim=1), added
 
     def _value_tokens(self, read: list[tuple[str, str]]) -> torch.Tensor:
         """The tokens [P, n, D] of pairs of a statement and a prompt."""
         if not hasattr(self.value_encoder, "table"):
-            ids = self._tokenize([f"{statement}, {prompt}" for statement, prompt in read])
-            return self.value_encoder(ids).pooler_output[:, None]
+            texts, towers = [f"{statement}, {prompt}" for statement, prompt in read], self._value_encoders()
+            pooled = [tower(self._tokenize(texts, tokenizer)).pooler_output for tower, tokenizer in towers]
+            return torch.cat(pooled, dim=-1)[:, None]
         known = self.value_encoder.statements
         if unknown := sorted({statement for statement, _ in read} - set(known)):
             raise ValueError(f"the value encoder knows {', '.join(known)}, not {', '.join(unknown)}")
         return self.value_encoder.table[[known.index(statement) for statement, _ in read]]
+
+    def _decode(self, z):
+        return self.vae.decode(z.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
 
     @torch.no_grad()
     def __call__(
@@ -234,25 +233,111 @@ class LiVOPipeline(diffusers.StableDiffusionPipeline):
         full = [(text, tuple(dose for dose in doses if dose.strength == 1)) for text, doses in images]
         dosed = [(n, dose) for n, (_, doses) in enumerate(images) for dose in doses if dose.strength != 1]
         extra = [(full[n][0], (*full[n][1], dose)) for n, dose in dosed]
-        cond, mask = self._condition([*full, *[(negative_prompt, ())] * N, *extra])
+        cond, mask, added = self._condition([*full, *[(negative_prompt or self._empty(), ())] * N, *extra])
         image_of = [*range(N), *range(N), *(n for n, _ in dosed)]
 
         height = height or self.unet.config.sample_size * self.vae_scale_factor
         width = width or self.unet.config.sample_size * self.vae_scale_factor
+        if added:
+            sizes = torch.tensor([height, width, 0, 0, height, width], dtype=cond.dtype, device=cond.device)
+            added["time_ids"] = sizes.expand(len(cond), -1)
         self.scheduler.set_timesteps(num_inference_steps, device=cond.device)
         channels = self.unet.config.in_channels
         z = self.prepare_latents(N, channels, height, width, torch.float32, cond.device, generator, latents).float()
         for t in self.progress_bar(self.scheduler.timesteps):
             model_input = self.scheduler.scale_model_input(z, t)[image_of].to(cond.dtype)
-            eps = self.unet(model_input, t, encoder_hidden_states=cond, encoder_attention_mask=mask).sample.float()
+            eps = self.unet(
+                model_input, t, encoder_hidden_states=cond, encoder_attention_mask=mask, added_cond_kwargs=added
+            ).sample.float()
             with_prompt, with_negative, with_value = eps.split([N, N, len(dosed)])
             guided = with_negative + guidance_scale * (with_prompt - with_negative)
             for (n, dose), eps_v in zip(dosed, with_value):
                 guided[n] += dose.strength * guidance_scale * (eps_v - with_prompt[n])
             z = self.scheduler.step(guided, t, z).prev_sample
-        decoded = self.vae.decode(z.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
-        decoded, unsafe = self.run_safety_checker(decoded, cond.device, decoded.dtype)
+        decoded = self._decode(z)
+        decoded, unsafe = self._check_safety(decoded)
         shown = [not bad for bad in unsafe] if unsafe is not None else [True] * N
         decoded = self.image_processor.postprocess(decoded, output_type=output_type, do_denormalize=shown)
         self.maybe_free_model_hooks()
         return LiVOPipelineOutput(decoded, unsafe, [doses for _, doses in images])
+
+
+if SETTINGS["xl"]:  # diffusers wants one pipeline in a file
+
+    class LiVOPipeline(LiVO, diffusers.StableDiffusionXLPipeline):
+        """Stable Diffusion XL whose images follow values; `value_encoder_2` is beside its second text encoder."""
+
+        _optional_components = [
+            *diffusers.StableDiffusionXLPipeline._optional_components, "value_encoder", "value_encoder_2"
+        ]  # fmt: skip
+        model_cpu_offload_seq = "text_encoder->text_encoder_2->value_encoder->value_encoder_2->unet->vae"
+
+        def __init__(
+            self, vae, text_encoder, text_encoder_2, tokenizer, tokenizer_2, unet, scheduler, image_encoder=None,
+            feature_extractor=None, value_encoder=None, value_encoder_2=None, force_zeros_for_empty_prompt: bool = True,
+        ):  # fmt: skip
+            published = dict(scheduler.config)  # before the superclass corrects what it thinks outdated
+            super().__init__(
+                vae, text_encoder, text_encoder_2, tokenizer, tokenizer_2, unet, scheduler, image_encoder,
+                feature_extractor, force_zeros_for_empty_prompt, add_watermarker=False,
+            )  # fmt: skip
+            value_encoder = exported(value_encoder)
+            if isinstance(value_encoder, CLIPTextModel):
+                value_encoder_2 = exported(value_encoder_2, "value_encoder_2")
+            self.register_modules(value_encoder=value_encoder, value_encoder_2=value_encoder_2)
+            self._sample_with(published)
+
+        def _value_encoders(self):
+            return (self.value_encoder, self.tokenizer), (self.value_encoder_2, self.tokenizer_2)
+
+        def _empty(self) -> str | None:
+            return None if self.config.force_zeros_for_empty_prompt else ""
+
+        def _encode(self, texts):
+            """The penultimate states of both text encoders, and the pooled text; zeros for None."""
+            towers = (self.text_encoder, self.tokenizer), (self.text_encoder_2, self.tokenizer_2)
+            written = [text or "" for text in texts]
+            outs = [tower(self._tokenize(written, it), output_hidden_states=True) for tower, it in towers]
+            keep = torch.tensor([text is not None for text in texts], device=outs[0][0].device)[:, None]
+            c = torch.cat([out.hidden_states[-2] for out in outs], dim=-1)
+            return c * keep[..., None], {"text_embeds": outs[1].text_embeds * keep}
+
+        def _decode(self, z):
+            if self.vae.dtype == torch.float16 and self.vae.config.force_upcast:
+                self.vae.to(torch.float32)  # in which alone XL's decodes without an overflow
+            return super()._decode(z)
+
+        def _check_safety(self, images):
+            return images, None
+
+else:
+
+    class LiVOPipeline(LiVO, diffusers.StableDiffusionPipeline):
+        """Stable Diffusion 1.x and 2.x whose images follow values."""
+
+        _optional_components = [*diffusers.StableDiffusionPipeline._optional_components, "value_encoder"]
+        model_cpu_offload_seq = "text_encoder->value_encoder->unet->vae"
+
+        def __init__(
+            self, vae, text_encoder, tokenizer, unet, scheduler, safety_checker, feature_extractor, image_encoder=None,
+            value_encoder=None, requires_safety_checker: bool = True,
+        ):  # fmt: skip
+            published = dict(scheduler.config)  # before the superclass corrects what it thinks outdated
+            super().__init__(
+                vae, text_encoder, tokenizer, unet, scheduler, safety_checker, feature_extractor, image_encoder,
+                requires_safety_checker,
+            )  # fmt: skip
+            self.register_modules(value_encoder=exported(value_encoder))
+            self._sample_with(published)
+
+        def _value_encoders(self):
+            return ((self.value_encoder, self.tokenizer),)
+
+        def _empty(self) -> str:
+            return ""
+
+        def _encode(self, texts):
+            return self.text_encoder(self._tokenize(texts, self.tokenizer))[0], {}
+
+        def _check_safety(self, images):
+            return self.run_safety_checker(images, images.device, images.dtype)

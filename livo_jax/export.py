@@ -8,10 +8,9 @@ import pathlib
 import shutil
 import tempfile
 
-from livo_jax.models.clip import CLIPTextModel
-from livo_jax.pretrained import load, read_json, save
+from livo_jax.pretrained import read_json, save
 from livo_jax.retriever import lists
-from livo_jax.value_encoders import KINDS, LoRA, SoftTokens, ValueEncoder
+from livo_jax.value_encoders import KINDS, LoRA, SoftTokens, ValueEncoder, copy_of
 from livo_jax.values import load as load_values
 
 PIPELINE = pathlib.Path(__file__).with_name("diffusers_pipeline.py")
@@ -66,6 +65,7 @@ def export(directory: str | os.PathLike, sd, value_encoder, config, results: lis
                          knows, and which prompts they are for
         adapter/         low-rank updates alone, which peft loads on the model's text encoder
         tokenizer/       of the model that it belongs to
+        ..._2/           for XL the same of the second tower
         pipeline.py      a diffusers custom pipeline around both, with livo_rules.py and livo_ratio.py
         README.md        a model card: how to use it, its recipe, its results
 
@@ -87,27 +87,30 @@ def export(directory: str | os.PathLike, sd, value_encoder, config, results: lis
     directory = pathlib.Path(directory).absolute()
     scheduler, options = SCHEDULERS[config.sampling.sampler]
     settings = {
-        "directory": str(directory), "scheduler": scheduler, "options": options,
+        "directory": str(directory), "xl": sd.time_ids is not None, "scheduler": scheduler, "options": options,
         "steps": config.sampling.steps, "guidance_scale": config.sampling.guidance_scale,
     }  # fmt: skip
     text_encoder = sd.text_encoder
     if isinstance(value_encoder, LoRA) and config.dtype != "float32":  # what peft adds the adapter to is not rounded
-        text_encoder = load(CLIPTextModel, sd.root / "text_encoder", variant=config.variant or None)
+        text_encoder = ValueEncoder.from_pretrained(sd.root, subfolder="text_encoder", variant=config.variant or None)
     with whole_or_not_at_all(directory) as out:
-        published = read_json(sd.root / "text_encoder" / "config.json") | dataclasses.asdict(value_encoder.config)
-        published |= {"architectures": ["CLIPTextModel"], "dtype": "float32", "torch_dtype": "float32"}
         known = [{field: getattr(v, field) for field in CARRIED} for v in load_values(config.principles)]
-        published |= {"livo": {"values": known, "lists": lists(), "rates": rates}}
-        if isinstance(value_encoder, SoftTokens):
-            value_encoder.save(out / "value_encoder", config.model)
-            (out / "value_encoder" / "config.json").write_text(json.dumps(published, indent=2) + "\n")
-        else:
-            if isinstance(value_encoder, LoRA):
-                value_encoder.save(out / "adapter", config.model)
-                value_encoder = value_encoder.merged(text_encoder)
-            # transformers before 5 needs the prefix, and 5 takes it.
-            save(value_encoder, out / "value_encoder", published, stem="model", prefix="text_model.")
-        shutil.copytree(sd.root / "tokenizer", out / "tokenizer")
+        knows = {"livo": {"values": known, "lists": lists(), "rates": rates}}
+        if isinstance(value_encoder, LoRA):
+            value_encoder.save(out / "adapter", config.model)
+            value_encoder = copy_of(value_encoder.merged(text_encoder))
+        for k, tower in enumerate(value_encoder.config.towers):
+            second = "_2" if k else ""
+            published = read_json(sd.root / f"text_encoder{second}" / "config.json") | dataclasses.asdict(tower) | knows
+            published |= {"architectures": ["CLIPTextModel"], "dtype": "float32", "torch_dtype": "float32"}
+            if not isinstance(value_encoder, SoftTokens):
+                # transformers before 5 needs the prefix, and 5 takes it.
+                place, prefix = out / f"value_encoder{second}", "text_model."
+                save(value_encoder.towers[k], place, published, stem="model", prefix=prefix)
+            elif not k:
+                value_encoder.save(out / "value_encoder", config.model)
+                (out / "value_encoder" / "config.json").write_text(json.dumps(published, indent=2) + "\n")
+            shutil.copytree(sd.root / f"tokenizer{second}", out / f"tokenizer{second}")
         lines = PIPELINE.read_text().splitlines(keepends=True)
         (place,) = (i for i, line in enumerate(lines) if line.startswith("SETTINGS = "))
         lines[place] = f"SETTINGS = {settings!r}\n"

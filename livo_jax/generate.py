@@ -14,6 +14,7 @@ from flax import nnx
 
 from livo_jax import diffusion, sharding
 from livo_jax import ratio as ratios
+from livo_jax.models.clip import first_ids
 from livo_jax.models.weights import put, split
 from livo_jax.values import Retriever, Value, applies, text_hash, value_prompt
 
@@ -47,8 +48,10 @@ def initial_noise(seed, prompt_hash, index, shape):
 
 
 @functools.partial(jax.jit, static_argnames=("graphs", "shape", "decoder_parts", "guidance"))
-def _sample(graphs, params, batch, table, guidance_scale, scaling_factor, *, shape, decoder_parts: int, guidance):
-    """One batch of images [B, H, W, 3] uint8; `batch` as `generate` makes it.
+def _sample(
+    graphs, params, batch, table, guidance_scale, scaling_factor, time_ids, *, shape, decoder_parts: int, guidance
+):
+    """One batch of images [B, H, W, 3] uint8; `batch` as `generate` makes it, time_ids as StableDiffusion has them.
 
     The UNet sees R rows of each image, which lie side by side in the batch so that none leaves its device: the prompt
     with the values of full strength, the negative prompt, and the first once more with each of the other values; or
@@ -58,10 +61,14 @@ def _sample(graphs, params, batch, table, guidance_scale, scaling_factor, *, sha
     noise = jax.vmap(functools.partial(initial_noise, shape=shape))(batch["seed"], batch["prompt_hash"], batch["index"])
 
     merge = lambda x: x.reshape(-1, *x.shape[2:])  # the first two axes as one
-    texts = jnp.stack([batch["prompt_ids"], batch["negative_ids"]], axis=1)  # [B, 2, L]
+    texts = jnp.stack([batch["prompt_ids"], batch["negative_ids"]], axis=1)  # [B, 2, L], of XL [B, 2, 2, L]
     if guidance:
         texts = jnp.concatenate([texts, batch["edit_ids"]], axis=1)  # [B, R, L]
-    cond = text_encoder(merge(texts)).last_hidden_state
+    text = text_encoder(merge(texts))
+    cond, text_embeds = text.last_hidden_state, text.text_embeds
+    if "zeros" in batch:
+        keep = ~merge(batch["zeros"])
+        cond, text_embeds = cond * keep[:, None, None], text_embeds * keep[:, None]
     rows, mask = texts.shape[1], None
     if value_encoder:
         B, rows, V = batch["visible"].shape
@@ -69,8 +76,12 @@ def _sample(graphs, params, batch, table, guidance_scale, scaling_factor, *, sha
         u = value_encoder.tokens(merge(batch["value_prompt_ids"]), text_encoder).astype(cond.dtype)  # [B V, n, D]
         visible = jnp.repeat(batch["visible"], u.shape[1], axis=2)
         u = jnp.broadcast_to(u.reshape(B, 1, -1, D), (B, rows, visible.shape[2], D))
-        cond = cond.reshape(B, 2, -1, D)
-        cond = jnp.concatenate([cond, jnp.repeat(cond[:, :1], rows - 2, axis=1)], axis=1)  # [B, R, L, D]
+
+        def of_rows(x):  # [2 B, ...] -> [B, R, ...]
+            x = x.reshape(B, 2, *x.shape[1:])
+            return jnp.concatenate([x, jnp.repeat(x[:, :1], rows - 2, axis=1)], axis=1)
+
+        cond, text_embeds = of_rows(cond), text_embeds if text_embeds is None else merge(of_rows(text_embeds))
         mask = jnp.arange(cond.shape[2]) < batch["length"][:, :, None]
         # [u; c], and a row does not see the values that are not its own: the negative prompt none.
         cond = merge(jnp.concatenate([u, cond], axis=2))
@@ -78,7 +89,8 @@ def _sample(graphs, params, batch, table, guidance_scale, scaling_factor, *, sha
 
     def predict(z, t, carried):
         unet = nnx.merge(graphs[1], params[1])  # here: rematerialised blocks want modules of the loop's own trace
-        eps = unet(jnp.repeat(z, rows, axis=0), jnp.full(rows * len(z), t), cond, mask).astype(jnp.float32)
+        z_t, t = jnp.repeat(z, rows, axis=0), jnp.full(rows * len(z), t)
+        eps = unet(z_t, t, cond, mask, text_embeds, time_ids).astype(jnp.float32)
         with_prompt, with_negative, *dosed = jnp.unstack(eps.reshape(-1, rows, *z.shape[1:]), axis=1)
         if guidance:
             return guidance(with_prompt, with_negative, dosed, batch["edit_weights"], guidance_scale, carried)
@@ -178,23 +190,26 @@ def generate(
         "prompt_ids": sd.tokenize([r.prompt for r in padded]),
         "negative_ids": sd.tokenize([r.negative for r in padded]),
     }
+    if sd.zeros_for_empty_prompt:
+        columns["zeros"] = np.array([[False, not r.negative] + [False] * len(r.edits) for r in padded])
     if value_encoder is not None:
         columns |= value_columns(sd, padded, slots)
         if prompt_layout == "official":
             official_layout(columns, sd.tokenizer)
     if guidance:
         ids = sd.tokenize([text for r in padded for text, _ in r.edits])
-        columns["edit_ids"] = ids.reshape(len(padded), -1, ids.shape[-1])
+        columns["edit_ids"] = ids.reshape(len(padded), -1, *ids.shape[1:])
         columns["edit_weights"] = np.array([[weight for _, weight in r.edits] for r in padded], np.float32)
     parts = -(-batch_size * sd.image_size**2 // DECODED_PIXELS)
     parts = next(n for n in range(min(parts, batch_size), batch_size + 1) if batch_size % n == 0)
+    scaling_factor = sd.vae.config.scaling_factor
     static, images = {"shape": sd.latent_shape, "decoder_parts": parts, "guidance": guidance}, []
     progress = tqdm(range(0, len(padded), at_once), desc=description, unit="batch", disable=description is None)
     for start in progress:
         batch = {name: column[start : start + at_once] for name, column in columns.items()}
         batch = {name: put(rows, sharding.over_batch(mesh)) for name, rows in batch.items()}
         with jax.set_mesh(mesh):  # which the attention kernels ask for
-            out = _sample(graphs, params, batch, table, guidance_scale, sd.vae.config.scaling_factor, **static)
+            out = _sample(graphs, params, batch, table, guidance_scale, scaling_factor, sd.time_ids, **static)
         images.append(sharding.fetch(out))
     return np.concatenate(images)[: len(requests)]
 
@@ -210,8 +225,9 @@ def value_columns(sd, requests: list[Request], slots: tuple[int, int] = (0, 0)) 
     There are at least `slots`: of values of full strength, and of others, which have a row of their own too.
 
     Returns:
-        value_prompt_ids [N, V, L] int32; visible [N, R, V] bool, whether a row sees a token; strength [N, R - 2]
-        float32, of the values with a row of their own; length [N, R] int, how many of its text's tokens a row sees.
+        value_prompt_ids [N, V, L] int32, of XL [N, V, 2, L]; visible [N, R, V] bool, whether a row sees a token;
+        strength [N, R - 2] float32, of the values with a row of their own; length [N, R] int, how many of its text's
+        tokens a row sees.
     """
     full = [[dose for dose in r.values if dose.strength == 1] for r in requests]
     partial = [[dose for dose in r.values if dose.strength not in (0, 1)] for r in requests]
@@ -225,8 +241,8 @@ def value_columns(sd, requests: list[Request], slots: tuple[int, int] = (0, 0)) 
         for p, dose in enumerate(partial[n]):
             visible[n, 2 + p, F + p], strength[n, p] = True, dose.strength
     ids = sd.tokenize(texts)
-    length = np.full((N, 2 + P), ids.shape[1])
-    return dict(value_prompt_ids=ids.reshape(N, V, -1), visible=visible, strength=strength, length=length)
+    length = np.full((N, 2 + P), ids.shape[-1])
+    return dict(value_prompt_ids=ids.reshape(N, V, *ids.shape[1:]), visible=visible, strength=strength, length=length)
 
 
 def official_layout(columns: dict, tokenizer):
@@ -234,23 +250,24 @@ def official_layout(columns: dict, tokenizer):
 
     A causal text encoder gives a token the same state whatever follows it: hiding is as good as cutting.
     """
-    length = lambda ids: (ids == tokenizer.eos_token_id).argmax(1) + 1
+    length = lambda ids: (first_ids(ids) == tokenizer.eos_token_id).argmax(1) + 1
     with_value, n = columns["visible"].any((1, 2)), length(columns["prompt_ids"])
     columns["length"][with_value] = n[with_value, None]
     columns["length"][with_value, 1] += 1
     negative = columns["negative_ids"]
     cut = with_value & (length(negative) > n + 1)
-    negative[cut, n[cut]] = tokenizer.eos_token_id  # a negative prompt that is longer ends there
+    negative[cut, ..., n[cut]] = tokenizer.eos_token_id  # a negative prompt that is longer ends there
 
 
 def check_value_encoder(sd, value_encoder, statements=()):
     """Raises ValueError unless the value encoder fits this model and knows the values of these statements."""
     if value_encoder.statements and (unknown := sorted(set(statements) - set(value_encoder.statements))):
         raise ValueError(f"the value encoder knows {', '.join(value_encoder.statements)}, not {', '.join(unknown)}")
+    of = lambda config, name: " and ".join(str(getattr(tower, name)) for tower in config.towers)
     differences = [
-        f"{name}: {theirs} in the value encoder, {ours} in the text encoder of the model"
+        f"{name}: {theirs} in the value encoder, {ours} in the text encoder of {sd.name}"
         for name in value_encoder.FITS
-        if (theirs := getattr(value_encoder.config, name)) != (ours := getattr(sd.text_encoder.config, name))
+        if (theirs := of(value_encoder.config, name)) != (ours := of(sd.text_encoder.config, name))
     ]
     if differences:
         raise ValueError("the value encoder was made for another model:\n  " + "\n  ".join(differences))

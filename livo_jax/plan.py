@@ -49,7 +49,7 @@ def abstract_model(config) -> StableDiffusion:
         return nnx.merge(graph, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), params))
 
     root = find(config.model, DESCRIPTION + [f"{name}/config.json" for name in PARTS])
-    sd = StableDiffusion(root, part)
+    sd = StableDiffusion(root, part, config.model)
     sd.unet.remat = config.train.remat
     return sd
 
@@ -61,18 +61,21 @@ def value_encodings(config) -> int:
 
 def abstract_batch(sd, config, rows: int) -> dict:
     """Shapes and dtypes of a batch of data.batches."""
-    L, D = sd.text_encoder.config.max_position_embeddings, sd.text_encoder.config.hidden_size
-    h, w, C = sd.latent_shape
+    text, (h, w, C) = sd.text_encoder.config, sd.latent_shape
+    L, D, towers = text.max_position_embeddings, text.hidden_size, len(text.towers)
     array = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct((rows, *shape), dtype)
-    batch = {"value_prompt_ids": array(L, dtype=jnp.int32)}
+    ids = array(*[towers][: towers - 1], L, dtype=jnp.int32)
+    batch = {"value_prompt_ids": ids}
     if value_encodings(config) > 1:
-        batch |= {"beside_prompt_ids": array(L, dtype=jnp.int32), "beside": array(dtype=jnp.bool_)}
+        batch |= {"beside_prompt_ids": ids, "beside": array(dtype=jnp.bool_)}
     if config.data.cache:
         dtype = cache_dtype(config)
         moments = {f"{side}_moments": array(h, w, 2 * C, dtype=dtype) for side in ("aligned", "violating")}
+        if towers > 1:
+            batch["text_embeds"] = array(text.towers[1].projection_dim, dtype=dtype)
         return batch | moments | {"prompt_states": array(L, D, dtype=dtype)}
     images = {side: array(sd.image_size, sd.image_size, 3) for side in ("aligned", "violating")}
-    return batch | images | {"prompt_ids": array(L, dtype=jnp.int32)}
+    return batch | images | {"prompt_ids": ids}
 
 
 def size(tree, shardings=None) -> int:
@@ -82,6 +85,12 @@ def size(tree, shardings=None) -> int:
     if shardings is not None:
         shapes = [s.shard_shape(shape) for s, shape in zip(jax.tree.leaves(shardings), shapes)]
     return sum(math.prod(shape) * leaf.dtype.itemsize for shape, leaf in zip(shapes, leaves))
+
+
+def without(tree, *names) -> dict:
+    """The leaves of a tree, by path, but for those in parts of these names."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {path: leaf for path, leaf in leaves if not any(key.key in names for key in path)}
 
 
 def kept_for_backward(loss, params, frozen, batch) -> int:
@@ -118,15 +127,15 @@ def traffic(sd, params, frozen, mesh, config) -> dict[str, float]:
         params: the value encoder's shapes. frozen: those of the frozen models.
     """
     data, fsdp, tensor = (mesh.shape[axis] for axis in sharding.AXES)
-    trained = {k: v for k, v in params.items() if config.train.train_embeddings or k != "embeddings"}
     rules = sharding.RULES if config.value_encoder.kind == "full" else sharding.WHOLE
     lies, found = sharding.by_rules(params, mesh, rules), Counter()
-    on_device = size(trained, {k: lies[k] for k in trained})
+    frozen_names = () if config.train.train_embeddings else ("embeddings",)
+    on_device = size(without(params, *frozen_names), without(lies, *frozen_names))
 
     def gathered(part):  # but for tables, which are read where they lie, and what only draws
+        used = lambda tree: without(tree, "embeddings", "decoder", "post_quant_conv")
         rest, whole = sharding.by_rules(part, mesh), sharding.by_rules(part, mesh, gathered=True)
-        used = part.keys() - {"embeddings", "decoder", "post_quant_conv"}
-        return sum(size(part[name], whole[name]) - size(part[name], rest[name]) for name in used)
+        return size(used(part), used(whole)) - size(used(part), used(rest))
 
     # For each micro-batch. The gradient: summed over fsdp, of which a part stays here, and that over data.
     if rules is sharding.WHOLE:  # or over both, where every device has all of it
@@ -191,13 +200,13 @@ def plan(config, devices: int) -> dict:
     with micro.unlocked():
         micro.train.accumulate, micro.train.batch_size = 1, rows
     batch, scale = abstract_batch(sd, config, rows), sd.vae.config.scaling_factor
-    step = make_train_step(graphs, sd.schedule, tx, micro, scale)
+    step = make_train_step(graphs, sd.schedule, tx, micro, scale, sd.time_ids)
     flops = jax.jit(step).lower(state, frozen, batch).cost_analysis()["flops"] / rows
 
     h, w, C = sd.latent_shape
     drawn = {name: jax.ShapeDtypeStruct((rows, h, w, C), jnp.float32) for name in ("noise_w", "noise_l", "eps")}
     drawn["t"] = jax.ShapeDtypeStruct((rows,), jnp.int32)
-    loss = make_loss(graphs, sd.schedule, micro, scale)
+    loss = make_loss(graphs, sd.schedule, micro, scale, sd.time_ids)
     lies = sharding.by_rules(state, mesh, value_encoder.RULES)
     memory = {
         "state": size(state, lies),

@@ -13,7 +13,7 @@ from flax import nnx
 
 from livo_jax.diffusion import NoiseSchedule
 from livo_jax.generate import Images, generate, requests_of
-from livo_jax.models.clip import CLIPTextModel
+from livo_jax.models.clip import CLIPTextConfigs, CLIPTextModel, CLIPTextModels, CLIPTextModelWithProjection
 from livo_jax.models.unet import UNet2DConditionModel
 from livo_jax.models.vae import AutoencoderKL
 from livo_jax.models.weights import for_each_leaf, from_published, put, split, to_published
@@ -27,11 +27,13 @@ SCHEDULERS = frozenset(
 # The parts of a Stable Diffusion, and what their weight files are called.
 PARTS = {
     "text_encoder": (CLIPTextModel, "model"),
+    "text_encoder_2": (CLIPTextModelWithProjection, "model"),  # of XL alone
     "unet": (UNet2DConditionModel, "diffusion_pytorch_model"),
     "vae": (AutoencoderKL, "diffusion_pytorch_model"),
 }
 
-DESCRIPTION = ["model_index.json", "tokenizer/*", "scheduler/*.json"]  # what is no weight, beside the configs
+# What is no weight, beside the configs.
+DESCRIPTION = ["model_index.json", "tokenizer/*", "tokenizer_2/*", "scheduler/*.json"]
 
 
 def find(path_or_hub_id: str | os.PathLike, patterns: list[str]) -> pathlib.Path:
@@ -201,44 +203,68 @@ def save(module, directory: pathlib.Path, config: dict, *, stem: str, prefix: st
 
 
 class StableDiffusion:
-    """A frozen Stable Diffusion 1.x or 2.x.
+    """A frozen Stable Diffusion 1.x, 2.x or XL.
 
     Attributes:
-        text_encoder, unet, vae: Flax modules, called as their classes say.
-        root: its directory. tokenizer: a transformers.CLIPTokenizer.
+        text_encoder, unet, vae: Flax modules, called as their classes say. The text encoder of XL is of two towers.
+        name: what it was asked for by. root: its directory.
+        tokenizers: a transformers.CLIPTokenizer of each tower, tokenizer the first of them.
         scheduler_config: the published scheduler_config.json. schedule: its NoiseSchedule.
         image_size: height and width in pixels for which the model was trained.
         latent_shape: (h, w, C) of such an image.
+        time_ids: [6] int32, the sizes that the UNet of XL is told for such an image, whole; None of others.
+        zeros_for_empty_prompt: whether an empty negative prompt is zeros in the place of its states, as of XL.
     """
 
-    def __init__(self, root: pathlib.Path, make_part):
+    def __init__(self, root: pathlib.Path, make_part, name: str = ""):
         """Assembles the parts of a diffusers directory; make_part(model class, directory) makes each."""
-        self.root = root
+        self.root, self.name = root, name or str(root)
         scheduler_config = read_json(root / "scheduler" / "scheduler_config.json")
         if (name := scheduler_config.get("_class_name")) not in SCHEDULERS:
             raise ValueError(f"{root}: unknown scheduler {name!r}; known are {', '.join(sorted(SCHEDULERS))}")
         self.scheduler_config, self.schedule = scheduler_config, NoiseSchedule.from_json(scheduler_config)
+        index = read_json(root / "model_index.json") if (root / "model_index.json").is_file() else {}
+        is_xl = index.get("text_encoder_2", [None])[0] is not None
         # All configs are checked before the first weights are read.
-        text, unet, vae = (read_config(kind, root / part) for part, (kind, _) in PARTS.items())
-        problems = []
+        parts = {part: kind for part, (kind, _) in PARTS.items() if is_xl or part != "text_encoder_2"}
+        configs = {part: read_config(kind, root / part) for part, kind in parts.items()}
+        text, unet, vae = (configs[part] for part in ("text_encoder", "unet", "vae"))
+        problems, two = [], configs.get("text_encoder_2")
+        if two:
+            text = CLIPTextConfigs((text, two))
         if text.hidden_size != unet.cross_attention_dim:
             problems.append(f"its text encoder is {text.hidden_size} wide, its UNet wants {unet.cross_attention_dim}")
+        if unet.addition_embed_type and not two:
+            problems.append("its UNet wants the pooled text of a text_encoder_2, which model_index.json does not list")
+        elif unet.addition_embed_type:
+            given = two.projection_dim + 6 * unet.addition_time_embed_dim
+            if given != (wanted := unet.projection_class_embeddings_input_dim):
+                problems.append(f"its pooled text and sizes are {given} wide, its UNet wants {wanted}")
         if not vae.latent_channels == unet.in_channels == unet.out_channels:
             problems.append(
                 f"its VAE has {vae.latent_channels} latent channels, its UNet {unet.in_channels} in and"
                 f" {unet.out_channels} out (inpainting and depth models have more in)"
             )
         if problems:
-            raise ValueError(f"{root} is no Stable Diffusion 1.x or 2.x: {'; '.join(problems)}")
+            raise ValueError(f"{root} is no Stable Diffusion 1.x, 2.x or XL: {'; '.join(problems)}")
         from transformers import CLIPTokenizer
 
-        self.tokenizer = CLIPTokenizer.from_pretrained(root / "tokenizer")
-        if len(self.tokenizer) < 256:  # the bytes alone are more; without its files transformers makes an empty one
-            raise ValueError(f"{root / 'tokenizer'} has no vocabulary: are vocab.json and merges.txt there?")
-        self.text_encoder, self.unet, self.vae = (make_part(kind, root / part) for part, (kind, _) in PARTS.items())
+        places = [root / name for name in ("tokenizer", "tokenizer_2")[: len(text.towers)]]
+        self.tokenizers = [CLIPTokenizer.from_pretrained(place) for place in places]
+        self.tokenizer = self.tokenizers[0]
+        for place, tokenizer in zip(places, self.tokenizers):
+            if len(tokenizer) < 256:  # the bytes alone are more; without its files transformers makes an empty one
+                raise ValueError(f"{place} has no vocabulary: are vocab.json and merges.txt there?")
+        made = {part: make_part(kind, root / part) for part, kind in parts.items()}
+        self.text_encoder, self.unet, self.vae = made["text_encoder"], made["unet"], made["vae"]
+        if two:
+            self.text_encoder = CLIPTextModels(self.text_encoder, made["text_encoder_2"])
         latent_size = read_json(root / "unet" / "config.json").get("sample_size", 64)
         self.image_size = latent_size * 2 ** (len(vae.block_out_channels) - 1)
         self.latent_shape = (latent_size, latent_size, vae.latent_channels)
+        size = (self.image_size, self.image_size)
+        self.time_ids = np.array([*size, 0, 0, *size], np.int32) if unet.addition_embed_type else None
+        self.zeros_for_empty_prompt = is_xl and index.get("force_zeros_for_empty_prompt", True)
 
     @classmethod
     def from_pretrained(
@@ -263,7 +289,8 @@ class StableDiffusion:
             for name in ("config.json", *weight_patterns(stem, variant))
         ]
         root = find(path_or_hub_id, DESCRIPTION + files)
-        return cls(root, lambda kind, place: load(kind, place, dtype, variant=variant, sharding=sharding))
+        make = lambda kind, place: load(kind, place, dtype, variant=variant, sharding=sharding)
+        return cls(root, make, str(path_or_hub_id))
 
     @classmethod
     def from_config(cls, path_or_hub_id, dtype=jnp.float32, *, seed: int = 0, sharding=None) -> "StableDiffusion":
@@ -272,20 +299,26 @@ class StableDiffusion:
         For tests and benchmarks: pictures show nothing. Arguments and errors as in from_pretrained.
         """
         root = find(path_or_hub_id, DESCRIPTION + [f"{part}/config.json" for part in PARTS])
-        return cls(root, lambda kind, place: initialise(kind, place, dtype, seed=seed, sharding=sharding))
+        make = lambda kind, place: initialise(kind, place, dtype, seed=seed, sharding=sharding)
+        return cls(root, make, str(path_or_hub_id))
 
     def tokenize(self, texts: list[str]) -> np.ndarray:
-        """Token ids [B, L] int32, padded and cut to the text encoder's length; what is cut is warned of."""
-        length = self.text_encoder.config.max_position_embeddings
-        ids = np.full((len(texts), length), self.tokenizer.pad_token_id, np.int32)
-        # Padding and cutting are settings of the tokenizer, which the data's threads share: neither is asked of it.
-        for text, row, whole in zip(texts, ids, self.tokenizer(list(texts), verbose=False)["input_ids"]):
-            row[: len(whole)] = whole[:length]
-            if len(whole) > length:
-                row[-1] = whole[-1]
-                cut = self.tokenizer.decode(whole[length - 1 : -1])
-                warnings.warn(f"{text!r} is longer than {length} tokens; cut off: {cut!r}", stacklevel=2)
-        return ids
+        """Token ids [B, L] int32, of XL [B, 2, L], padded and cut to the text encoder's length.
+
+        What is cut is warned of.
+        """
+        length, found = self.text_encoder.config.max_position_embeddings, []
+        for tokenizer in self.tokenizers:
+            ids = np.full((len(texts), length), tokenizer.pad_token_id, np.int32)
+            # Padding and cutting are settings of the tokenizer, which the data's threads share: neither is asked of it.
+            for text, row, whole in zip(texts, ids, tokenizer(list(texts), verbose=False)["input_ids"]):
+                row[: len(whole)] = whole[:length]
+                if len(whole) > length:
+                    row[-1] = whole[-1]
+                    cut = tokenizer.decode(whole[length - 1 : -1])
+                    warnings.warn(f"{text!r} is longer than {length} tokens; cut off: {cut!r}", stacklevel=2)
+            found.append(ids)
+        return found[0] if len(found) == 1 else np.stack(found, axis=1)
 
     def generate(
         self,

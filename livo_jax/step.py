@@ -37,8 +37,14 @@ def make_optimizer(config) -> optax.GradientTransformation:
     learning_rate = optax.join_schedules([warmup, schedules[c.schedule]], [c.warmup_steps])
     adamw = optax.adamw(learning_rate, b1=c.b1, b2=c.b2, eps=c.eps, weight_decay=c.weight_decay)
     if not c.train_embeddings:
-        adamw = optax.masked(adamw, lambda params: {name: name != "embeddings" for name in params})
+        adamw = optax.masked(adamw, but_embeddings)
     return optax.chain(optax.clip_by_global_norm(c.grad_clip), adamw)
+
+
+def but_embeddings(params: dict) -> dict:
+    """Whether parameters are trained where embeddings are not: a prefix of their tree, of one tower or of two."""
+    tower = lambda name: name.startswith("text_encoder")
+    return {name: but_embeddings(part) if tower(name) else name != "embeddings" for name, part in params.items()}
 
 
 def init_state(params: dict, tx: optax.GradientTransformation, ema_decay: float = 0.0) -> dict:
@@ -82,7 +88,7 @@ def make_preference(config, T: int):
     return functools.partial(getattr(losses, c.form), **forms[c.form])
 
 
-def make_loss(graphs: dict, schedule: diffusion.NoiseSchedule, config, scaling_factor: float):
+def make_loss(graphs: dict, schedule: diffusion.NoiseSchedule, config, scaling_factor: float, time_ids=None):
     """The function loss(params, frozen, batch) -> (loss, metrics); arguments as of make_train_step.
 
     Its batch also has what the step draws: noise_w, noise_l, eps [b, h, w, C] and t [b].
@@ -92,8 +98,9 @@ def make_loss(graphs: dict, schedule: diffusion.NoiseSchedule, config, scaling_f
     sides = {"aligned": "noise_w"} if config.loss.form == "sft" else {"aligned": "noise_w", "violating": "noise_l"}
 
     def loss(params, frozen, batch):
-        if not train_embeddings and "embeddings" in params:
-            params = params | {"embeddings": jax.lax.stop_gradient(params["embeddings"])}
+        if not train_embeddings:
+            keep = lambda trained, part: part if trained else jax.lax.stop_gradient(part)
+            params = jax.tree.map(keep, but_embeddings(params), params)
         value_encoder = nnx.merge(graphs["value_encoder"], params)
         text_encoder, unet = (nnx.merge(graphs[name], frozen[name]) for name in ("text_encoder", "unet"))
 
@@ -103,7 +110,7 @@ def make_loss(graphs: dict, schedule: diffusion.NoiseSchedule, config, scaling_f
 
         # w and l go through the UNet as one batch, with the same eps and t: side by side, so that no row leaves
         # its device.
-        of_sides = lambda x: jnp.repeat(x, len(sides), axis=0)
+        of_sides = lambda x: x if x is None else jnp.repeat(x, len(sides), axis=0)
         z = jnp.stack([latents(side, batch[noise]) for side, noise in sides.items()], axis=1)
         z = z.reshape(-1, *z.shape[2:])
         eps, t = of_sides(batch["eps"]), of_sides(batch["t"])
@@ -111,14 +118,15 @@ def make_loss(graphs: dict, schedule: diffusion.NoiseSchedule, config, scaling_f
         weight = diffusion.min_snr_weight(schedule, t, min_snr_gamma) if min_snr_gamma else 1.0
 
         def errors(conditioning, mask):
-            mask = None if mask is None else of_sides(mask)
-            eps_hat = unet(z_t, t, of_sides(conditioning), mask)
+            eps_hat = unet(z_t, t, of_sides(conditioning), of_sides(mask), of_sides(text_embeds), time_ids)
             return (weight * losses.denoising_error(eps_hat, target)).reshape(-1, len(sides)).T
 
         if "prompt_states" in batch:
             c = batch["prompt_states"].astype(unet.conv_in.kernel.dtype)  # [b, L, D]
+            text_embeds = batch.get("text_embeds")
         else:
-            c = text_encoder(batch["prompt_ids"]).last_hidden_state
+            text = text_encoder(batch["prompt_ids"])
+            c, text_embeds = text.last_hidden_state, text.text_embeds  # the prompt's, of the policy too
         before = lambda u, c: jnp.concatenate([u.astype(c.dtype), c], axis=1)  # [u; c]: value tokens first
         u, mask = value_encoder.tokens(batch["value_prompt_ids"], text_encoder), None  # [b, n, D]
         if "beside" in batch:
@@ -145,20 +153,20 @@ def draw(key, shape: tuple, timesteps: tuple[int, int]) -> dict:
     return drawn | {"t": jax.random.randint(key_t, shape[:1], *timesteps)}
 
 
-def make_train_step(graphs: dict, schedule: diffusion.NoiseSchedule, tx, config, scaling_factor: float):
+def make_train_step(graphs: dict, schedule: diffusion.NoiseSchedule, tx, config, scaling_factor: float, time_ids=None):
     """The function train_step(state, frozen, batch) -> (state, metrics), to be jitted.
 
     Args:
         graphs: GraphDefs of value_encoder, text_encoder, unet, vae.
         config: its `loss`, `seed` and `train` (accumulate, ema_decay, train_embeddings) are used.
-        scaling_factor: of the VAE's latents.
+        scaling_factor: of the VAE's latents. time_ids: of XL, as StableDiffusion has them.
 
     The step takes `state` (step, params, opt_state, perhaps ema), `frozen` (parameters of text_encoder,
     unet and vae) and a batch of data.batches: value_prompt_ids, and either prompt_ids and images or, from a
-    cache, prompt_states and moments; then `frozen` needs no vae. Its metrics are float32 scalars:
-    loss, those of the form's function in losses.py, and grad_norm.
+    cache, prompt_states (of XL also text_embeds) and moments; then `frozen` needs no vae. Its metrics are
+    float32 scalars: loss, those of the form's function in losses.py, and grad_norm.
     """
-    loss = make_loss(graphs, schedule, config, scaling_factor)
+    loss = make_loss(graphs, schedule, config, scaling_factor, time_ids)
     timesteps = config.loss.timesteps
     accumulate, ema_decay = config.train.accumulate, config.train.ema_decay
 

@@ -97,9 +97,12 @@ def load_models(config, mesh):
     sd.unet.remat = config.train.remat
     gather = functools.partial(sharding.gather, mesh=mesh)
     if config.shard_frozen:
-        sd.unet.gather = sd.text_encoder.encoder.gather = gather
+        sd.unet.gather = gather
+        for tower in sd.text_encoder.towers:
+            tower.encoder.gather = gather
     if mesh.shape["fsdp"] > 1 and config.value_encoder.kind == "full":
-        value_encoder.encoder.gather = gather
+        for tower in value_encoder.towers:
+            tower.encoder.gather = gather
     return sd, value_encoder
 
 
@@ -172,7 +175,7 @@ def train_and_evaluate(config, workdir, build_preferences=None, cache_latents=No
     trained = lambda: nnx.merge(graphs["value_encoder"], trained_params(state))
 
     # ---- the step, compiled once
-    step_fn = make_train_step(graphs, sd.schedule, tx, config, sd.vae.config.scaling_factor)
+    step_fn = make_train_step(graphs, sd.schedule, tx, config, sd.vae.config.scaling_factor, sd.time_ids)
     step_fn = jit_step(step_fn, state, frozen, mesh)
 
     # ---- the loop: while step k runs, the metrics of step k-1 are fetched and checked

@@ -1,7 +1,7 @@
 """Value encoders, of three kinds: each makes the tokens that go before the prompt's of "value, prompt".
 
-All have tokens(ids, text_encoder), which takes ids [B, L] int32 and the model's frozen text encoder and returns
-[B, n, D] float32, and
+All have tokens(ids, text_encoder), which takes ids [B, L] int32 (of XL [B, 2, L]) and the model's frozen text encoder
+and returns [B, n, D] float32, and
 
     config      of the text encoder that it belongs to; FITS: the fields of it that must be the model's
     statements  of the values that it knows; None: of any
@@ -13,6 +13,7 @@ import functools
 import json
 import os
 import pathlib
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ import numpy as np
 from flax import nnx
 
 from livo_jax import sharding, values
-from livo_jax.models.clip import CLIPTextConfig, CLIPTextModel
+from livo_jax.models.clip import CLIPTextConfig, CLIPTextConfigs, CLIPTextModel, CLIPTextModels, first_ids
 from livo_jax.models.weights import from_published, put, split, to_published
 from livo_jax.pretrained import find, load, open_tensors, read_json, weight_patterns
 
@@ -43,21 +44,32 @@ class ValueEncoder(CLIPTextModel):
 
         Args:
             subfolder: where it is ("text_encoder" of a Stable Diffusion). If empty, at the root or in
-                value_encoder/, as an export has it.
+                value_encoder/, as an export has it. Where SUBFOLDER_2 is beside it, a ValueEncoders of both.
             dtype, variant, sharding: as StableDiffusion.from_pretrained has them.
         """
         patterns = ["config.json", *weight_patterns("model", variant)]
         places = [subfolder] if subfolder else ["", "value_encoder"]
-        root = find(path_or_hub_id, [f"{place}/{name}".lstrip("/") for place in places for name in patterns])
+        folders = [*places, f"{places[-1]}_2"]
+        root = find(path_or_hub_id, [f"{place}/{name}".lstrip("/") for place in folders for name in patterns])
         place = next((place for place in places if (root / place / "config.json").is_file()), places[0])
-        return load(cls, root / place, dtype, variant=variant, sharding=sharding)
+        tower = functools.partial(load, dtype=dtype, variant=variant, sharding=sharding)
+        if place and (root / f"{place}_2").is_dir():
+            return ValueEncoders(tower(CLIPTextModel, root / place), tower(CLIPTextModel, root / f"{place}_2"))
+        return tower(cls, root / place)
+
+
+class ValueEncoders(CLIPTextModels):
+    """Kind "full" for XL: a text encoder beside each of the model's, whose pooled outputs together are the token."""
+
+    FITS, RULES, SETTINGS, statements = WIDTHS, sharding.RULES, (), None
+    tokens = ValueEncoder.tokens
 
 
 class LoRA(nnx.Module):
     """Kind "lora": the frozen text encoder, its kernels W as W + alpha / rank * A B (Hu et al. 2022).
 
     Args:
-        config: of the text encoder.
+        text_encoder: of the model; its shapes are used.
         rank: columns of A and rows of B.
         targets: names of the layers that are updated, of TARGETS.
 
@@ -73,20 +85,20 @@ class LoRA(nnx.Module):
         " layers_to_transform layer_replication exclude_modules target_parameters trainable_token_indices".split()
     )
     PREFIX = "base_model.model."  # of peft's names, which end as the layers of today's transformers are called
+    FILES = ("adapter_config.json", "adapter_model.safetensors")
 
-    def __init__(self, config: CLIPTextConfig, *, rank: int, alpha: float, targets, rngs):
+    def __init__(self, text_encoder: CLIPTextModel | CLIPTextModels, *, rank: int, alpha: float, targets, rngs):
         problems = [f"target {name!r}: choose from {', '.join(self.TARGETS)}" for name in {*targets} - {*self.TARGETS}]
         if rank < 1 or alpha <= 0 or not targets:
             problems.append(f"rank={rank}, alpha={alpha}, {len(targets)} targets: each must be above 0")
         if problems:
             raise ValueError("lora cannot work: " + "; ".join(problems))
-        self.config, self.rank, self.alpha, self.targets = config, rank, alpha, tuple(sorted(targets))
+        self.config, self.rank, self.alpha, self.targets = text_encoder.config, rank, alpha, tuple(sorted(targets))
         self.updates = nnx.Dict()  # by the path of the layer
         # As peft starts: A is small, B zero, so that the untrained one is the text encoder.
         small, zero = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform"), nnx.initializers.zeros
         linear = lambda rows, columns, init: nnx.Linear(rows, columns, use_bias=False, kernel_init=init, rngs=rngs)
-        _, text_encoder = split(nnx.eval_shape(lambda: CLIPTextModel(config, rngs=nnx.Rngs(0))))
-        for (*layer, leaf), weight in jax.tree_util.tree_leaves_with_path(text_encoder):
+        for (*layer, leaf), weight in jax.tree_util.tree_leaves_with_path(split(text_encoder)[1]):
             if leaf.key == "kernel" and layer[-1].key in targets:
                 rows, columns = weight.shape
                 A, B = linear(rows, rank, small), linear(rank, columns, zero)
@@ -95,7 +107,7 @@ class LoRA(nnx.Module):
     def tokens(self, ids, text_encoder):
         return self.merged(text_encoder)(ids).pooled[:, None]
 
-    def merged(self, text_encoder: CLIPTextModel) -> CLIPTextModel:
+    def merged(self, text_encoder):
         """The text encoder with the updates in its weights, float32."""
         graph, params = split(text_encoder)
 
@@ -115,47 +127,96 @@ class LoRA(nnx.Module):
 
         Args:
             path_or_hub_id: with adapter_config.json and adapter_model.safetensors, at the root or in adapter/, as
-                an export has it.
+                an export has it; for XL those of the second tower in adapter_2/.
             sharding: where its weights go; the default device if None.
 
         Raises:
             FileNotFoundError: it is not there.
-            ValueError: it does what we do not compute, or is of another text encoder.
+            ValueError: it does what we do not compute, or is of another text encoder. A warning says if the model
+                that it names as its own is another than this.
         """
-        files = ("adapter_config.json", "adapter_model.safetensors")
-        root = find(path_or_hub_id, [f"{place}{name}" for place in ("", "adapter/") for name in files])
+        places = ("", "adapter/", "adapter_2/")
+        root = find(path_or_hub_id, [f"{place}{name}" for place in places for name in cls.FILES])
         root = root / "adapter" if (root / "adapter").is_dir() else root
-        published = read_json(root / files[0])
+        parts = _parts(sd.text_encoder)
+        # Of other folders a name that ends in _2 may be another adapter's.
+        second = [_second(root)] if root.name == "adapter" or len(parts) > 1 else []
+        roots = [root, *(place for place in second if place.is_dir())]
+        settings, bases = zip(*map(cls._settings, roots))
+        fits = f"{root}, an adapter of {bases[0]!r}, does not fit {sd.root}"
+        if len(roots) != len(parts):
+            raise ValueError(f"{fits}: it is for {len(roots)} text encoders, there are {len(parts)}")
+        if settings[0] != settings[-1]:
+            raise ValueError(f"{root} and {roots[-1].name} are of two kinds: {settings[0]} and {settings[-1]}")
+        graph, abstract = split(nnx.eval_shape(lambda: cls(sd.text_encoder, **settings[0], rngs=nnx.Rngs(0))))
+        ours = lambda name: name.removeprefix(cls.PREFIX).removeprefix("text_model.")
+        tensors = {
+            f"updates.{part}{ours(name)}": tensor
+            for place, part in zip(roots, parts)
+            for name, tensor in open_tensors([place / cls.FILES[1]]).items()
+        }
+        try:
+            value_encoder = nnx.merge(graph, from_published(tensors, abstract, jnp.float32, sharding))
+        except ValueError as error:
+            raise ValueError(f"{fits}/text_encoder: {error}") from error
+        check_base(root, bases[0], sd)
+        return value_encoder
+
+    @classmethod
+    def _settings(cls, root: pathlib.Path) -> tuple[dict, str]:
+        """Rank, alpha and targets of an adapter, and the model that it is of."""
+        published = read_json(root / cls.FILES[0])
         problems = [f"{name}={published[name]!r}" for name in cls.UNSUPPORTED if published.get(name)]
         targets, kind, bias = (published.get(name) for name in ("target_modules", "peft_type", "bias"))
         if (kind, bias) != ("LORA", "none") or not isinstance(targets, list):
             problems.append(f"peft_type={kind!r}, bias={bias!r}, target_modules={targets!r}")
         if problems:
-            raise ValueError(f"{root / files[0]}: not supported: {', '.join(problems)}")
-        if not (root / files[1]).is_file():
-            raise FileNotFoundError(f"{root} has no {files[1]}")
-        settings = dict(rank=published.get("r", 8), alpha=published.get("lora_alpha", 8), targets=targets)
-        graph, abstract = split(nnx.eval_shape(lambda: cls(sd.text_encoder.config, **settings, rngs=nnx.Rngs(0))))
-        ours = lambda name: name.removeprefix(cls.PREFIX).removeprefix("text_model.")  # of transformers before
-        tensors = {f"updates.{ours(name)}": tensor for name, tensor in open_tensors([root / files[1]]).items()}
-        try:
-            return nnx.merge(graph, from_published(tensors, abstract, jnp.float32, sharding))
-        except ValueError as error:
-            base = published.get("base_model_name_or_path")
-            raise ValueError(f"{root}, an adapter of {base!r}, does not fit {sd.root}/text_encoder: {error}") from error
+            raise ValueError(f"{root / cls.FILES[0]}: not supported: {', '.join(problems)}")
+        if not (root / cls.FILES[1]).is_file():
+            raise FileNotFoundError(f"{root} has no {cls.FILES[1]}")
+        settings = dict(rank=published.get("r", 8), alpha=published.get("lora_alpha", 8), targets=sorted(targets))
+        return settings, published.get("base_model_name_or_path")
 
     def save(self, directory: pathlib.Path, base: str):
-        """Writes adapter_config.json and adapter_model.safetensors, which peft loads on the text encoder of `base`."""
+        """Writes adapter_config.json and adapter_model.safetensors, which peft loads on the text encoder of `base`.
+
+        Those of a second text encoder are written to DIRECTORY_2.
+        """
         from safetensors.numpy import save_file
 
-        directory.mkdir(parents=True, exist_ok=True)
         settings = {
             "peft_type": "LORA", "base_model_name_or_path": base, "r": self.rank, "lora_alpha": self.alpha,
             "target_modules": list(self.targets), "bias": "none", "inference_mode": True,
         }  # fmt: skip
-        (directory / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-        published = to_published(split(self)[1]["updates"], self.PREFIX)
-        save_file(published, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+        updates = to_published(split(self)[1]["updates"])
+        # transformers has the second text encoder, with its projection, around a text_model.
+        prefixes = (self.PREFIX, f"{self.PREFIX}text_model.")
+        for place, part, prefix in zip((directory, _second(directory)), _parts(self), prefixes):
+            place.mkdir(parents=True, exist_ok=True)
+            (place / self.FILES[0]).write_text(json.dumps(settings, indent=2) + "\n")
+            published = {prefix + n.removeprefix(part): x for n, x in updates.items() if n.startswith(part)}
+            save_file(published, place / self.FILES[1], metadata={"format": "pt"})
+
+
+def _parts(module) -> tuple[str, ...]:
+    """What the names of each tower's weights begin with in a module of one tower or of two."""
+    return ("text_encoder.", "text_encoder_2.") if len(module.config.towers) > 1 else ("",)
+
+
+def _second(directory: pathlib.Path) -> pathlib.Path:
+    """Where what is for the second tower lies, beside what is for the first."""
+    return directory.with_name(f"{directory.name}_2")
+
+
+def check_base(path, base: str | None, sd):
+    """Warns where the model that a value encoder names as its own is another than the one that it is used on."""
+    same = lambda name: name in (sd.name, str(sd.root)) or pathlib.Path(name).resolve() == sd.root.resolve()
+    if base and not same(base):
+        warnings.warn(
+            f"{path} was trained on {base!r} and is used on {sd.name!r}: it fits by its shapes, but is of use only if"
+            " the one is a copy of the other",
+            stacklevel=3,
+        )
 
 
 class SoftTokens(nnx.Module):
@@ -174,7 +235,7 @@ class SoftTokens(nnx.Module):
     FITS, RULES, SETTINGS = WIDTHS, sharding.WHOLE, ("count", "statements")
     FILE = "value_tokens.safetensors"
 
-    def __init__(self, config: CLIPTextConfig, *, statements, tokenizer, count: int):
+    def __init__(self, config: CLIPTextConfig | CLIPTextConfigs, *, statements, tokenizer, count: int):
         if count < 1 or not statements:
             raise ValueError(f"{count} soft tokens of {len(statements)} values: at least 1 of each")
         self.config, self.count, self.statements = config, count, tuple(statements)
@@ -184,18 +245,19 @@ class SoftTokens(nnx.Module):
 
     def tokens(self, ids, text_encoder=None):
         # The longest statement that the ids begin with: one may be the beginning of another.
+        ids = first_ids(ids)
         begin = [len(row) * (ids[:, : len(row)] == jnp.array(row)).all(axis=1) for row in self.beginnings]
         return self.table[jnp.argmax(jnp.stack(begin, axis=1), axis=1)]
 
     def untrained(self, sd) -> np.ndarray:
         """The table [V, n, D] to start from: the text encoder's states of each statement, from its end on.
 
-        The first is the pooled one. The others, of the padding, have its meaning at another place: equal tokens would
-        stay equal.
+        The first is that of the end: of one tower the pooled one. The others, of the padding, have its meaning at
+        another place: equal tokens would stay equal.
         """
         ids, count = sd.tokenize(self.statements), self.count
-        end = (ids == sd.tokenizer.eos_token_id).argmax(axis=1)
-        if (room := ids.shape[1] - end.max()) < count:
+        end = (first_ids(ids) == sd.tokenizer.eos_token_id).argmax(axis=1)
+        if (room := ids.shape[-1] - end.max()) < count:
             raise ValueError(f"config.value_encoder.tokens={count}: the model has room for {room} after a statement")
         graph, params = split(sd.text_encoder)
         states = jax.jit(lambda params, ids: nnx.merge(graph, params)(ids).last_hidden_state)(params, ids)
@@ -211,7 +273,8 @@ class SoftTokens(nnx.Module):
 
         Raises:
             FileNotFoundError: it is not there.
-            ValueError: it is damaged, or of a model of another width.
+            ValueError: it is damaged, or of a model of another width. A warning says if the model that it names as
+                its own is another than this.
         """
         import safetensors
 
@@ -234,6 +297,7 @@ class SoftTokens(nnx.Module):
             )
         value_encoder = cls(config, statements=statements, tokenizer=sd.tokenizer, count=shape[1])
         value_encoder.table[...] = put(np.asarray(tensors["table"], np.float32), sharding)
+        check_base(file, metadata.get("base"), sd)
         return value_encoder
 
     def save(self, directory: pathlib.Path, base: str):
@@ -248,13 +312,28 @@ class SoftTokens(nnx.Module):
 KINDS = {"full": ValueEncoder, "lora": LoRA, "token": SoftTokens}
 
 
+def full(config: CLIPTextConfig | CLIPTextConfigs, seed: int = 0) -> ValueEncoder | ValueEncoders:
+    """A value encoder of kind "full", of random weights."""
+    if len(config.towers) > 1:
+        return ValueEncoders(*(CLIPTextModel(tower, rngs=nnx.Rngs(seed)) for tower in config.towers))
+    return ValueEncoder(config, rngs=nnx.Rngs(seed))
+
+
+def copy_of(text_encoder) -> ValueEncoder | ValueEncoders:
+    """A value encoder of kind "full", float32, whose token is the pooled output of a text encoder: its copy."""
+    graph, abstract = split(nnx.eval_shape(lambda: full(text_encoder.config)))
+    theirs = dict(jax.tree_util.tree_leaves_with_path(split(text_encoder)[1]))
+    copied = lambda path, _: jnp.array(theirs[path], jnp.float32, copy=True)
+    return nnx.merge(graph, jax.tree_util.tree_map_with_path(copied, abstract))
+
+
 def make(config, sd):
     """A value encoder of config.value_encoder for a StableDiffusion, of random or no weights."""
     c, text = config.value_encoder, sd.text_encoder.config
     if c.kind == "full":
-        return ValueEncoder(text, rngs=nnx.Rngs(config.seed))
+        return full(text, config.seed)
     if c.kind == "lora":
-        return LoRA(text, rank=c.rank, alpha=c.alpha, targets=c.targets, rngs=nnx.Rngs(config.seed))
+        return LoRA(sd.text_encoder, rank=c.rank, alpha=c.alpha, targets=c.targets, rngs=nnx.Rngs(config.seed))
     if c.kind == "token":
         principles = values.load(config.principles)
         statements = [value.statement for value in principles]
@@ -294,8 +373,7 @@ def start(config, sd, mesh):
         variant = config.variant or None
         return ValueEncoder.from_pretrained(config.model, subfolder="text_encoder", variant=variant, sharding=by_rules)
     if c.kind == "full":  # copied, for training gives the arrays of its state away
-        params = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), split(sd.text_encoder)[1])
-        return nnx.merge(split(wanted)[0], params)
+        return copy_of(sd.text_encoder)
     value_encoder = make(config, sd)
     if c.kind == "token":
         value_encoder.table[...] = value_encoder.untrained(sd)

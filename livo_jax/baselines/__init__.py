@@ -14,6 +14,7 @@ import numpy as np
 
 from livo_jax.generate import generate
 from livo_jax.models.weights import split
+from livo_jax.step import but_embeddings
 
 
 class Method(NamedTuple):
@@ -71,8 +72,8 @@ def load(config, sd, value_encoder, mesh, workdir, judge=None) -> Method:
     if value_encoder is not None:
         tokens = functools.partial(drawer(config, mesh), sd, value_encoder=value_encoder)
         (params,) = weights(value_encoder)
-        kept = () if config.train.train_embeddings else ("embeddings",)
-        trained = sum(x.size for x in jax.tree.leaves({k: v for k, v in params.items() if k not in kept}))
+        keep = lambda trained, part: part if trained or config.train.train_embeddings else None
+        trained = sum(x.size for x in jax.tree.leaves(jax.tree.map(keep, but_embeddings(params), params)))
         return Method(tokens, [networks(sd), params], {"method": "value tokens"}, tokens=True, trained=trained)
     if config.train.steps:
         return base(config, sd, mesh)._replace(settings={"method": config.method})

@@ -114,6 +114,11 @@ class TextOutput(NamedTuple):
     text_embeds: jax.Array | None = None  # [B, P] the pooled row, projected, where the model projects it
 
 
+def first_ids(ids):
+    """The ids [..., L] of the first tokenizer: of ids [B, L] themselves, of [B, 2, L] those [:, 0]."""
+    return ids if ids.ndim == 2 else ids[:, 0]
+
+
 class VisionOutput(NamedTuple):
     last_hidden_state: jax.Array  # [B, 1 + h w, D] of the class token and the patches, before the last layer norm
     pooled: jax.Array  # [B, D] the class token's row after it

@@ -78,6 +78,10 @@ class UNetConfig(PublishedConfig):
                 raise ValueError(f"unknown block types {unknown}: choose from {suffix}, CrossAttn{suffix}")
         if self.addition_embed_type not in (None, "text_time"):
             raise ValueError(f"unknown addition_embed_type={self.addition_embed_type!r}: choose from None, 'text_time'")
+        if self.addition_embed_type:
+            for name in ("addition_time_embed_dim", "projection_class_embeddings_input_dim"):
+                if getattr(self, name) is None:
+                    raise ValueError(f"addition_embed_type={self.addition_embed_type!r} needs {name}")
         levels = len(self.block_out_channels)
         per_level = "layers_per_block attention_head_dim transformer_layers_per_block"
         for name in ("down_block_types", "up_block_types", *per_level.split()):

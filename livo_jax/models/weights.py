@@ -25,8 +25,9 @@ LEGACY = (
     (re.compile(r"(mid_block\.attentions\.\d+)\.value\."), r"\1.to_v."),
     (re.compile(r"(mid_block\.attentions\.\d+)\.proj_attn\."), r"\1.to_out.0."),
 )
-# Saved beside the weights, but constants: by transformers before 4.31, by PyTorch's batch norms, by lpips.
-BUFFERS = re.compile(r"(^|\.)(position_ids|num_batches_tracked)$|^scaling_layer\.")
+# Saved beside the weights, but constants: by transformers before 4.31, by PyTorch's batch norms, by lpips. And the
+# projection of a text transformer, which one that only encodes has no use for.
+BESIDE = re.compile(r"(^|\.)(position_ids|num_batches_tracked)$|^scaling_layer\.|^text_projection\.weight$")
 
 TO_OURS = {4: (2, 3, 1, 0), 2: (1, 0)}  # of a published `weight` that becomes a `kernel`, by rank
 TO_PUBLISHED = {4: (3, 2, 0, 1), 2: (1, 0)}
@@ -67,7 +68,7 @@ def from_published(tensors: Mapping, abstract: dict, dtype=None, sharding=None) 
         ours = name
         for pattern, replacement in LEGACY if name not in leaves else ():  # a whole CLIP has its text_model.
             ours = pattern.sub(replacement, ours)
-        if not BUFFERS.search(ours):
+        if ours in leaves or not BESIDE.search(ours):
             theirs[ours] = name
     problems = []
     for name, (path, leaf) in leaves.items():

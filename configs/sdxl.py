@@ -1,0 +1,22 @@
+"""LiVO on Stable Diffusion XL base 1.0 at 1024 px: configs/livo.py's recipe, with what a larger model needs.
+
+    python run.py --config=configs/sdxl.py --config.data.directory=DIR
+
+Fine-tunes of it go by --config.model. The value token is made by value encoders of both text encoders.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import livo
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    if variant:
+        raise ValueError(f"configs/sdxl.py:{variant}: there is configs/sdxl.py alone")
+    config = livo.get_config()
+    config.model = "stabilityai/stable-diffusion-xl-base-1.0"
+    config.data.cache = True  # encoding 1024 px at every step would cost as much again
+    config.train.remat = "full"  # a block's intermediate results are recomputed: at 1024 px they are what fills memory
+    config.sampling.sampler = "euler"  # as published
+    config.sampling.guidance_scale, config.sampling.batch_size = 5.0, 2
+    return config
