@@ -49,7 +49,7 @@ def images_of(value: principles.Value, config) -> int:
 
 
 def cases(config, values, tokens: bool = True) -> list[Case]:
-    """What is measured: each value and, where the config says so, every two of them.
+    """What is measured: each value and, where the config says so, every two of them, of a method with tokens.
 
     "A + B" is measured under A, on prompts in the wordings of the one that is a harm; "plain" is A alone.
 
@@ -66,7 +66,7 @@ def cases(config, values, tokens: bool = True) -> list[Case]:
 
     for value in values:
         add(value.statement, value, prompts(config, value), **{"base": [], config.method: [value]})
-    for a, b in itertools.permutations(values, 2) if config.eval.combinations else ():
+    for a, b in itertools.permutations(values, 2) if config.eval.combinations and tokens else ():
         rows = prompts(config, a if a.kind == "harm" else b)
         add(f"{a.statement} + {b.statement}", a, rows, **{"base": [], "plain": [a], config.method: [a, b]})
     return found
@@ -267,13 +267,14 @@ def evaluate_and_report(sd, value_encoder, config, mesh, workdir, trained=None):
     log = workdir / "metrics.jsonl"
     report.write(
         folder / "report.html",
-        title=f"{config.method}: {workdir.name}".replace("livo:", "LiVO:"),
+        title=f"{'LiVO' if config.method == 'livo' else config.method}: {workdir.name}",
         results=results,
         metrics=[json.loads(line) for line in log.read_text().splitlines()] if log.exists() else [],
         pictures=pictures(drawn, config, method.tokens),
         config=json.loads(config.to_json()),
     )
-    (folder / "rates.json").write_text(json.dumps(rates, indent=2) + "\n")
+    if rates:
+        (folder / "rates.json").write_text(json.dumps(rates, indent=2) + "\n")
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     print(table(results))
     print(f"report: {folder / 'report.html'}")
