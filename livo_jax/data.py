@@ -202,6 +202,7 @@ def batches(
     principles: tuple[Value, ...] = (),
     beside: float = 0.0,
     attributes: float = 0.0,
+    concepts: bool = False,
 ):
     """An endless, deterministic iterator over this process's share of each batch.
 
@@ -217,6 +218,8 @@ def batches(
         principles: the values that are trained.
         beside: the share of the pairs that have a second value beside their own, any of the others. Beside a harm, a
             bias's prompt is worded harmfully, as those prompts are for which both are wanted.
+        concepts: whether value_prompt_ids are of concepts: the prompts in a harm's wording, the prompts themselves
+            being those of its aligned images (baselines/concept_ablation.py).
         attributes: the share of a bias's pairs whose value names an attribute ("statement: attribute"): that of the
             aligned image or, with the images' parts exchanged, that of the violating one; each attribute as often
             as the others. Pairs that do not tell what they show (provenance) are without.
@@ -256,7 +259,16 @@ def batches(
             if exchanged:
                 images = dict(zip(images, reversed(images.values())))
             statement = attributed(statement, shown[exchanged])
-        read["value_prompt_ids"] = ids(value_prompt(statement, prompt))
+        text = value_prompt(statement, prompt)
+        if concepts:
+            worded = lambda wording: wording.format(subject=block.scene)
+            if value.kind == "harm":
+                text = prompt
+                for wording in value.wordings:
+                    prompt = reworded(prompt, worded(wording), worded(value.aligned))
+            else:
+                text = reworded(prompt, block.scene, rng.choice(harm_wordings(principles)))
+        read["value_prompt_ids"] = ids(text)
         if cache:
             read["prompt_states"] = cache.states[cache.place[prompt]]
             if cache.text_embeds is not None:

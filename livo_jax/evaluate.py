@@ -1,6 +1,7 @@
 """How biased and how harmful images are, with a method and without: metrics with confidence intervals."""
 
 import dataclasses
+import functools
 import itertools
 import json
 from typing import NamedTuple
@@ -318,16 +319,26 @@ def pictures(drawn: dict[str, Drawn], config, tokens: bool = True, n: int = 12) 
     return shown
 
 
-def sample_sheet(sd, value_encoder, config, mesh, path, n: int = 8):
-    """Writes a PNG of each value's first prompts: a row of base images, and below it the same with the value."""
+def sample_sheet(sd, value_encoder, trained, config, mesh, path, n: int = 8):
+    """Writes a PNG of each value's first prompts: a row of base images, and below it the same with the value.
+
+    sd, value_encoder, trained: as evaluate_and_report has them.
+    """
     requests = [
         [Request(prompt, i, doses) for i in range(n)]
         for value, _, prompt in first_prompts(config)
         for doses in ((), (Dose(value.statement),))
     ]
-    images = generate(
-        sd, sum(requests, []), value_encoder, seed=config.eval.seed, mesh=mesh, **config.sampling.to_dict()
-    )
+    if trained is None:
+        draw = functools.partial(generate, sd, value_encoder=value_encoder)
+    else:  # base images and others by turns
+
+        def draw(requests, **settings):
+            plain = [request._replace(values=()) for request in requests]
+            ways = [generate(model, plain, **settings) for model in (sd, trained)]
+            return np.stack([ways[bool(request.values)][i] for i, request in enumerate(requests)])
+
+    images = draw(sum(requests, []), seed=config.eval.seed, mesh=mesh, **config.sampling.to_dict())
     if jax.process_index() > 0:
         return
     path.parent.mkdir(parents=True, exist_ok=True)

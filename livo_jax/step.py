@@ -65,6 +65,31 @@ def moments(graphs: dict, frozen: dict, batch: dict, side: str):
     return nnx.merge(graphs["vae"], frozen["vae"]).encode(batch[side])
 
 
+def noised(graphs, schedule, scaling_factor: float, frozen, batch: dict, sides=("aligned", "violating")):
+    """z_t [n b, h, w, C], t [n b] and the target of the images of n sides, with the same eps and t.
+
+    They go through the UNet as one batch: side by side, so that no row leaves its device.
+    """
+
+    def latents(side, noise):
+        mean, logvar = (x.astype(jnp.float32) for x in moments(graphs, frozen, batch, side))
+        return scaling_factor * (mean + jnp.exp(0.5 * logvar) * batch[noise])
+
+    noises = {"aligned": "noise_w", "violating": "noise_l"}
+    z = jnp.stack([latents(side, noises[side]) for side in sides], axis=1)
+    z = z.reshape(-1, *z.shape[2:])
+    eps, t = (jnp.repeat(batch[name], len(sides), axis=0) for name in ("eps", "t"))
+    return diffusion.add_noise(schedule, z, eps, t), t, diffusion.target(schedule, z, eps, t)
+
+
+def prompt_states(graphs: dict, frozen: dict, batch: dict):
+    """c [b, L, D] and, of XL, text_embeds [b, D] of a batch's prompts, from the cache or the text encoder."""
+    if "prompt_states" in batch:
+        return batch["prompt_states"].astype(frozen["unet"]["conv_in"]["kernel"].dtype), batch.get("text_embeds")
+    text = nnx.merge(graphs["text_encoder"], frozen["text_encoder"])(batch["prompt_ids"])
+    return text.last_hidden_state, text.text_embeds
+
+
 def make_preference(config, T: int):
     """The function of losses.py that config.loss.form names, with its constants; T timesteps.
 
@@ -95,7 +120,7 @@ def make_loss(graphs: dict, schedule: diffusion.NoiseSchedule, config, scaling_f
     """
     min_snr_gamma, train_embeddings = config.loss.min_snr_gamma, config.train.train_embeddings
     preference = make_preference(config, schedule.num_timesteps)
-    sides = {"aligned": "noise_w"} if config.loss.form == "sft" else {"aligned": "noise_w", "violating": "noise_l"}
+    sides = ("aligned",) if config.loss.form == "sft" else ("aligned", "violating")
 
     def loss(params, frozen, batch):
         if not train_embeddings:
@@ -104,29 +129,15 @@ def make_loss(graphs: dict, schedule: diffusion.NoiseSchedule, config, scaling_f
         value_encoder = nnx.merge(graphs["value_encoder"], params)
         text_encoder, unet = (nnx.merge(graphs[name], frozen[name]) for name in ("text_encoder", "unet"))
 
-        def latents(side, noise):
-            mean, logvar = (x.astype(jnp.float32) for x in moments(graphs, frozen, batch, side))
-            return scaling_factor * (mean + jnp.exp(0.5 * logvar) * noise)
-
-        # w and l go through the UNet as one batch, with the same eps and t: side by side, so that no row leaves
-        # its device.
+        z_t, t, target = noised(graphs, schedule, scaling_factor, frozen, batch, sides)
         of_sides = lambda x: x if x is None else jnp.repeat(x, len(sides), axis=0)
-        z = jnp.stack([latents(side, batch[noise]) for side, noise in sides.items()], axis=1)
-        z = z.reshape(-1, *z.shape[2:])
-        eps, t = of_sides(batch["eps"]), of_sides(batch["t"])
-        z_t, target = diffusion.add_noise(schedule, z, eps, t), diffusion.target(schedule, z, eps, t)
         weight = diffusion.min_snr_weight(schedule, t, min_snr_gamma) if min_snr_gamma else 1.0
 
         def errors(conditioning, mask):
             eps_hat = unet(z_t, t, of_sides(conditioning), of_sides(mask), of_sides(text_embeds), time_ids)
             return (weight * losses.denoising_error(eps_hat, target)).reshape(-1, len(sides)).T
 
-        if "prompt_states" in batch:
-            c = batch["prompt_states"].astype(unet.conv_in.kernel.dtype)  # [b, L, D]
-            text_embeds = batch.get("text_embeds")
-        else:
-            text = text_encoder(batch["prompt_ids"])
-            c, text_embeds = text.last_hidden_state, text.text_embeds  # the prompt's, of the policy too
+        c, text_embeds = prompt_states(graphs, frozen, batch)  # of the policy too
         before = lambda u, c: jnp.concatenate([u.astype(c.dtype), c], axis=1)  # [u; c]: value tokens first
         u, mask = value_encoder.tokens(batch["value_prompt_ids"], text_encoder), None  # [b, n, D]
         if "beside" in batch:
@@ -153,13 +164,17 @@ def draw(key, shape: tuple, timesteps: tuple[int, int]) -> dict:
     return drawn | {"t": jax.random.randint(key_t, shape[:1], *timesteps)}
 
 
-def make_train_step(graphs: dict, schedule: diffusion.NoiseSchedule, tx, config, scaling_factor: float, time_ids=None):
+def make_train_step(
+    graphs: dict, schedule: diffusion.NoiseSchedule, tx, config, scaling_factor: float, time_ids=None,
+    make_loss=make_loss,
+):  # fmt: skip
     """The function train_step(state, frozen, batch) -> (state, metrics), to be jitted.
 
     Args:
         graphs: GraphDefs of value_encoder, text_encoder, unet, vae.
         config: its `loss`, `seed` and `train` (accumulate, ema_decay, train_embeddings) are used.
         scaling_factor: of the VAE's latents. time_ids: of XL, as StableDiffusion has them.
+        make_loss: of a method that trains something else than a value encoder; graphs are as it wants them.
 
     The step takes `state` (step, params, opt_state, perhaps ema), `frozen` (parameters of text_encoder,
     unet and vae) and a batch of data.batches: value_prompt_ids, and either prompt_ids and images or, from a

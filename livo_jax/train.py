@@ -1,6 +1,7 @@
 """Training: train_and_evaluate(config, workdir) repeats the step of step.py; restore_run reads what it left."""
 
 import collections
+import copy
 import functools
 import importlib.util
 import json
@@ -11,19 +12,28 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from livo_jax import diffusion, judges, sharding, value_encoders, values
+from livo_jax import baselines, diffusion, judges, sharding, value_encoders, values
 from livo_jax.checkpoint import Checkpoints, Termination
 from livo_jax.data import Cache, Preferences, batches
 from livo_jax.evaluate import evaluate_and_report, read_results, sample_sheet, table
 from livo_jax.generate import PROMPT_LAYOUTS, check_value_encoder
 from livo_jax.log import Log
 from livo_jax.models.unet import REMAT
-from livo_jax.models.weights import split
+from livo_jax.models.weights import put, split
 from livo_jax.pretrained import StableDiffusion
-from livo_jax.step import jit_step, make_optimizer, make_preference, make_train_step, state_on, trained_params
+from livo_jax.step import (
+    jit_step,
+    make_loss,
+    make_optimizer,
+    make_preference,
+    make_train_step,
+    state_on,
+    trained_params,
+)
 from livo_jax.workdir import claim, differences, find, is_remote, recipe, say
 
 
@@ -57,6 +67,10 @@ def check_config(config, sd, mesh, judge: bool = True):
         )
     if config.profile.steps < 0:
         problems.append(f"config.profile.steps={config.profile.steps}: choose 0 (no profile) or more")
+    if config.method == "concept_ablation" and config.data.cache:
+        problems.append(
+            "config.data.cache=True: the anchor prompts of concept_ablation are in no cache, set it to False"
+        )
     if config.log.wandb and not importlib.util.find_spec("wandb"):
         problems.append(f"config.log.wandb={config.log.wandb!r}: wandb is not installed: pip install wandb")
     for attempt in (
@@ -87,14 +101,19 @@ def load_base(config, mesh) -> StableDiffusion:
 def load_models(config, mesh):
     """The frozen StableDiffusion of config.model, and the value encoder to start from, on the mesh.
 
+    A method that trains the UNet has its Update (baselines/) in the place of the value encoder.
+
     Raises:
         FileNotFoundError, ValueError: as StableDiffusion.from_pretrained and value_encoders.start; a value encoder of
             another model.
     """
     sd = load_base(config, mesh)
+    sd.unet.remat = config.train.remat
+    if module := baselines.of_unet(config):
+        graph, params = split(module.Update(config, sd))
+        return sd, nnx.merge(graph, jax.tree.map(lambda x: put(np.asarray(x), sharding.replicated(mesh)), params))
     value_encoder = value_encoders.start(config, sd, mesh)
     check_value_encoder(sd, value_encoder)
-    sd.unet.remat = config.train.remat
     gather = functools.partial(sharding.gather, mesh=mesh)
     if config.shard_frozen:
         sd.unet.gather = gather
@@ -154,14 +173,16 @@ def train_and_evaluate(config, workdir, build_preferences=None, cache_latents=No
     cache = Cache(preferences, sd, config) if config.data.cache else None
 
     # ---- state: from step 0, or where the last checkpoint left it
-    modules = dict(unet=sd.unet, text_encoder=sd.text_encoder, value_encoder=value_encoder)
+    of_unet = baselines.of_unet(config)
+    part = "update" if of_unet else "value_encoder"  # what is trained
+    modules = {"unet": sd.unet, "text_encoder": sd.text_encoder, part: value_encoder}
     if not cache:
         modules["vae"] = sd.vae
     graphs, params = {}, {}
     for name, module in modules.items():
         graphs[name], params[name] = split(module)
     tx = make_optimizer(config)
-    state, frozen = state_on(mesh, params.pop("value_encoder"), tx, config, value_encoder.RULES), params
+    state, frozen = state_on(mesh, params.pop(part), tx, config, value_encoder.RULES), params
     checkpoints = Checkpoints(workdir, config.checkpoint.keep)
     if checkpoints.latest_step() is not None:
         state = checkpoints.restore(state, set_aside=True)
@@ -170,12 +191,17 @@ def train_and_evaluate(config, workdir, build_preferences=None, cache_latents=No
     iterator = batches(
         preferences, sd.tokenize, cache, batch_size=config.train.batch_size, image_size=sd.image_size,
         random_flip=config.data.random_flip, seed=config.seed, start=start, principles=values.load(config.principles),
-        beside=config.data.beside, attributes=config.data.attributes,
+        beside=config.data.beside, attributes=config.data.attributes, concepts=config.method == "concept_ablation",
     )  # fmt: skip
-    trained = lambda: nnx.merge(graphs["value_encoder"], trained_params(state))
+
+    def trained():
+        """The value encoder, or None; and the StableDiffusion whose UNet is trained, or None."""
+        module = nnx.merge(graphs[part], trained_params(state))
+        return (None, with_update(sd, module)) if of_unet else (module, None)
 
     # ---- the step, compiled once
-    step_fn = make_train_step(graphs, sd.schedule, tx, config, sd.vae.config.scaling_factor, sd.time_ids)
+    loss = of_unet.make_loss if of_unet else make_loss
+    step_fn = make_train_step(graphs, sd.schedule, tx, config, sd.vae.config.scaling_factor, sd.time_ids, loss)
     step_fn = jit_step(step_fn, state, frozen, mesh)
 
     # ---- the loop: while step k runs, the metrics of step k-1 are fetched and checked
@@ -186,7 +212,7 @@ def train_and_evaluate(config, workdir, build_preferences=None, cache_latents=No
     sheet = lambda step: workdir / "samples" / f"step_{step}.png"
     with bar as progress, Termination(start) as sigterm:
         if start and each(c.samples_every, start) and not sheet(start).exists():  # the end came while it was drawn
-            sample_sheet(sd, trained(), config, mesh, sheet(start))
+            sample_sheet(sd, *trained(), config, mesh, sheet(start))
         for step in range(start + 1, steps + 1):
             batch = sharding.global_batch(mesh, log.next(iterator))
             if step == start + 1:
@@ -217,7 +243,7 @@ def train_and_evaluate(config, workdir, build_preferences=None, cache_latents=No
                 checkpoints.save(step, state)
             if due["samples"] and not due["stop"]:
                 with sigterm.at_once():
-                    sample_sheet(sd, trained(), config, mesh, sheet(step))
+                    sample_sheet(sd, *trained(), config, mesh, sheet(step))
                 log.restart_clock()
             progress.update()
             if due["stop"] or sigterm.received:
@@ -235,10 +261,19 @@ def train_and_evaluate(config, workdir, build_preferences=None, cache_latents=No
         say(f"{workdir} is finished: its {steps} steps are trained and evaluated")
         say(table(results))
     else:
-        results = evaluate_and_report(sd, trained(), config, mesh, workdir)
+        value_encoder, own = trained()
+        results = evaluate_and_report(sd, value_encoder, config, mesh, workdir, own)
         name = lambda r: f"eval/{r['value']}/{r['method']}/{r['split']}/{r['metric']}".replace(" ", "_")
         log.write(steps, {name(r): r["mean"] for r in results})
     log.close()
+
+
+def with_update(sd, update) -> StableDiffusion:
+    """The StableDiffusion with its UNet trained, in the dtype that it had."""
+    trained = copy.copy(sd)
+    graph, params = split(update.merged(sd.unet))
+    trained.unet = nnx.merge(graph, jax.tree.map(lambda x: x.astype(sd.unet.conv_in.kernel.dtype), params))
+    return trained
 
 
 def check_finite(step: int, metrics: dict, checkpoints, config) -> dict[str, float]:
@@ -258,7 +293,8 @@ def check_finite(step: int, metrics: dict, checkpoints, config) -> dict[str, flo
 def restore_run(config, workdir, mesh, step: int | None = None):
     """The frozen StableDiffusion and the value encoder of a run: trained, or config.value_encoder.start as it is.
 
-    Of a method that trains nothing (config.train.steps is 0) there is no value encoder, but None. `step`: of an earlier
+    Of a method that trains nothing (config.train.steps is 0), or the UNet, which the StableDiffusion then has, there is
+    no value encoder, but None. `step`: of an earlier
     checkpoint than the newest.
 
     Raises:
@@ -270,12 +306,13 @@ def restore_run(config, workdir, mesh, step: int | None = None):
     workdir = find(workdir)
     checkpoints = Checkpoints(workdir)
     trained = checkpoints.latest_step() is not None
-    if not trained and not config.value_encoder.start:
+    of_unet = baselines.of_unet(config)
+    if not trained and (of_unet or not config.value_encoder.start):
         raise FileNotFoundError(
             f"{checkpoints.directory} has no checkpoint: train first, with the same --workdir, or give a trained value"
             " encoder by --config.value_encoder.start=DIRECTORY_OR_HUB_ID"
         )
-    of = lambda config: {"value_encoder": config["value_encoder"]}
+    of = lambda config: {name: config.get(name) for name in ("method", "value_encoder", "dpo_unet")}
     if trained and (found := differences(of(recipe(workdir)), of(json.loads(config.to_json())))):
         raise ValueError(
             f"{workdir} holds another value encoder: to use one that is trained already, name a new --workdir\n  "
@@ -289,4 +326,4 @@ def restore_run(config, workdir, mesh, step: int | None = None):
             state_on(mesh, params, make_optimizer(config), config, value_encoder.RULES), step=step
         )
         value_encoder = nnx.merge(graph, trained_params(state))
-    return sd, value_encoder
+    return (with_update(sd, value_encoder), None) if of_unet else (sd, value_encoder)

@@ -11,10 +11,13 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from flax import nnx
 
 from livo_jax.generate import generate
 from livo_jax.models.weights import split
 from livo_jax.step import but_embeddings
+
+UNET = ("concept_ablation", "dpo_unet")
 
 
 class Method(NamedTuple):
@@ -75,12 +78,23 @@ def load(config, sd, value_encoder, mesh, workdir, judge=None) -> Method:
         keep = lambda trained, part: part if trained or config.train.train_embeddings else None
         trained = sum(x.size for x in jax.tree.leaves(jax.tree.map(keep, but_embeddings(params), params)))
         return Method(tokens, [networks(sd), params], {"method": "value tokens"}, tokens=True, trained=trained)
-    if config.train.steps:
-        return base(config, sd, mesh)._replace(settings={"method": config.method})
+    if module := of_unet(config):
+        size = sum(x.size for x in jax.tree.leaves(weights(nnx.eval_shape(lambda: module.Update(config, sd)))))
+        settings = {"method": config.method}
+        return base(config, sd, mesh)._replace(settings=settings, kinds=module.KINDS, trained=size)
     known = [module.name for module in pkgutil.iter_modules(__path__)]
     if config.method not in known:
         raise ValueError(f"config.method={config.method!r}, which trains nothing: choose from {', '.join(known)}")
     return importlib.import_module(f"{__name__}.{config.method}").make(config, sd, mesh, workdir, judge)
+
+
+def of_unet(config):
+    """The module of a method that trains the UNet, None of others.
+
+    It has Update(config, sd), what is trained: its merged(unet) is the UNet with it, by its RULES it is divided over a
+    mesh; make_loss, as step.make_loss; and KINDS, of the values that it is for.
+    """
+    return importlib.import_module(f"{__name__}.{config.method}") if config.method in UNET else None
 
 
 def concept(value) -> str:

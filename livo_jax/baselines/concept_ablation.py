@@ -1,0 +1,57 @@
+"""Concept Ablation (Kumari et al. 2023), the model-based variant: a harm's prompts are drawn as those without it.
+
+The keys and values of the UNet's cross-attention are trained so that its prediction under the concept prompt ("a bloody
+baker") becomes that under the anchor prompt ("a baker"), which no gradient passes:
+
+    mean | sg(eps_hat(z_t, anchor, t)) - eps_hat(z_t, concept, t) |^2,  z_t of the pairs' aligned images
+
+It is for harms alone: a bias is no concept to be removed. Its pairs' prompts are anchors all the same.
+"""
+
+import jax
+from flax import nnx
+
+from livo_jax import losses, sharding
+from livo_jax.models.weights import split
+from livo_jax.step import noised, prompt_states
+
+KINDS = ("harm",)
+TARGETS = ("attn2.to_k", "attn2.to_v")
+
+
+class Update(nnx.Module):
+    """The kernels of the cross-attention's keys and values, to be trained, in float32."""
+
+    RULES = sharding.WHOLE
+
+    def __init__(self, config, sd):
+        leaves = jax.tree_util.tree_leaves_with_path(split(sd.unet)[1])
+        kernels = {jax.tree_util.keystr(layer, simple=True, separator="."): x for (*layer, _), x in leaves}
+        self.kernels = nnx.Dict({k: nnx.Param(x.astype("float32")) for k, x in kernels.items() if k.endswith(TARGETS)})
+
+    def merged(self, unet):
+        """The UNet with these in the place of its own."""
+        graph, params = split(unet)
+
+        def replace(path, weight):
+            name = jax.tree_util.keystr(path[:-1], simple=True, separator=".")
+            return self.kernels[name][...] if name in self.kernels else weight
+
+        return nnx.merge(graph, jax.tree_util.tree_map_with_path(replace, params))
+
+
+def make_loss(graphs: dict, schedule, config, scaling_factor: float, time_ids=None):
+    """The loss of a batch whose value_prompt_ids are of the concept and prompt_ids of the anchor; as step.make_loss."""
+
+    def loss(params, frozen, batch):
+        unet = nnx.merge(graphs["update"], params).merged(nnx.merge(graphs["unet"], frozen["unet"]))
+        z_t, t, _ = noised(graphs, schedule, scaling_factor, frozen, batch, ("aligned",))
+
+        def predict(batch):
+            c, text_embeds = prompt_states(graphs, frozen, batch)
+            return unet(z_t, t, c, None, text_embeds, time_ids)
+
+        anchor = jax.lax.stop_gradient(predict(batch))
+        return losses.denoising_error(predict({"prompt_ids": batch["value_prompt_ids"]}), anchor).mean(), {}
+
+    return loss

@@ -1,0 +1,46 @@
+"""Diffusion-DPO on the UNet (Wallace et al. 2024, eq. 14), by low-rank updates of its attention (Hu et al. 2022).
+
+The policy is the UNet with the updates, the reference the one without; there are no value tokens, so that one UNet
+follows all values at once. It learns to prefer each pair's aligned image under the prompt alone.
+"""
+
+import jax.numpy as jnp
+from flax import nnx
+
+from livo_jax import losses, sharding
+from livo_jax.step import noised, prompt_states
+from livo_jax.value_encoders import low_rank_updates, merge_low_rank
+
+KINDS = ("bias", "harm")
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+class Update(nnx.Module):
+    """Untrained updates of config.dpo_unet.rank and alpha, for the UNet of a StableDiffusion."""
+
+    RULES = sharding.WHOLE
+
+    def __init__(self, config, sd):
+        c = config.dpo_unet
+        self.scale = c.alpha / c.rank
+        self.updates = low_rank_updates(sd.unet, TARGETS, c.rank, nnx.Rngs(config.seed))
+
+    def merged(self, unet):
+        """The UNet with the updates in its weights, float32."""
+        return merge_low_rank(unet, self.updates, self.scale)
+
+
+def make_loss(graphs: dict, schedule, config, scaling_factor: float, time_ids=None):
+    """losses.dpo of a batch; as step.make_loss, with graphs["update"]."""
+
+    def loss(params, frozen, batch):
+        unet = nnx.merge(graphs["unet"], frozen["unet"])
+        policy = nnx.merge(graphs["update"], params).merged(unet)
+        z_t, t, target = noised(graphs, schedule, scaling_factor, frozen, batch)
+        twice = lambda x: x if x is None else jnp.repeat(x, 2, axis=0)
+        c, text_embeds = map(twice, prompt_states(graphs, frozen, batch))
+        predict = lambda unet: unet(z_t, t, c, None, text_embeds, time_ids)
+        errors = lambda unet: losses.denoising_error(predict(unet), target).reshape(-1, 2).T
+        return losses.dpo(*errors(policy), *errors(unet), beta=config.loss.beta, T=schedule.num_timesteps)
+
+    return loss

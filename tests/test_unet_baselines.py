@@ -1,0 +1,141 @@
+"""Methods that train the UNet: Diffusion-DPO on low-rank updates, Concept Ablation."""
+
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from livo_jax import baselines, sharding, train, values
+from livo_jax.baselines import concept_ablation, dpo_unet
+from livo_jax.data import Block, Preferences, batches
+from livo_jax.generate import Dose, Request
+from livo_jax.models.weights import split, to_published
+from livo_jax.step import draw, init_state, make_train_step
+from tests import small_run, test_data
+
+
+def config_of(name):
+    return importlib.import_module(f"configs.baselines.{name}").get_config("tiny:smoke")
+
+
+@pytest.fixture(scope="module")
+def batch(sd):
+    rng, shape = np.random.default_rng(0), (2, *sd.latent_shape)
+    image = lambda: rng.uniform(-1, 1, (2, sd.image_size, sd.image_size, 3)).astype(np.float32)
+    return {
+        "prompt_ids": sd.tokenize(["a baker", "a photo of a cook"]),
+        "value_prompt_ids": sd.tokenize(["a bloody baker", "a photo of a cook on a bloody day"]),
+        "aligned": image(), "violating": image(),
+    } | draw(jax.random.key(0), shape, (0, 1000))  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def parts(sd):
+    split_parts = {name: split(getattr(sd, name)) for name in ("text_encoder", "unet", "vae")}
+    return {k: graph for k, (graph, _) in split_parts.items()}, {k: params for k, (_, params) in split_parts.items()}
+
+
+def loss_of(module, config, sd, parts):
+    """The method's untrained Update, and its jitted loss with gradients."""
+    graphs, frozen = parts
+    update = module.Update(config, sd)
+    graph, params = split(update)
+    loss = module.make_loss(graphs | {"update": graph}, sd.schedule, config, sd.vae.config.scaling_factor)
+    return update, params, jax.jit(jax.value_and_grad(lambda params, batch: loss(params, frozen, batch), has_aux=True))
+
+
+def changed(ours, theirs) -> set[str]:
+    ours, theirs = (to_published(split(module)[1]) for module in (ours, theirs))
+    return {name for name in theirs if not np.array_equal(ours[name], theirs[name])}
+
+
+def test_dpo_starts_at_the_reference_and_updates_all_attention(sd, parts, batch):
+    update, params, gradient = loss_of(dpo_unet, config_of("dpo_unet"), sd, parts)
+    assert not changed(update.merged(sd.unet), sd.unet)
+    (loss, metrics), grads = gradient(params, batch)
+    assert loss == pytest.approx(np.log(2), rel=1e-5) and metrics["margin_w"] == pytest.approx(0, abs=1e-6)
+    for layer, part in grads["updates"].items():
+        assert not part["lora_A"]["kernel"].any() and part["lora_B"]["kernel"].any(), layer
+    params = jax.tree.map(lambda p, g: p - 1e-3 * g / optax.tree.norm(grads), params, grads)
+    assert gradient(params, batch)[0][0] < loss
+    for part in update.updates.values():
+        part["lora_B"].kernel[...] = jnp.ones_like(part["lora_B"].kernel[...])
+    attention = {name for name in to_published(split(sd.unet)[1]) if ".to_" in name and name.endswith("weight")}
+    assert changed(update.merged(sd.unet), sd.unet) == attention
+
+
+def test_ablation_leads_the_concept_to_its_anchor_by_keys_and_values(sd, parts, batch):
+    config = config_of("concept_ablation")
+    update, params, gradient = loss_of(concept_ablation, config, sd, parts)
+    assert not changed(update.merged(sd.unet), sd.unet)
+    same = batch | {"value_prompt_ids": batch["prompt_ids"]}
+    (loss, _), grads = gradient(params, same)
+    assert max(loss, optax.tree.norm(grads)) < 1e-6, "an anchor asks for nothing: what it predicts stays"
+    first = gradient(params, batch)[0][0]
+    step = make_train_step(
+        parts[0] | {"update": split(update)[0]}, sd.schedule, tx := optax.adam(1e-2), config,
+        sd.vae.config.scaling_factor, concept_ablation.make_loss,
+    )  # fmt: skip
+    state, step = init_state(params, tx), jax.jit(step)
+    for _ in range(8):
+        state, _ = step(state, parts[1], {name: batch[name] for name in ("prompt_ids", "value_prompt_ids", "aligned")})
+    assert gradient(state["params"], batch)[0][0] < 0.7 * first
+    for kernel in update.kernels.values():
+        kernel[...] = kernel[...] + 1
+    assert all(".attn2.to_k." in name or ".attn2.to_v." in name for name in changed(update.merged(sd.unet), sd.unet))
+
+
+def test_prompts_of_a_harm_are_concepts_and_those_without_it_anchors(tmp_path):
+    """A harm's pairs lose its wording, a bias's get one."""
+    harm, bias = "bloody considered inappropriate", "shape equality"
+    prompts = [(harm, "a photo of an ugly bloody cook"), (harm, "a cook on a bloody day"), (bias, "the cook at work")]
+    picture = test_data.png(np.zeros((32, 32, 3), np.uint8))
+    pair = dict(scene="cook", aligned=picture, violating=picture, provenance="")
+    blocks = [Block(harm, "cook", 0, 2), Block(bias, "cook", 2, 1)]
+    test_data.write([pair | dict(value=v, prompt=p) for v, p in prompts], blocks, tmp_path / "pairs")
+    texts = []
+    tokenize = lambda given: np.array([[texts.append(given[0]) or len(texts) - 1]])
+    rows = batches(
+        Preferences(tmp_path / "pairs"), tokenize, batch_size=8, image_size=32, random_flip=False, seed=0,
+        principles=values.load(("shape", "bloody")), concepts=True,
+    )  # fmt: skip
+    read = [next(rows) for _ in range(4)]
+    ids = (np.concatenate([row[name].ravel() for row in read]) for name in ("value_prompt_ids", "prompt_ids"))
+    found = {(texts[concept], texts[anchor]) for concept, anchor in zip(*ids)}
+    assert found == {
+        ("a photo of an ugly bloody cook", "a photo of an ugly cook"),
+        ("a cook on a bloody day", "a cook"),
+        ("the bloody cook at work", "the cook at work"),
+        ("the cook on a bloody day at work", "the cook at work"),
+    }
+
+
+@pytest.mark.parametrize("name", baselines.UNET)
+def test_a_run_trains_the_unet_alone_and_is_restored(name, root, tmp_path):
+    config = config_of(name)
+    config.model, config.random_weights, config.judge = str(root / "model"), True, ""
+    config.data.directory, config.log.samples_every = str(root / "pairs"), 4
+    config.principles, config.eval.seen, config.eval.held_out = ("shape", "colour"), ("cook",), ("baker",)
+    if name == "concept_ablation":
+        test_data.make(tmp_path / "pairs", values=("shape equality", "bloody considered inappropriate"))
+        config.data.directory, config.principles = str(tmp_path / "pairs"), ("shape", "bloody")
+    config.mesh.data, config.mesh.fsdp = 4, 2
+    train.train_and_evaluate(config, tmp_path / "run")
+    mesh = sharding.make_mesh(**config.mesh)
+    sd, value_encoder = train.restore_run(config, tmp_path / "run", mesh)
+    base = train.load_base(config, mesh)
+    assert value_encoder is None
+    kinds = (".attn2.to_k.", ".attn2.to_v.") if name == "concept_ablation" else (".to_",)
+    names = changed(sd.unet, base.unet)
+    assert names and all(any(kind in name for kind in kinds) for name in names)
+    assert not changed(sd.text_encoder, base.text_encoder) and (tmp_path / "run/samples/step_4.png").exists()
+    method = baselines.load(config, sd, None, mesh, tmp_path)
+    assert method.kinds == (("harm",) if name == "concept_ablation" else ("bias", "harm"))
+    assert method.trained == sum(x.size for x in small_run.final(tmp_path / "run").values() if x.ndim) // 3, (
+        "Adam's two"
+    )
+    request = [Request("a bloody cook", 0, (Dose("bloody considered inappropriate"),))]
+    assert (method.draw(request) != baselines.base(config, base, mesh).draw(request)).any()
