@@ -66,7 +66,7 @@ class ValueEncoders(CLIPTextModels):
 
 
 def low_rank_updates(module, targets, rank: int, rngs) -> nnx.Dict:
-    """Untrained updates of the kernels of a module, which may be abstract, in layers whose names end as one of `targets`.
+    """Untrained updates of kernels of a module, which may be abstract: of layers whose names end as one of `targets`.
 
     Returns:
         By the path of the layer lora_A and lora_B, linear layers of `rank` between. As peft starts: A is small, B
