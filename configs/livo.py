@@ -10,6 +10,7 @@ import pathlib
 
 from ml_collections import ConfigDict
 
+from configs import prompt_sets
 from data_tools import prompts
 
 EMBEDDED = pathlib.Path(__file__).resolve().parents[1] / "data_tools" / "shapeworld_model"
@@ -106,6 +107,8 @@ def get_config(variant: str = "") -> ConfigDict:
     c.combinations = False  # whether every two values are measured together, too
     c.strengths = ()  # at which the values are measured, too
     c.ratios = ()  # which are measured, too: "equal", or what else --ratio takes
+    c.prompts = ()  # prompts in place of the subjects', as ("harm=i2p", "gender=own"): a kind or value, a set
+    c.prompt_sets = prompt_sets.get_sets()
 
     config.checkpoint = ConfigDict({"every": 1000, "keep": 2})  # steps between checkpoints, how many stay
     config.log = ConfigDict({"every": 50, "samples_every": 1000, "wandb": ""})  # wandb: a Weights & Biases project

@@ -9,6 +9,8 @@ import pathlib
 
 from ml_collections import ConfigDict
 
+from configs import prompt_sets
+
 SEEN = (
     "cook butcher waiter brewer grocer barista smith tailor cobbler weaver glazier tinker farmer gardener miller"
     " beekeeper logger ranger sailor fisher porter captain ferryman lifeguard doctor dentist chemist surgeon midwife"
@@ -120,6 +122,8 @@ def get_config(variant: str = "") -> ConfigDict:
     c.combinations = False  # whether every two values are measured together, too
     c.strengths = ()  # at which the values are measured, too
     c.ratios = ()  # which are measured, too: "equal", or what else --ratio takes
+    c.prompts = ()  # prompts in place of the subjects', as ("harm=i2p", "gender=own"): a kind or value, a set
+    c.prompt_sets = prompt_sets.get_sets()
 
     config.checkpoint = ConfigDict({"every": 600, "keep": 2})  # steps between checkpoints, how many stay
     config.log = ConfigDict({"every": 50, "samples_every": 1200, "wandb": ""})  # wandb: a Weights & Biases project

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from livo_jax import baselines, judges, metrics, report, sharding
+from livo_jax import baselines, judges, metrics, prompt_sets, report, sharding
 from livo_jax import ratio as ratios
 from livo_jax import values as principles
 from livo_jax.drawn import Drawn, digest
@@ -19,7 +19,12 @@ from livo_jax.workdir import find
 
 
 def prompts(config, value=None) -> list[tuple[str, str, str]]:
-    """The (split, subject, prompt) of the evaluation, in the wordings of a harm or, without one, neutral."""
+    """The (split, subject, prompt) of the evaluation: of the value's prompt sets, if the config chooses any.
+
+    Otherwise of its subjects, in the wordings of a harm or, without one, neutral.
+    """
+    if value and (found := prompt_sets.rows(config, value)):
+        return found
     wordings = value.wordings if value and value.kind == "harm" else ("{subject}",)
     return [
         (split, subject, principles.phrase(config.eval.template, wordings[i % len(wordings)].format(subject=subject)))
@@ -68,7 +73,7 @@ def cases(config, values, tokens: bool = True) -> list[Case]:
     for value in values:
         add(value.statement, value, prompts(config, value), **{"base": [], config.method: [value]})
     for a, b in itertools.permutations(values, 2) if config.eval.combinations and tokens else ():
-        rows = prompts(config, a if a.kind == "harm" else b)
+        rows = prompts(config, b if (a.kind, b.kind) == ("bias", "harm") else a)
         add(f"{a.statement} + {b.statement}", a, rows, **{"base": [], "plain": [a], config.method: [a, b]})
     return found
 
@@ -161,7 +166,8 @@ def as_drawn(method: baselines.Method, sd, config, values, judge, directory, mes
 
 def subjects(config) -> list[str]:
     """Those that the judge tells apart."""
-    return list(dict.fromkeys([*config.eval.seen, *config.eval.held_out]))
+    of_sets = (s for value in principles.load(config.principles) for _, s, _ in prompt_sets.rows(config, value) if s)
+    return list(dict.fromkeys([*config.eval.seen, *config.eval.held_out, *of_sets]))
 
 
 def evaluate(sd, method: baselines.Method, config, directory, mesh, judge=None) -> tuple[list[dict], dict, dict]:

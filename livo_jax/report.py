@@ -82,17 +82,20 @@ def _plots(results: list[dict], values: list[str], curves, metrics: list[dict]) 
         of_value = [r for r in results if r["value"] == value]
         if not (rows := [r for r in of_value if r["metric"] == metric]):
             continue
-        title, last = f"{value}\n{EFFECTS[metric]}, {metric}", [*splits][-1]
+        title, last = f"{value}\n{EFFECTS[metric]}, {metric}", rows[-1]["split"]
         plots["Effect"][title] = charts.effects(title, rows, labels, splits)
         on_last = {(r["method"], r["metric"]): r["mean"] for r in of_value if r["split"] == last}
         points = {m: (on_last[m, metric], on_last[m, "recognised"]) for m in labels if (m, "recognised") in on_last}
         if len(points) > 2:
             axes = f"{metric}, {splits[last]}", "subjects recognised"
             plots["Quality against effect"][title] = charts.tradeoff(title, points, labels, *axes)
-        line = [r for r in curves if (r["value"], r["metric"], r["split"]) == (value, metric, last)]
-        for against, unit in {"step": "steps", "seconds": "seconds of training"}.items() if line else ():
-            title = f"{value}\n{EFFECTS[metric]}, {metric}, {splits[last]}"
-            plots["Convergence"][f"{title}, against {unit}"] = charts.convergence(title, line, labels, against, unit)
+        for split in dict.fromkeys(r["split"] for r in curves if (r["value"], r["metric"]) == (value, metric)):
+            line = [r for r in curves if (r["value"], r["metric"], r["split"]) == (value, metric, split)]
+            title = f"{value}\n{EFFECTS[metric]}, {metric}, {splits[split]}"
+            for against, unit in {"step": "steps", "seconds": "seconds of training"}.items():
+                plots["Convergence"][f"{title}, against {unit}"] = charts.convergence(
+                    title, line, labels, against, unit
+                )
     return {heading: shown for heading, shown in plots.items() if shown}
 
 

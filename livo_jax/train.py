@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from livo_jax import baselines, diffusion, judges, sharding, value_encoders, values
+from livo_jax import baselines, diffusion, judges, prompt_sets, sharding, value_encoders, values
 from livo_jax.checkpoint import Checkpoints, Termination
 from livo_jax.data import Cache, Preferences, batches
 from livo_jax.evaluate import evaluate_and_report, read_results, sample_sheet, table
@@ -79,6 +79,7 @@ def check_config(config, sd, mesh, judge: bool = True):
         lambda: make_preference(config, sd.schedule.num_timesteps),
         lambda: diffusion.sampler_table(sd.scheduler_config, config.sampling.sampler, config.sampling.steps),
         lambda: found.extend(values.load(config.principles)),
+        lambda: prompt_sets.check(config),
         lambda: config.judge and judge and judges.load(config, found, config.eval.seen),
     ):
         try:

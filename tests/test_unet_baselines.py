@@ -77,7 +77,7 @@ def test_ablation_leads_the_concept_to_its_anchor_by_keys_and_values(sd, parts, 
     first = gradient(params, batch)[0][0]
     step = make_train_step(
         parts[0] | {"update": split(update)[0]}, sd.schedule, tx := optax.adam(1e-2), config,
-        sd.vae.config.scaling_factor, concept_ablation.make_loss,
+        sd.vae.config.scaling_factor, make_loss=concept_ablation.make_loss,
     )  # fmt: skip
     state, step = init_state(params, tx), jax.jit(step)
     for _ in range(8):

@@ -1,0 +1,134 @@
+import json
+
+import pytest
+
+from configs import livo, tiny
+from livo_jax import StableDiffusion, baselines, evaluate, judges, prompt_sets, sharding, value_encoders, values
+
+
+def choose(name, file, *prompts, **fields):
+    """A smoke config whose set `name` lies at `file`."""
+    config = tiny.get_config("smoke")
+    config.eval.prompts = prompts
+    config.eval.prompt_sets[name].update(file=str(file), repo="", **fields)
+    return config
+
+
+def read(config, name, seed=0):
+    return prompt_sets.read(name, config.eval.prompt_sets[name], seed)
+
+
+def test_the_layout_of_the_authors(tmp_path):
+    """Further fields, as those of their retriever, are left aside; each prompt is there once."""
+    lines = [{"prompt": "a kind person", "value": "gender equality"}, {"prompt": " a lawyer"}, {"prompt": "a lawyer"}]
+    (tmp_path / "career.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    config = choose("livo_career", tmp_path / "career.jsonl")
+    assert read(config, "livo_career") == [("", "a kind person"), ("", "a lawyer")]
+
+
+def test_csv_with_quotes_line_breaks_and_a_byte_order_mark(tmp_path):
+    text = '\ufeffid,prompt,n\r\n1,"A bathroom, with\r\na sink",2\r\n2,"a ""cat""",3\r\n\r\n3,Zwölf Bäume,4\r\n'
+    (tmp_path / "coco.csv").write_bytes(text.encode())
+    found = read(choose("coco_30k", tmp_path / "coco.csv"), "coco_30k")
+    assert found == [("", "A bathroom, with\r\na sink"), ("", 'a "cat"'), ("", "Zwölf Bäume")]
+
+
+def test_subjects_come_from_a_template_or_a_column(tmp_path):
+    (tmp_path / "x.csv").write_text("profession,sentence\nengineer,an engineer at work\nbaker,two bakers\n")
+    config = choose("stable_bias", tmp_path / "x.csv")
+    wanted = [("engineer", "Photo portrait of an engineer"), ("baker", "Photo portrait of a baker")]
+    assert read(config, "stable_bias") == wanted
+    config.eval.prompt_sets.stable_bias.update(template="", column="sentence", subject="profession")
+    assert read(config, "stable_bias") == [("engineer", "an engineer at work"), ("baker", "two bakers")]
+
+
+def test_a_limit_chooses_by_the_seed_in_the_order_of_the_file(tmp_path):
+    (tmp_path / "x.jsonl").write_text("".join(f'{{"prompt": "{n:03}"}}\n' for n in range(100)))
+    config = choose("own", tmp_path / "x.jsonl", limit=20)
+    first = read(config, "own")
+    assert len(set(first)) == 20 and first == sorted(first) == read(config, "own") != read(config, "own", seed=1)
+    config.eval.prompt_sets.own.limit = 1000
+    assert len(read(config, "own")) == 100
+
+
+def test_a_file_of_the_hub_comes_from_its_cache(tmp_path, monkeypatch):
+    """Without a network a cached dataset will do; another is refused."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    folder, commit = tmp_path / "datasets--AIML-TUDA--i2p", "0" * 40
+    (folder / "snapshots" / commit).mkdir(parents=True)
+    (folder / "snapshots" / commit / "i2p_benchmark.csv").write_text("prompt,hard\na scream,0\n")
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(commit)
+    config = tiny.get_config("smoke")
+    config.eval.prompts = ("harm=i2p",)
+    assert read(config, "i2p") == [("", "a scream")]
+    config.eval.prompt_sets.i2p.repo = "nobody/absent"
+    with pytest.raises(ValueError, match="no 'i2p_benchmark.csv' of the dataset 'nobody/absent'"):
+        prompt_sets.check(config)
+
+
+def test_all_problems_are_told_at_once_with_file_and_line(tmp_path):
+    (tmp_path / "own.jsonl").write_bytes(
+        b'{"prompt": "a cat"}\n{"prompt": \n["a"]\n{"prompt": "\xff"}\n{"text": "a", "n": 1}\n'
+        b'{"prompt": " "}\n{"prompt": 3}'
+    )
+    (tmp_path / "coco.csv").write_text("caption,id\na cat,1\na dog,2\n")
+    (tmp_path / "copro.csv").write_bytes(b"id,prompt\n1,a cat\n2,\n3\n4,\xe9t\xe9\n")
+    (tmp_path / "wino.csv").write_text("occupation\n")
+    config = choose(
+        "own", tmp_path / "own.jsonl", "bias=own", "harm=coco_30k", "shape=copro", "bloody=heim", "colour=wino_bias",
+        "gender=own", "bias=nothing", "own", "harm=livo_nudity", "harm=i2p",
+    )  # fmt: skip
+    for name, file in (("coco_30k", "coco.csv"), ("copro", "copro.csv"), ("heim", "x.csv"), ("wino_bias", "wino.csv")):
+        config.eval.prompt_sets[name].file = str(tmp_path / file)
+    config.eval.prompt_sets.livo_nudity.file = "nudity.parquet"
+    config.eval.prompt_sets.i2p.update(repo="", template="a photo")
+    with pytest.raises(ValueError) as error:
+        prompt_sets.check(config)
+    told = str(error.value)
+    for problem in (
+        "own.jsonl:2: not JSON", "own.jsonl:3: not a JSON object", "own.jsonl:4: not UTF-8",
+        "own.jsonl:5: no column prompt; there are text, n", "own.jsonl:6: prompt is ' '", "own.jsonl:7: prompt is 3",
+        "coco.csv:2: no column prompt; there are caption, id", "copro.csv:3: prompt is ''",
+        "copro.csv:4: prompt is None", "copro.csv:5: not UTF-8", "x.csv is missing", "wino.csv: no prompts in it",
+        "'gender=own' is no WHO=SET, WHO one of bias, harm, shape", "'bias=nothing'", "'own' is no",
+        "name a .csv or .jsonl", "i2p.template='a photo'",
+    ):  # fmt: skip
+        assert problem in told, problem
+    assert "coco.csv:3" not in told and "own.jsonl:1:" not in told
+
+
+def test_a_values_own_sets_come_before_those_of_its_kind(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a cook"}\n')
+    (tmp_path / "b.csv").write_text("prompt\na duel\n")
+    config = choose("own", tmp_path / "a.jsonl", "bias=own", "colour=copro", "colour=own")
+    config.eval.prompt_sets.copro.file = str(tmp_path / "b.csv")
+    shape, colour, bloody = values.load(config.principles)
+    assert evaluate.prompts(config, shape) == [("own", "", "a cook")]
+    assert evaluate.prompts(config, colour) == [("copro", "", "a duel"), ("own", "", "a cook")]
+    subjects = [subject for _, subject, _ in evaluate.prompts(config, bloody)]
+    assert subjects == [*config.eval.seen, *config.eval.held_out], "the subjects, as without sets"
+    assert livo.get_config().eval.prompts == () and livo.get_config().eval.prompt_sets.own.column == "prompt"
+
+
+def test_an_evaluation_with_sets(tmp_path):
+    (tmp_path / "bias.csv").write_text("job,prompt\nmason,a photo of a mason\ncook,a cook\n")
+    (tmp_path / "harm.jsonl").write_text('{"prompt": "a bloody cook"}\n')
+    config = choose("own", tmp_path / "harm.jsonl", "harm=own", "bias=copro")
+    config.eval.prompt_sets.copro.update(file=str(tmp_path / "bias.csv"), subject="job")
+    config.principles, config.sampling.steps = ("shape", "bloody"), 2
+    config.eval.left_alone_images = config.eval.rate_images = 0
+    mesh, found = sharding.make_mesh(data=8), values.load(config.principles)
+    sd = StableDiffusion.from_pretrained(config.model, sharding=sharding.replicated(mesh))
+    judge = judges.load(config, found, evaluate.subjects(config))
+    method = baselines.load(config, sd, value_encoders.start(config, sd, mesh), mesh, tmp_path, judge)
+    results, *_ = evaluate.evaluate(sd, method, config, tmp_path, mesh, judge)
+    assert "mason" in evaluate.subjects(config), "the judge knows it, so that it can be recognised"
+    measured = {(row["value"], row["split"]): set() for row in results}
+    for row in results:
+        measured[row["value"], row["split"]].add(row["metric"])
+        assert row["prompts"] == (2 if row["split"] == "copro" else 1)
+    (shape, bloody) = (value.statement for value in found)
+    assert measured.keys() == {(shape, "copro"), (bloody, "own")}
+    assert measured[shape, "copro"] >= {"D1", "recognised"} and "R" in measured[bloody, "own"]
+    assert "recognised" not in measured[bloody, "own"], "a prompt without a subject"
