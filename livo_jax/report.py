@@ -83,7 +83,8 @@ def _plots(results: list[dict], values: list[str], curves, metrics: list[dict]) 
         if not (rows := [r for r in of_value if r["metric"] == metric]):
             continue
         title, last = f"{value}\n{EFFECTS[metric]}, {metric}", rows[-1]["split"]
-        plots["Effect"][title] = charts.effects(title, rows, labels, splits)
+        shown = {split: splits[split] for split in dict.fromkeys(r["split"] for r in rows)}
+        plots["Effect"][title] = charts.effects(title, rows, labels, shown)
         on_last = {(r["method"], r["metric"]): r["mean"] for r in of_value if r["split"] == last}
         points = {m: (on_last[m, metric], on_last[m, "recognised"]) for m in labels if (m, "recognised") in on_last}
         if len(points) > 2:
@@ -93,9 +94,8 @@ def _plots(results: list[dict], values: list[str], curves, metrics: list[dict]) 
             line = [r for r in curves if (r["value"], r["metric"], r["split"]) == (value, metric, split)]
             title = f"{value}\n{EFFECTS[metric]}, {metric}, {splits[split]}"
             for against, unit in {"step": "steps", "seconds": "seconds of training"}.items():
-                plots["Convergence"][f"{title}, against {unit}"] = charts.convergence(
-                    title, line, labels, against, unit
-                )
+                svg = charts.convergence(title, line, labels, against, unit)
+                plots["Convergence"][f"{title}, against {unit}"] = svg
     return {heading: shown for heading, shown in plots.items() if shown}
 
 
