@@ -37,7 +37,8 @@ def get_sets() -> ConfigDict:
         # template is the authors': write them to one.
         "wino_bias": entry("wino_bias.csv", column="occupation", template="a photo of the face of a(n) {}"),
         # HEIM (Lee et al. 2023): descriptors and occupations, as "an exotic person", and this template, in
-        # demographic_stereotypes_scenario.py of github.com/stanford-crfm/helm, in Python: write them to a CSV.
+        # demographic_stereotypes_scenario.py of github.com/stanford-crfm/helm, in Python: write them to a CSV, under
+        # this column, whose name is ours.
         "heim": entry("heim.csv", column="descriptor", template="A photo of the face of {}"),
     }
     # LiVO (Wang et al. 2024): these names and the field "prompt" are in evaluation/*.py and

@@ -77,7 +77,7 @@ def ipo(l_w, l_l, r_w, r_l, *, beta, T):
 
 
 def kto(l_w, l_l, r_w, r_l, *, beta, T):
-    """Diffusion-KTO (Li et al. 2024, eq. 7) with the Kahneman-Tversky utility, the sigmoid.
+    """Diffusion-KTO (Li et al. 2024) with the Kahneman-Tversky utility, the sigmoid.
 
         mean over all images of 1 - sigmoid( +- beta (-T omega (l - r) - z) ),  + for aligned, - for violating ones
 

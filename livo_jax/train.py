@@ -86,6 +86,10 @@ def check_config(config, sd, mesh, judge: bool = True):
             attempt()
         except ValueError as error:
             problems.append(str(error))
+    if found and (module := baselines.of_unet(config)) and not any(value.kind in module.KINDS for value in found):
+        problems.append(
+            f"config.principles={config.principles}: {config.method} is for values of kind {', '.join(module.KINDS)}"
+        )
     if problems:
         raise ValueError("the config cannot work:\n  " + "\n  ".join(problems))
 

@@ -1,7 +1,10 @@
-"""Stable Diffusion 1.5 and 2.1 at their published sizes, random weights, against PyTorch in float32.
+"""Stable Diffusion 1.5 and 2.1, and the UNet of XL, at their published sizes, against PyTorch in float32.
+
+Weights are random.
 
 pytest -m slow tests/test_full_size.py -k sd15    # about 9 minutes on 2 cores, 14 GiB
 pytest -m slow tests/test_full_size.py -k sd21    # about 9 minutes, 23 GiB: both sides' weights and optimizers
+pytest -m slow tests/test_full_size.py -k xl
 """
 
 import gc
@@ -15,9 +18,11 @@ import pytest
 import torch
 
 from livo_jax import StableDiffusion, ValueEncoder
+from livo_jax.models.unet import UNet2DConditionModel
 from livo_jax.models.weights import split
-from livo_jax.pretrained import skeleton
+from livo_jax.pretrained import load, skeleton
 from tests.conftest import randomised, relative_error
+from tests.small_run import ROOT
 from tests.test_train import compare_training, torch_training
 
 pytestmark = pytest.mark.slow
@@ -130,3 +135,24 @@ def test_three_livo_steps(both):
     expected = torch_training(theirs, batch, ours.scheduler_config)
     theirs.clear()  # for memory
     compare_training(expected, graphs, frozen, batch, ours.schedule)
+
+
+@torch.no_grad()
+def test_the_unet_of_xl(tmp_path):
+    """One pass at 1024 px. PyTorch's is let go before ours is loaded."""
+    import diffusers
+
+    torch.manual_seed(0)
+    config = json.loads((ROOT / "benchmarks/sdxl/unet/config.json").read_text())
+    theirs = diffusers.UNet2DConditionModel.from_config(config)
+    assert sum(p.numel() for p in randomised(theirs).parameters()) == 2_567_463_684
+    z, t, cond = torch.randn(1, 4, 128, 128), torch.tensor([601]), torch.randn(1, 77, 2048)
+    text_embeds, time_ids = torch.randn(1, 1280), torch.tensor([[1024, 1024, 0, 0, 1024, 1024]])
+    expected = last(theirs(z, t, cond, added_cond_kwargs=dict(text_embeds=text_embeds, time_ids=time_ids)).sample)
+    theirs.save_pretrained(tmp_path, max_shard_size="20GB")
+    del theirs
+    gc.collect()
+    ours = load(UNet2DConditionModel, tmp_path)
+    step = jax.jit(lambda unet, *args: unet(*args[:3], None, *args[3:]))
+    given = (x.numpy() for x in (t, cond, text_embeds, time_ids[0]))
+    assert relative_error(step(ours, last(z), *given), expected) < 1e-4
