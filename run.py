@@ -30,6 +30,7 @@ RATIO = flags.DEFINE_string(
 )  # fmt: skip
 NUM_IMAGES = flags.DEFINE_integer("num_images", 8, "generate: images of each prompt.", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "generate: of the noise.")
+SHELF = flags.DEFINE_string("shelf", None, "generate: directory or hub id of a shelf; --value is by its names.")
 DISTRIBUTED = commands.define_distributed()
 DEVICES = flags.DEFINE_integer("devices", None, "plan: how many. Default: those that are here.", lower_bound=1)
 PORT = flags.DEFINE_integer("port", 7860, "demo: of 127.0.0.1.", lower_bound=1, upper_bound=65535)
@@ -70,7 +71,7 @@ def main(argv):
         train_and_evaluate(config, workdir, build_preferences.build, cache_latents.write)
         return
 
-    from livo_jax import demo, evaluate, export, generate, sharding, train, values
+    from livo_jax import demo, evaluate, export, generate, sharding, shelf, train, values
     from livo_jax.workdir import find, recipe
 
     workdir = find(workdir)
@@ -93,7 +94,8 @@ def main(argv):
         if not prompts:
             raise app.UsageError("--mode=generate needs --prompt=TEXT or --prompts_file=FILE")
         known = values.load(config.principles)
-        chosen = "auto" if VALUE.value == ["auto"] else [values.find(v, known).statement for v in VALUE.value]
+        statement = (lambda name: name) if SHELF.value else lambda name: values.find(name, known).statement
+        chosen = "auto" if VALUE.value == ["auto"] else [statement(name) for name in VALUE.value]
         if len(STRENGTH.value) > 1 and len(STRENGTH.value) != len(VALUE.value):
             raise app.UsageError(f"{len(STRENGTH.value)} times --strength for {len(VALUE.value)} times --value")
         several = dict(zip(chosen, STRENGTH.value)) if len(STRENGTH.value) > 1 else None
@@ -102,7 +104,11 @@ def main(argv):
             "retriever": values.Retriever(known) if chosen == "auto" else None,
             "ratio": RATIO.value, "rates": evaluate.read_rates(workdir) if RATIO.value else None,
         }  # fmt: skip
-    sd, value_encoder = train.restore_run(config, workdir, mesh)
+    if MODE.value == "generate" and SHELF.value:
+        sd, _ = train.load_models(config, mesh)
+        chosen, options["strength"], value_encoder = shelf.Shelf(SHELF.value, sd).take(chosen, options["strength"])
+    else:
+        sd, value_encoder = train.restore_run(config, workdir, mesh)
     if MODE.value == "evaluate":
         # Of a method that trains the UNet, the base is another.
         own = value_encoder is None and config.train.steps

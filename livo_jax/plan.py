@@ -87,10 +87,10 @@ def size(tree, shardings=None) -> int:
     return sum(math.prod(shape) * leaf.dtype.itemsize for shape, leaf in zip(shapes, leaves))
 
 
-def without(tree, *names) -> dict:
-    """The leaves of a tree, by path, but for those in parts of these names."""
+def without(tree, *names) -> list:
+    """The leaves of a tree but for those in parts of these names."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {path: leaf for path, leaf in leaves if not any(key.key in names for key in path)}
+    return [leaf for path, leaf in leaves if not any(key.key in names for key in path)]
 
 
 def kept_for_backward(loss, params, frozen, batch) -> int:

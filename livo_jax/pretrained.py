@@ -341,7 +341,7 @@ class StableDiffusion:
             values: what the value encoder is to read before each prompt ("gender equality"): one for all, or a list
                 with an entry for each prompt, which is None, a value or a list of values. None leaves the image as it
                 is without LiVO. "auto" has the retriever choose.
-            value_encoder: one of livo_jax.value_encoders.
+            value_encoder: one of livo_jax.value_encoders; or a livo_jax.shelf.Shelf, whose values go by name.
             strength: how much of a value's effect: 0 is the base model, 1 LiVO. A number, or a dict of value -> number.
             keep_probability: the share of each prompt's images that its values are applied to; None for all, and with
                 "auto" for what principles.toml says.
@@ -358,6 +358,8 @@ class StableDiffusion:
             [N, H, W, 3] uint8, with an attribute `applied`: for each image the values applied to it, as Doses of
             value, strength and reason.
         """
+        if hasattr(value_encoder, "take"):  # a Shelf
+            values, strength, value_encoder = value_encoder.take(values, strength)
         options = dict(strength=strength, keep_probability=keep_probability, retriever=retriever)
         requests = requests_of(prompts, values, seed, ratio, rates, **options)
         images = generate(self, requests, value_encoder, seed=seed, **settings).view(Images)

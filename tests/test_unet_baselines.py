@@ -56,7 +56,8 @@ def test_dpo_starts_at_the_reference_and_updates_all_attention(sd, parts, batch)
     update, params, gradient = loss_of(dpo_unet, config_of("dpo_unet"), sd, parts)
     assert not changed(update.merged(sd.unet), sd.unet)
     (loss, metrics), grads = gradient(params, batch)
-    assert loss == pytest.approx(np.log(2), rel=1e-5) and metrics["margin_w"] == pytest.approx(0, abs=1e-6)
+    # Rounding of the errors, about 1e-7 each, times the slope, beta T = 200.
+    assert loss == pytest.approx(np.log(2), abs=1e-4) and metrics["margin_w"] == pytest.approx(0, abs=1e-6)
     for layer, part in grads["updates"].items():
         assert not part["lora_A"]["kernel"].any() and part["lora_B"]["kernel"].any(), layer
     params = jax.tree.map(lambda p, g: p - 1e-3 * g / optax.tree.norm(grads), params, grads)

@@ -1,0 +1,124 @@
+"""A shelf of values: by name, swapped in one compiled program, and together; a broken index is told whole."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from livo_jax import generate, value_encoders
+from livo_jax.models.weights import split
+from livo_jax.shelf import Shelf
+from livo_jax.value_encoders import LoRA, SoftTokens
+from livo_jax.values import load
+
+SETTINGS = dict(steps=2, guidance_scale=3.0, batch_size=1)
+VALUES = {value.name: value.statement for value in load(("shape", "colour", "bloody"))}
+
+
+def trained(value_encoder, seed: int):
+    graph, params = split(value_encoder)
+    rng = np.random.default_rng(seed)
+    return nnx.merge(graph, jax.tree.map(lambda x: x + rng.normal(0, 0.5, x.shape).astype(np.float32), params))
+
+
+@pytest.fixture(scope="module")
+def encoders(sd):
+    """name -> a value encoder: low-rank updates of three values, soft tokens of one."""
+    lora = lambda: LoRA(sd.text_encoder, rank=2, alpha=2.0, targets=("q_proj", "fc1"), rngs=nnx.Rngs(0))
+    made = {name: trained(lora(), seed) for seed, name in enumerate(VALUES)}
+    statements = (VALUES["colour"], "another")
+    soft = SoftTokens(sd.text_encoder.config, statements=statements, tokenizer=sd.tokenizer, count=2)
+    return made | {"soft": trained(soft, 3)}
+
+
+@pytest.fixture(scope="module")
+def shelf_dir(sd, encoders, tmp_path_factory):
+    root = tmp_path_factory.mktemp("shelf")
+    index = {"base": sd.name, "values": {}}
+    for name, statement in VALUES.items():
+        encoders[name].save(root / name, sd.name)
+        index["values"][name] = {"statement": statement, "kind": "lora", "folder": name}
+    (root / "shelf.json").write_text(json.dumps(index))
+    return root
+
+
+def test_values_by_name_swap_without_recompiling_and_work_together(sd, encoders, shelf_dir):
+    shelf = Shelf(shelf_dir, sd)
+    draw = lambda values, value_encoder=shelf, **kw: sd.generate(["a baker"], values, value_encoder, **SETTINGS, **kw)
+    first = draw("shape")
+    programs = generate._sample._cache_size()
+    assert np.array_equal(draw("colour"), draw(VALUES["colour"], encoders["colour"]))
+    assert not np.array_equal(draw("colour"), first) and generate._sample._cache_size() == programs
+    assert draw("shape", strength={"shape": 0}).applied == [()]
+
+    both = draw([["bloody", "shape"]])
+    assert {dose.value for dose in both.applied[0]} == {VALUES["bloody"], VALUES["shape"]}
+    programs = generate._sample._cache_size()
+    other = draw([["bloody", "colour"]])
+    assert generate._sample._cache_size() == programs and not np.array_equal(both, other)
+
+
+def test_each_text_is_read_by_its_values_encoder(sd, encoders, shelf_dir):
+    _, _, together = Shelf(shelf_dir, sd).take([["shape", "bloody"], "colour"])
+    names = ["bloody", "shape", "colour", "shape"]
+    ids = sd.tokenize([f"{VALUES[name]}, a baker" for name in names])
+    expected = [encoders[name].tokens(ids, sd.text_encoder)[i] for i, name in enumerate(names)]
+    np.testing.assert_allclose(together.tokens(ids, sd.text_encoder), expected, atol=1e-6)
+
+
+def test_soft_tokens_stand_on_a_shelf(sd, encoders, shelf_dir, tmp_path):
+    encoders["soft"].save(tmp_path / "soft", sd.name)
+    encoders["shape"].save(tmp_path / "lora", sd.name)
+    entry = {
+        "colour": {"statement": VALUES["colour"], "kind": "token", "folder": "soft"},
+        "shape": {"statement": VALUES["shape"], "kind": "lora", "folder": "lora"},
+    }
+    (tmp_path / "shelf.json").write_text(json.dumps({"base": sd.name, "values": entry}))
+    shelf = Shelf(tmp_path, sd)
+    values, _, value_encoder = shelf.take("colour")
+    assert values == VALUES["colour"]
+    ids = sd.tokenize([f"{values}, a baker"])
+    np.testing.assert_array_equal(value_encoder.tokens(ids), encoders["soft"].tokens(ids))
+    with pytest.raises(ValueError, match="unequally many tokens .*'colour equality' \\(2\\), 'shape equality' \\(1\\)"):
+        shelf.take([["shape", "colour"]])
+
+
+def test_a_broken_index_is_told_whole(sd, shelf_dir, tmp_path):
+    with pytest.raises(FileNotFoundError, match="is no shelf: it has no shelf.json"):
+        Shelf(tmp_path, sd)
+    entry = lambda **changes: {"statement": "s", "kind": "lora", "folder": "a"} | changes
+    values = {
+        "fields": {"statement": "x"}, "text": entry(statement=3), "kind": entry(statement="k", kind="dora"),
+        "out": entry(statement="o", folder="../a"), "gone": entry(statement="g", folder="b"),
+        "one": entry(), "twice": entry(),
+    }  # fmt: skip
+    (tmp_path / "a").mkdir()
+    (tmp_path / "shelf.json").write_text(json.dumps({"base": None, "values": values}))
+    with pytest.raises(ValueError) as error:
+        Shelf(tmp_path, sd)
+    for told in (
+        "base=None is not the name of a model", "fields: {'statement': 'x'} must have statement, kind, folder",
+        "text: statement=3 is no text", f"kind: kind='dora', choose from {', '.join(value_encoders.KINDS)}",
+        "out: folder='../a' leads out of the shelf", "gone: there is no folder 'b'",
+        "twice: one has the statement 's' too",
+    ):  # fmt: skip
+        assert told in str(error.value)
+    (tmp_path / "shelf.json").write_text("{")
+    with pytest.raises(ValueError, match="shelf.json is no JSON"):
+        Shelf(tmp_path, sd)
+
+
+def test_what_a_shelf_does_not_have(sd, shelf_dir, tmp_path):
+    shelf = Shelf(shelf_dir, sd)
+    with pytest.raises(ValueError, match="'age' is not on the shelf .*: there are shape, colour, bloody"):
+        sd.generate(["a baker"], "age", shelf)
+    with pytest.raises(ValueError, match="a shelf gives values by their names"):
+        sd.generate(["a baker"], "auto", shelf)
+    index = json.loads((shelf_dir / "shelf.json").read_text()) | {"base": "another/model"}
+    for name in VALUES:
+        (tmp_path / name).mkdir()
+    (tmp_path / "shelf.json").write_text(json.dumps(index))
+    with pytest.warns(UserWarning, match="trained on 'another/model' and is used on"):
+        Shelf(tmp_path, sd)
