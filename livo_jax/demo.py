@@ -5,8 +5,10 @@ import importlib.util
 import pathlib
 import secrets
 import shutil
+import signal
 import socket
 import tempfile
+import threading
 
 import jax
 import numpy as np
@@ -161,8 +163,15 @@ def serve(sd, value_encoder, config, mesh, port: int):
     fonts = dict(font=("system-ui", "sans-serif"), font_mono=("monospace",))
     theme = gr.themes.Default(primary_hue="indigo", neutral_hue="slate", **fonts)
     with tempfile.TemporaryDirectory() as folder:
+        # A KeyboardInterrupt may come in a callback of the garbage collector, which drops it.
+        interrupted = threading.Event()
+        before = signal.signal(signal.SIGINT, lambda *_: interrupted.set())
         print(f"The page is http://127.0.0.1:{port}; Ctrl+C ends it.")
-        page(sd, value_encoder, config, mesh, pathlib.Path(folder)).launch(
+        app = page(sd, value_encoder, config, mesh, pathlib.Path(folder))
+        app.launch(
             server_name="127.0.0.1", server_port=port, share=False, allowed_paths=[folder], run_history=False,
-            quiet=True, footer_links=[], theme=theme, css_paths=HERE / "demo.css",
+            quiet=True, footer_links=[], theme=theme, css_paths=HERE / "demo.css", prevent_thread_lock=True,
         )  # fmt: skip
+        interrupted.wait()
+        app.close(verbose=False)
+        signal.signal(signal.SIGINT, before)
