@@ -286,7 +286,8 @@ def test_what_does_not_fit(sd, made, config, tmp_path):
 
     place = tmp_path / "adapter"
     made["lora"].save(place, "the-base")
-    with pytest.raises(ValueError, match="is another:\n  rank: 3 there, 4 in the config"):
+    of_another = pytest.warns(UserWarning, match="was trained on 'the-base' and is used on")
+    with of_another, pytest.raises(ValueError, match="is another:\n  rank: 3 there, 4 in the config"):
         start("lora", start=str(place), rank=4)
     with pytest.raises(FileNotFoundError, match="start holds no 'token' value encoder: .*has no value_tokens"):
         start("token", start=str(place))
