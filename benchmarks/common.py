@@ -55,6 +55,8 @@ def report(benchmark: str, settings: dict, rows: list[dict]):
     cells = [names] + [[show(row.get(name, "")) for name in names] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells)]
     print("\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in cells))
+    if os.path.isabs(settings.get("model", "")):
+        settings = settings | {"model": os.path.relpath(settings["model"])}
     packages = ("jax", "jaxlib", "flax", "torch", "diffusers", "transformers")
     installed = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
     found = {
