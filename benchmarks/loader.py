@@ -60,6 +60,7 @@ def random_cache(directory: pathlib.Path, rng, sd, config):
         aligned=mapped("aligned", *moments),
         violating=mapped("violating", *moments),
         states=mapped("states", 50, text.max_position_embeddings, text.hidden_size),
+        text_embeds=None,
         place={f"a photo of worker {i}": i for i in range(50)},
     )
 
