@@ -39,8 +39,8 @@ def get_config(variant: str = "") -> ConfigDict:
     c.targets = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")  # lora: the layers that are updated
     c.tokens = 4  # token: of each value
 
-    config.judging = c = ConfigDict()  # of the judges clip and vlm
-    c.model = ""  # clip: directory or hub id, as openai/clip-vit-large-patch14. vlm: the model's name at the endpoint
+    config.judging = c = ConfigDict()  # of the judges clip, llava and vlm
+    c.model = ""  # clip, llava: directory or hub id, as openai/clip-vit-large-patch14. vlm: its name at the endpoint
     c.endpoint = ""  # vlm: base URL of an OpenAI-compatible server, as http://localhost:8000/v1; key: OPENAI_API_KEY
     c.cache = ""  # vlm: directory that keeps the answers, so that nothing is asked twice; empty for none
     c.budget = 0  # vlm: questions that a build or an evaluation sends at most; 0 for no limit

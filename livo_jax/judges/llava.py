@@ -1,0 +1,126 @@
+"""The judge that asks a vision-language model here, as LLaVA (Liu et al. 2023), for the probability of "yes"."""
+
+import functools
+import importlib.util
+
+import numpy as np
+
+from livo_jax.judges.clip import SUBJECT
+from livo_jax.pretrained import find, weight_files, weight_patterns
+from livo_jax.values import phrase
+
+BATCH = 16  # images at once
+ASK = "Is this {}? Answer with one word: yes or no."
+FILES = ["*config.json", "chat_template.*", "tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json"]
+FILES += weight_patterns("model", None)
+
+
+def make(config, values, subjects):
+    """The judge of a published vision-language model, which transformers computes with PyTorch.
+
+    Args:
+        config: `judging.model` is its directory or hub id, as llava-hf/llava-1.5-7b-hf; where `judging.subject`,
+            subjects are read, by a question for each.
+        values: a harm's `question` is asked, and for each attribute of a bias whether the image is what its text in
+            `classes` says.
+
+    Returns:
+        judge(images [B, H, W, 3] uint8) -> arrays of length B: of a harm value's axis P(yes) (float, 0 to 1); of a
+        bias value's axis the attribute (str) and of "subject" the subject (str) with the highest P(yes), "" where the
+        model denies all, P(yes) < 0.5. P(yes) is as `published` has it.
+
+    Raises:
+        ValueError: PyTorch is not installed, the config names no model, a value has no question or classes, or there
+            is none; all are listed. Or the directory holds no such model.
+        FileNotFoundError: the model or its weights are not here.
+    """
+    fields = {"bias": "classes", "harm": "question"}
+    problems = [
+        f"the value {v.name!r} has no `{fields[v.kind]}` in principles.toml"
+        for v in values
+        if not getattr(v, fields[v.kind])
+    ]
+    if not values:
+        problems.append("there is no value to read")
+    if not config.judging.model:
+        problems.append("config.judging.model is empty: give a directory or hub id, as llava-hf/llava-1.5-7b-hf")
+    if not importlib.util.find_spec("torch"):
+        problems.append("PyTorch is not installed: pip install torch")
+    if problems:
+        raise ValueError("the judge llava cannot work: " + "; ".join(problems))
+    ask = published(config.judging.model)
+
+    texts = {(value.axis, value.attributes): value.classes for value in values if value.kind == "bias"}
+    if config.judging.subject:
+        texts["subject", tuple(subjects)] = [phrase(SUBJECT, subject) for subject in subjects]
+
+    def judge(images):
+        reading = {value.axis: ask(value.question, images) for value in values if value.kind == "harm"}
+        for (axis, names), of_names in texts.items():
+            yes = np.stack([ask(ASK.format(text), images) for text in of_names], axis=1)  # [B, names]
+            reading[axis] = np.where(yes.max(1) >= 0.5, np.array(names)[yes.argmax(1)], "")
+        return reading
+
+    return judge
+
+
+@functools.lru_cache(maxsize=1)  # a run asks for its judge before it builds pairs, to build them, and to evaluate
+def published(path_or_hub_id):
+    """A published vision-language model, on the GPU if PyTorch has one, there in the precision of its files.
+
+    No code that comes with it runs; its chat template is rendered in transformers' Jinja sandbox.
+
+    Returns:
+        ask(question, images [B, H, W, 3] uint8) -> [B] float32, 0 to 1: P(yes) / (P(yes) + P(no)) of the first token of
+        the answer. All tokens that read "yes" or "no" count, in whatever case and with whatever space around them.
+
+    Raises:
+        FileNotFoundError: it or its weights are not here.
+        ValueError: transformers cannot read it, or it lacks weights, the chat template, or tokens of "yes" and "no".
+    """
+    import torch
+    from PIL import Image
+    from safetensors import SafetensorError
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    root = find(path_or_hub_id, FILES)
+    weight_files(root, "model", None)
+    device, dtype = ("cuda", "auto") if torch.cuda.is_available() else ("cpu", torch.float32)
+    try:
+        processor = AutoProcessor.from_pretrained(root, trust_remote_code=False)
+        model, info = AutoModelForImageTextToText.from_pretrained(
+            root, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        reason = str(error).partition("\n")[0]  # a list of all models that it knows may follow
+        raise ValueError(f"{root} holds no vision-language model that transformers can read: {reason}") from error
+    pieces = processor.tokenizer.batch_decode([[i] for i in range(len(processor.tokenizer))])
+    answers = {word: [i for i, piece in enumerate(pieces) if piece.strip().lower() == word] for word in ("yes", "no")}
+    problems = [f"no token that reads {word!r}" for word, ids in answers.items() if not ids]
+    if info["missing_keys"]:
+        problems.append(f"no weights {', '.join(sorted(info['missing_keys']))}")
+    if not processor.chat_template:
+        problems.append("no chat template: is chat_template.jinja or chat_template.json there?")
+    if problems:
+        raise ValueError(f"{root} has {'; '.join(problems)}")
+    model = model.to(device).eval()
+
+    @torch.inference_mode()
+    def ask(question, images):
+        odds = []
+        for start in range(0, len(images), BATCH):
+            # One question and images of one size: rows of one length, without padding.
+            contents = [
+                [{"type": "image", "image": Image.fromarray(image)}, {"type": "text", "text": question}]
+                for image in images[start : start + BATCH]
+            ]
+            inputs = processor.apply_chat_template(
+                [[{"role": "user", "content": content}] for content in contents],
+                add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+            )  # fmt: skip
+            logits = model(**inputs.to(device, model.dtype), logits_to_keep=1).logits[:, -1].float()
+            yes, no = (logits[:, answers[word]].logsumexp(1) for word in ("yes", "no"))
+            odds.append(yes - no)
+        return torch.cat(odds).sigmoid().cpu().numpy()
+
+    return ask
