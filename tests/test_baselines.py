@@ -1,5 +1,6 @@
 """The baselines that need no training: what their papers state of them, and their published pipelines."""
 
+import dataclasses
 import warnings
 
 import jax
@@ -67,7 +68,7 @@ def test_the_presets_are_the_published_ones():
 
     for name, preset in sld.PRESETS.items():
         published = getattr(SafetyConfig, name.upper())
-        assert preset == tuple(published[f"sld_{field}"] for field in (
+        assert dataclasses.astuple(preset) == tuple(published[f"sld_{field}"] for field in (
             "guidance_scale", "warmup_steps", "threshold", "momentum_scale", "mom_beta"
         ))  # fmt: skip
 
@@ -82,6 +83,12 @@ def test_a_guidance_without_effect_is_plain_guidance(sd, guidance):
     plain = generate.generate(sd, [r._replace(edits=()) for r in requests], **SETTINGS)
     images = generate.generate(sd, requests, **SETTINGS, guidance=guidance)
     assert np.abs(images.astype(int) - plain).max() <= 1
+
+
+def test_guidances_of_equal_numbers_are_two():
+    """A compiled program is found by its guidance."""
+    numbers = dict(scale=5.0, warmup=0, threshold=0.9, momentum=0.5, beta=0.7)
+    assert sld.SafeGuidance(**numbers) == sld.SafeGuidance(**numbers) != fair_diffusion.SemanticGuidance(**numbers)
 
 
 def test_semantic_guidance_is_the_published_pipelines(sd, published, torch_models):

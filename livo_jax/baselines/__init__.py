@@ -3,6 +3,7 @@
 config.method names one: "livo" and what else trains a value encoder, what trains the UNet, or a module here.
 """
 
+import dataclasses
 import functools
 import importlib
 import pkgutil
@@ -10,14 +11,17 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from livo_jax import values
 from livo_jax.generate import generate
 from livo_jax.models.weights import split
 from livo_jax.step import but_embeddings
 
 UNET = ("concept_ablation", "dpo_unet")
+STEPS = 50  # of the sampler for which guidances' warm-ups are told
 
 
 class Method(NamedTuple):
@@ -97,6 +101,49 @@ def of_unet(config):
     return importlib.import_module(f"{__name__}.{config.method}") if config.method in UNET else None
 
 
-def concept(value) -> str:
-    """A harm in words: its negative prompt, or else what calls for it first."""
-    return value.negative or value.keywords[0]
+def concepts(config) -> dict[str, str]:
+    """The harms by their statements, in words: the negative prompt, or else what calls for it first."""
+    harms = (value for value in values.load(config.principles) if value.kind == "harm")
+    return {value.statement: value.negative or value.keywords[0] for value in harms}
+
+
+def by_group(requests, group, draw) -> np.ndarray:
+    """The images of requests, those of one group(request) drawn together, by draw(group, requests).
+
+    The groups come as the requests do: in every process the same.
+    """
+    places, images = {}, {}
+    for i, request in enumerate(requests):
+        places.setdefault(group(request), []).append(i)
+    for key, rows in places.items():
+        images |= zip(rows, draw(key, [requests[i] for i in rows]))
+    return np.stack([images[i] for i in range(len(requests))])
+
+
+@dataclasses.dataclass(frozen=True)
+class Guidance:
+    """What the guidances of generate that edit a prediction share: a warm-up, and a momentum.
+
+    warmup: delta, the steps before it takes effect. momentum: s_m, and beta: beta_m. scale and threshold are as the
+    guidance has them. Those of two kinds are never equal: a compiled program is found by its guidance.
+    """
+
+    scale: float
+    warmup: int
+    threshold: float
+    momentum: float
+    beta: float
+
+    def of_steps(self, steps: int) -> "Guidance":
+        """That with the same share of so many steps to warm up."""
+        return dataclasses.replace(self, warmup=round(self.warmup * steps / STEPS))
+
+    def start(self, z):
+        return jnp.zeros((), jnp.int32), jnp.zeros_like(z)
+
+    def carry(self, gamma, carried):
+        """An edit with its momentum, once it is warm; and the next step and its momentum. `carried`: this step's."""
+        step, nu = carried
+        gamma = gamma + self.momentum * nu
+        nu = self.beta * nu + (1 - self.beta) * gamma
+        return jnp.where(step >= self.warmup, gamma, 0.0), (step + 1, nu)

@@ -1,45 +1,29 @@
 """Fair Diffusion (Friedrich et al. 2023): each image is led to an attribute drawn at random, by edit guidance."""
 
-from typing import NamedTuple
+import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
 
 from livo_jax import values
-from livo_jax.baselines import Method, drawer, networks
+from livo_jax.baselines import Guidance, Method, by_group, drawer, networks
 from livo_jax.values import text_hash
 
-STEPS = 50  # of the sampler for which a warm-up is told
 
+class SemanticGuidance(Guidance):
+    """SEGA (Brack et al. 2023, equations 3 to 10), with an edit for each direction.
 
-class SemanticGuidance(NamedTuple):
-    """SEGA (Brack et al. 2023, equations 3 to 10); a guidance of generate with an edit for each direction.
-
-    scale: s_e. warmup: delta, the steps before it takes effect. threshold: lambda, the share of each channel's places
-    that an edit leaves alone. momentum: s_m, and beta: beta_m. An edit's weight is its g_i, below 0 to lead away.
+    scale: s_e. threshold: lambda, the share of each channel's places that an edit leaves alone. An edit's weight is
+    its g_i, below 0 to lead away.
     """
 
-    scale: float
-    warmup: int
-    threshold: float
-    momentum: float
-    beta: float
-
-    def start(self, z):
-        return jnp.zeros((), jnp.int32), jnp.zeros_like(z)
-
     def __call__(self, prompt, nothing, concepts, weights, guidance_scale, carried):
-        """The guided prediction [B, h, w, C], and the next step and its momentum; `carried`: this step's."""
-        step, nu = carried
+        """The guided prediction [B, h, w, C], and what the next step carries."""
         psi = self.scale * (jnp.stack(concepts) - nothing)  # [E, B, h, w, C]
         least = jnp.quantile(jnp.abs(psi), self.threshold, axis=(2, 3), keepdims=True)
         gamma = jnp.einsum("be,ebhwc->bhwc", weights, jnp.where(jnp.abs(psi) >= least, psi, 0.0))  # eq. 4, 5, 10
-        gamma += self.momentum * nu  # eq. 7
-        nu = self.beta * nu + (1 - self.beta) * gamma  # eq. 8
-        return nothing + guidance_scale * (prompt - nothing) + jnp.where(step >= self.warmup, gamma, 0.0), (
-            step + 1,
-            nu,
-        )
+        gamma, carried = self.carry(gamma, carried)  # eq. 7, 8
+        return nothing + guidance_scale * (prompt - nothing) + gamma, carried
 
 
 def directions(value, text: str, seed: int, prompt: str, index: int) -> tuple[tuple[str, float], ...]:
@@ -59,21 +43,15 @@ def make(config, sd, mesh, *_) -> Method:
     """config.fair_diffusion has `edit`, the text of an attribute, and SemanticGuidance's fields."""
     c = config.fair_diffusion.to_dict()
     text = c.pop("edit")
-    guidance = SemanticGuidance(**c)
-    guidance = guidance._replace(warmup=round(guidance.warmup * config.sampling.steps / STEPS))
+    guidance = SemanticGuidance(**c).of_steps(config.sampling.steps)
     biases = {value.statement: value for value in values.load(config.principles) if value.kind == "bias"}
 
     def fair(r):
         edits = (directions(biases[dose.value], text, config.eval.seed, r.prompt, r.index) for dose in r.values)
         return r._replace(edits=sum(edits, ()), values=())
 
-    def draw(requests):
-        """Values have numbers of edits of their own, and so a program each."""
-        rows, images = [fair(request) for request in requests], {}
-        for n in {len(row.edits) for row in rows}:
-            part = [i for i, row in enumerate(rows) if len(row.edits) == n]
-            images |= zip(part, drawer(config, mesh)(sd, [rows[i] for i in part], guidance=guidance))
-        return np.stack([images[i] for i in range(len(rows))])
-
-    settings = {"method": "fair_diffusion", "edit": text, "guidance": guidance._asdict()}
+    # Values have numbers of edits of their own, and so a program each.
+    together = lambda _, rows: drawer(config, mesh)(sd, rows, guidance=guidance)
+    draw = lambda requests: by_group([fair(request) for request in requests], lambda r: len(r.edits), together)
+    settings = {"method": "fair_diffusion", "edit": text, "guidance": dataclasses.asdict(guidance)}
     return Method(draw, networks(sd), settings, kinds=("bias",))

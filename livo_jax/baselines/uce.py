@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from livo_jax import sharding, values
-from livo_jax.baselines import Method, drawer, networks
+from livo_jax.baselines import Method, by_group, drawer, networks
 from livo_jax.generate import Request
 from livo_jax.models.weights import put, split
 from livo_jax.values import phrase
@@ -97,14 +97,14 @@ def debias(value, sd, config, mesh, judge) -> np.ndarray:
     texts = Texts(sd, [*plain, *stay])
     tails = [texts.tails(rows) for rows in zip(plain, *stated)]  # of each prompt [1 + K, n, D]
     templates, K = len(config.preferences.templates), len(value.attributes)
-    alpha = np.zeros((len(c.subjects), K))
+    C, P, alpha = np.concatenate([tail[0] for tail in tails]), texts.whole(stay), np.zeros((len(c.subjects), K))
 
     def moved(tail, alpha):
         return tail[0] + np.einsum("k,knd->nd", alpha, tail[1:] - tail[0])
 
     for _ in range(c.rounds):
         X = np.concatenate([moved(tail, a) for tail, a in zip(tails, np.tile(alpha, (templates, 1)))])
-        M = matrix(np.concatenate([tail[0] for tail in tails]), X, texts.whole(stay), c.regularisation)
+        M = matrix(C, X, P, c.regularisation)
         requests = [Request(prompt, i) for prompt in plain for i in range(c.images)]
         images = drawer(config, mesh)(edited(sd, M), requests, seed=config.seed + 1)  # not the evaluation's noise
         read = judge(images)[value.axis].reshape(templates, len(c.subjects), -1)
@@ -151,14 +151,10 @@ def make(config, sd, mesh, workdir, judge) -> Method:
             save_file(matrices, file, metadata={"settings": key, "seconds": str(seconds)})
     models = {statement: edited(sd, M) for statement, M in matrices.items()}
 
-    def draw(requests):
-        images = {}
-        for statement in {r.values[0].value for r in requests}:
-            part = [i for i, r in enumerate(requests) if r.values[0].value == statement]
-            bare = [requests[i]._replace(values=()) for i in part]
-            images |= zip(part, drawer(config, mesh)(models[statement], bare))
-        return np.stack([images[i] for i in range(len(requests))])
+    def by_model(statement, requests):
+        return drawer(config, mesh)(models[statement], [request._replace(values=()) for request in requests])
 
+    draw = lambda requests: by_group(requests, lambda request: request.values[0].value, by_model)
     trained = sum(
         leaf.size for path, leaf in jax.tree_util.tree_leaves_with_path(split(sd.unet)[1]) if _reads_text(path)
     )
