@@ -105,7 +105,7 @@ def main(argv):
             "ratio": RATIO.value, "rates": evaluate.read_rates(workdir) if RATIO.value else None,
         }  # fmt: skip
     if MODE.value == "generate" and SHELF.value:
-        sd, _ = train.load_models(config, mesh)
+        sd = train.load_base(config, mesh)
         chosen, options["strength"], value_encoder = shelf.Shelf(SHELF.value, sd).take(chosen, options["strength"])
     else:
         sd, value_encoder = train.restore_run(config, workdir, mesh)

@@ -92,7 +92,7 @@ def measure(config, workdir, curve, cache_latents) -> dict:
     sd, judge = train.load_base(config, mesh), judges.load(config, found, evaluate.subjects(config))
 
     def restored(step=None):
-        trained, value_encoder = train.restore_run(config, workdir, mesh, step)
+        trained, value_encoder = train.restore_run(config, workdir, mesh, step, sd)
         return baselines.load(config, trained, value_encoder, mesh, workdir, judge)
 
     method = restored()

@@ -103,16 +103,19 @@ def load_base(config, mesh) -> StableDiffusion:
     return StableDiffusion.from_pretrained(config.model, dtype, variant=variant, sharding=where)
 
 
-def load_models(config, mesh):
+def load_models(config, mesh, base: StableDiffusion | None = None):
     """The frozen StableDiffusion of config.model, and the value encoder to start from, on the mesh.
 
     A method that trains the UNet has its Update (baselines/) in the place of the value encoder.
+
+    Args:
+        base: of load_base, if that is here already.
 
     Raises:
         FileNotFoundError, ValueError: as StableDiffusion.from_pretrained and value_encoders.start; a value encoder of
             another model.
     """
-    sd = load_base(config, mesh)
+    sd = base or load_base(config, mesh)
     sd.unet.remat = config.train.remat
     if module := baselines.of_unet(config):
         graph, params = split(module.Update(config, sd))
@@ -295,19 +298,22 @@ def check_finite(step: int, metrics: dict, checkpoints, config) -> dict[str, flo
     return metrics
 
 
-def restore_run(config, workdir, mesh, step: int | None = None):
+def restore_run(config, workdir, mesh, step: int | None = None, base: StableDiffusion | None = None):
     """The frozen StableDiffusion and the value encoder of a run: trained, or config.value_encoder.start as it is.
 
     Of a method that trains nothing (config.train.steps is 0), or the UNet, which the StableDiffusion then has, there is
-    no value encoder, but None. `step`: of an earlier
-    checkpoint than the newest.
+    no value encoder, but None.
+
+    Args:
+        step: of an earlier checkpoint than the newest.
+        base: of load_base, if that is here already; it stays as it is.
 
     Raises:
         FileNotFoundError: `workdir` has no checkpoint and config.value_encoder no start.
         ValueError: the config cannot work, or the checkpoint is of another one.
     """
     if not config.train.steps:
-        return load_base(config, mesh), None
+        return base or load_base(config, mesh), None
     workdir = find(workdir)
     checkpoints = Checkpoints(workdir)
     trained = checkpoints.latest_step() is not None
@@ -317,13 +323,13 @@ def restore_run(config, workdir, mesh, step: int | None = None):
             f"{checkpoints.directory} has no checkpoint: train first, with the same --workdir, or give a trained value"
             " encoder by --config.value_encoder.start=DIRECTORY_OR_HUB_ID"
         )
-    of = lambda config: {name: config.get(name) for name in ("method", "value_encoder", "dpo_unet")}
+    of = lambda recipe: {name: recipe.get(name) for name in ("method", "value_encoder", config.method)}
     if trained and (found := differences(of(recipe(workdir)), of(json.loads(config.to_json())))):
         raise ValueError(
             f"{workdir} holds another value encoder: to use one that is trained already, name a new --workdir\n  "
             + "\n  ".join(found)
         )
-    sd, value_encoder = load_models(config, mesh)
+    sd, value_encoder = load_models(config, mesh, base)
     check_config(config, sd, mesh, judge=False)
     if trained:
         graph, params = split(value_encoder)
