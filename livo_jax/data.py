@@ -218,11 +218,11 @@ def batches(
         principles: the values that are trained.
         beside: the share of the pairs that have a second value beside their own, any of the others. Beside a harm, a
             bias's prompt is worded harmfully, as those prompts are for which both are wanted.
-        concepts: whether value_prompt_ids are of concepts: the prompts in a harm's wording, the prompts themselves
-            being those of its aligned images (baselines/concept_ablation.py).
         attributes: the share of a bias's pairs whose value names an attribute ("statement: attribute"): that of the
             aligned image or, with the images' parts exchanged, that of the violating one; each attribute as often
             as the others. Pairs that do not tell what they show (provenance) are without.
+        concepts: whether value_prompt_ids are of concepts: the prompts in a harm's wording, the prompts themselves
+            being those of its aligned images (baselines/concept_ablation.py).
 
     Returns:
         A grain DatasetIterator of dicts: `prompt_ids` and `value_prompt_ids`

@@ -14,8 +14,7 @@ from flax import nnx
 
 from livo_jax.models.clip import first_ids
 from livo_jax.pretrained import find
-from livo_jax.value_encoders import KINDS, WIDTHS, SoftTokens, ValueEncoder, check_base
-from livo_jax.values import value_prompt
+from livo_jax.value_encoders import KINDS, WIDTHS, SoftTokens, ValueEncoder, beginnings, check_base
 
 INDEX = "shelf.json"
 FIELDS = ("statement", "kind", "folder")
@@ -121,11 +120,10 @@ class Shelf:
             told = ", ".join(f"{statement!r} ({count})" for statement, count in zip(statements, counts))
             raise ValueError(f"values of unequally many tokens do not go together: {told}")
         length = self.sd.text_encoder.config.max_position_embeddings
-        beginnings = np.full((len(encoders), length), -1, np.int32)
-        for row, ids in zip(beginnings, self.sd.tokenizer([value_prompt(s, "") for s in statements])["input_ids"]):
-            begin = ids[:-1][: length - 1]
+        padded = np.full((len(encoders), length), -1, np.int32)
+        for row, begin in zip(padded, beginnings(statements, self.sd.tokenizer, length)):
             row[: len(begin)] = begin
-        return Together(encoders, beginnings)
+        return Together(encoders, padded)
 
     def _load(self, statement: str):
         if statement not in self.loaded:

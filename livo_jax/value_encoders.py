@@ -234,6 +234,12 @@ def check_base(path, base: str | None, sd):
         )
 
 
+def beginnings(statements, tokenizer, length: int) -> list[list[int]]:
+    """The token ids that texts of so many tokens begin with, which read these statements before a prompt."""
+    ids = tokenizer([values.value_prompt(statement, "") for statement in statements])["input_ids"]
+    return [row[:-1][: length - 1] for row in ids]
+
+
 class SoftTokens(nnx.Module):
     """Kind "token": n learned tokens of each value (Lester et al. 2021), whatever the prompt.
 
@@ -254,8 +260,7 @@ class SoftTokens(nnx.Module):
         if count < 1 or not statements:
             raise ValueError(f"{count} soft tokens of {len(statements)} values: at least 1 of each")
         self.config, self.count, self.statements = config, count, tuple(statements)
-        ids = tokenizer([values.value_prompt(statement, "") for statement in statements])["input_ids"]
-        self.beginnings = tuple(tuple(row[:-1][: config.max_position_embeddings - 1]) for row in ids)
+        self.beginnings = tuple(map(tuple, beginnings(statements, tokenizer, config.max_position_embeddings)))
         self.table = nnx.Param(jnp.zeros((len(self.statements), count, config.hidden_size)))  # [V, n, D]
 
     def tokens(self, ids, text_encoder=None):

@@ -81,13 +81,18 @@ def published(torch_models, tokenizer_dir, tmp_path_factory):
     """The same as a published directory, written by diffusers and transformers."""
     from data_tools.shapeworld import PIPELINE, SCHEDULER
 
-    root = tmp_path_factory.mktemp("published")
-    for name, module in torch_models.items():
+    return write_pipeline(tmp_path_factory.mktemp("published"), torch_models, tokenizer_dir, SCHEDULER, PIPELINE)
+
+
+def write_pipeline(root, modules: dict, tokenizer_dir, scheduler: dict, index: dict):
+    """Writes a published directory of PyTorch's modules by their names, with a tokenizer of each text encoder."""
+    for name, module in modules.items():
         module.save_pretrained(root / name)
-    shutil.copytree(tokenizer_dir, root / "tokenizer")
+    for name in modules.keys() & {"text_encoder", "text_encoder_2"}:
+        shutil.copytree(tokenizer_dir, root / name.replace("text_encoder", "tokenizer"))
     (root / "scheduler").mkdir()
-    (root / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
-    (root / "model_index.json").write_text(json.dumps(PIPELINE))
+    (root / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+    (root / "model_index.json").write_text(json.dumps(index))
     return root
 
 

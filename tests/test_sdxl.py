@@ -24,7 +24,7 @@ from livo_jax.pretrained import PARTS, read_json, skeleton
 from livo_jax.step import but_embeddings, draw, init_state, make_loss, make_train_step
 from livo_jax.value_encoders import LoRA
 from livo_jax.values import text_hash
-from tests.conftest import randomised, text_model
+from tests.conftest import randomised, text_model, write_pipeline
 from tests.test_train import CONFIG, SCALE, torch_step
 
 LEVELS = dict(block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1)
@@ -77,16 +77,10 @@ def theirs(tokenizer_dir):
 
 @pytest.fixture(scope="module")
 def published(theirs, tokenizer_dir, tmp_path_factory):
-    root = tmp_path_factory.mktemp("sdxl")
-    for name, module in theirs.items():
-        module.save_pretrained(root / name)
+    root = write_pipeline(tmp_path_factory.mktemp("sdxl"), theirs, tokenizer_dir, SCHEDULER, INDEX)
     for name, pad in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):  # as published
-        shutil.copytree(tokenizer_dir, root / name)
         file = root / name / "tokenizer_config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | {"pad_token": pad}))
-    (root / "scheduler").mkdir()
-    (root / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
-    (root / "model_index.json").write_text(json.dumps(INDEX))
     return root
 
 
