@@ -155,7 +155,8 @@ MISTAKES = {  # flags: what the answer holds
     ("--config.train.batch_size=0", "--config.train.schedule=linear", "--config.loss.timesteps=(900, 2000)"):
         "timesteps=\\(900, 2000\\)(.|\n)*train.batch_size=0(.|\n)*'linear': choose from constant, cosine",
     ("--config.principles=('shape', 'age')", "--config.judge=human", "--config.sampling.sampler=heun"):
-        "'heun'(.|\n)*no value 'age'. Values there: gender.*shape, colour, bloody\n.*'human': choose from clip, sh",
+        "'heun'(.|\n)*no value 'age'. Values there: gender.*shape, colour, bloody\n"
+        ".*'human': choose from clip, llava, sh",
     ("--config.judge=vlm", "--config.train.ema_decay=1.0"): "ema_decay=1.0(.|\n)*'shape' has no `question`.*model is",
     ("--mode=evaluate",): "no checkpoint: train first",
     ("--mode=generate",): "generate needs --out=DIR",
