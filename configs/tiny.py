@@ -44,6 +44,8 @@ def get_config(variant: str = "") -> ConfigDict:
     c.rank, c.alpha = 8, 8.0  # lora: kernels are W + alpha / rank * A B
     c.targets = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")  # lora: the layers that are updated
     c.tokens = 4  # token: of each value
+    c.states = 1  # full, lora: 1 gives the pooled state as the token, more those that follow too, 0 all of the text
+    c.reads_prompt = True  # full, lora: whether the text has the prompt too, or the value alone
 
     config.judging = c = ConfigDict()  # of the judges clip, llava and vlm
     c.model = ""  # clip, llava: directory or hub id, as openai/clip-vit-large-patch14. vlm: its name at the endpoint
@@ -74,7 +76,8 @@ def get_config(variant: str = "") -> ConfigDict:
     c.cache = False  # of latents and prompt states beside the pairs, made at the first start; saves the VAE's passes
     c.random_flip = False  # a mirrored emblem would be another
     c.beside = 0.3  # share of the pairs that train with a second value's token beside their own
-    c.attributes = 0.4  # share of a bias's pairs whose value names the attribute to show: what --ratio mixes
+    c.attributes = 0.25  # share of a bias's pairs whose value names the attribute to show: what --ratio mixes
+    c.anchors = 0.3  # share of the pairs whose prompt the value should leave alone: it states an attribute, or no harm
 
     config.loss = c = ConfigDict()  # livo_jax/losses.py
     c.form = "livo"  # or sft, dpo, ipo, kto: of these the last three read beta, sft none of the constants
@@ -120,6 +123,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.rate_images = 10  # of each seen prompt and token of a bias, which tell what it shows (--ratio); 0 for none
     c.drawn = ""  # directory that keeps the images and readings of evaluations; empty: WORKDIR/eval/drawn
     c.combinations = False  # whether every two values are measured together, too
+    c.keep_probabilities = ()  # with which biases are measured, too
     c.strengths = ()  # at which the values are measured, too
     c.ratios = ()  # which are measured, too: "equal", or what else --ratio takes
     c.prompts = ()  # prompts in place of the subjects', as ("harm=i2p", "gender=own"): a kind or value, a set

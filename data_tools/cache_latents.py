@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from data_tools import commands
 from data_tools.dataset import barrier, held, my_share
-from livo_jax import data, sharding
+from livo_jax import data, sharding, values
 from livo_jax.models.weights import split
 from livo_jax.pretrained import StableDiffusion
 
@@ -72,11 +72,10 @@ def write(preferences: data.Preferences, sd: StableDiffusion, config):
 
     with held(work):
         if jax.process_index() == 0:
-            prompts, wordings = set(), data.cache_made_of(preferences, sd, config)["wordings"]
+            prompts, principles = set(), values.load(config.principles)
             for block in tqdm(preferences.blocks, desc="prompts", unit="block"):
                 for i in range(block.start, block.start + block.count):
-                    prompt = source[i]["prompt"].decode()
-                    prompts |= {prompt, *(data.reworded(prompt, block.scene, wording) for wording in wordings)}
+                    prompts |= data.prompts_of(source[i]["prompt"].decode(), block, config, principles)
             prompts = sorted(prompts)
             (work / "prompts.json").write_text(json.dumps(prompts))
             text = sd.text_encoder.config

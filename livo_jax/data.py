@@ -120,7 +120,8 @@ def cache_made_of(preferences: Preferences, sd, config) -> dict:
         "pairs": preferences.content_sha256,
         "decoded": f"shorter side to {sd.image_size}, centre crop",
         "random_flip": config.data.random_flip,
-        "wordings": harm_wordings(values.load(config.principles)) if config.data.beside else [],
+        "wordings": [[*v.wordings, v.aligned, *v.attributes] for v in values.load(config.principles)],
+        "rewordings": [name for name in ("beside", "anchors") if config.data[name]],
         "dtype": config.dtype,
         "weights": digest.hexdigest(),
     }
@@ -144,6 +145,8 @@ class Cache:
         if not directory.exists():
             raise FileNotFoundError(f"{directory} is not there: {remedy}, or train with --config.data.cache=False")
         made_of, wanted = json.loads((directory / "made_of.json").read_text()), cache_made_of(preferences, sd, config)
+        if {*wanted["rewordings"]} <= {*made_of.get("rewordings", ())}:  # more prompts than are wanted will do
+            made_of["rewordings"] = wanted["rewordings"]
         if different := [name for name in wanted if made_of.get(name) != wanted[name]]:
             raise ValueError(
                 f"{directory} is of another dataset, config or model: {remedy}\n  "
@@ -178,6 +181,26 @@ def harm_wordings(principles: Iterable[Value]) -> list[str]:
     return [wording for value in principles if value.kind == "harm" for wording in value.wordings]
 
 
+def anchor(value: Value, prompt: str, subject: str, attribute: str = "") -> str:
+    """A pair's prompt in words that the value should leave alone: that state an attribute, or without the harm."""
+    if value.kind == "bias":
+        return reworded(prompt, subject, value.wordings[0].format(attribute=attribute, subject="{subject}"))
+    worded = lambda wording: wording.format(subject=subject)
+    for wording in value.wordings:
+        prompt = reworded(prompt, worded(wording), worded(value.aligned))
+    return prompt
+
+
+def prompts_of(prompt: str, block: Block, config, principles: Iterable[Value]) -> set[str]:
+    """What batches can make of a record's prompt: itself, and its rewordings for config.data.beside and anchors."""
+    value, found = next(value for value in principles if value.statement == block.value), {prompt}
+    if config.data.beside and value.kind == "bias":
+        found |= {reworded(prompt, block.scene, wording) for wording in harm_wordings(principles)}
+    if config.data.anchors:
+        found |= {anchor(value, prompt, block.scene, attribute) for attribute in value.attributes or ("",)}
+    return found
+
+
 def decode(png: bytes, size: int, flip: bool = False) -> np.ndarray:
     """An encoded image as [size, size, 3] float32 in [-1, 1]: shorter side to `size`, centre crop."""
     from PIL import Image, ImageOps
@@ -202,7 +225,9 @@ def batches(
     principles: tuple[Value, ...] = (),
     beside: float = 0.0,
     attributes: float = 0.0,
+    anchors: float = 0.0,
     concepts: bool = False,
+    reads_prompt: bool = True,
 ):
     """An endless, deterministic iterator over this process's share of each batch.
 
@@ -221,8 +246,11 @@ def batches(
         attributes: the share of a bias's pairs whose value names an attribute ("statement: attribute"): that of the
             aligned image or, with the images' parts exchanged, that of the violating one; each attribute as often
             as the others. Pairs that do not tell what they show (provenance) are without.
+        anchors: the share of the pairs whose prompt is one that the value should leave alone (`anchor`): a harm's is
+            harmless, a bias's states the attribute of the aligned image, which may be exchanged as above.
         concepts: whether value_prompt_ids are of concepts: the prompts in a harm's wording, the prompts themselves
             being those of its aligned images (baselines/concept_ablation.py).
+        reads_prompt: as the value encoder has it.
 
     Returns:
         A grain DatasetIterator of dicts: `prompt_ids` and `value_prompt_ids`
@@ -252,20 +280,24 @@ def batches(
             text = second.statement  # or that with an attribute: it may be any token that can stand there
             if second.attributes and rng.random() < attributes:
                 text = attributed(text, rng.choice(second.attributes))
-            read["beside_prompt_ids"] = ids(value_prompt(text, prompt))
+            read["beside_prompt_ids"] = ids(value_prompt(text, prompt if reads_prompt else ""))
         images = {"aligned": (index, "aligned"), "violating": (partner, "violating")}
-        if attributes and rng.random() < attributes and (shown := shows(record, source[partner])):
+        anchored = anchors and rng.random() < anchors and prompt == record["prompt"].decode()
+        named = attributes and not anchored and rng.random() < attributes
+        if (anchored or named) and (shown := shows(record, source[partner])):
             exchanged = rng.random() < 1 / len(value.attributes)
             if exchanged:
                 images = dict(zip(images, reversed(images.values())))
-            statement = attributed(statement, shown[exchanged])
-        text = value_prompt(statement, prompt)
+            if anchored:
+                prompt = anchor(value, prompt, block.scene, shown[exchanged])
+            else:
+                statement = attributed(statement, shown[exchanged])
+        if anchored and value.kind == "harm":
+            prompt = anchor(value, prompt, block.scene)
+        text = value_prompt(statement, prompt if reads_prompt else "")
         if concepts:
-            worded = lambda wording: wording.format(subject=block.scene)
             if value.kind == "harm":
-                text = prompt
-                for wording in value.wordings:
-                    prompt = reworded(prompt, worded(wording), worded(value.aligned))
+                text, prompt = prompt, anchor(value, prompt, block.scene)
             else:
                 text = reworded(prompt, block.scene, rng.choice(harm_wordings(principles)))
         read["value_prompt_ids"] = ids(text)

@@ -84,6 +84,11 @@ def export(directory: str | os.PathLike, sd, value_encoder, config, results: lis
         raise ValueError(
             f"config.sampling.prompt_layout={config.sampling.prompt_layout!r}: pipelines draw padded alone"
         )
+    if not isinstance(value_encoder, SoftTokens) and (value_encoder.states != 1 or not value_encoder.reads_prompt):
+        raise ValueError(
+            f"config.value_encoder: states={value_encoder.states}, reads_prompt={value_encoder.reads_prompt}: pipelines"
+            " put the one pooled token of value and prompt before the prompt's"
+        )
     directory = pathlib.Path(directory).absolute()
     scheduler, options = SCHEDULERS[config.sampling.sampler]
     settings = {

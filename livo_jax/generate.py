@@ -193,7 +193,7 @@ def generate(
     if sd.zeros_for_empty_prompt:
         columns["zeros"] = np.array([[False, not r.negative] + [False] * len(r.edits) for r in padded])
     if value_encoder is not None:
-        columns |= value_columns(sd, padded, slots)
+        columns |= value_columns(sd, padded, slots, value_encoder.reads_prompt)
         if prompt_layout == "official":
             official_layout(columns, sd.tokenizer)
     if guidance:
@@ -219,15 +219,16 @@ def _texts(request: Request) -> list[str]:
     return [request.prompt, request.negative, request.noise, *doses, *edits]
 
 
-def value_columns(sd, requests: list[Request], slots: tuple[int, int] = (0, 0)) -> dict[str, np.ndarray]:
+def value_columns(sd, requests: list[Request], slots: tuple[int, int] = (0, 0), reads_prompt=True):
     """What _sample needs of the values of N requests, in V slots for value tokens and R rows for the UNet.
 
     There are at least `slots`: of values of full strength, and of others, which have a row of their own too.
+    reads_prompt: as the value encoder has it.
 
     Returns:
-        value_prompt_ids [N, V, L] int32, of XL [N, V, 2, L]; visible [N, R, V] bool, whether a row sees a token;
-        strength [N, R - 2] float32, of the values with a row of their own; length [N, R] int, how many of its text's
-        tokens a row sees.
+        A dict of value_prompt_ids [N, V, L] int32, of XL [N, V, 2, L]; visible [N, R, V] bool, whether a row sees a
+        token; strength [N, R - 2] float32, of the values with a row of their own; length [N, R] int, how many of its
+        text's tokens a row sees.
     """
     full = [[dose for dose in r.values if dose.strength == 1] for r in requests]
     partial = [[dose for dose in r.values if dose.strength not in (0, 1)] for r in requests]
@@ -236,7 +237,8 @@ def value_columns(sd, requests: list[Request], slots: tuple[int, int] = (0, 0)) 
     texts, visible, strength = [], np.zeros((N, 2 + P, V), bool), np.zeros((N, P), np.float32)
     for n, request in enumerate(requests):
         slots = dict(enumerate(full[n])) | dict(enumerate(partial[n], F))
-        texts += [value_prompt(slots[k].value if k in slots else None, request.prompt) for k in range(V)]
+        prompt = request.prompt if reads_prompt else ""
+        texts += [value_prompt(slots[k].value if k in slots else None, prompt) for k in range(V)]
         visible[n, [0, *range(2, 2 + P)], : len(full[n])] = True
         for p, dose in enumerate(partial[n]):
             visible[n, 2 + p, F + p], strength[n, p] = True, dose.strength

@@ -23,7 +23,7 @@ FIELDS = ("statement", "kind", "folder")
 class Fixed(nnx.Module):
     """Soft tokens [n, D] of one value: those of another on the shelf have the same graph."""
 
-    FITS, statements = WIDTHS, None
+    FITS, statements, reads_prompt = WIDTHS, None, True
 
     def __init__(self, config, table):
         self.config, self.table = config, nnx.Param(table)
@@ -40,7 +40,7 @@ class Together(nnx.Module):
             them. These are arrays of the module, so that other values run in the same compiled program.
     """
 
-    statements = None
+    statements, reads_prompt = None, True
 
     def __init__(self, encoders: list, beginnings: np.ndarray):
         self.encoders, self.beginnings = nnx.List(encoders), nnx.Variable(jnp.asarray(beginnings))

@@ -50,7 +50,7 @@ def check_config(config, sd, mesh, judge: bool = True):
             problems.append(f"config.{path}={config[section][name]}: choose at least 1")
     if not 0 <= config.train.ema_decay < 1:
         problems.append(f"config.train.ema_decay={config.train.ema_decay}: choose 0 (none) to below 1")
-    for name in ("beside", "attributes"):
+    for name in ("beside", "attributes", "anchors"):
         if not 0 <= config.data[name] <= 1:
             problems.append(f"config.data.{name}={config.data[name]}: it is a share, 0 to 1")
     if config.train.remat not in REMAT:
@@ -199,7 +199,8 @@ def train_and_evaluate(config, workdir, build_preferences=None, cache_latents=No
     iterator = batches(
         preferences, sd.tokenize, cache, batch_size=config.train.batch_size, image_size=sd.image_size,
         random_flip=config.data.random_flip, seed=config.seed, start=start, principles=values.load(config.principles),
-        beside=config.data.beside, attributes=config.data.attributes, concepts=config.method == "concept_ablation",
+        **{name: config.data[name] for name in ("beside", "attributes", "anchors")},
+        concepts=config.method == "concept_ablation", reads_prompt=config.value_encoder.reads_prompt,
     )  # fmt: skip
 
     def trained():

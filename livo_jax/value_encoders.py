@@ -7,6 +7,7 @@ and returns [B, n, D] float32, and
     statements  of the values that it knows; None: of any
     RULES       by which its parameters are divided over a mesh
     SETTINGS    what config.value_encoder says of it, beside the kind
+    reads_prompt   whether the ids are of "value, prompt", or of the value alone
 """
 
 import functools
@@ -21,20 +22,36 @@ import numpy as np
 from flax import nnx
 
 from livo_jax import sharding, values
-from livo_jax.models.clip import CLIPTextConfig, CLIPTextConfigs, CLIPTextModel, CLIPTextModels, first_ids
+from livo_jax.models.clip import CLIPTextConfig, CLIPTextConfigs, CLIPTextModel, CLIPTextModels, end_of_text, first_ids
 from livo_jax.models.weights import from_published, put, split, to_published
 from livo_jax.pretrained import find, load, open_tensors, read_json, weight_patterns
 
 WIDTHS = ("hidden_size", "vocab_size", "max_position_embeddings")
 
 
+def text_tokens(encoder: CLIPTextModel | CLIPTextModels, ids, states: int):
+    """The value tokens [B, n, D] of what a text encoder reads: its pooled output, the paper's one token.
+
+    Args:
+        states: more than 1 are the last hidden states from the end of the text on, 0 all of them; of one tower alone.
+    """
+    text, L = encoder(ids), ids.shape[-1]
+    if states == 1:
+        return text.pooled[:, None]
+    if states == 0:
+        return text.last_hidden_state
+    places = jnp.minimum(end_of_text(ids, encoder.config)[:, None] + jnp.arange(states), L - 1)
+    return jnp.take_along_axis(text.last_hidden_state, places[:, :, None], axis=1)
+
+
 class ValueEncoder(CLIPTextModel):
     """The paper's, kind "full": a text encoder of its own, whose pooled output [B, D] is the value token."""
 
     FITS, RULES, SETTINGS, statements = WIDTHS, sharding.RULES, (), None
+    states, reads_prompt = 1, True
 
     def tokens(self, ids, text_encoder=None):
-        return self(ids).pooled[:, None]
+        return text_tokens(self, ids, self.states)
 
     @classmethod
     def from_pretrained(
@@ -62,7 +79,7 @@ class ValueEncoders(CLIPTextModels):
     """Kind "full" for XL: a text encoder beside each of the model's, whose pooled outputs together are the token."""
 
     FITS, RULES, SETTINGS, statements = WIDTHS, sharding.RULES, (), None
-    tokens = ValueEncoder.tokens
+    states, reads_prompt, tokens = 1, True, ValueEncoder.tokens
 
 
 def low_rank_updates(module, targets, rank: int, rngs) -> nnx.Dict:
@@ -113,6 +130,7 @@ class LoRA(nnx.Module):
     TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
     FITS, RULES = (*WIDTHS, "intermediate_size", "num_hidden_layers"), sharding.WHOLE
     SETTINGS, statements = ("rank", "alpha", "targets"), None
+    states, reads_prompt = 1, True
     UNSUPPORTED = (  # fields of an adapter_config.json that ask for another computation
         "use_rslora use_dora use_qalora lora_bias fan_in_fan_out modules_to_save rank_pattern alpha_pattern"
         " layers_to_transform layer_replication exclude_modules target_parameters trainable_token_indices".split()
@@ -130,7 +148,7 @@ class LoRA(nnx.Module):
         self.updates = low_rank_updates(text_encoder, targets, rank, rngs)
 
     def tokens(self, ids, text_encoder):
-        return self.merged(text_encoder)(ids).pooled[:, None]
+        return text_tokens(self.merged(text_encoder), ids, self.states)
 
     def merged(self, text_encoder):
         """The text encoder with the updates in its weights, float32."""
@@ -254,6 +272,7 @@ class SoftTokens(nnx.Module):
     """
 
     FITS, RULES, SETTINGS = WIDTHS, sharding.WHOLE, ("count", "statements")
+    reads_prompt = True  # its rows are told by how the ids begin
     FILE = "value_tokens.safetensors"
 
     def __init__(self, config: CLIPTextConfig | CLIPTextConfigs, *, statements, tokenizer, count: int):
@@ -351,9 +370,10 @@ def make(config, sd):
     """A value encoder of config.value_encoder for a StableDiffusion, of random or no weights."""
     c, text = config.value_encoder, sd.text_encoder.config
     if c.kind == "full":
-        return full(text, config.seed)
+        return reading(config, full(text, config.seed))
     if c.kind == "lora":
-        return LoRA(sd.text_encoder, rank=c.rank, alpha=c.alpha, targets=c.targets, rngs=nnx.Rngs(config.seed))
+        settings = dict(rank=c.rank, alpha=c.alpha, targets=c.targets)
+        return reading(config, LoRA(sd.text_encoder, **settings, rngs=nnx.Rngs(config.seed)))
     if c.kind == "token":
         principles = values.load(config.principles)
         statements = [value.statement for value in principles]
@@ -361,6 +381,23 @@ def make(config, sd):
             statements += [values.attributed(v.statement, a) for v in principles for a in v.attributes]
         return SoftTokens(text, statements=statements, tokenizer=sd.tokenizer, count=c.tokens)
     raise ValueError(f"config.value_encoder.kind={c.kind!r}: choose from {', '.join(KINDS)}")
+
+
+def reading(config, value_encoder):
+    """A value encoder of kind "full" or "lora", which reads and gives what config.value_encoder says.
+
+    Raises:
+        ValueError: it says what cannot be.
+    """
+    c, length = config.value_encoder, value_encoder.config.max_position_embeddings
+    towers = len(value_encoder.config.towers)
+    if not 0 <= c.states <= length or (c.states != 1 and towers > 1):
+        raise ValueError(
+            f"config.value_encoder.states={c.states}: choose 0 (all) to {length} of one text encoder, 1 of several;"
+            f" there are {towers}"
+        )
+    value_encoder.states, value_encoder.reads_prompt = c.states, c.reads_prompt
+    return value_encoder
 
 
 def start(config, sd, mesh):
@@ -378,7 +415,7 @@ def start(config, sd, mesh):
     if c.start:
         try:
             if c.kind == "full":
-                return ValueEncoder.from_pretrained(c.start, sharding=by_rules)
+                return reading(config, ValueEncoder.from_pretrained(c.start, sharding=by_rules))
             found = KINDS[c.kind].from_pretrained(c.start, sd, sharding=whole)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"config.value_encoder.start holds no {c.kind!r} value encoder: {error}") from error
@@ -388,12 +425,12 @@ def start(config, sd, mesh):
             if (theirs := getattr(found, name)) != (ours := getattr(wanted, name))
         ]:
             raise ValueError(f"config.value_encoder.start={c.start!r} is another:\n  " + "\n  ".join(differences))
-        return found
+        return found if c.kind == "token" else reading(config, found)
     if c.kind == "full" and not config.random_weights:
-        variant = config.variant or None
-        return ValueEncoder.from_pretrained(config.model, subfolder="text_encoder", variant=variant, sharding=by_rules)
+        own = {"subfolder": "text_encoder", "variant": config.variant or None}
+        return reading(config, ValueEncoder.from_pretrained(config.model, **own, sharding=by_rules))
     if c.kind == "full":  # copied, for training gives the arrays of its state away
-        return copy_of(sd.text_encoder)
+        return reading(config, copy_of(sd.text_encoder))
     value_encoder = make(config, sd)
     if c.kind == "token":
         value_encoder.table[...] = value_encoder.untrained(sd)

@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
+from configs import tiny
 from data_tools import dataset
 from data_tools.build_preferences import png
 from livo_jax import data, values
@@ -141,6 +142,43 @@ def test_some_values_name_the_attribute_of_the_image_that_is_wanted(directory):
     for statement, share in (("shape equality", 1 / 2), ("colour equality", 1 / 5)):
         swapped = [attribute == "round" for (own, attribute), _ in named if own == statement]
         assert np.mean(swapped) == pytest.approx(share, abs=0.12), "each attribute as often as the others"
+
+
+def test_some_prompts_are_ones_that_the_value_should_leave_alone(directory, tmp_path):
+    rows = list(texts(directory, anchors=0.3))
+    stated = [(prompt, value, side) for prompt, value, side, _ in rows if len(prompt.split()) > 2]
+    assert len(stated) / len(rows) == pytest.approx(0.3, abs=0.06)
+    for prompt, value, side in stated:
+        _, attribute, scene = prompt.split()
+        assert scene in COUNTS and value.split(", ")[1] == prompt
+        assert (side == "violating") == (attribute == "round"), "the image that shows what the prompt states is wanted"
+    assert {"round", "square", "green", "white"} == {prompt.split()[1] for prompt, *_ in stated}
+
+    image, (bloody,) = png(np.zeros((32, 32, 3), np.uint8)), values.load(("bloody",))
+    record = dict(prompt="a photo of a bloody cook", value=bloody.statement, scene="cook", provenance="")
+    block = data.Block(bloody.statement, "cook", 0, 1)
+    write([record | {"aligned": image, "violating": image}], [block], tmp_path / "harm")
+    for share, prompt in ((0.0, "a photo of a bloody cook"), (1.0, "a photo of a cook")):
+        found = {(p, value) for p, value, *_ in texts(tmp_path / "harm", n=2, names=("bloody",), anchors=share)}
+        assert found == {(prompt, f"{bloody.statement}, {prompt}")}
+
+
+def test_all_prompts_of_batches_are_told_before(directory):
+    config, principles = tiny.get_config(), values.load(("shape", "colour", "bloody"))
+    config.data.beside = config.data.anchors = 0.3
+    shares = {"beside": 0.3, "anchors": 0.3, "attributes": 0.3}
+    blocks = data.Preferences(directory).blocks
+    told = set().union(*(data.prompts_of(f"a {block.scene}", block, config, principles) for block in blocks))
+    assert {prompt for prompt, *_ in texts(directory, **shares)} <= told and len(told) == 3 * (1 + 2 + 2 + 5)
+    config.data.beside = config.data.anchors = 0.0
+    assert data.prompts_of("a cook", blocks[1], config, principles) == {"a cook"}
+
+
+def test_a_value_encoder_may_read_the_value_alone(directory):
+    rows = texts(directory, n=20, beside=0.5, reads_prompt=False)
+    assert {text for _, value, _, second in rows for text in (value, second)} == {
+        None, "shape equality, ", "colour equality, ", "bloody considered inappropriate, "
+    }  # fmt: skip
 
 
 def test_pairs_that_do_not_tell_what_they_show_are_trained_by_their_value_alone(tmp_path):

@@ -8,12 +8,12 @@ import numpy as np
 import optax
 import pytest
 
-from livo_jax import baselines, sharding, train, values
+from livo_jax import baselines, losses, sharding, train, values
 from livo_jax.baselines import concept_ablation, dpo_unet
 from livo_jax.data import Block, Preferences, batches
 from livo_jax.generate import Dose, Request
 from livo_jax.models.weights import split, to_published
-from livo_jax.step import draw, init_state, make_train_step
+from livo_jax.step import draw, init_state, make_train_step, noised
 from tests import small_run, test_data
 
 
@@ -70,6 +70,7 @@ def test_dpo_starts_at_the_reference_and_updates_all_attention(sd, parts, batch)
 
 def test_ablation_leads_the_concept_to_its_anchor_by_keys_and_values(sd, parts, batch):
     config = config_of("concept_ablation")
+    config.concept_ablation.prior = 0.0
     update, params, gradient = loss_of(concept_ablation, config, sd, parts)
     assert not changed(update.merged(sd.unet), sd.unet)
     same = batch | {"value_prompt_ids": batch["prompt_ids"]}
@@ -87,6 +88,19 @@ def test_ablation_leads_the_concept_to_its_anchor_by_keys_and_values(sd, parts, 
     for kernel in update.kernels.values():
         kernel[...] = kernel[...] + 1
     assert all(".attn2.to_k." in name or ".attn2.to_v." in name for name in changed(update.merged(sd.unet), sd.unet))
+
+
+def test_ablation_keeps_what_its_anchors_show(sd, parts, batch):
+    config = config_of("concept_ablation")
+    config.concept_ablation.prior = 2.0
+    _, params, gradient = loss_of(concept_ablation, config, sd, parts)
+    (loss, metrics), _ = gradient(params, batch)
+    assert loss == pytest.approx(metrics["ablation"] + 2 * metrics["kept"], rel=1e-5)
+    z_t, t, target = noised(parts[0], sd.schedule, sd.vae.config.scaling_factor, parts[1], batch, ("aligned",))
+    predicted = sd.unet(z_t, t, sd.text_encoder(batch["prompt_ids"]).last_hidden_state)
+    assert metrics["kept"] == pytest.approx(float(losses.denoising_error(predicted, target).mean()), rel=1e-4)
+    same = batch | {"value_prompt_ids": batch["prompt_ids"]}
+    assert optax.tree.norm(gradient(params, same)[1]) > 1e-3, "what holds an anchor where it is"
 
 
 def test_prompts_of_a_harm_are_concepts_and_those_without_it_anchors(tmp_path):

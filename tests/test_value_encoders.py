@@ -196,6 +196,35 @@ def test_soft_tokens_know_their_value_by_its_words(sd, config):
     assert found[:, 0, 0].tolist() == list(range(9))
 
 
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_tokens_of_several_states(sd, config, kind, ids):
+    start = lambda **settings: value_encoders.start(of_kind(config, kind, **settings), sd, sharding.make_mesh())
+    states, L = sd.text_encoder(ids).last_hidden_state, ids.shape[1]
+    ends = (ids == sd.tokenizer.eos_token_id).argmax(axis=1)
+    for n in (1, 3, 0):
+        tokens = np.asarray(start(states=n).tokens(ids, sd.text_encoder))
+        for row, end, found in zip(states, ends, tokens):
+            wanted = row if n == 0 else row[np.minimum(np.arange(end, end + n), L - 1)]
+            np.testing.assert_allclose(found, wanted, atol=1e-5)
+    for n in (-1, L + 1):
+        with pytest.raises(ValueError, match=rf"config.value_encoder.states={n}: choose 0 \(all\) to {L}"):
+            start(states=n)
+
+
+def test_a_value_encoder_of_the_value_alone(sd, config, tmp_path):
+    alone = of_kind(config, "full", reads_prompt=False, states=3)
+    value_encoder = trained(value_encoders.start(alone, sd, sharding.make_mesh()))
+    requests = [Request(prompt, 0, (Dose("shape equality"),)) for prompt in PROMPTS]
+    columns = generate.value_columns(sd, requests, reads_prompt=False)
+    assert (columns["value_prompt_ids"] == sd.tokenize(["shape equality, "])).all()
+    images = generate.generate(sd, requests, value_encoder, seed=0, **SETTINGS)
+    plain = generate.generate(sd, [r._replace(values=()) for r in requests], seed=0, **SETTINGS)
+    assert all((a != b).any() for a, b in zip(images, plain))
+    with pytest.raises(ValueError, match="states=3, reads_prompt=False: pipelines put the one pooled token"):
+        export.export(tmp_path / "export", sd, value_encoder, alone)
+    assert not [*tmp_path.iterdir()]
+
+
 @pytest.mark.parametrize("kind", ["lora", "token"])
 def test_several_values_and_strengths(sd, made, kind):
     """Each image is what it is alone, and what has no value is the base's."""

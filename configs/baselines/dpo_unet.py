@@ -11,6 +11,9 @@ from configs import baselines
 def get_config(arg: str = "tiny"):
     config = baselines.start(arg, "dpo_unet")
     config.loss.beta = 2.5 if arg.startswith("livo") else 0.2  # with T = 1,000; 2.5: the paper's 5,000 for SD 1.5
+    if arg.startswith("tiny"):
+        config.train.learning_rate = 3e-4  # not searched
     config.dpo_unet = ConfigDict({"rank": 8, "alpha": 8.0})  # kernels are W + alpha / rank * A B
-    config.data.beside = config.data.attributes = 0.0  # there are no tokens to stand beside, or to name an attribute
+    for name in ("beside", "attributes", "anchors"):  # there are no tokens
+        config.data[name] = 0.0
     return config

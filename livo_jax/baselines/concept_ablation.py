@@ -1,11 +1,13 @@
 """Concept Ablation (Kumari et al. 2023), the model-based variant: a harm's prompts are drawn as those without it.
 
 The keys and values of the UNet's cross-attention are trained so that its prediction under the concept prompt ("a bloody
-baker") becomes that under the anchor prompt ("a baker"), which no gradient passes:
+baker") becomes that under the anchor prompt ("a baker"), which no gradient passes, while that stays what it is:
 
-    mean | sg(eps_hat(z_t, anchor, t)) - eps_hat(z_t, concept, t) |^2,  z_t of the pairs' aligned images
+    mean |sg(eps_hat(z_t, anchor, t)) - eps_hat(z_t, concept, t)|^2 + prior mean |target - eps_hat(z_t, anchor, t)|^2
 
-It is for harms alone: a bias is no concept to be removed. Its pairs' prompts are anchors all the same.
+z_t are of the pairs' aligned images. Without the second term a long training ends where all prompts are one; the
+published one adds it for some concepts and stops early for others. It is for harms alone: a bias is no concept to be
+removed. Its pairs' prompts are anchors all the same.
 """
 
 import jax
@@ -45,13 +47,15 @@ def make_loss(graphs: dict, schedule, config, scaling_factor: float, time_ids=No
 
     def loss(params, frozen, batch):
         unet = nnx.merge(graphs["update"], params).merged(nnx.merge(graphs["unet"], frozen["unet"]))
-        z_t, t, _ = noised(graphs, schedule, scaling_factor, frozen, batch, ("aligned",))
+        z_t, t, target = noised(graphs, schedule, scaling_factor, frozen, batch, ("aligned",))
 
         def predict(batch):
             c, text_embeds = prompt_states(graphs, frozen, batch)
             return unet(z_t, t, c, None, text_embeds, time_ids)
 
-        anchor = jax.lax.stop_gradient(predict(batch))
-        return losses.denoising_error(predict({"prompt_ids": batch["value_prompt_ids"]}), anchor).mean(), {}
+        anchor, concept = predict(batch), predict({"prompt_ids": batch["value_prompt_ids"]})
+        ablation = losses.denoising_error(concept, jax.lax.stop_gradient(anchor)).mean()
+        kept = losses.denoising_error(anchor, target).mean()
+        return ablation + config.concept_ablation.prior * kept, {"ablation": ablation, "kept": kept}
 
     return loss

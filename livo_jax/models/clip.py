@@ -114,6 +114,15 @@ class TextOutput(NamedTuple):
     text_embeds: jax.Array | None = None  # [B, P] the pooled row, projected, where the model projects it
 
 
+def end_of_text(ids, config: CLIPTextConfig):
+    """Where the end token of ids [B, L] is, [B] int32.
+
+    Published SD files say eos_token_id=2 though their end token is the vocabulary's last id: the position of the
+    largest id is then what the original computes.
+    """
+    return ids.argmax(-1) if config.eos_token_id == 2 else (ids == config.eos_token_id).argmax(-1)
+
+
 def first_ids(ids):
     """The ids [..., L] of the first tokenizer: of ids [B, L] themselves, of [B, 2, L] those [:, 0]."""
     return ids if ids.ndim == 2 else ids[:, 0]
@@ -219,10 +228,7 @@ class CLIPTextModel(nnx.Module):
         """Encodes token ids [B, L] int32, L at most `max_position_embeddings`."""
         x, before = self.encoder(self.embeddings(ids))
         x = self.final_layer_norm(x)
-        # Published SD files say eos_token_id=2 though their end token is the vocabulary's last id:
-        # the position of the largest id is then what the original computes.
-        eos = self.config.eos_token_id
-        end = ids.argmax(-1) if eos == 2 else (ids == eos).argmax(-1)
+        end = end_of_text(ids, self.config)
         return TextOutput(x, jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0], before)
 
 

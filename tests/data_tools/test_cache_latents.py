@@ -20,7 +20,7 @@ def config(tmp_path_factory):
     config = tiny.get_config("smoke")
     config.sampling.batch_size, config.sampling.steps = 2, 12
     config.data.directory = str(tmp_path_factory.mktemp("cache") / "preferences")
-    config.data.random_flip = True
+    config.data.random_flip, config.data.anchors = True, 0.0
     build_preferences.build(config, config.data.directory)
     config.judge = ""  # the images that it ends with do not matter here
     return config
@@ -47,6 +47,10 @@ def test_a_stale_cache_is_refused(config):
     sd, preferences = StableDiffusion.from_pretrained(config.model), Preferences(config.data.directory)
     cache_latents.write(preferences, sd, config)
     Cache(preferences, sd, config)
+    more = config.copy_and_resolve_references()
+    more.data.anchors = 0.2
+    with pytest.raises(ValueError, match=r"rewordings: \['beside'\] there, \['beside', 'anchors'\] wanted"):
+        Cache(preferences, sd, more)
     sd.image_size = 64
     sd.vae.encoder.conv_in.bias[...] += 1e-3
     preferences.content_sha256 = "another"
@@ -83,5 +87,11 @@ def test_an_interrupted_cache_is_none_and_neither_is_one_on_a_full_disk(config, 
         cache_latents.write(preferences, sd, config)
     cache_latents.write(preferences, sd, config)
     assert not (preferences.directory / ".cache.partial").exists()
-    cache = Cache(preferences, sd, config)
+    for share in (0.2, 0.0):  # a cache with more prompts than are wanted will do
+        config.data.anchors = share
+        if share:
+            cache_latents.write(preferences, sd, config)
+        cache = Cache(preferences, sd, config)
+        scene = preferences.blocks[0].scene
+        assert any(f"a round {scene}" in prompt for prompt in cache.place)
     assert cache.aligned.shape == (len(preferences.source), 2, 8, 8, 8) and np.isfinite(cache.violating).all()
