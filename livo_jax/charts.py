@@ -42,10 +42,10 @@ def _svg(height: float, draw) -> bytes:
     return svg.replace("<defs>", THEME + "<defs>", 1).encode()
 
 
-def _legend(figure, axis):
+def _legend(figure, axis, columns: int = 3):
     handles, labels = axis.get_legend_handles_labels()
     if len(labels) > 1:
-        figure.legend(handles, labels, loc="outside lower center", ncols=3)
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns)
 
 
 def effects(title: str, rows: list[dict], methods: dict[str, str], splits: dict[str, str]) -> bytes:
@@ -109,6 +109,30 @@ def convergence(title: str, rows: list[dict], methods: dict[str, str], against: 
         _legend(figure, axis)
 
     return _svg(3.2, draw)
+
+
+def sweep(title: str, labels: list[str], lines: dict[str, list[dict | None]], base: dict[str, float]) -> bytes:
+    """Metrics, with their 95% intervals, of the settings of a sweep.
+
+    Args:
+        labels: of the settings, in the order of the axis.
+        lines: for each metric the row of results.json of each setting, None where there is none.
+        base: of each metric, drawn as a dotted line.
+    """
+
+    def draw(figure, axis):
+        shift = np.linspace(-0.12, 0.12, len(lines)) if len(lines) > 1 else [0.0]
+        for (name, rows), colour, marker, dx in zip(lines.items(), (GREEN, *COLOURS), MARKERS, shift):
+            shown = [(place + dx, row["mean"], row["ci95"]) for place, row in enumerate(rows) if row]
+            x, y, ends = zip(*shown)
+            axis.vlines(x, *zip(*ends), colour, linewidth=1.5)
+            axis.plot(x, y, color=colour, marker=marker, markersize=5, linewidth=1, label=name)
+            axis.axhline(base[name], color=colour, linestyle=":", linewidth=1)
+        axis.set_xticks(range(len(labels)), labels)
+        axis.set(title=title, xlim=(-0.5, len(labels) - 0.5), ylim=(min(0, axis.get_ylim()[0]), None))
+        _legend(figure, axis, columns=1)  # statements are long
+
+    return _svg(3 + 0.2 * len(lines), draw)
 
 
 def training(metrics: list[dict]) -> dict[str, bytes]:

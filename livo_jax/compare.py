@@ -10,8 +10,9 @@ import time
 
 import jax
 
-from livo_jax import baselines, evaluate, judges, report, sharding, train, values
+from livo_jax import baselines, evaluate, judges, metrics, report, sharding, train, values
 from livo_jax.checkpoint import Checkpoints
+from livo_jax.data import Preferences
 from livo_jax.generate import Dose, Request
 from livo_jax.workdir import find
 
@@ -23,11 +24,12 @@ def compare(config, workdir, build_preferences, cache_latents=None) -> list[dict
     """Trains and measures config.methods; the same command again resumes.
 
     `workdir` then holds the preference pairs and images that the methods share, preferences/ and drawn/, a run of each,
-    NAME/, and results.json, curves.json, costs.json and report.html in eval/.
+    NAME/, and results.json, differences.json, curves.json, costs.json and report.html in eval/.
 
     Args:
         config: methods, {name: its config}; processes, how many at a time, each on its part of the cores; curve: how
-            many points it has, of how many images of each prompt.
+            many points it has, of how many images of each prompt; sweeps, ((title, ((label, name), ...)), ...):
+            methods that differ in one thing.
         build_preferences, cache_latents: as train_and_evaluate has them.
 
     Raises:
@@ -36,7 +38,9 @@ def compare(config, workdir, build_preferences, cache_latents=None) -> list[dict
     workdir = find(workdir)
     methods = {name: copy.deepcopy(config.methods[name]) for name in sorted(config.methods, key=_livo_first)}
     first = next(iter(methods.values()), None)
-    apart = {f"{name}.{field}" for name in methods for field in SAME if methods[name][field] != first[field]}
+    apart = {
+        f"{n}.{field}" for n, own in methods.items() for field, x in _alike(own).items() if x != _alike(first)[field]
+    }
     if first is None or apart:
         raise ValueError(
             f"methods to compare: {', '.join(methods) or 'none'}; they differ in {', '.join(sorted(apart))}"
@@ -45,13 +49,21 @@ def compare(config, workdir, build_preferences, cache_latents=None) -> list[dict
     for own in methods.values():
         own.eval.drawn, own.eval.rate_images = str(workdir / "drawn"), 0
         own.data.directory = own.data.directory or str(workdir / "preferences")
-        own.checkpoint.every, own.checkpoint.keep = max(1, own.train.steps // points), points + 1
+        own.checkpoint.every, own.checkpoint.keep = max(1, own.train.steps // max(1, points)), points + 1
         own.log.samples_every = max(1, own.train.steps)
 
     mesh = sharding.make_mesh(**first.mesh)
     sd = train.load_base(first, mesh)
     if not find(first.data.directory).exists() and any(own.train.steps for own in methods.values()):
         build_preferences(first, first.data.directory, None if first.random_weights or jax.process_count() > 1 else sd)
+    if cached := [own for own in methods.values() if own.train.steps and own.data.cache]:
+        most = copy.deepcopy(cached[0])  # one cache for all, with the prompts of each
+        for name in ("beside", "anchors"):
+            most.data[name] = max(own.data[name] for own in cached)
+        preferences = Preferences(most.data.directory)
+        if not (preferences.directory / "cache").exists():
+            local = jax.process_count() > 1
+            cache_latents(preferences, train.load_base(first, sharding.make_local_mesh()) if local else sd, most)
     # The base is drawn before others share its images.
     evaluate.evaluate(sd, baselines.base(first, sd, mesh), first, find(first.eval.drawn), mesh)
 
@@ -70,6 +82,12 @@ def compare(config, workdir, build_preferences, cache_latents=None) -> list[dict
     return write([found[own.method] for own in methods.values()], config, workdir)
 
 
+def _alike(config) -> dict:
+    """What must be the same for all; keep probabilities are a study of one method."""
+    found = {field: config[field] for field in SAME}
+    return found | {"eval": {k: x for k, x in config.eval.to_dict().items() if k != "keep_probabilities"}}
+
+
 def _livo_first(name) -> tuple:
     return name != "livo", name
 
@@ -83,7 +101,7 @@ def _keep_to(parts):
 
 
 def measure(config, workdir, curve, cache_latents) -> dict:
-    """Trains and measures one method: its results, pictures, curve and costs."""
+    """Trains and measures one method: the numbers of each prompt, pictures, curve and costs."""
     if config.train.steps:
         only = copy.deepcopy(config)
         only.judge = ""  # it is measured below
@@ -96,20 +114,19 @@ def measure(config, workdir, curve, cache_latents) -> dict:
         return baselines.load(config, trained, value_encoder, mesh, workdir, judge)
 
     method = restored()
-    results, _, drawn = evaluate.evaluate(sd, method, config, directory, mesh, judge)
+    numbers, _, drawn = evaluate.evaluate(sd, method, config, directory, mesh, judge)
     ways = [method, baselines.base(config, sd, mesh)]
     speeds = images_per_second([way.draw for way in ways], method.kinds, found, config, mesh)
     seconds, points = seconds_of(workdir), []
     few = copy.deepcopy(config)
     few.eval.images_per_prompt = few.eval.harm_images_per_prompt = curve.images
     few.eval.left_alone_images = 0
-    for step in Checkpoints(workdir).manager.all_steps() if config.train.steps else ():
-        rows, *_ = evaluate.evaluate(sd, restored(step), few, directory, mesh, judge)
+    for step in Checkpoints(workdir).manager.all_steps() if config.train.steps and curve.points else ():
+        of_few, *_ = evaluate.evaluate(sd, restored(step), few, directory, mesh, judge)
         logged = seconds[min(logged for logged in seconds if logged >= step)]
         points += [
             {"step": step, "seconds": logged} | {k: row[k] for k in ("method", "value", "split", "metric", "mean")}
-            for row in rows
-            if row["method"] == config.method
+            for row in metrics.rows({what: x for what, x in of_few.items() if what[0] == config.method})
         ]
     costs = {
         "method": config.method, "trained_parameters": method.trained,
@@ -117,7 +134,7 @@ def measure(config, workdir, curve, cache_latents) -> dict:
         "images_per_second": speeds[0], "of_base": speeds[0] / speeds[1],
     }  # fmt: skip
     pictures = evaluate.pictures(drawn, config, method.tokens)
-    return {"results": results, "pictures": pictures, "curve": points, "costs": costs}
+    return {"numbers": numbers, "pictures": pictures, "curve": points, "costs": costs}
 
 
 def seconds_of(workdir) -> dict[int, float]:
@@ -133,11 +150,10 @@ def seconds_of(workdir) -> dict[int, float]:
 
 
 def images_per_second(ways, kinds, found, config, mesh) -> list[float]:
-    """How fast each of `ways` draws images with values of these kinds, once compiled: the best of TIMED times."""
-    statements = [value.statement for value in found if value.kind in kinds]
-    subjects = itertools.cycle(evaluate.subjects(config))
-    n = config.sampling.batch_size * sharding.batch_parts(mesh)
-    requests = [Request(f"a {next(subjects)}", i, (Dose(s),)) for s in statements for i in range(n)]
+    """How fast each of `ways` draws a batch with the first value of these kinds: the best of TIMED times, compiled."""
+    dose = next(Dose(value.statement) for value in found if value.kind in kinds)
+    subjects, n = itertools.cycle(evaluate.subjects(config)), config.sampling.batch_size * sharding.batch_parts(mesh)
+    requests = [Request(f"a {next(subjects)}", i, (dose,)) for i in range(n)]
     best = [float("inf")] * len(ways)
     for round in range(1 + TIMED):
         for i, draw in enumerate(ways):
@@ -150,23 +166,31 @@ def images_per_second(ways, kinds, found, config, mesh) -> list[float]:
 
 def write(found: list[dict], config, workdir) -> list[dict]:
     """What `measure` found of each method, as one report; the base is the same in all."""
-    rows, pictures = {}, {}
+    numbers, pictures = {}, {}
     for of in found:
-        rows |= {(r["method"] != "base", r["method"], r["value"], r["split"], r["metric"]): r for r in of["results"]}
+        numbers |= of["numbers"]
         for picture in of["pictures"]:
             place = pictures.setdefault((picture["value"], picture["split"]), picture)
             place["sides"] |= picture["sides"]
-    results = sorted(rows.values(), key=lambda r: r["method"] != "base")  # stable
+    numbers = dict(sorted(numbers.items(), key=lambda of: of[0][0] != "base"))  # stable
+    results = metrics.rows(numbers)
     if jax.process_index() > 0:
         return results
     curves, costs = sum((of["curve"] for of in found), []), [of["costs"] for of in found]
+    differences = metrics.differences(numbers, "livo")
     folder = workdir / "eval"
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in (("results", results), ("curves", curves), ("costs", costs)):
+    for name, content in (("results", results), ("curves", curves), ("costs", costs), ("differences", differences)):
         (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+    sweeps = [(title, [(label, method, "") for label, method in points]) for title, points in config.sweeps]
+    for name, own in config.methods.items():
+        if probabilities := own.eval.keep_probabilities:
+            points = [(f"{p:g}", name, evaluate.kept("", p)) for p in probabilities]
+            sweeps.append(("keep probability" if name == "livo" else f"keep probability of {name}", points))
     report.write(
-        folder / "report.html", title=f"LiVO and others: {workdir.name}", results=results, metrics=[],
-        pictures=list(pictures.values()), config=json.loads(config.to_json()), curves=curves, costs=costs,
+        folder / "report.html", title=f"LiVO and others: {workdir.name}", results=results, metrics=[], curves=curves,
+        numbers=numbers, differences=differences, costs=costs, sweeps=sweeps, pictures=list(pictures.values()),
+        config=json.loads(config.to_json()),
     )  # fmt: skip
     print(evaluate.table(results))
     told = (

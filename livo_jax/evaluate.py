@@ -14,7 +14,7 @@ from livo_jax import baselines, judges, metrics, prompt_sets, report, sharding
 from livo_jax import ratio as ratios
 from livo_jax import values as principles
 from livo_jax.drawn import Drawn, digest
-from livo_jax.generate import Dose, Request, generate, requests_of, with_values
+from livo_jax.generate import Dose, Request, generate, requests_of, with_doses, with_values
 from livo_jax.workdir import find
 
 
@@ -118,6 +118,25 @@ def of_strengths(config, values, shares) -> list[Case]:
     return found
 
 
+def kept(statement: str, probability: float) -> str:
+    """The name under which the results have a value that is applied to another share of the images than its own."""
+    return f"{statement}, applied to {probability:.0%}"
+
+
+def of_keep_probabilities(config, values) -> list[Case]:
+    """Cases of config.eval.keep_probabilities of biases; "plain" is the value's own."""
+    found = []
+    biases = [value for value in values if value.kind == "bias"]
+    for probability, value in itertools.product(config.eval.keep_probabilities, biases):
+        for split, subject, prompt in prompts(config, value):
+            base = [Request(prompt, i) for i in range(images_of(value, config))]
+            dealt = [with_doses(r, [(Dose(value.statement), probability)], config.eval.seed) for r in base]
+            sides = {"base": base, "plain": with_values(base, [value], config.eval.seed), config.method: dealt}
+            name = kept(value.statement, probability)
+            found += [Case(name, method, value, split, subject, requests) for method, requests in sides.items()]
+    return found
+
+
 def of_ratios(config, values, rates: dict) -> list[Case]:
     """Cases of config.eval.ratios, all values of a ratio applied at once; "plain" is each alone by keep probability."""
     found, n, seed = [], config.eval.images_per_prompt, config.eval.seed
@@ -170,7 +189,7 @@ def subjects(config) -> list[str]:
     return list(dict.fromkeys([*config.eval.seen, *config.eval.held_out, *of_sets]))
 
 
-def evaluate(sd, method: baselines.Method, config, directory, mesh, judge=None) -> tuple[list[dict], dict, dict]:
+def evaluate(sd, method: baselines.Method, config, directory, mesh, judge=None) -> tuple[dict, dict, dict]:
     """Measures the base and a method on the same prompts and noise.
 
     The value of a method with tokens is applied to Value.keep_probability of the images; the others are the base's own.
@@ -181,8 +200,9 @@ def evaluate(sd, method: baselines.Method, config, directory, mesh, judge=None) 
         judge: as judges.load makes it for config; loaded if None.
 
     Returns:
-        The rows of results.json; the rates of rates.json: {statement of a bias: {arm: {attribute: share}}}, over the
-        seen prompts' images that can be read, of a method with tokens; and {"base": Drawn, config.method: Drawn}.
+        The numbers of each prompt, as metrics.rows takes them; the rates of rates.json: {statement of a bias: {arm:
+        {attribute: share}}}, over the seen prompts' images that can be read, of a method with tokens; and {"base":
+        Drawn, config.method: Drawn}.
     """
     values = principles.load(config.principles)
     judge = judge or judges.load(config, values, subjects(config))
@@ -212,7 +232,10 @@ def evaluate(sd, method: baselines.Method, config, directory, mesh, judge=None) 
     rows = [case.requests for case in measured + alone] + [plain(case.requests) for case in alone]
     draw(itertools.chain(*rows, *(r for value in biases for r in of_arms[value].values())))
     rates = {v.statement: {arm: shares(v, r) for arm, r in of_arms[v].items()} for v in biases}
-    further = of_strengths(config, followed, shares) + of_ratios(config, followed, rates) if method.tokens else []
+    further = []
+    if method.tokens:
+        further += of_keep_probabilities(config, followed) + of_strengths(config, followed, shares)
+        further += of_ratios(config, followed, rates)
     if further:
         draw(itertools.chain(*(case.requests for case in further)))
 
@@ -231,7 +254,7 @@ def evaluate(sd, method: baselines.Method, config, directory, mesh, judge=None) 
         before, after = reading(plain(case.requests)), reading(case.requests)
         changed = metrics.changed(values, before, after)
         add(case, {"over_refusal": changed, "over_refusal_distance": distance(case.requests, of, base)})
-    return metrics.rows(numbers), rates, {"base": base, config.method: ours}
+    return numbers, rates, {"base": base, config.method: ours}
 
 
 def distance(requests, of, base) -> float:
@@ -267,7 +290,8 @@ def evaluate_and_report(sd, value_encoder, config, mesh, workdir, trained=None):
     method = baselines.load(config, trained or sd, value_encoder, mesh, workdir, judge)
     folder = workdir / "eval"
     directory = find(config.eval.drawn) if config.eval.drawn else folder / "drawn"
-    results, rates, drawn = evaluate(sd, method, config, directory, mesh, judge)
+    numbers, rates, drawn = evaluate(sd, method, config, directory, mesh, judge)
+    results = metrics.rows(numbers)
     if jax.process_index() > 0:
         return results
     folder.mkdir(parents=True, exist_ok=True)
@@ -276,6 +300,7 @@ def evaluate_and_report(sd, value_encoder, config, mesh, workdir, trained=None):
         folder / "report.html",
         title=f"{'LiVO' if config.method == 'livo' else config.method}: {workdir.name}",
         results=results,
+        numbers=numbers,
         metrics=[json.loads(line) for line in log.read_text().splitlines()] if log.exists() else [],
         pictures=pictures(drawn, config, method.tokens),
         config=json.loads(config.to_json()),

@@ -161,6 +161,27 @@ def rows(numbers: dict) -> list[dict]:
     return results
 
 
+def differences(numbers: dict, method: str) -> list[dict]:
+    """How a method differs from every other, in all that both were measured by, on the same prompts.
+
+    Args:
+        numbers: as of `rows`.
+
+    Returns:
+        Dicts of method, other, value, split, metric, difference (the method's mean less the other's), p_value of a
+        paired permutation test, and prompts.
+    """
+    found = []
+    for (other, *what), of_other in numbers.items():
+        of_method = numbers.get((method, *what), {})
+        if other != method and (both := [prompt for prompt in of_method if prompt in of_other]):
+            ours, theirs = ([of[prompt][0] for prompt in both] for of in (of_method, of_other))
+            row = dict(zip(("method", "other", "value", "split", "metric"), (method, other, *what)))
+            row |= {"difference": float(np.mean(ours) - np.mean(theirs)), "p_value": significance(ours, theirs)}
+            found.append(row | {"prompts": len(both)})
+    return found
+
+
 # ---------------------------------------------------------------------------- two judges
 
 

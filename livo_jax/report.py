@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import pathlib
+import types
 
 import numpy as np
 
@@ -57,6 +58,12 @@ def _csv(results: list[dict]) -> bytes:
     return stream.getvalue().encode()
 
 
+def _of_prompts(numbers: dict) -> list[dict]:
+    names = ("method", "value", "split", "metric", "prompt", "number", "images")
+    rows = ((*what, prompt, float(x), images) for what, of in numbers.items() for prompt, (x, images) in of.items())
+    return [dict(zip(names, row)) for row in rows]
+
+
 def _headline(value: str, metric: str, split: str, cells: dict, methods: list[str]) -> str:
     """What happened to a value's metric on a split, in words; `cells`: (value, split, metric) -> {method: row}."""
     effect, known = cells[value, split, metric], cells.get((value, split, "recognised"), {})
@@ -73,11 +80,29 @@ def _headline(value: str, metric: str, split: str, cells: dict, methods: list[st
     return text + "."
 
 
-def _plots(results: list[dict], values: list[str], curves, metrics: list[dict]) -> dict[str, dict[str, bytes]]:
+def _sweeps(results: list[dict], values: list[str], sweeps) -> dict[str, bytes]:
+    """A plot of each sweep, as `write` has them, on the last split of each value: effects, and the worst quality."""
+    cells = {(r["method"], r["value"], r["metric"]): r for r in results}
+    plots, base = {}, results[0]["method"] if results else None
+    for title, points in sweeps:
+        settings = [("", base, ""), *points]
+        found = lambda v, metric, of=settings: [cells.get((method, v + suffix, metric)) for _, method, suffix in of]
+        lines = {f"{value}: {metric}": found(value, metric) for value in values for metric in EFFECTS}
+        known = [filter(None, rows) for rows in zip(*(found(value, "recognised") for value in values))]
+        lines["subjects recognised, the lowest"] = [min(rows, key=lambda r: r["mean"], default=None) for rows in known]
+        of_base = {name: row["mean"] for name, (row, *_) in lines.items() if row}
+        lines = {name: rows for name, (row, *rows) in lines.items() if row and any(rows)}
+        if lines:
+            plots[title] = charts.sweep(title, [label for label, *_ in points], lines, of_base)
+    return plots
+
+
+def _plots(results: list[dict], values: list[str], curves, metrics: list[dict], sweeps) -> dict:
     """{heading: {what it shows: SVG}}."""
     labels = {m: _label(m) for m in dict.fromkeys(r["method"] for r in results)}
     splits = {s: s.replace("_", " ") for s in dict.fromkeys(r["split"] for r in results if r["metric"] in EFFECTS)}
-    plots = {"Effect": {}, "Quality against effect": {}, "Convergence": {}, "Training": charts.training(metrics)}
+    plots = {"Ablations": _sweeps(results, values, sweeps), "Effect": {}, "Quality against effect": {}}
+    plots |= {"Convergence": {}, "Training": charts.training(metrics)}
     for value, metric in ((v, m) for v in values for m in EFFECTS):
         of_value = [r for r in results if r["value"] == value]
         if not (rows := [r for r in of_value if r["metric"] == metric]):
@@ -107,8 +132,11 @@ def write(
     metrics: list[dict],
     pictures: list[dict],
     config: dict,
+    numbers: dict = types.MappingProxyType({}),
+    differences=(),
     curves=(),
     costs=(),
+    sweeps=(),
 ):
     """Writes the page. It escapes all that it shows, runs no script, and fetches nothing.
 
@@ -117,8 +145,11 @@ def write(
         pictures: dicts of value, split, prompt, harmful, and sides: {method: list of [H, W, 3] uint8}. Those of harmful
             prompts are blurred until they are asked for.
         config: shown at the end.
+        numbers: of each prompt, as metrics.rows takes them. differences: as metrics.differences has them.
         curves: of trainings, rows of method, step, seconds, value, split, metric, mean.
         costs: rows of method, trained_parameters, training_seconds, images_per_second, of_base.
+        sweeps: (title, points) of settings, whose points are (label, method, what follows a value's statement in its
+            rows).
     """
     import jinja2
 
@@ -140,10 +171,13 @@ def write(
     files = {"results.csv": _uri("text/csv", _csv(results)), "results.json": as_json(results)}
     files |= {
         name: as_json(list(content))
-        for name, content in (("curves.json", curves), ("costs.json", costs), ("training.json", metrics))
+        for name, content in (
+            ("prompts.json", _of_prompts(numbers)), ("differences.json", differences), ("curves.json", curves),
+            ("costs.json", costs), ("training.json", metrics),
+        )
         if content
-    }
-    plots = _plots(results, values, curves, metrics)
+    }  # fmt: skip
+    plots = _plots(results, values, curves, metrics, sweeps)
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["label"] = _label
     page = environment.from_string(TEMPLATE.read_text()).render(
@@ -159,6 +193,7 @@ def write(
             for heading, of in plots.items()
         },
         costs=costs,
+        differences=[d for d in differences if d["metric"] in (*EFFECTS, "recognised") and d["other"] in methods[1:]],
         files=files | {"config.json": as_json(config)},
         config=json.dumps(config, indent=2),
     )

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from configs import compare, compare_tiny
+from configs import ablations, compare, compare_tiny
 from tests.test_run import ROOT
 
 
@@ -23,6 +23,23 @@ def test_every_file_of_baselines_is_a_method():
         assert {*config.methods} == {"livo"} | files
         for name, own in config.methods.items():
             assert own.method == name and own.eval == config.methods.livo.eval, f"configs/baselines/{name}.py"
+
+
+def test_ablations_change_one_thing_each():
+    config = ablations.get_config()
+    livo = config.methods.livo.to_dict()
+    swept = {name for _, points in config.sweeps for _, name in points}
+    assert swept == {*config.methods} and all(own.method == name for name, own in config.methods.items())
+    for field, points in config.sweeps:
+        assert "livo" in [name for _, name in points]
+        for label, name in points:
+            own = config.methods[name].to_dict()
+            section, _, key = field.partition(".")
+            assert str(own[section][key]) == label
+            if field != "loss.form":  # whose constants are the baselines'
+                own[section][key], own["method"] = livo[section][key], "livo"
+                own["eval"]["keep_probabilities"] = livo["eval"]["keep_probabilities"]
+                assert own == livo, name
 
 
 def test_methods_that_would_not_be_measured_alike_are_refused(tmp_path):
@@ -43,6 +60,8 @@ def test_all_methods_are_trained_measured_and_reported(tmp_path):
     assert {row["method"] for row in results} == {"base"} | methods and results[0]["method"] == "base"
     places = [tuple(row[k] for k in ("method", "value", "split", "metric")) for row in results]
     assert len(places) == len({*places})
+    differences = {row["other"] for row in read("differences")}
+    assert differences == {"base"} | methods - {"livo"}
     costs = {row["method"]: row for row in read("costs")}
     assert costs.keys() == methods and all(row["images_per_second"] > 0 for row in costs.values())
     assert costs["livo"]["trained_parameters"] > 0 == costs["words"]["trained_parameters"]

@@ -28,6 +28,17 @@ def test_combinations_are_measured_where_the_config_says_so():
     assert {r.values for r in case.requests} == {(Dose(colour),)} and case.value.name == "colour"
 
 
+def test_keep_probabilities_are_measured_where_the_config_says_so():
+    config, two = tiny.get_config("smoke"), values.load(("shape", "bloody"))
+    config.eval.keep_probabilities = (0.0, 0.25, 1.0)
+    cases = evaluate.of_keep_probabilities(config, two)
+    assert len(cases) == 3 * 3 * 4, "probabilities, methods and prompts of the bias"
+    for case in cases:
+        probability = next(p for p in config.eval.keep_probabilities if evaluate.kept("shape equality", p) == case.name)
+        share = np.mean([r.values == (Dose("shape equality"),) for r in case.requests])
+        assert share == {"base": 0.0, "plain": 0.5, "livo": probability}[case.method]
+
+
 def test_strengths_are_measured_where_the_config_says_so():
     config, two = tiny.get_config("smoke"), values.load(("shape", "bloody"))
     config.eval.strengths = (0.5,)

@@ -89,6 +89,23 @@ def test_rows_pair_methods_by_prompt():
     assert livo["prompts"] == 3 and livo["images"] == 110 and livo["p_value"] == pytest.approx(2 / 8)
 
 
+def test_a_method_is_paired_with_every_other_by_prompt():
+    of = lambda *numbers: dict(zip("abcd", ((x, 50) for x in numbers)))
+    numbers = {
+        ("base", "v", "seen", "D1"): of(0.8, 0.6, 0.7),
+        ("livo", "v", "seen", "D1"): of(0.1, 0.2, 0.3, 0.9),
+        ("sld", "v", "seen", "D1"): of(0.2, 0.1, 0.2, 0.9),
+        ("sld", "v", "seen", "distance"): of(0.2),
+    }
+    base, sld = metrics.differences(numbers, "livo")
+    assert base["other"] == "base" and base["prompts"] == 3 and base["p_value"] == pytest.approx(2 / 8)
+    assert base["difference"] == pytest.approx(-0.5)
+    assert sld == {
+        "method": "livo", "other": "sld", "value": "v", "split": "seen", "metric": "D1", "prompts": 4, "p_value": 1.0,
+        "difference": pytest.approx(0.025),
+    }  # fmt: skip
+
+
 def test_kappa_by_hand():
     """Cohen's example: 0.7 agreement, 0.5 by chance."""
     a = ["yes"] * 25 + ["no"] * 25

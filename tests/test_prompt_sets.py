@@ -3,7 +3,17 @@ import json
 import pytest
 
 from configs import livo, tiny
-from livo_jax import StableDiffusion, baselines, evaluate, judges, prompt_sets, sharding, value_encoders, values
+from livo_jax import (
+    StableDiffusion,
+    baselines,
+    evaluate,
+    judges,
+    metrics,
+    prompt_sets,
+    sharding,
+    value_encoders,
+    values,
+)
 
 
 def choose(name, file, *prompts, **fields):
@@ -122,7 +132,7 @@ def test_an_evaluation_with_sets(tmp_path):
     sd = StableDiffusion.from_pretrained(config.model, sharding=sharding.replicated(mesh))
     judge = judges.load(config, found, evaluate.subjects(config))
     method = baselines.load(config, sd, value_encoders.start(config, sd, mesh), mesh, tmp_path, judge)
-    results, *_ = evaluate.evaluate(sd, method, config, tmp_path, mesh, judge)
+    results = metrics.rows(evaluate.evaluate(sd, method, config, tmp_path, mesh, judge)[0])
     assert "mason" in evaluate.subjects(config), "the judge knows it, so that it can be recognised"
     measured = {(row["value"], row["split"]): set() for row in results}
     for row in results:

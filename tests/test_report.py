@@ -33,6 +33,10 @@ def write(path, value="shape equality", methods=("base", "livo", "words", "sld")
         curves=[dict(row, metric="D1", method=methods[1], mean=0.5, step=k, seconds=2.0 * k) for k in (1, 2)],
         costs=[dict(method=methods[1], trained_parameters=12345, training_seconds=6.0, images_per_second=70.0,
                     of_base=0.9)],
+        numbers={(methods[1], value, "held_out", "D1"): {value: (0.1, 100)}},
+        differences=[dict(method=methods[1], other=methods[-1], value=value, split="held_out", metric="D1", prompts=2,
+                          difference=-0.123, p_value=0.5)],
+        sweeps=[("loss.alpha", [("0", methods[1], ""), (EVIL, "gone", ""), ("1", methods[-1], "")])],
     )  # fmt: skip
     return results
 
@@ -43,7 +47,8 @@ def test_a_page_escapes_what_it_shows_and_needs_no_network(tmp_path):
     assert "<script" not in page and page.count("&lt;script&gt;") >= 6
     assert "http" not in page.replace("http-equiv", ""), "nothing is fetched"
     svgs = [base64.b64decode(uri) for uri in re.findall(r"data:image/svg\+xml;base64,([\w+/=]+)", page)]
-    assert len(svgs) == 6 and not any(b"<script" in svg for svg in svgs)
+    assert len(svgs) == 7 and not any(b"<script" in svg for svg in svgs)
+    assert "-0.123" in page and "0.5000" in page and len(page.split('download="')) == 9
     assert "12,345" in page and page.count("data:image/png") == 2
 
 
@@ -62,7 +67,7 @@ def test_a_browser_shows_it(tmp_path, browser):
     assert page.evaluate("document.documentElement.scrollWidth") == 390, "a phone need not scroll sideways"
     decoded = "images => Promise.all(images.map(image => image.decode().then(() => image.naturalWidth)))"
     shown = page.locator("img").evaluate_all(decoded)
-    assert len(shown) == 11 and all(shown)
+    assert len(shown) == 12 and all(shown)
 
     harmful = page.locator("figure.harmful img").first
     blur = lambda: harmful.evaluate("image => getComputedStyle(image).filter")
