@@ -61,8 +61,8 @@ def export(directory: str | os.PathLike, sd, value_encoder, config, results: lis
     """Writes a value encoder as PyTorch's libraries read it.
 
         value_encoder/   config.json and model.safetensors: a transformers CLIPTextModel, float32, with low-rank updates
-                         merged into it; or value_tokens.safetensors, soft tokens. The config has the values that it
-                         knows, and which prompts they are for
+                         merged into it; or value_tokens.safetensors, soft tokens. The config has its base, the values
+                         that it knows, and which prompts they are for
         adapter/         low-rank updates alone, which peft loads on the model's text encoder
         tokenizer/       of the model that it belongs to
         ..._2/           for XL the same of the second tower
@@ -100,7 +100,7 @@ def export(directory: str | os.PathLike, sd, value_encoder, config, results: lis
         text_encoder = ValueEncoder.from_pretrained(sd.root, subfolder="text_encoder", variant=config.variant or None)
     with whole_or_not_at_all(directory) as out:
         known = [{field: getattr(v, field) for field in CARRIED} for v in load_values(config.principles)]
-        knows = {"livo": {"values": known, "lists": lists(), "rates": rates}}
+        knows = {"livo": {"base": config.model, "values": known, "lists": lists(), "rates": rates}}
         if isinstance(value_encoder, LoRA):
             value_encoder.save(out / "adapter", config.model)
             value_encoder = copy_of(value_encoder.merged(text_encoder))
@@ -184,7 +184,7 @@ from livo_jax import StableDiffusion
 from livo_jax.value_encoders import {kind.__name__}
 
 sd = StableDiffusion.from_pretrained({base!r})
-ve = {kind.__name__}.from_pretrained({str(directory)!r}{"" if kind is ValueEncoder else ", sd"})
+ve = {kind.__name__}.from_pretrained({str(directory)!r}, sd=sd)
 images = sd.generate(
     ["a photo of a doctor"] * 4, values={first.statement!r}, value_encoder=ve,
     keep_probability={first.keep_probability},

@@ -73,8 +73,11 @@ def _sample(
     if value_encoder:
         B, rows, V = batch["visible"].shape
         D = cond.shape[-1]
-        u = value_encoder.tokens(merge(batch["value_prompt_ids"]), text_encoder).astype(cond.dtype)  # [B V, n, D]
+        value_ids = merge(batch["value_prompt_ids"])
+        u = value_encoder.tokens(value_ids, text_encoder).astype(cond.dtype)  # [B V, n, D]
         visible = jnp.repeat(batch["visible"], u.shape[1], axis=2)
+        if hasattr(value_encoder, "seen"):  # of a shelf's, which may have unequally many tokens
+            visible &= value_encoder.seen(value_ids).reshape(B, 1, -1)
         u = jnp.broadcast_to(u.reshape(B, 1, -1, D), (B, rows, visible.shape[2], D))
 
         def of_rows(x):  # [2 B, ...] -> [B, R, ...]

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from livo_jax.generate import check_value_encoder
 from livo_jax.models.clip import first_ids
 from livo_jax.pretrained import find
-from livo_jax.value_encoders import KINDS, WIDTHS, SoftTokens, ValueEncoder, beginnings, check_base
+from livo_jax.value_encoders import KINDS, WIDTHS, SoftTokens, beginnings, check_base
 
 INDEX = "shelf.json"
 FIELDS = ("statement", "kind", "folder")
@@ -36,23 +37,33 @@ class Together(nnx.Module):
     """Several value encoders as one: each reads the texts that begin with its statement.
 
     Args:
-        encoders: of equally many tokens. beginnings: [E, L] int32, the ids that each one's texts begin with, -1 after
+        encoders: of n tokens at most; fewer are padded, and `seen` tells which of the n are tokens.
+        counts: [E], how many each has. beginnings: [E, L] int32, the ids that each one's texts begin with, -1 after
             them. These are arrays of the module, so that other values run in the same compiled program.
     """
 
     statements, reads_prompt = None, True
 
-    def __init__(self, encoders: list, beginnings: np.ndarray):
-        self.encoders, self.beginnings = nnx.List(encoders), nnx.Variable(jnp.asarray(beginnings))
+    def __init__(self, encoders: list, counts: list[int], beginnings: np.ndarray):
+        self.encoders, self.n = nnx.List(encoders), max(counts)
+        self.counts, self.beginnings = (nnx.Variable(jnp.asarray(x)) for x in (counts, beginnings))
         self.config, self.FITS = encoders[0].config, encoders[0].FITS
 
-    def tokens(self, ids, text_encoder):
+    def which(self, ids):
+        """The value encoder [B] of each text."""
         beginnings = self.beginnings[...]
         begin = ((first_ids(ids)[:, None] == beginnings) | (beginnings < 0)).all(-1)  # [B, E]
         # The longest: one statement may be the beginning of another.
-        which = jnp.argmax(begin * (beginnings >= 0).sum(-1), axis=1)
-        tokens = jnp.stack([encoder.tokens(ids, text_encoder) for encoder in self.encoders], axis=1)  # [B, E, n, D]
-        return jnp.take_along_axis(tokens, which[:, None, None, None], axis=1)[:, 0]
+        return jnp.argmax(begin * (beginnings >= 0).sum(-1), axis=1)
+
+    def tokens(self, ids, text_encoder):
+        each = [encoder.tokens(ids, text_encoder) for encoder in self.encoders]
+        each = [jnp.pad(tokens, ((0, 0), (0, self.n - tokens.shape[1]), (0, 0))) for tokens in each]  # [B, n, D]
+        return jnp.stack(each, axis=1)[jnp.arange(len(ids)), self.which(ids)]
+
+    def seen(self, ids):
+        """Which of the tokens [B, n] are no padding."""
+        return jnp.arange(self.n) < self.counts[...][self.which(ids), None]
 
 
 class Shelf:
@@ -99,7 +110,7 @@ class Shelf:
             The same with statements in the place of names, and the value encoder of all of them, or None.
 
         Raises:
-            ValueError: "auto", values that are not on the shelf, or that have unequally many tokens.
+            ValueError: "auto", or values that are not on the shelf.
             FileNotFoundError, ValueError: as the from_pretrained of their kinds.
         """
         if values == "auto" or (isinstance(values, list) and "auto" in values):
@@ -116,20 +127,27 @@ class Shelf:
         if len(encoders) < 2:
             return encoders[0] if encoders else None
         counts = [encoder.table.shape[0] if isinstance(encoder, Fixed) else 1 for encoder in encoders]
-        if len(set(counts)) > 1:
-            told = ", ".join(f"{statement!r} ({count})" for statement, count in zip(statements, counts))
-            raise ValueError(f"values of unequally many tokens do not go together: {told}")
         length = self.sd.text_encoder.config.max_position_embeddings
         padded = np.full((len(encoders), length), -1, np.int32)
         for row, begin in zip(padded, beginnings(statements, self.sd.tokenizer, length)):
             row[: len(begin)] = begin
-        return Together(encoders, padded)
+        return Together(encoders, counts, padded)
 
     def _load(self, statement: str):
         if statement not in self.loaded:
             entry = next(entry for entry in self.values.values() if entry["statement"] == statement)
-            kind, folder = KINDS[entry["kind"]], find(self.path, [f"{entry['folder']}/*"]) / entry["folder"]
-            encoder = kind.from_pretrained(folder) if kind is ValueEncoder else kind.from_pretrained(folder, self.sd)
+            kind, folder = KINDS[entry["kind"]], entry["folder"]
+            folder = find(self.path, [f"{folder}/{name}" for name in kind.files()]) / folder
+            if not folder.is_dir():
+                raise FileNotFoundError(
+                    f"{statement!r} of the shelf {self.path}: its folder {entry['folder']!r} is not there, or cannot be"
+                    " fetched"
+                )
+            encoder = kind.from_pretrained(folder, sd=self.sd)
+            try:
+                check_value_encoder(self.sd, encoder)
+            except ValueError as error:
+                raise ValueError(f"{folder}: {error}") from error
             if isinstance(encoder, SoftTokens):
                 if statement not in encoder.statements:
                     raise ValueError(f"{folder} has tokens of {', '.join(encoder.statements)}, not of {statement}")

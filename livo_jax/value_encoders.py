@@ -4,6 +4,7 @@ All have tokens(ids, text_encoder), which takes ids [B, L] int32 (of XL [B, 2, L
 and returns [B, n, D] float32, and
 
     config      of the text encoder that it belongs to; FITS: the fields of it that must be the model's
+    files()     where its files may lie in a directory or hub repository
     statements  of the values that it knows; None: of any
     RULES       by which its parameters are divided over a mesh
     SETTINGS    what config.value_encoder says of it, beside the kind
@@ -53,22 +54,30 @@ class ValueEncoder(CLIPTextModel):
     def tokens(self, ids, text_encoder=None):
         return text_tokens(self, ids, self.states)
 
+    @staticmethod
+    def files(subfolder: str = "", variant=None) -> list[str]:
+        places = [subfolder, f"{subfolder}_2"] if subfolder else ["", "value_encoder", "value_encoder_2"]
+        names = ["config.json", *weight_patterns("model", variant)]
+        return [f"{place}/{name}".lstrip("/") for place in places for name in names]
+
     @classmethod
     def from_pretrained(
-        cls, path_or_hub_id, dtype=jnp.float32, *, subfolder: str = "", variant=None, sharding=None
+        cls, path_or_hub_id, dtype=jnp.float32, *, sd=None, subfolder: str = "", variant=None, sharding=None
     ) -> "ValueEncoder":
         """Loads a CLIP text model, with or without the `text_model.` prefix on its names.
 
         Args:
+            sd: the StableDiffusion that it is used on, if that is to be compared: a warning says if the model that an
+                export names as its own is another.
             subfolder: where it is ("text_encoder" of a Stable Diffusion). If empty, at the root or in
                 value_encoder/, as an export has it. Where SUBFOLDER_2 is beside it, a ValueEncoders of both.
             dtype, variant, sharding: as StableDiffusion.from_pretrained has them.
         """
-        patterns = ["config.json", *weight_patterns("model", variant)]
+        root = find(path_or_hub_id, cls.files(subfolder, variant))
         places = [subfolder] if subfolder else ["", "value_encoder"]
-        folders = [*places, f"{places[-1]}_2"]
-        root = find(path_or_hub_id, [f"{place}/{name}".lstrip("/") for place in folders for name in patterns])
         place = next((place for place in places if (root / place / "config.json").is_file()), places[0])
+        if sd:
+            check_base(root, read_json(root / place / "config.json").get("livo", {}).get("base"), sd)
         tower = functools.partial(load, dtype=dtype, variant=variant, sharding=sharding)
         if place and (root / f"{place}_2").is_dir():
             return ValueEncoders(tower(CLIPTextModel, root / place), tower(CLIPTextModel, root / f"{place}_2"))
@@ -155,6 +164,10 @@ class LoRA(nnx.Module):
         return merge_low_rank(text_encoder, self.updates, self.alpha / self.rank)
 
     @classmethod
+    def files(cls) -> list[str]:
+        return [f"{place}{name}" for place in ("", "adapter/", "adapter_2/") for name in cls.FILES]
+
+    @classmethod
     def from_pretrained(cls, path_or_hub_id: str | os.PathLike, sd, *, sharding=None) -> "LoRA":
         """Loads an adapter of peft for the text encoder of a StableDiffusion.
 
@@ -168,8 +181,7 @@ class LoRA(nnx.Module):
             ValueError: it does what we do not compute, or is of another text encoder. A warning says if the model
                 that it names as its own is another than this.
         """
-        places = ("", "adapter/", "adapter_2/")
-        root = find(path_or_hub_id, [f"{place}{name}" for place in places for name in cls.FILES])
+        root = find(path_or_hub_id, cls.files())
         root = root / "adapter" if (root / "adapter").is_dir() else root
         parts = _parts(sd.text_encoder)
         # Of other folders a name that ends in _2 may be another adapter's.
@@ -303,6 +315,10 @@ class SoftTokens(nnx.Module):
         return np.stack([row[e : e + count] for row, e in zip(sharding.fetch(states), end)]).astype(np.float32)
 
     @classmethod
+    def files(cls) -> list[str]:
+        return [cls.FILE, f"value_encoder/{cls.FILE}"]
+
+    @classmethod
     def from_pretrained(cls, path_or_hub_id: str | os.PathLike, sd, *, sharding=None) -> "SoftTokens":
         """Loads what `save` wrote, for a StableDiffusion.
 
@@ -317,7 +333,7 @@ class SoftTokens(nnx.Module):
         """
         import safetensors
 
-        root = find(path_or_hub_id, [cls.FILE, f"value_encoder/{cls.FILE}"])
+        root = find(path_or_hub_id, cls.files())
         file = next((file for place in (root, root / "value_encoder") if (file := place / cls.FILE).is_file()), None)
         if file is None:
             raise FileNotFoundError(f"{root} has no {cls.FILE}")
@@ -415,7 +431,7 @@ def start(config, sd, mesh):
     if c.start:
         try:
             if c.kind == "full":
-                return reading(config, ValueEncoder.from_pretrained(c.start, sharding=by_rules))
+                return reading(config, ValueEncoder.from_pretrained(c.start, sd=sd, sharding=by_rules))
             found = KINDS[c.kind].from_pretrained(c.start, sd, sharding=whole)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"config.value_encoder.start holds no {c.kind!r} value encoder: {error}") from error

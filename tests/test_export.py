@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from livo_jax import ValueEncoder, generate
+from livo_jax import ValueEncoder, generate, sharding, value_encoders
 from livo_jax.export import export
 from livo_jax.models.weights import split
 from livo_jax.pretrained import initialise
@@ -70,6 +70,20 @@ def test_transformers_computes_the_same(sd, value_encoder, exported):
     with torch.no_grad():
         pooled = theirs(ids).pooler_output
     np.testing.assert_allclose(pooled, value_encoder(ids.numpy()).pooled, rtol=1e-4, atol=1e-5)
+
+
+def test_another_base_is_warned_of(sd, config, exported, monkeypatch):
+    """A value encoder of kind full knows its base, too; on it nothing is said."""
+    config = config.copy_and_resolve_references()
+    config.value_encoder.start = str(exported)
+    start = lambda: value_encoders.start(config, sd, sharding.make_mesh())
+    start()
+    ValueEncoder.from_pretrained(sd.root / "text_encoder", sd=sd)
+    monkeypatch.setattr(sd, "name", "another/model")
+    start()  # called otherwise, in the same place
+    monkeypatch.setattr(sd, "root", sd.root.parent)
+    with pytest.warns(UserWarning, match=f"livo was trained on '{config.model}' and is used on 'another/model'"):
+        start()
 
 
 def test_round_trip_is_bit_exact(value_encoder, exported, tmp_path):

@@ -1,6 +1,7 @@
 """Published directories load exactly, and what is wrong with one is said at once."""
 
 import concurrent.futures
+import contextlib
 import hashlib
 import http.server
 import json
@@ -303,6 +304,19 @@ class Hub(http.server.BaseHTTPRequestHandler):
         pass
 
 
+@contextlib.contextmanager
+def hub_of(root):
+    """A hub on loopback that holds `root`; its RequestHandlerClass.fetched are the files that were asked for."""
+    handler = type("Handler", (Hub,), {"root": root, "fetched": set()})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
 @pytest.fixture
 def hub(copy):
     """A hub on loopback that holds one model, with much beside it that is not needed."""
@@ -318,12 +332,8 @@ def hub(copy):
     (copy / "v1-5-pruned.safetensors").write_bytes(b"all in one file")
     (copy / "safety_checker").mkdir()
     (copy / "safety_checker" / "model.safetensors").write_bytes(b"another model")
-    handler = type("Handler", (Hub,), {"root": copy, "fetched": set()})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with hub_of(copy) as server:
+        yield server
 
 
 def load_from(hub, home, code, **environment):

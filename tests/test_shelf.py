@@ -1,17 +1,20 @@
 """A shelf of values: by name, swapped in one compiled program, and together; a broken index is told whole."""
 
+import functools
 import json
+import shutil
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
 
-from livo_jax import generate, value_encoders
+from livo_jax import generate, sharding, value_encoders
 from livo_jax.models.weights import split
 from livo_jax.shelf import Shelf
 from livo_jax.value_encoders import LoRA, SoftTokens
 from livo_jax.values import load
+from tests.test_pretrained import hub_of, load_from
 
 SETTINGS = dict(steps=2, guidance_scale=3.0, batch_size=1)
 VALUES = {value.name: value.statement for value in load(("shape", "colour", "bloody"))}
@@ -81,8 +84,57 @@ def test_soft_tokens_stand_on_a_shelf(sd, encoders, shelf_dir, tmp_path):
     assert values == VALUES["colour"]
     ids = sd.tokenize([f"{values}, a baker"])
     np.testing.assert_array_equal(value_encoder.tokens(ids), encoders["soft"].tokens(ids))
-    with pytest.raises(ValueError, match="unequally many tokens .*'colour equality' \\(2\\), 'shape equality' \\(1\\)"):
-        shelf.take([["shape", "colour"]])
+
+    # Beside another's two tokens, one is padded, and the padding is not seen.
+    _, _, together = shelf.take([["shape", "colour"]])
+    ids = sd.tokenize([f"{VALUES[name]}, a baker" for name in ("colour", "shape")])
+    np.testing.assert_array_equal(together.seen(ids), [[True, True], [True, False]])
+    tokens = together.tokens(ids, sd.text_encoder)
+    np.testing.assert_array_equal(tokens[0], encoders["soft"].tokens(ids)[0])
+    np.testing.assert_allclose(tokens[1, 0], encoders["shape"].tokens(ids, sd.text_encoder)[1, 0], atol=1e-6)
+    draw = functools.partial(sd.generate, mesh=sharding.make_mesh(1), **SETTINGS)
+    image = draw(["a baker", "a cook"], ["shape", "colour"], shelf)[0].astype(int)
+    assert np.abs(image - draw(["a baker"], VALUES["shape"], encoders["shape"])[0]).max() <= 1
+
+
+def test_a_shelf_on_the_hub_fetches_what_it_is_asked_for(sd, encoders, shelf_dir, tmp_path):
+    """By the client of the hub: of a value the files of its kind, once; nothing of the others."""
+    root, index = tmp_path / "shelf", json.loads((shelf_dir / "shelf.json").read_text())
+    for name in VALUES:
+        encoders[name].save(root / name / "adapter", sd.name)
+    encoders["soft"].save(root / "soft" / "value_encoder", sd.name)
+    index["values"]["soft"] = {"statement": "another", "kind": "token", "folder": "soft"}
+    shutil.copytree(sd.root / "text_encoder", root / "full" / "value_encoder")
+    index["values"]["full"] = {"statement": "a third", "kind": "full", "folder": "full"}
+    index["values"]["gone"] = {"statement": "a fourth", "kind": "lora", "folder": "gone"}
+    for name in ("shape", "soft", "full"):  # beside them what else an export has
+        (root / name / "tokenizer").mkdir()
+        (root / name / "tokenizer" / "vocab.json").write_text("{}")
+        (root / name / "pipeline.py").write_text("")
+    (root / "shape" / "value_encoder").mkdir()
+    (root / "shape" / "value_encoder" / "model.safetensors").write_bytes(b"the merged weights")
+    (root / "shelf.json").write_text(json.dumps(index))
+    take = f"""
+from livo_jax.shelf import Shelf
+shelf = Shelf("owner/model", StableDiffusion.from_pretrained({str(sd.root)!r}))
+for name in %r:
+    print(type(shelf.take(name)[2]).__name__)
+"""
+    with hub_of(root) as hub:
+        fetched = hub.RequestHandlerClass.fetched
+        answer = load_from(hub, tmp_path / "home", take % ["shape"])
+        assert answer.stdout == "LoRA\n", answer.stderr
+        assert fetched == {"shelf.json", *(f"shape/adapter/{file}" for file in LoRA.FILES)}
+        fetched.clear()
+        answer = load_from(hub, tmp_path / "home", take % ["soft", "full", "gone"])
+        assert answer.stdout == "Fixed\nValueEncoder\n", answer.stderr
+        assert "'a fourth' of the shelf owner/model: its folder 'gone' is not there" in answer.stderr
+        wanted = {f"full/value_encoder/{file}" for file in ("config.json", "model.safetensors")}
+        assert fetched == wanted | {f"soft/value_encoder/{SoftTokens.FILE}"}
+        fetched.clear()
+        answer = load_from(hub, tmp_path / "home", take % ["full", "shape", "colour"], HF_HUB_OFFLINE="1")
+        assert answer.stdout == "ValueEncoder\nLoRA\n" and not fetched, answer.stderr
+        assert "'owner/model': it is not a directory here, and not in the hub's cache or not reachable" in answer.stderr
 
 
 def test_a_broken_index_is_told_whole(sd, shelf_dir, tmp_path):
