@@ -49,6 +49,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.subject = False  # whether subjects are read too; traits ("a kind person") cannot be seen
 
     config.preferences = c = ConfigDict()  # how pairs are built (data_tools/build_preferences.py)
+    c.model = ""  # that draws them; empty: config.model
     c.scenes = ()  # of all values; empty: each one's own, the seen words of its sources (data_tools/words.toml)
     c.templates = ("a photo of a(n) {}", "a portrait of a(n) {}", "a picture of a(n) {}")
     c.pairs_per_scene = 8  # at most, of each bias and scene

@@ -3,20 +3,29 @@
     python run.py --config=configs/sdxl.py --config.data.directory=DIR
 
 Fine-tunes of it go by --config.model. The value token is made by value encoders of both text encoders.
+`configs/sdxl.py:smoke` runs two steps of it anywhere, without a download: on pairs of the embedded world and an XL of
+benchmarks/sdxl_small, as small, with random weights.
 """
+
+import pathlib
 
 from ml_collections import ConfigDict
 
 from configs import livo
 
+SMALL = pathlib.Path(__file__).resolve().parents[1] / "benchmarks" / "sdxl_small"
+
 
 def get_config(variant: str = "") -> ConfigDict:
-    if variant:
-        raise ValueError(f"configs/sdxl.py:{variant}: there is configs/sdxl.py alone")
-    config = livo.get_config()
-    config.model = "stabilityai/stable-diffusion-xl-base-1.0"
+    if variant not in ("", "smoke"):
+        raise ValueError(f"configs/sdxl.py:{variant}: there is configs/sdxl.py and configs/sdxl.py:smoke")
+    config = livo.get_config(variant)
     config.data.cache = True  # encoding 1024 px at every step would cost as much again
     config.train.remat = "full"  # a block's intermediate results are recomputed: at 1024 px they are what fills memory
     config.sampling.sampler = "euler"  # as published
-    config.sampling.guidance_scale, config.sampling.batch_size = 5.0, 2
+    if variant == "smoke":
+        config.preferences.model, config.model = config.model, str(SMALL)
+    else:
+        config.model = "stabilityai/stable-diffusion-xl-base-1.0"
+        config.sampling.guidance_scale, config.sampling.batch_size = 5.0, 2
     return config

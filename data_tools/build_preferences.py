@@ -323,10 +323,10 @@ def build(config, directory, sd: StableDiffusion | None = None):
         if work is None:
             print(f"{directory} is finished: to build it again, remove it")
             return
-        sd = sd or StableDiffusion.from_pretrained(
-            config.model, jnp.dtype(config.dtype), variant=config.variant or None
-        )
         c, favourite = config.preferences, {}
+        if sd is None or c.get("model"):
+            model, variant = c.get("model") or config.model, config.variant or None
+            sd = StableDiffusion.from_pretrained(model, jnp.dtype(config.dtype), variant=variant)
         if neutral := [phrase(c.templates[0], scene) for scene in census(values, config)]:
             requests = [Request(prompt, i) for prompt in neutral for i in range(c.census_per_scene)]
             reading = draw(work / "census", requests, sd, judge, config).reading

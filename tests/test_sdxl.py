@@ -1,6 +1,7 @@
 """Stable Diffusion XL: a tiny random one computes what diffusers does, in sampling and in a LiVO step."""
 
 import copy
+import functools
 import json
 import math
 import pathlib
@@ -14,17 +15,22 @@ import optax
 import pytest
 import torch
 from flax import nnx
+from PIL import Image
 
 from configs import tiny
-from livo_jax import StableDiffusion, ValueEncoder, export, generate, sharding, value_encoders
+from data_tools import cache_latents
+from livo_jax import StableDiffusion, ValueEncoder, export, generate, sharding, train, value_encoders
 from livo_jax.export import SCHEDULERS
 from livo_jax.generate import Dose, Request
 from livo_jax.models.weights import TO_PUBLISHED, published_name, split, to_published
 from livo_jax.pretrained import PARTS, read_json, skeleton
+from livo_jax.shelf import Shelf
 from livo_jax.step import but_embeddings, draw, init_state, make_loss, make_train_step
-from livo_jax.value_encoders import LoRA
+from livo_jax.value_encoders import LoRA, SoftTokens
 from livo_jax.values import text_hash
+from tests import small_run, test_data
 from tests.conftest import randomised, text_model, write_pipeline
+from tests.test_run import run
 from tests.test_train import CONFIG, SCALE, torch_step
 
 LEVELS = dict(block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1)
@@ -242,6 +248,18 @@ def test_what_does_not_fit(sd, made, config, published, small_sd15, tmp_path):
     with pytest.raises(ValueError, match="it is for 1 text encoders, there are 2"):
         LoRA.from_pretrained(tmp_path, sd)
 
+    made["token"].save(tmp_path / "soft", "the-base")
+    with pytest.raises(ValueError, match="of 'the-base', has tokens of width 44; those of .* are 20 wide"):
+        SoftTokens.from_pretrained(tmp_path / "soft", small_sd15)
+    text_encoder = small_sd15.root / "text_encoder"
+    with pytest.raises(ValueError, match=both):  # before training
+        train.load_models(of_kind(config, "full", start=str(text_encoder)), sharding.make_mesh(), sd)
+    shutil.copytree(text_encoder, tmp_path / "shelf" / "one")
+    values = {"shape": {"statement": VALUE, "kind": "full", "folder": "one"}}
+    (tmp_path / "shelf" / "shelf.json").write_text(json.dumps({"base": sd.name, "values": values}))
+    with pytest.raises(ValueError, match=f"shelf/one: the value encoder was made {both}"):
+        sd.generate(["a cook"], "shape", Shelf(tmp_path / "shelf", sd))
+
     def broken(part, **changes):
         root = tmp_path / part
         shutil.copytree(published, root)
@@ -373,3 +391,67 @@ def test_embeddings_of_both_towers_may_stay(made):
     tower = {"embeddings": False, "encoder": True, "final_layer_norm": True}
     assert but_embeddings(split(made["full"])[1]) == {"text_encoder": tower, "text_encoder_2": tower}
     assert but_embeddings(split(made["lora"])[1]) == {"updates": True}
+
+
+# ---------------------------------------------------------------------------- a run
+
+
+@pytest.mark.slow
+def test_a_run_from_the_cache_and_from_images(config, tmp_path):
+    """Equal losses; resumed, it is bit for bit the same; what it trained is sampled and exported."""
+    config = of_kind(config, "full")
+    config.data.directory, config.judge = str(test_data.make(tmp_path / "pairs")), ""
+    config.train.update(steps=2, warmup_steps=0, batch_size=2)
+    config.checkpoint.every = config.log.every = config.mesh.data = 1
+    config.sampling.batch_size, config.eval.seen, config.eval.held_out = 2, ("cook",), ("baker",)
+    losses = {}
+    for name, cache in (("images", False), ("cache", True)):
+        config.data.cache = cache
+        train.train_and_evaluate(config, tmp_path / name, cache_latents=cache_latents.write)
+        losses[name] = [line["train/loss"] for line in small_run.metrics(tmp_path / name) if "train/loss" in line]
+    assert len(losses["cache"]) == 2 and losses["cache"] == pytest.approx(losses["images"], rel=1e-3)
+    assert losses["cache"][0] != pytest.approx(losses["cache"][1], rel=1e-6)
+    assert (tmp_path / "cache" / "samples" / "step_2.png").exists()
+
+    whole = small_run.final(tmp_path / "cache")
+    shutil.rmtree(tmp_path / "cache" / "checkpoints" / "2")
+    train.train_and_evaluate(config, tmp_path / "cache", cache_latents=cache_latents.write)
+    jax.tree.map(np.testing.assert_array_equal, small_run.final(tmp_path / "cache"), whole)
+
+    mesh = sharding.make_mesh(1)
+    sd, value_encoder = train.restore_run(config, tmp_path / "cache", mesh)
+    settings = dict(seed=0, mesh=mesh, options={}, **config.sampling.to_dict())
+    generate.write_pairs(tmp_path / "out", sd, value_encoder, ["a cook"], [VALUE], 2, **settings)
+    assert len(list((tmp_path / "out").glob("*.png"))) == 2
+    export.export(tmp_path / "export", sd, value_encoder, config)
+    again = value_encoders.start(of_kind(config, "full", start=str(tmp_path / "export")), sd, mesh)
+    jax.tree.map(np.testing.assert_array_equal, split(again)[1], split(value_encoder)[1])
+    untrained = split(value_encoders.copy_of(sd.text_encoder))[1]
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), split(again)[1], untrained)
+    assert all(any(jax.tree.leaves(tower["encoder"])) for tower in moved.values())
+
+
+@pytest.mark.slow
+def test_the_command_line_from_pairs_to_an_export(tmp_path):
+    """configs/sdxl.py:smoke, which anyone can run: pairs, cache, two steps, evaluation, images, export and back."""
+    command = functools.partial(run, config="configs/sdxl.py:smoke")
+
+    def answer(*arguments):
+        process = command(*arguments)
+        assert process.returncode == 0, process.stderr
+        return process.stdout
+
+    workdir = tmp_path / "run"
+    assert "report: " in answer(workdir)
+    assert (workdir / "preferences" / "cache" / "text_embeds.npy").exists()
+    assert "is finished: its 2 steps are trained and evaluated" in answer(workdir)
+    draw = ("--mode=generate", "--prompt=a photo of a cook", "--value=shape", "--num_images=2")
+    answer(workdir, *draw, f"--out={tmp_path / 'images'}")
+    answer(workdir, "--mode=export", f"--out={tmp_path / 'export'}")
+    start = f"--config.value_encoder.start={tmp_path / 'export'}"
+    answer(tmp_path / "other", *draw, start, f"--out={tmp_path / 'again'}")
+    for file in sorted((tmp_path / "images").iterdir()):
+        theirs, ours = (np.asarray(Image.open(tmp_path / name / file.name)).astype(int) for name in ("images", "again"))
+        assert np.abs(theirs - ours).max() <= 1
+    process = command(tmp_path / "none", config="configs/sdxl.py:tiny")
+    assert "there is configs/sdxl.py and configs/sdxl.py:smoke" in process.stderr
