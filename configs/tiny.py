@@ -55,6 +55,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.subject = True  # whether subjects are read too; False where the judge does not tell their pictures apart
 
     config.preferences = c = ConfigDict()  # how the pairs are built (data_tools/build_preferences.py)
+    c.model = ""  # that draws them; empty: config.model
     c.scenes = tuple(SEEN)
     c.templates = (
         "a {}",

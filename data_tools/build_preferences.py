@@ -324,8 +324,8 @@ def build(config, directory, sd: StableDiffusion | None = None):
             print(f"{directory} is finished: to build it again, remove it")
             return
         c, favourite = config.preferences, {}
-        if sd is None or c.get("model"):
-            model, variant = c.get("model") or config.model, config.variant or None
+        if sd is None or c.model:
+            model, variant = c.model or config.model, config.variant or None
             sd = StableDiffusion.from_pretrained(model, jnp.dtype(config.dtype), variant=variant)
         if neutral := [phrase(c.templates[0], scene) for scene in census(values, config)]:
             requests = [Request(prompt, i) for prompt in neutral for i in range(c.census_per_scene)]
