@@ -64,8 +64,7 @@ def compare(config, workdir, build_preferences, cache_latents=None) -> list[dict
         if not (preferences.directory / "cache").exists():
             local = jax.process_count() > 1
             cache_latents(preferences, train.load_base(first, sharding.make_local_mesh()) if local else sd, most)
-    # The base is drawn before others share its images.
-    evaluate.evaluate(sd, baselines.base(first, sd, mesh), first, find(first.eval.drawn), mesh)
+    evaluate.draw_base(sd, first, find(first.eval.drawn), mesh)
 
     # Those that train take longest.
     jobs = sorted(((own, workdir / name, config.curve, cache_latents) for name, own in methods.items()), key=_steps)

@@ -189,6 +189,17 @@ def subjects(config) -> list[str]:
     return list(dict.fromkeys([*config.eval.seen, *config.eval.held_out, *of_sets]))
 
 
+def draw_base(sd, config, directory, mesh):
+    """Draws the base's images of an evaluation, for several methods' to share. Arguments as of evaluate."""
+    values = principles.load(config.principles)
+    judge = judges.load(config, values, subjects(config))
+    base = as_drawn(baselines.base(config, sd, mesh), sd, config, values, judge, directory, mesh)
+    measured = cases(config, values) + left_alone(config, values)
+    requests = {request._replace(values=()): None for case in measured for request in case.requests}
+    with tqdm(total=len(requests), desc="base", unit="image", disable=jax.process_index() > 0) as progress:
+        base.draw([*requests], progress)
+
+
 def evaluate(sd, method: baselines.Method, config, directory, mesh, judge=None) -> tuple[dict, dict, dict]:
     """Measures the base and a method on the same prompts and noise.
 
