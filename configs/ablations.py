@@ -11,13 +11,13 @@ from ml_collections import ConfigDict
 from configs import compare_tiny
 
 SWEEPS = {  # a field of configs/tiny.py: what it is set to; its own setting there is the run livo
-    "loss.alpha": (0.0, 12.5, 50.0, 200.0),
+    "loss.alpha": (0.0, 50.0, 200.0),
     "loss.beta": (100.0, 400.0, 1600.0),
-    "loss.gamma_1": (1.0, 10.0, 100.0),
-    "loss.gamma_2": (1.0, 10.0, 100.0),
+    "loss.gamma_1": (1.0, 10.0),
+    "loss.gamma_2": (1.0, 10.0),
     "value_encoder.states": (1, 4, 0),  # one value token, several, a token of every state of the text
     "value_encoder.reads_prompt": (True, False),
-    "data.anchors": (0.0, 0.15, 0.3),
+    "data.anchors": (0.0, 0.3),
 }
 FORMS = ("livo", "sft", "dpo", "ipo", "kto")  # of the loss, each with the constants of its file in configs/baselines/
 KEEP = (0.0, 0.25, 0.5, 0.75, 1.0)  # probabilities, of the run livo
@@ -39,8 +39,8 @@ def get_config(variant: str = "") -> ConfigDict:
                 methods[own.method] = own
             points.append((str(setting), own.method))
         sweeps.append((field, tuple(points)))
-    for own in methods.values():  # a third of the training, half the prompts, and fewer images, for there are many
-        own.train.steps, own.eval.images_per_prompt = min(1200, own.train.steps), min(20, own.eval.images_per_prompt)
+    for own in methods.values():  # a quarter of the training, half the prompts, and fewer images, for there are many
+        own.train.steps, own.eval.images_per_prompt = min(900, own.train.steps), min(20, own.eval.images_per_prompt)
         own.eval.seen, own.eval.held_out = own.eval.seen[::2], own.eval.held_out[::2]
     methods["livo"].eval.keep_probabilities = KEEP
     config.methods, config.sweeps, config.curve.points = ConfigDict(methods), tuple(sweeps), 0
