@@ -17,7 +17,7 @@ from livo_jax.generate import Dose, Request
 from livo_jax.workdir import find
 
 SAME = ("model", "variant", "dtype", "random_weights", "judge", "judging", "sampling", "eval")
-TIMED = 3  # times that tell how fast a method draws
+TIMED = 2  # times that tell how fast a method draws
 
 
 def compare(config, workdir, build_preferences, cache_latents=None) -> list[dict]:
