@@ -16,7 +16,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from configs import tiny
-from livo_jax import StableDiffusion, ValueEncoder, export, generate, plan, sharding, train, value_encoders
+from livo_jax import StableDiffusion, ValueEncoder, baselines, export, generate, plan, sharding, train, value_encoders
 from livo_jax.generate import Dose, Request
 from livo_jax.models.weights import split, to_published
 from livo_jax.step import init_state, make_train_step
@@ -217,6 +217,8 @@ def test_a_value_encoder_of_the_value_alone(sd, config, tmp_path):
     requests = [Request(prompt, 0, (Dose("shape equality"),)) for prompt in PROMPTS]
     columns = generate.value_columns(sd, requests, reads_prompt=False)
     assert (columns["value_prompt_ids"] == sd.tokenize(["shape equality, "])).all()
+    settings = baselines.load(alone, sd, value_encoder, None, tmp_path).settings
+    assert settings == {"method": "value tokens", "states": 3, "reads_prompt": False}, "other images than the default's"
     images = generate.generate(sd, requests, value_encoder, seed=0, **SETTINGS)
     plain = generate.generate(sd, [r._replace(values=()) for r in requests], seed=0, **SETTINGS)
     assert all((a != b).any() for a, b in zip(images, plain))

@@ -81,7 +81,11 @@ def load(config, sd, value_encoder, mesh, workdir, judge=None) -> Method:
         (params,) = weights(value_encoder)
         keep = lambda trained, part: part if trained or config.train.train_embeddings else None
         trained = sum(x.size for x in jax.tree.leaves(jax.tree.map(keep, but_embeddings(params), params)))
-        return Method(tokens, [networks(sd), params], {"method": "value tokens"}, tokens=True, trained=trained)
+        own = {name: getattr(value_encoder, name, None) for name in ("states", "reads_prompt")}
+        # Only what is not its kind's default: images that were drawn before keep their folder.
+        own = {name: x for name, x in own.items() if x != getattr(type(value_encoder), name, None)}
+        settings = {"method": "value tokens"} | own
+        return Method(tokens, [networks(sd), params], settings, tokens=True, trained=trained)
     if module := of_unet(config):
         size = sum(x.size for x in jax.tree.leaves(weights(nnx.eval_shape(lambda: module.Update(config, sd)))))
         settings = {"method": config.method}
