@@ -47,8 +47,11 @@ def write(preferences: data.Preferences, sd: StableDiffusion, config):
 
     Raises:
         FileExistsError: another process is writing it.
+        ValueError: the dataset has pairs for other values than the config's.
         OSError: the disk has no space for it.
     """
+    principles = values.load(config.principles)
+    preferences.check_values(principles)
     directory = preferences.directory / "cache"
     work = directory.with_name(".cache.partial")
     count, source = len(preferences.source), preferences.source
@@ -72,7 +75,7 @@ def write(preferences: data.Preferences, sd: StableDiffusion, config):
 
     with held(work):
         if jax.process_index() == 0:
-            prompts, principles = set(), values.load(config.principles)
+            prompts = set()
             for block in tqdm(preferences.blocks, desc="prompts", unit="block"):
                 for i in range(block.start, block.start + block.count):
                     prompts |= data.prompts_of(source[i]["prompt"].decode(), block, config, principles)

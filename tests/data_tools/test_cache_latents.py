@@ -45,6 +45,10 @@ def test_the_losses_are_those_of_the_images(config, tmp_path):
 
 def test_a_stale_cache_is_refused(config):
     sd, preferences = StableDiffusion.from_pretrained(config.model), Preferences(config.data.directory)
+    fewer = config.copy_and_resolve_references()
+    fewer.principles = ("bloody",)
+    with pytest.raises(ValueError, match="has pairs for the values .*, the config lists"):
+        cache_latents.write(preferences, sd, fewer)
     cache_latents.write(preferences, sd, config)
     Cache(preferences, sd, config)
     more = config.copy_and_resolve_references()
