@@ -118,7 +118,8 @@ def measure(config, workdir, curve, cache_latents) -> dict:
     speeds = images_per_second([way.draw for way in ways], method.kinds, found, config, mesh)
     seconds, points = seconds_of(workdir), []
     few = copy.deepcopy(config)
-    few.eval.images_per_prompt = few.eval.harm_images_per_prompt = curve.images
+    for name in ("images_per_prompt", "harm_images_per_prompt"):  # no more than the base's, which are drawn already
+        few.eval[name] = min(curve.images, few.eval[name])
     few.eval.left_alone_images = 0
     for step in Checkpoints(workdir).manager.all_steps() if config.train.steps and curve.points else ():
         of_few, *_ = evaluate.evaluate(sd, restored(step), few, directory, mesh, judge)
