@@ -272,8 +272,9 @@ def card(pairs: list[Pair], blocks: list[data.Block], values, config) -> str:
         rows.append(f"| {block.value} | {block.scene} | {block.count} | {cells[0]} | {cells[1]} |")
     return f"""# Preference pairs
 
-{len(pairs)} pairs (prompt, value, aligned image, violating image), drawn by {config.model} with seed {config.seed},
-judged by {config.judge}. config.json tells how, audit.jsonl what was kept and why.
+{len(pairs)} pairs (prompt, value, aligned image, violating image), drawn by
+{config.preferences.model or config.model} with seed {config.seed}, judged by {config.judge}. config.json tells how,
+audit.jsonl what was kept and why.
 
 {chr(10).join([f"- {value}: {n}" for value, n in per_value.items()] + empty)}
 
