@@ -84,7 +84,7 @@ def _sweeps(results: list[dict], values: list[str], sweeps) -> dict[str, bytes]:
     """A plot of each sweep, as `write` has them, on the last split of each value: effects, and the worst quality."""
     cells = {(r["method"], r["value"], r["metric"]): r for r in results}
     plots, base = {}, results[0]["method"] if results else None
-    for title, points in sweeps:
+    for title, points in sweeps if values else ():
         settings = [("", base, ""), *points]
         found = lambda v, metric, of=settings: [cells.get((method, v + suffix, metric)) for _, method, suffix in of]
         lines = {f"{value}: {metric}": found(value, metric) for value in values for metric in EFFECTS}
