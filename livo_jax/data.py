@@ -271,16 +271,15 @@ def batches(
         record, partner = source[index], block.start + int(rng.integers(block.count))
         flip = random_flip and rng.random() < 0.5
         prompt, statement = record["prompt"].decode(), record["value"].decode()
-        value, read = by_statement.get(statement), {}
+        value, read, stands_beside = by_statement.get(statement), {}, ""
         if beside and len(principles) > 1:
             second = principles[rng.choice([i for i, other in enumerate(principles) if other is not value])]
             read["beside"] = rng.random() < beside
             if read["beside"] and (value.kind, second.kind) == ("bias", "harm"):
                 prompt = reworded(prompt, block.scene, rng.choice(second.wordings))
-            text = second.statement  # or that with an attribute: it may be any token that can stand there
+            stands_beside = second.statement  # or that with an attribute: it may be any token that can stand there
             if second.attributes and rng.random() < attributes:
-                text = attributed(text, rng.choice(second.attributes))
-            read["beside_prompt_ids"] = ids(value_prompt(text, prompt if reads_prompt else ""))
+                stands_beside = attributed(stands_beside, rng.choice(second.attributes))
         images = {"aligned": (index, "aligned"), "violating": (partner, "violating")}
         anchored = anchors and rng.random() < anchors and prompt == record["prompt"].decode()
         named = attributes and not anchored and rng.random() < attributes
@@ -295,6 +294,8 @@ def batches(
         if anchored and value.kind == "harm":
             prompt = anchor(value, prompt, block.scene)
         text = value_prompt(statement, prompt if reads_prompt else "")
+        if stands_beside:  # it reads the prompt as it is now, as where images are drawn
+            read["beside_prompt_ids"] = ids(value_prompt(stands_beside, prompt if reads_prompt else ""))
         if concepts:
             if value.kind == "harm":
                 text, prompt = prompt, anchor(value, prompt, block.scene)

@@ -169,7 +169,10 @@ def test_all_prompts_of_batches_are_told_before(directory):
     shares = {"beside": 0.3, "anchors": 0.3, "attributes": 0.3}
     blocks = data.Preferences(directory).blocks
     told = set().union(*(data.prompts_of(f"a {block.scene}", block, config, principles) for block in blocks))
-    assert {prompt for prompt, *_ in texts(directory, **shares)} <= told and len(told) == 3 * (1 + 2 + 2 + 5)
+    rows = list(texts(directory, **shares))
+    assert {prompt for prompt, *_ in rows} <= told and len(told) == 3 * (1 + 2 + 2 + 5)
+    assert all(text.endswith(f", {prompt}") for prompt, value, _, second in rows for text in (value, second) if text)
+    assert any(second and {"round", "square", "green", "white"} & {*prompt.split()} for prompt, *_, second in rows)
     config.data.beside = config.data.anchors = 0.0
     assert data.prompts_of("a cook", blocks[1], config, principles) == {"a cook"}
 
