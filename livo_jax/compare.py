@@ -56,7 +56,8 @@ def compare(config, workdir, build_preferences, cache_latents=None) -> list[dict
     sd = train.load_base(first, mesh)
     if not find(first.data.directory).exists() and any(own.train.steps for own in methods.values()):
         build_preferences(first, first.data.directory, None if first.random_weights or jax.process_count() > 1 else sd)
-    if cached := [own for own in methods.values() if own.train.steps and own.data.cache]:
+    cached = [own for own in methods.values() if own.train.steps and own.data.cache]
+    if cached and cache_latents:
         most = copy.deepcopy(cached[0])  # one cache for all, with the prompts of each
         for name in ("beside", "anchors"):
             most.data[name] = max(own.data[name] for own in cached)
