@@ -23,6 +23,7 @@ import numpy as np
 from flax import nnx
 
 from livo_jax import sharding, values
+from livo_jax.models import low_rank
 from livo_jax.models.clip import CLIPTextConfig, CLIPTextConfigs, CLIPTextModel, CLIPTextModels, end_of_text, first_ids
 from livo_jax.models.weights import from_published, put, split, to_published
 from livo_jax.pretrained import find, load, open_tensors, read_json, weight_patterns
@@ -91,39 +92,6 @@ class ValueEncoders(CLIPTextModels):
     states, reads_prompt, tokens = 1, True, ValueEncoder.tokens
 
 
-def low_rank_updates(module, targets, rank: int, rngs) -> nnx.Dict:
-    """Untrained updates of kernels of a module, which may be abstract: of layers whose names end as one of `targets`.
-
-    Returns:
-        By the path of the layer lora_A and lora_B, linear layers of `rank` between. As peft starts: A is small, B
-        zero, so that they change nothing.
-    """
-    updates, ends = nnx.Dict(), tuple(f".{target}" for target in targets)
-    small, zero = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform"), nnx.initializers.zeros
-    linear = lambda rows, columns, init: nnx.Linear(rows, columns, use_bias=False, kernel_init=init, rngs=rngs)
-    for (*layer, leaf), weight in jax.tree_util.tree_leaves_with_path(split(module)[1]):
-        name = jax.tree_util.keystr(layer, simple=True, separator=".")
-        if leaf.key == "kernel" and name.endswith(ends):
-            rows, columns = weight.shape
-            updates[name] = nnx.Dict(lora_A=linear(rows, rank, small), lora_B=linear(rank, columns, zero))
-    return updates
-
-
-def merge_low_rank(module, updates, scale: float):
-    """The module with weights W + scale A B where there is an update, all of float32."""
-    graph, params = split(module)
-
-    def update(path, weight):
-        *layer, leaf = path
-        name, weight = jax.tree_util.keystr(layer, simple=True, separator="."), weight.astype(jnp.float32)
-        if leaf.key != "kernel" or name not in updates:
-            return weight
-        A, B = (updates[name][part].kernel[...] for part in ("lora_A", "lora_B"))
-        return weight + scale * jnp.matmul(A, B, precision="highest")
-
-    return nnx.merge(graph, jax.tree_util.tree_map_with_path(update, params))
-
-
 class LoRA(nnx.Module):
     """Kind "lora": the frozen text encoder, its kernels W as W + alpha / rank * A B (Hu et al. 2022).
 
@@ -154,14 +122,14 @@ class LoRA(nnx.Module):
         if problems:
             raise ValueError("lora cannot work: " + "; ".join(problems))
         self.config, self.rank, self.alpha, self.targets = text_encoder.config, rank, alpha, tuple(sorted(targets))
-        self.updates = low_rank_updates(text_encoder, targets, rank, rngs)
+        self.updates = low_rank.updates(text_encoder, targets, rank, rngs)
 
     def tokens(self, ids, text_encoder):
         return text_tokens(self.merged(text_encoder), ids, self.states)
 
     def merged(self, text_encoder):
         """The text encoder with the updates in its weights, float32."""
-        return merge_low_rank(text_encoder, self.updates, self.alpha / self.rank)
+        return low_rank.merged(text_encoder, self.updates, self.alpha / self.rank)
 
     @classmethod
     def files(cls) -> list[str]:

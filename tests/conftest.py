@@ -11,6 +11,10 @@ import shutil
 import tempfile
 
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp()  # where diffusers copies custom pipelines to
+# What one test compiled is there for the next, also of another process: workers have the variable of who starts them.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp()
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 import numpy as np
 import pytest

@@ -24,7 +24,7 @@ TIMES = ("train/pairs_per_sec", "train/tflops_per_device", "train/wait_for_data"
 
 
 def prepare(root: pathlib.Path):
-    """Makes root/model and root/pairs. Programs compiled by one run stay in root/compiled for the next."""
+    """Makes root/model and root/pairs."""
     model = root / "model"
     shutil.copytree(ROOT / "data_tools" / "shapeworld_model", model, ignore=shutil.ignore_patterns("*.safetensors"))
     for part, changes in SMALL.items():
@@ -33,13 +33,11 @@ def prepare(root: pathlib.Path):
     test_data.make(root / "pairs")
 
 
-def environment(root, devices: int = 1) -> dict:
+def environment(devices: int = 1) -> dict:
     """Of a process that compiles quickly, on so many virtual devices."""
     return os.environ | {
         # Level 0 compiles in half the time.
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
-        "JAX_COMPILATION_CACHE_DIR": str(root / "compiled"),
-        "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
     }
 
 
@@ -52,7 +50,7 @@ def start(root, workdir, *flags, devices: int = 1, **more) -> subprocess.Popen:
         "--config.log.every=1", *flags,
     ]  # fmt: skip
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment(root, devices) | more, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        command, cwd=ROOT, env=environment(devices) | more, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True,
     )  # fmt: skip
 

@@ -17,7 +17,7 @@ def run(root, results, benchmark: str, *flags) -> dict:
         f"--config.model={root / 'model'}", "--config.random_weights=True", "--repeats=1", f"--results={results}",
         *flags,
     ]  # fmt: skip
-    subprocess.run(command, cwd=small_run.ROOT, env=small_run.environment(root), check=True)
+    subprocess.run(command, cwd=small_run.ROOT, env=small_run.environment(), check=True)
     found = json.loads((results / f"{benchmark}.json").read_text())
     assert found["device"] and found["date"] and found["versions"]["jax"]
     return {row[next(iter(row))]: row for row in found["rows"]}

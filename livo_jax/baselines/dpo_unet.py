@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from livo_jax import losses, sharding
+from livo_jax.models import low_rank
 from livo_jax.step import noised, prompt_states
-from livo_jax.value_encoders import low_rank_updates, merge_low_rank
 
 KINDS = ("bias", "harm")
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -23,11 +23,11 @@ class Update(nnx.Module):
     def __init__(self, config, sd):
         c = config.dpo_unet
         self.scale = c.alpha / c.rank
-        self.updates = low_rank_updates(sd.unet, TARGETS, c.rank, nnx.Rngs(config.seed))
+        self.updates = low_rank.updates(sd.unet, TARGETS, c.rank, nnx.Rngs(config.seed))
 
     def merged(self, unet):
         """The UNet with the updates in its weights, float32."""
-        return merge_low_rank(unet, self.updates, self.scale)
+        return low_rank.merged(unet, self.updates, self.scale)
 
 
 def make_loss(graphs: dict, schedule, config, scaling_factor: float, time_ids=None):
