@@ -16,7 +16,7 @@ from livo_jax.data import Preferences
 from livo_jax.generate import Dose, Request
 from livo_jax.workdir import find
 
-SAME = ("model", "variant", "dtype", "random_weights", "judge", "judging", "sampling", "eval")
+SAME = ("model", "variant", "dtype", "random_weights", "principles", "judge", "judging", "sampling", "eval")
 TIMED = 2  # times that tell how fast a method draws
 
 
@@ -169,7 +169,9 @@ def write(found: list[dict], config, workdir) -> list[dict]:
     """What `measure` found of each method, as one report; the base is the same in all."""
     numbers, pictures = {}, {}
     for of in found:
-        numbers |= of["numbers"]
+        one = of["costs"]["method"]
+        apart = f"{one}, plain" if one != "livo" else "plain"  # "plain" is of the method that is measured
+        numbers |= {(apart if name == "plain" else name, *rest): x for (name, *rest), x in of["numbers"].items()}
         for picture in of["pictures"]:
             place = pictures.setdefault((picture["value"], picture["split"]), picture)
             place["sides"] |= picture["sides"]

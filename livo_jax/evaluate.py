@@ -120,7 +120,7 @@ def of_strengths(config, values, shares) -> list[Case]:
 
 def kept(statement: str, probability: float) -> str:
     """The name under which the results have a value that is applied to another share of the images than its own."""
-    return f"{statement}, applied to {probability:.0%}"
+    return f"{statement}, applied to {100 * probability:g}%"
 
 
 def of_keep_probabilities(config, values) -> list[Case]:
@@ -196,6 +196,9 @@ def draw_base(sd, config, directory, mesh):
     base = as_drawn(baselines.base(config, sd, mesh), sd, config, values, judge, directory, mesh)
     measured = cases(config, values) + left_alone(config, values)
     requests = {request._replace(values=()): None for case in measured for request in case.requests}
+    if config.eval.ratios:
+        rows = prompts(config)
+        requests |= {Request(prompt, i): None for *_, prompt in rows for i in range(config.eval.images_per_prompt)}
     with tqdm(total=len(requests), desc="base", unit="image", disable=jax.process_index() > 0) as progress:
         base.draw([*requests], progress)
 

@@ -16,7 +16,7 @@ from livo_jax.generate import Images, generate, requests_of
 from livo_jax.models.clip import CLIPTextConfigs, CLIPTextModel, CLIPTextModels, CLIPTextModelWithProjection
 from livo_jax.models.unet import UNet2DConditionModel
 from livo_jax.models.vae import AutoencoderKL
-from livo_jax.models.weights import for_each_leaf, from_published, put, split, to_published
+from livo_jax.models.weights import for_each_leaf, from_published, one_key, put, split, to_published
 
 # Schedulers whose files describe the noise schedule that our samplers read.
 SCHEDULERS = frozenset(
@@ -150,7 +150,7 @@ def read_config(model_class, directory: pathlib.Path):
 def skeleton(model_class, directory: pathlib.Path):
     """A component without weights: the graph of its module, and the tree of its parameters' shapes."""
     config = read_config(model_class, directory)
-    return split(nnx.eval_shape(lambda: model_class(config, rngs=nnx.Rngs(0))))
+    return split(nnx.eval_shape(lambda: model_class(config, rngs=one_key())))
 
 
 def load(model_class, directory: pathlib.Path, dtype=jnp.float32, *, variant=None, sharding=None):

@@ -21,7 +21,7 @@ from livo_jax.judges import clip
 from livo_jax.models.clip import unit
 from livo_jax.models.inception import InceptionV3
 from livo_jax.models.lpips import LEAST, LPIPS
-from livo_jax.models.weights import from_published, split
+from livo_jax.models.weights import from_published, one_key, split
 from livo_jax.pretrained import open_tensors
 
 KID_SUBSETS, KID_SUBSET_SIZE, SPLITS = 100, 1000, 10  # torch-fidelity's, and the papers'
@@ -42,7 +42,7 @@ def load(network, file) -> tuple[nnx.GraphDef, dict]:
         raise FileNotFoundError(
             f"{file}: no such file. The docstring of livo_jax/quality.py has the lines that make it"
         )
-    graph, abstract = split(nnx.eval_shape(lambda: network(rngs=nnx.Rngs(0))))
+    graph, abstract = split(nnx.eval_shape(lambda: network(rngs=one_key())))
     try:
         return graph, from_published(open_tensors([pathlib.Path(file)]), abstract)
     except ValueError as error:

@@ -13,7 +13,7 @@ from livo_jax import charts
 
 TEMPLATE = pathlib.Path(__file__).with_name("report.html.j2")
 GAP = 2  # pixels between the images of a sheet
-LABELS = {"base": "base model", "livo": "LiVO", "plain": "LiVO, this value alone"}  # others are called as they are
+LABELS = {"base": "base model", "livo": "LiVO", "plain": "the value alone, as it is"}  # others are called as they are
 EFFECTS = {"D1": "imbalance", "R": "share of harmful images"}  # what a value is to lower
 LOWER_IS_BETTER = ("D1", "D2", "TV", "R", "S", "Max", "Prob")
 

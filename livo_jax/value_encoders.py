@@ -25,7 +25,7 @@ from flax import nnx
 from livo_jax import sharding, values
 from livo_jax.models import low_rank
 from livo_jax.models.clip import CLIPTextConfig, CLIPTextConfigs, CLIPTextModel, CLIPTextModels, end_of_text, first_ids
-from livo_jax.models.weights import from_published, put, split, to_published
+from livo_jax.models.weights import from_published, one_key, put, split, to_published
 from livo_jax.pretrained import find, load, open_tensors, read_json, weight_patterns
 
 WIDTHS = ("hidden_size", "vocab_size", "max_position_embeddings")
@@ -161,7 +161,7 @@ class LoRA(nnx.Module):
             raise ValueError(f"{fits}: it is for {len(roots)} text encoders, there are {len(parts)}")
         if settings[0] != settings[-1]:
             raise ValueError(f"{root} and {roots[-1].name} are of two kinds: {settings[0]} and {settings[-1]}")
-        graph, abstract = split(nnx.eval_shape(lambda: cls(sd.text_encoder, **settings[0], rngs=nnx.Rngs(0))))
+        graph, abstract = split(nnx.eval_shape(lambda: cls(sd.text_encoder, **settings[0], rngs=one_key())))
         ours = lambda name: name.removeprefix(cls.PREFIX).removeprefix("text_model.")
         tensors = {
             f"updates.{part}{ours(name)}": tensor
@@ -335,11 +335,11 @@ class SoftTokens(nnx.Module):
 KINDS = {"full": ValueEncoder, "lora": LoRA, "token": SoftTokens}
 
 
-def full(config: CLIPTextConfig | CLIPTextConfigs, seed: int = 0) -> ValueEncoder | ValueEncoders:
-    """A value encoder of kind "full", of random weights."""
+def full(config: CLIPTextConfig | CLIPTextConfigs) -> ValueEncoder | ValueEncoders:
+    """A value encoder of kind "full", whose shapes matter: its weights are to be set."""
     if len(config.towers) > 1:
-        return ValueEncoders(*(CLIPTextModel(tower, rngs=nnx.Rngs(seed)) for tower in config.towers))
-    return ValueEncoder(config, rngs=nnx.Rngs(seed))
+        return ValueEncoders(*(CLIPTextModel(tower, rngs=one_key()) for tower in config.towers))
+    return ValueEncoder(config, rngs=one_key())
 
 
 def copy_of(text_encoder) -> ValueEncoder | ValueEncoders:
@@ -351,10 +351,10 @@ def copy_of(text_encoder) -> ValueEncoder | ValueEncoders:
 
 
 def make(config, sd):
-    """A value encoder of config.value_encoder for a StableDiffusion, of random or no weights."""
+    """A value encoder of config.value_encoder for a StableDiffusion, untrained; of kind "full" as `full` has it."""
     c, text = config.value_encoder, sd.text_encoder.config
     if c.kind == "full":
-        return reading(config, full(text, config.seed))
+        return reading(config, full(text))
     if c.kind == "lora":
         settings = dict(rank=c.rank, alpha=c.alpha, targets=c.targets)
         return reading(config, LoRA(sd.text_encoder, **settings, rngs=nnx.Rngs(config.seed)))

@@ -14,7 +14,7 @@ from livo_jax import plan, sharding, train
 from livo_jax.models.clip import CLIPTextModel
 from livo_jax.models.unet import UNet2DConditionModel
 from livo_jax.models.vae import AutoencoderKL
-from livo_jax.models.weights import split
+from livo_jax.models.weights import one_key, split
 from livo_jax.step import jit_step, make_train_step
 
 BYTES = {"f32": 4, "s32": 4, "u32": 4, "pred": 1}
@@ -84,7 +84,7 @@ def test_what_names_no_process(process):
 def test_rules_divide_published_models(kind):
     """At full size: but for those with 3 or 4 channels, every matrix is divided; few numbers are not."""
     mesh = sharding.make_mesh(2, 2, 2)
-    _, tree = split(nnx.eval_shape(lambda: kind(kind.Config(), rngs=nnx.Rngs(0))))
+    _, tree = split(nnx.eval_shape(lambda: kind(kind.Config(), rngs=one_key())))
     shardings = sharding.by_rules(tree, mesh)
     whole = sum(
         x.size

@@ -11,6 +11,7 @@ Our attribute paths are the published names, so that one rule converts every mod
 """
 
 import re
+import types
 from collections.abc import Mapping
 
 import jax
@@ -37,6 +38,15 @@ def split(module: nnx.Module) -> tuple[nnx.GraphDef, dict]:
     """A module as its static structure and its parameters, a nested dict of arrays; nnx.merge undoes it."""
     graph, state = nnx.split(module)
     return graph, nnx.to_pure_dict(state)
+
+
+def one_key() -> types.SimpleNamespace:
+    """In the place of nnx.Rngs, where only shapes matter: the same key for every parameter.
+
+    nnx.Rngs counts its keys; a count in a trace costs time in proportion to all before it, for an XL minutes in sum.
+    """
+    key = jax.random.key(0)
+    return types.SimpleNamespace(params=lambda: key)
 
 
 def published_name(path) -> str:

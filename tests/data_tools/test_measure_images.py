@@ -19,7 +19,7 @@ from livo_jax import quality, values
 from livo_jax.judges import shapeworld
 from livo_jax.models.inception import InceptionV3
 from livo_jax.models.lpips import LPIPS
-from livo_jax.models.weights import split, to_published
+from livo_jax.models.weights import one_key, split, to_published
 from livo_jax.report import sheet
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -57,7 +57,7 @@ def weights(tmp_path_factory):
     """Random ones of Inception and LPIPS."""
     root, rng = tmp_path_factory.mktemp("weights"), np.random.default_rng(0)
     for network in (InceptionV3, LPIPS):
-        _, shapes = split(nnx.eval_shape(lambda network=network: network(rngs=nnx.Rngs(0))))
+        _, shapes = split(nnx.eval_shape(lambda network=network: network(rngs=one_key())))
         wide = lambda x: rng.standard_normal(x.shape, np.float32) * (2 / np.prod(x.shape[:-1])) ** 0.5
         params = jax.tree.map(lambda x, wide=wide: wide(x) if x.ndim > 1 else np.ones(x.shape, np.float32), shapes)
         published = to_published(params)
