@@ -131,7 +131,12 @@ def build_tokenizer(out: pathlib.Path):
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     trainer = trainers.BpeTrainer(
-        vocab_size=10_000, min_frequency=1, end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False
+        vocab_size=10_000,
+        min_frequency=1,
+        end_of_word_suffix="</w>",
+        initial_alphabet=alphabet,
+        show_progress=False,
+        special_tokens=[f"{byte}</w>" for byte in alphabet],  # otherwise numbered, and then merged, in a random order
     )
     bpe.train_from_iterator([words, " ".join(alphabet)], trainer)
     model = json.loads(bpe.to_str())["model"]

@@ -108,6 +108,13 @@ def test_every_word_is_one_token_and_prompts_fit(base):
     assert len(base.tokenizer("zürich ☂")["input_ids"]) > 3, "unknown words are spelled, not lost"
 
 
+def test_the_tokenizer_is_the_same_each_time(tmp_path):
+    for name in ("a", "b"):
+        shapeworld.build_tokenizer(tmp_path / name)
+    for file in ("vocab.json", "merges.txt"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
 def test_the_model_is_small():
     files = [path for path in MODEL.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 7e6
