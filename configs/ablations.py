@@ -35,7 +35,7 @@ def get_config(variant: str = "") -> ConfigDict:
             if own[section][name] == setting:
                 own = methods["livo"]
             else:
-                own[section][name], own.method = setting, f"{name}_{setting}".replace(".", "_")
+                own[section][name], own.method = setting, f"{name}_{setting}".removesuffix(".0")
                 methods[own.method] = own
             points.append((str(setting), own.method))
         sweeps.append((field, tuple(points)))

@@ -122,11 +122,12 @@ def sweep(title: str, labels: list[str], lines: dict[str, list[dict | None]], ba
 
     def draw(figure, axis):
         shift = np.linspace(-0.12, 0.12, len(lines)) if len(lines) > 1 else [0.0]
+        between = all(label.replace(".", "", 1).isdigit() for label in labels)  # names have nothing between them
         for (name, rows), colour, marker, dx in zip(lines.items(), (GREEN, *COLOURS), MARKERS, shift):
             shown = [(place + dx, row["mean"], row["ci95"]) for place, row in enumerate(rows) if row]
             x, y, ends = zip(*shown)
             axis.vlines(x, *zip(*ends), colour, linewidth=1.5)
-            axis.plot(x, y, color=colour, marker=marker, markersize=5, linewidth=1, label=name)
+            axis.plot(x, y, color=colour, marker=marker, markersize=5, linewidth=between, label=name)
             axis.axhline(base[name], color=colour, linestyle=":", linewidth=1)
         axis.set_xticks(range(len(labels)), labels)
         axis.set(title=title, xlim=(-0.5, len(labels) - 0.5), ylim=(min(0, axis.get_ylim()[0]), None))

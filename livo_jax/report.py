@@ -99,7 +99,7 @@ def _sweeps(results: list[dict], values: list[str], sweeps) -> dict[str, bytes]:
 
 def _plots(results: list[dict], values: list[str], curves, metrics: list[dict], sweeps) -> dict:
     """{heading: {what it shows: SVG}}."""
-    labels = {m: _label(m) for m in dict.fromkeys(r["method"] for r in results)}
+    labels = {m: _label(m) for m in dict.fromkeys(r["method"] for r in results if r["value"] in values)}
     splits = {s: s.replace("_", " ") for s in dict.fromkeys(r["split"] for r in results if r["metric"] in EFFECTS)}
     plots = {"Ablations": _sweeps(results, values, sweeps), "Effect": {}, "Quality against effect": {}}
     plots |= {"Convergence": {}, "Training": charts.training(metrics)}
