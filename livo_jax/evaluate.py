@@ -137,10 +137,15 @@ def of_keep_probabilities(config, values) -> list[Case]:
     return found
 
 
+def rows_of_ratios(config) -> list[tuple[str, str, str]]:
+    """The (split, subject, prompt) of each image of a ratio."""
+    return [row for row in prompts(config) for _ in range(config.eval.images_per_prompt)]
+
+
 def of_ratios(config, values, rates: dict) -> list[Case]:
     """Cases of config.eval.ratios, all values of a ratio applied at once; "plain" is each alone by keep probability."""
     found, n, seed = [], config.eval.images_per_prompt, config.eval.seed
-    rows = [row for row in prompts(config) for _ in range(n)]
+    rows = rows_of_ratios(config)
     base = requests_of([prompt for *_, prompt in rows])
     for ratio in config.eval.ratios:
         targets = ratios.targets(ratio, rates, list(rates))
@@ -197,8 +202,7 @@ def draw_base(sd, config, directory, mesh):
     measured = cases(config, values) + left_alone(config, values)
     requests = {request._replace(values=()): None for case in measured for request in case.requests}
     if config.eval.ratios:
-        rows = prompts(config)
-        requests |= {Request(prompt, i): None for *_, prompt in rows for i in range(config.eval.images_per_prompt)}
+        requests |= dict.fromkeys(requests_of([prompt for *_, prompt in rows_of_ratios(config)]))
     with tqdm(total=len(requests), desc="base", unit="image", disable=jax.process_index() > 0) as progress:
         base.draw([*requests], progress)
 
