@@ -134,9 +134,9 @@ def build_tokenizer(out: pathlib.Path):
         vocab_size=10_000,
         min_frequency=1,
         end_of_word_suffix="</w>",
-        initial_alphabet=alphabet,
         show_progress=False,
-        special_tokens=[f"{byte}</w>" for byte in alphabet],  # otherwise numbered, and then merged, in a random order
+        # Numbered as CLIP does, "!" first; left to the trainer, endings are numbered, and so merged, in a random order.
+        special_tokens=[*alphabet, *(f"{byte}</w>" for byte in alphabet)],
     )
     bpe.train_from_iterator([words, " ".join(alphabet)], trainer)
     model = json.loads(bpe.to_str())["model"]
