@@ -118,7 +118,7 @@ def load_models(config, mesh, base: StableDiffusion | None = None):
     sd = base or load_base(config, mesh)
     sd.unet.remat = config.train.remat
     if module := baselines.of_unet(config):
-        graph, params = split(module.Update(config, sd))
+        graph, params = split(module.Update(config, sd, nnx.Rngs(config.seed)))
         return sd, nnx.merge(graph, jax.tree.map(lambda x: put(np.asarray(x), sharding.replicated(mesh)), params))
     value_encoder = value_encoders.start(config, sd, mesh)
     check_value_encoder(sd, value_encoder)

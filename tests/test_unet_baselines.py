@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from livo_jax import baselines, losses, sharding, train, values
 from livo_jax.baselines import concept_ablation, dpo_unet
@@ -41,7 +42,7 @@ def parts(sd):
 def loss_of(module, config, sd, parts):
     """The method's untrained Update, and its jitted loss with gradients."""
     graphs, frozen = parts
-    update = module.Update(config, sd)
+    update = module.Update(config, sd, nnx.Rngs(config.seed))
     graph, params = split(update)
     loss = module.make_loss(graphs | {"update": graph}, sd.schedule, config, sd.vae.config.scaling_factor)
     gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))

@@ -17,7 +17,7 @@ from flax import nnx
 
 from livo_jax import values
 from livo_jax.generate import generate
-from livo_jax.models.weights import split
+from livo_jax.models.weights import one_key, split
 from livo_jax.step import but_embeddings
 
 UNET = ("concept_ablation", "dpo_unet")
@@ -87,7 +87,8 @@ def load(config, sd, value_encoder, mesh, workdir, judge=None) -> Method:
         settings = {"method": "value tokens"} | own
         return Method(tokens, [networks(sd), params], settings, tokens=True, trained=trained)
     if module := of_unet(config):
-        size = sum(x.size for x in jax.tree.leaves(weights(nnx.eval_shape(lambda: module.Update(config, sd)))))
+        update = nnx.eval_shape(lambda: module.Update(config, sd, one_key()))
+        size = sum(x.size for x in jax.tree.leaves(weights(update)))
         settings = {"method": config.method}
         return base(config, sd, mesh)._replace(settings=settings, kinds=module.KINDS, trained=size)
     known = [module.name for module in pkgutil.iter_modules(__path__)]
@@ -99,8 +100,8 @@ def load(config, sd, value_encoder, mesh, workdir, judge=None) -> Method:
 def of_unet(config):
     """The module of a method that trains the UNet, None of others.
 
-    It has Update(config, sd), what is trained: its merged(unet) is the UNet with it, by its RULES it is divided over a
-    mesh; make_loss, as step.make_loss; and KINDS, of the values that it is for.
+    It has Update(config, sd, rngs), what is trained: its merged(unet) is the UNet with it, by its RULES it is divided
+    over a mesh; make_loss, as step.make_loss; and KINDS, of the values that it is for.
     """
     return importlib.import_module(f"{__name__}.{config.method}") if config.method in UNET else None
 

@@ -26,7 +26,7 @@ class Update(nnx.Module):
 
     RULES = sharding.WHOLE
 
-    def __init__(self, config, sd):
+    def __init__(self, config, sd, rngs):
         leaves = jax.tree_util.tree_leaves_with_path(split(sd.unet)[1])
         kernels = {jax.tree_util.keystr(layer, simple=True, separator="."): x for (*layer, _), x in leaves}
         self.kernels = nnx.Dict({k: nnx.Param(x.astype("float32")) for k, x in kernels.items() if k.endswith(TARGETS)})

@@ -20,10 +20,10 @@ class Update(nnx.Module):
 
     RULES = sharding.WHOLE
 
-    def __init__(self, config, sd):
+    def __init__(self, config, sd, rngs):
         c = config.dpo_unet
         self.scale = c.alpha / c.rank
-        self.updates = low_rank.updates(sd.unet, TARGETS, c.rank, nnx.Rngs(config.seed))
+        self.updates = low_rank.updates(sd.unet, TARGETS, c.rank, rngs)
 
     def merged(self, unet):
         """The UNet with the updates in its weights, float32."""
