@@ -108,6 +108,37 @@ def sd(published):
 
 
 @pytest.fixture(scope="session")
+def small(published, tmp_path_factory):
+    """A model of two levels, which compiles in seconds: its StableDiffusion, graphs, parameters and a batch."""
+    from livo_jax import StableDiffusion, ValueEncoder
+    from livo_jax.models.weights import split
+    from livo_jax.pretrained import skeleton
+
+    root = tmp_path_factory.mktemp("small")
+    for name in ("tokenizer", "scheduler", "text_encoder"):
+        shutil.copytree(published / name, root / name)
+    levels = dict(block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1)
+    unet = dict(
+        sample_size=8, cross_attention_dim=20, attention_head_dim=2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    for name, config in (("unet", levels | unet), ("vae", levels)):
+        (root / name).mkdir()
+        (root / name / "config.json").write_text(json.dumps(config))
+    sd = StableDiffusion.from_config(root)
+    graphs, params = {}, {}
+    for name in ("text_encoder", "unet", "vae"):
+        graphs[name], params[name] = split(getattr(sd, name))
+    graphs["value_encoder"], _ = skeleton(ValueEncoder, sd.root / "text_encoder")
+    rng = np.random.default_rng(0)
+    prompts = [f"a photo of a {word}" for word in "baker cook smith tailor farmer miller sailor diver".split()]
+    batch = {name: rng.uniform(-1, 1, (8, 16, 16, 3)).astype(np.float32) for name in ("aligned", "violating")}
+    batch["prompt_ids"] = sd.tokenize(prompts)
+    batch["value_prompt_ids"] = sd.tokenize(["shape equality, " + prompt for prompt in prompts])
+    return sd, graphs, params, batch
+
+
+@pytest.fixture(scope="session")
 def root(tmp_path_factory):
     """Where small_run finds its model and pairs, and keeps what it compiled."""
     from tests import small_run

@@ -2,8 +2,6 @@
 
 import copy
 import functools
-import json
-import shutil
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +12,7 @@ import torch
 from flax import nnx
 from ml_collections import ConfigDict
 
-from livo_jax import StableDiffusion, ValueEncoder, sharding
+from livo_jax import ValueEncoder, sharding
 from livo_jax.models.weights import split, to_published
 from livo_jax.pretrained import skeleton
 from livo_jax.step import init_state, jit_step, make_optimizer, make_train_step, state_on, trained_params
@@ -196,33 +194,6 @@ def test_three_steps_are_pytorchs(parts, torch_models, batch, sd):
     compare_training(torch_training(torch_models, batch, sd.scheduler_config), *parts, batch, sd.schedule)
 
 
-@pytest.fixture(scope="module")
-def small(published, tmp_path_factory):
-    """A model of two levels, which compiles in seconds: its StableDiffusion, graphs, parameters and a batch."""
-    root = tmp_path_factory.mktemp("small")
-    for name in ("tokenizer", "scheduler", "text_encoder"):
-        shutil.copytree(published / name, root / name)
-    levels = dict(block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1)
-    unet = dict(
-        sample_size=8, cross_attention_dim=20, attention_head_dim=2,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-    )  # fmt: skip
-    for name, config in (("unet", levels | unet), ("vae", levels)):
-        (root / name).mkdir()
-        (root / name / "config.json").write_text(json.dumps(config))
-    sd = StableDiffusion.from_config(root)
-    graphs, params = {}, {}
-    for name in ("text_encoder", "unet", "vae"):
-        graphs[name], params[name] = split(getattr(sd, name))
-    graphs["value_encoder"], _ = skeleton(ValueEncoder, sd.root / "text_encoder")
-    rng = np.random.default_rng(0)
-    prompts = [f"a photo of a {word}" for word in "baker cook smith tailor farmer miller sailor diver".split()]
-    batch = {name: rng.uniform(-1, 1, (8, 16, 16, 3)).astype(np.float32) for name in ("aligned", "violating")}
-    batch["prompt_ids"] = sd.tokenize(prompts)
-    batch["value_prompt_ids"] = sd.tokenize(["shape equality, " + prompt for prompt in prompts])
-    return sd, graphs, params, batch
-
-
 def test_a_second_value_that_is_not_there_changes_nothing(small):
     """Row by row, whatever its text."""
     sd, graphs, frozen, batch = small
@@ -362,9 +333,9 @@ def test_frozen_embeddings(small):
     assert metrics["grad_norm"] < jax.jit(whole)(state, frozen, batch)[1]["grad_norm"]
 
 
-def test_a_policy_without_value_token_has_no_margin(parts, batch, sd):
+def test_a_policy_without_value_token_has_no_margin(small):
     """l = r where the policy's first token is masked away: the step compares nothing but the token."""
-    graphs, frozen = parts
+    _, graphs, frozen, batch = small
     text_encoder, unet = (nnx.merge(graphs[n], frozen[n]) for n in ("text_encoder", "unet"))
     z, t = np.random.default_rng(0).normal(size=(8, 8, 8, 4)).astype(np.float32), np.arange(8) * 100
     out = text_encoder(batch["prompt_ids"])

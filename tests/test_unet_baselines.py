@@ -23,6 +23,11 @@ def config_of(name):
 
 
 @pytest.fixture(scope="module")
+def sd(small):
+    return small[0]
+
+
+@pytest.fixture(scope="module")
 def batch(sd):
     rng, shape = np.random.default_rng(0), (2, *sd.latent_shape)
     image = lambda: rng.uniform(-1, 1, (2, sd.image_size, sd.image_size, 3)).astype(np.float32)
