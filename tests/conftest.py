@@ -110,9 +110,7 @@ def sd(published):
 @pytest.fixture(scope="session")
 def small(published, tmp_path_factory):
     """A model of two levels, which compiles in seconds: its StableDiffusion, graphs, parameters and a batch."""
-    from livo_jax import StableDiffusion, ValueEncoder
-    from livo_jax.models.weights import split
-    from livo_jax.pretrained import skeleton
+    from livo_jax import StableDiffusion
 
     root = tmp_path_factory.mktemp("small")
     for name in ("tokenizer", "scheduler", "text_encoder"):
@@ -126,16 +124,30 @@ def small(published, tmp_path_factory):
         (root / name).mkdir()
         (root / name / "config.json").write_text(json.dumps(config))
     sd = StableDiffusion.from_config(root)
+    return sd, *parts_of(sd), batch_of(sd, 16)
+
+
+def parts_of(sd) -> tuple[dict, dict]:
+    """Graphs and parameters that make_train_step and its step take; the value encoder is one of the text encoder's."""
+    from livo_jax import ValueEncoder
+    from livo_jax.models.weights import split
+    from livo_jax.pretrained import skeleton
+
     graphs, params = {}, {}
     for name in ("text_encoder", "unet", "vae"):
         graphs[name], params[name] = split(getattr(sd, name))
     graphs["value_encoder"], _ = skeleton(ValueEncoder, sd.root / "text_encoder")
+    return graphs, params
+
+
+def batch_of(sd, size: int) -> dict:
+    """Eight pairs of noise, of size x size pixels."""
     rng = np.random.default_rng(0)
     prompts = [f"a photo of a {word}" for word in "baker cook smith tailor farmer miller sailor diver".split()]
-    batch = {name: rng.uniform(-1, 1, (8, 16, 16, 3)).astype(np.float32) for name in ("aligned", "violating")}
+    batch = {name: rng.uniform(-1, 1, (8, size, size, 3)).astype(np.float32) for name in ("aligned", "violating")}
     batch["prompt_ids"] = sd.tokenize(prompts)
     batch["value_prompt_ids"] = sd.tokenize(["shape equality, " + prompt for prompt in prompts])
-    return sd, graphs, params, batch
+    return batch
 
 
 @pytest.fixture(scope="session")

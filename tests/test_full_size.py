@@ -17,11 +17,10 @@ import numpy as np
 import pytest
 import torch
 
-from livo_jax import StableDiffusion, ValueEncoder
+from livo_jax import StableDiffusion
 from livo_jax.models.unet import UNet2DConditionModel
-from livo_jax.models.weights import split
-from livo_jax.pretrained import load, skeleton
-from tests.conftest import randomised, relative_error
+from livo_jax.pretrained import load
+from tests.conftest import parts_of, randomised, relative_error
 from tests.small_run import ROOT
 from tests.test_train import compare_training, torch_training
 
@@ -128,10 +127,7 @@ def test_three_livo_steps(both):
         ids = rng.integers(0, 49406, (2, 77)).astype(np.int32)
         ids[:, 0], ids[:, 20:] = 49406, 49407
         batch[name] = ids
-    graphs, frozen = {}, {}
-    for name in ("text_encoder", "unet", "vae"):
-        graphs[name], frozen[name] = split(getattr(ours, name))
-    graphs["value_encoder"], _ = skeleton(ValueEncoder, ours.root / "text_encoder")
+    graphs, frozen = parts_of(ours)
     expected = torch_training(theirs, batch, ours.scheduler_config)
     theirs.clear()  # for memory
     compare_training(expected, graphs, frozen, batch, ours.schedule)

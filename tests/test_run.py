@@ -1,7 +1,6 @@
 """The command line, as a user meets it: a whole small run, its files, and its answers to mistakes."""
 
 import json
-import os
 import pathlib
 import re
 import shutil
@@ -12,6 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests import small_run
+
 ROOT = pathlib.Path(__file__).parents[1]
 # One device, fewest steps: what is asserted here does not depend on how well the model draws.
 QUICK = "--config.sampling.steps=12 --config.sampling.batch_size=1 --config.log.samples_every=100".split()
@@ -19,8 +20,7 @@ QUICK = "--config.sampling.steps=12 --config.sampling.batch_size=1 --config.log.
 
 def run(workdir, *flags, config="configs/tiny.py:smoke"):
     command = [sys.executable, "run.py", f"--config={config}", f"--workdir={workdir}", *QUICK, *flags]
-    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}  # compiles in half the time
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    return subprocess.run(command, cwd=ROOT, env=small_run.environment(), capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,10 @@ import torch
 from flax import nnx
 from ml_collections import ConfigDict
 
-from livo_jax import ValueEncoder, sharding
+from livo_jax import sharding
 from livo_jax.models.weights import split, to_published
-from livo_jax.pretrained import skeleton
 from livo_jax.step import init_state, jit_step, make_optimizer, make_train_step, state_on, trained_params
-from tests.conftest import relative_error
+from tests.conftest import batch_of, parts_of, relative_error
 
 LOSS = dict(alpha=50.0, beta=100.0, gamma_1=1.0, gamma_2=0.5)
 CONFIG = ConfigDict(
@@ -31,23 +30,12 @@ SCALE = 0.18215
 
 @pytest.fixture(scope="module")
 def parts(sd):
-    graphs, params = {}, {}
-    for name in ("text_encoder", "unet", "vae"):
-        graphs[name], params[name] = split(getattr(sd, name))
-    graphs["value_encoder"], _ = skeleton(ValueEncoder, sd.root / "text_encoder")
-    return graphs, params
+    return parts_of(sd)
 
 
 @pytest.fixture(scope="module")
 def batch(sd):
-    rng = np.random.default_rng(0)
-    prompts = [f"a photo of a {word}" for word in "baker cook smith tailor farmer miller sailor diver".split()]
-    return {
-        "prompt_ids": sd.tokenize(prompts),
-        "value_prompt_ids": sd.tokenize(["shape equality, " + prompt for prompt in prompts]),
-        "aligned": rng.uniform(-1, 1, (8, 64, 64, 3)).astype(np.float32),
-        "violating": rng.uniform(-1, 1, (8, 64, 64, 3)).astype(np.float32),
-    }
+    return batch_of(sd, 64)
 
 
 def torch_step(torch_models, value_encoder, batch, config, scheduler_config, step=0):

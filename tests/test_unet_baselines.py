@@ -39,9 +39,9 @@ def batch(sd):
 
 
 @pytest.fixture(scope="module")
-def parts(sd):
-    split_parts = {name: split(getattr(sd, name)) for name in ("text_encoder", "unet", "vae")}
-    return {k: graph for k, (graph, _) in split_parts.items()}, {k: params for k, (_, params) in split_parts.items()}
+def parts(small):
+    _, graphs, params, _ = small
+    return graphs, params
 
 
 def loss_of(module, config, sd, parts):
