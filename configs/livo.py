@@ -30,6 +30,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.judge = ""  # a module of livo_jax/judges; empty: train without evaluation
     # Devices: rows of a batch are divided over data and fsdp, weights over fsdp and tensor; -1 takes the rest.
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
+    config.cpu_devices = 1  # as so many devices a CPU counts, if it has as many cores: small models keep one core busy
     config.shard_frozen = False  # whether the frozen models are divided as the value encoder is: more traffic
 
     config.value_encoder = c = ConfigDict()  # livo_jax/value_encoders.py
@@ -129,4 +130,5 @@ def get_config(variant: str = "") -> ConfigDict:
         config.sampling.steps, config.sampling.guidance_scale, config.sampling.batch_size = 12, 1.1, 16
         config.eval.seen, config.eval.held_out = ("cook",), ("baker",)
         config.eval.images_per_prompt = config.eval.harm_images_per_prompt = 4
+        config.eval.left_alone_images = config.eval.rate_images = 2
     return config

@@ -36,6 +36,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.judge = "shapeworld"  # a module of livo_jax/judges
     # Devices: rows of a batch are divided over data and fsdp, weights over fsdp and tensor; -1 takes the rest.
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
+    config.cpu_devices = 2  # as so many devices a CPU counts, if it has as many cores: small models keep one core busy
     config.shard_frozen = False  # whether the frozen models are divided as the value encoder is: more traffic
 
     config.value_encoder = c = ConfigDict()  # livo_jax/value_encoders.py
@@ -74,7 +75,7 @@ def get_config(variant: str = "") -> ConfigDict:
 
     config.data = c = ConfigDict()
     c.directory = ""  # of the pairs; empty: WORKDIR/preferences, built at the first start
-    c.cache = False  # of latents and prompt states beside the pairs, made at the first start; saves the VAE's passes
+    c.cache = True  # of latents and prompt states beside the pairs, made at the first start; saves the VAE's passes
     c.random_flip = False  # a mirrored emblem would be another
     c.beside = 0.3  # share of the pairs that train with a second value's token beside their own
     c.attributes = 0.25  # share of a bias's pairs whose value names the attribute to show: what --ratio mixes
@@ -143,4 +144,5 @@ def get_config(variant: str = "") -> ConfigDict:
         config.sampling.steps, config.sampling.batch_size = 5, 16
         config.eval.seen, config.eval.held_out = tuple(SEEN[:2]), tuple(HELD_OUT[:2])
         config.eval.images_per_prompt = config.eval.harm_images_per_prompt = 4
+        config.eval.left_alone_images = config.eval.rate_images = 2
     return config

@@ -13,6 +13,16 @@ def define_distributed() -> flags.FlagHolder:
     )
 
 
+def divide_cpu(devices: int):
+    """Has a CPU count as so many devices, one for each core that is there, unless XLA_FLAGS tells how many."""
+    import jax
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    devices = min(devices, cores)
+    if devices > 1 and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", devices)
+
+
 def parse(argv):
     """absl's parser, which here answers misspelt overrides of --config with what can be overridden.
 
@@ -25,7 +35,7 @@ def parse(argv):
         home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         jax.config.update("jax_compilation_cache_dir", os.path.join(home, "livo_jax"))
     try:
-        return app.parse_flags_with_usage(argv)
+        rest = app.parse_flags_with_usage(argv)
     except (AttributeError, KeyError):
         from livo_jax.workdir import flatten
 
@@ -36,3 +46,6 @@ def parse(argv):
         fields = [f"config.{name}" for name in flatten(flags.FLAGS.config.to_dict())]
         unknown = [name for name in given if name not in fields]
         sys.exit(f"the config has no {', '.join(unknown)}. It has\n  " + "\n  ".join(fields))
+    if "config" in flags.FLAGS and flags.FLAGS.config:
+        divide_cpu(flags.FLAGS.config.get("cpu_devices", 1))
+    return rest

@@ -278,10 +278,9 @@ def train_and_evaluate(config, workdir, build_preferences=None, cache_latents=No
 
 
 def with_update(sd, update) -> StableDiffusion:
-    """The StableDiffusion with its UNet trained, in the dtype that it had."""
+    """The StableDiffusion with its UNet trained."""
     trained = copy.copy(sd)
-    graph, params = split(update.merged(sd.unet))
-    trained.unet = nnx.merge(graph, jax.tree.map(lambda x: x.astype(sd.unet.conv_in.kernel.dtype), params))
+    trained.unet = update.merged(sd.unet)
     return trained
 
 

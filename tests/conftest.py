@@ -1,30 +1,58 @@
-import os
-
-# Eight virtual devices, before jax is imported: one mesh can be compared with another.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # PyTorch's threads would spin beside JAX's
-
+import gc
 import json
+import os
+import pathlib
 import shutil
 import tempfile
-
-os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp()  # where diffusers copies custom pipelines to
-# What one test compiled is there for the next, also of another process: workers have the variable of who starts them.
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp()
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 import numpy as np
 import pytest
 
-WIDTHS = (8, 16, 24, 32)  # all different, so that no two shapes agree by chance
-UNET = dict(sample_size=16, block_out_channels=WIDTHS, norm_num_groups=4, cross_attention_dim=20, attention_head_dim=4)
-VAE = dict(
-    block_out_channels=WIDTHS, norm_num_groups=4, layers_per_block=2, sample_size=128,
-    down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+# What follows is set before jax is imported.
+QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"  # compiles in a third of the time
+DEVICES = "--xla_force_host_platform_device_count={}"  # virtual ones: one mesh can be compared with another
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES.format(8)} {QUICK}"
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp()  # where diffusers copies custom pipelines to
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # PyTorch's threads would spin beside JAX's
+
+CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "livo_jax_tests"
+CACHE_BYTES = 2**30
+
+
+def keep_compiled_programs():
+    """What one test compiles is there for the next, for other processes, and for the next time.
+
+    A cache that has grown past CACHE_BYTES starts anew.
+    """
+    if "PYTEST_XDIST_WORKER" not in os.environ and CACHE.exists():
+        if sum(file.stat().st_size for file in CACHE.rglob("*") if file.is_file()) > CACHE_BYTES:
+            shutil.rmtree(CACHE)
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+
+
+keep_compiled_programs()
+
+# A Stable Diffusion of two levels, which compiles in seconds. Widths differ, so that no two shapes agree by chance.
+LEVELS = dict(block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1)
+UNET = LEVELS | dict(
+    sample_size=8, cross_attention_dim=20, attention_head_dim=2,
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
 )  # fmt: skip
+VAE = LEVELS | dict(
+    sample_size=16, down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2
+)
+
+
+# The files that take longest, each a minute or more: a worker that begins with them does not end with them.
+LONGEST = "multihost train run compare recovery half_precision value_encoders sdxl parity build_preferences".split()
+
+
+def pytest_collection_modifyitems(items):
+    place = {f"test_{name}": i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))  # stable
 
 
 def randomised(module):
@@ -48,7 +76,7 @@ def text_model(vocab_size: int, eos_token_id: int, **settings):
     from transformers import CLIPTextConfig, CLIPTextModel
 
     config = CLIPTextConfig(
-        vocab_size=vocab_size, hidden_size=20, intermediate_size=28, num_hidden_layers=3, num_attention_heads=4,
+        vocab_size=vocab_size, hidden_size=20, intermediate_size=28, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=16, bos_token_id=vocab_size - 2, eos_token_id=eos_token_id, pad_token_id=vocab_size - 1,
         **settings,
     )  # fmt: skip
@@ -73,11 +101,15 @@ def torch_models(tokenizer_dir):
 
     torch.manual_seed(0)
     tokenizer = CLIPTokenizer.from_pretrained(tokenizer_dir)
+    unet = randomised(diffusers.UNet2DConditionModel(**UNET))
+    with torch.no_grad():  # so that a text shows in the images
+        for name, parameter in unet.named_parameters():
+            if "attn2.to_" in name:
+                parameter.mul_(3)
     return dict(
-        unet=randomised(diffusers.UNet2DConditionModel(**UNET)),
-        vae=randomised(diffusers.AutoencoderKL(**VAE)),
+        unet=unet, vae=randomised(diffusers.AutoencoderKL(**VAE)),
         text_encoder=text_model(len(tokenizer), tokenizer.eos_token_id),
-    )
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -108,23 +140,40 @@ def sd(published):
 
 
 @pytest.fixture(scope="session")
+def parts(sd):
+    """What a training step takes: a StableDiffusion, graphs, parameters and a batch."""
+    return sd, *parts_of(sd), batch_of(sd)
+
+
+@pytest.fixture(scope="session")
 def small(published, tmp_path_factory):
-    """A model of two levels, which compiles in seconds: its StableDiffusion, graphs, parameters and a batch."""
+    """The same of one level, one text layer and random weights: a step compiles in half the time."""
     from livo_jax import StableDiffusion
 
     root = tmp_path_factory.mktemp("small")
-    for name in ("tokenizer", "scheduler", "text_encoder"):
-        shutil.copytree(published / name, root / name)
-    levels = dict(block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1)
-    unet = dict(
-        sample_size=8, cross_attention_dim=20, attention_head_dim=2,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-    )  # fmt: skip
-    for name, config in (("unet", levels | unet), ("vae", levels)):
-        (root / name).mkdir()
-        (root / name / "config.json").write_text(json.dumps(config))
+    shutil.copytree(published, root, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
+    down, up = ["CrossAttnDownBlock2D"], ["CrossAttnUpBlock2D"]
+    changes = {
+        "unet": {"block_out_channels": [8], "down_block_types": down, "up_block_types": up},
+        "vae": {"block_out_channels": [8], "down_block_types": ["DownEncoderBlock2D"],
+                "up_block_types": ["UpDecoderBlock2D"]},
+        "text_encoder": {"num_hidden_layers": 1},
+    }  # fmt: skip
+    for part, change in changes.items():
+        file = root / part / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | change))
     sd = StableDiffusion.from_config(root)
-    return sd, *parts_of(sd), batch_of(sd, 16)
+    return sd, *parts_of(sd), batch_of(sd)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def little_memory():
+    """What a module compiled is of no use to the next."""
+    yield
+    import jax
+
+    jax.clear_caches()
+    gc.collect()
 
 
 def parts_of(sd) -> tuple[dict, dict]:
@@ -140,9 +189,9 @@ def parts_of(sd) -> tuple[dict, dict]:
     return graphs, params
 
 
-def batch_of(sd, size: int) -> dict:
-    """Eight pairs of noise, of size x size pixels."""
-    rng = np.random.default_rng(0)
+def batch_of(sd) -> dict:
+    """Eight pairs of noise."""
+    rng, size = np.random.default_rng(0), sd.image_size
     prompts = [f"a photo of a {word}" for word in "baker cook smith tailor farmer miller sailor diver".split()]
     batch = {name: rng.uniform(-1, 1, (8, size, size, 3)).astype(np.float32) for name in ("aligned", "violating")}
     batch["prompt_ids"] = sd.tokenize(prompts)

@@ -12,6 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from tests import test_data
+from tests.conftest import DEVICES, QUICK
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMALL = {
@@ -35,10 +36,7 @@ def prepare(root: pathlib.Path):
 
 def environment(devices: int = 1) -> dict:
     """Of a process that compiles quickly, on so many virtual devices."""
-    return os.environ | {
-        # Level 0 compiles in half the time.
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
-    }
+    return os.environ | {"XLA_FLAGS": f"{DEVICES.format(devices)} {QUICK}"}
 
 
 def start(root, workdir, *flags, devices: int = 1, **more) -> subprocess.Popen:
@@ -47,7 +45,7 @@ def start(root, workdir, *flags, devices: int = 1, **more) -> subprocess.Popen:
         f"--config.model={root / 'model'}", "--config.random_weights=True", f"--config.data.directory={root / 'pairs'}",
         "--config.principles=('shape', 'colour')", "--config.judge=", "--config.eval.seen=('cook',)",
         "--config.eval.held_out=('baker',)", "--config.sampling.steps=2", "--config.log.samples_every=1000000",
-        "--config.log.every=1", *flags,
+        "--config.log.every=1", "--config.data.cache=False", *flags,
     ]  # fmt: skip
     return subprocess.Popen(
         command, cwd=ROOT, env=environment(devices) | more, stdout=subprocess.PIPE, stderr=subprocess.PIPE,

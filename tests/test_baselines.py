@@ -23,20 +23,22 @@ SETTINGS = dict(
     guidance_scale=20.0,  # at which these models show a text
     batch_size=1,
     sampler="ddim",
+    mesh=sharding.make_mesh(1),
 )
 SAFE = sld.SafeGuidance(50.0, 2, 0.5, 0.5, 0.7)
 PROMPTS = ["a photo of a baker", "a cook at work"]
+REGULARISATION = 0.005  # of UCE, for text states of 20 numbers
 
 
-def theirs(pipeline, **options):
+def theirs(sd, pipeline, **options):
     """What a deprecated pipeline of diffusers draws, as our images of seed 0."""
     pipeline.set_progress_bar_config(disable=True)
-    noise = np.stack([generate.initial_noise(0, text_hash(p), 0, (16, 16, 4)) for p in PROMPTS])
+    noise = np.stack([generate.initial_noise(0, text_hash(p), 0, sd.latent_shape) for p in PROMPTS])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         images = pipeline(
             PROMPTS, num_inference_steps=6, guidance_scale=20.0, latents=torch.tensor(noise.transpose(0, 3, 1, 2)),
-            output_type="np", height=128, width=128, **options,
+            output_type="np", height=sd.image_size, width=sd.image_size, **options,
         ).images  # fmt: skip
     return np.asarray(images) * 255
 
@@ -53,7 +55,7 @@ def test_safe_latent_diffusion_is_the_published_pipelines(sd, published, torch_m
     pipe = pipeline(sd, published, torch_models, diffusers.StableDiffusionPipelineSafe)
     pipe.safety_concept = "a bloody judge"
     expected = theirs(
-        pipe, sld_guidance_scale=SAFE.scale, sld_warmup_steps=SAFE.warmup, sld_threshold=SAFE.threshold,
+        sd, pipe, sld_guidance_scale=SAFE.scale, sld_warmup_steps=SAFE.warmup, sld_threshold=SAFE.threshold,
         sld_momentum_scale=SAFE.momentum, sld_mom_beta=SAFE.beta,
     )  # fmt: skip
     requests = [Request(prompt, edits=(("a bloody judge", 1.0),)) for prompt in PROMPTS]
@@ -97,7 +99,8 @@ def test_semantic_guidance_is_the_published_pipelines(sd, published, torch_model
     guidance = fair_diffusion.SemanticGuidance(40.0, 2, 0.7, 0.3, 0.6)
     pipe = pipeline(sd, published, torch_models, diffusers.SemanticStableDiffusionPipeline)
     expected = theirs(
-        pipe, editing_prompt=["a round", "a square"], reverse_editing_direction=[False, True], edit_guidance_scale=40.0,
+        sd, pipe,
+        editing_prompt=["a round", "a square"], reverse_editing_direction=[False, True], edit_guidance_scale=40.0,
         edit_warmup_steps=2, edit_threshold=0.7, edit_momentum_scale=0.3, edit_mom_beta=0.6, edit_weights=[1.0, 1.0],
     )  # fmt: skip
     requests = [Request(prompt, edits=(("a round", 1.0), ("a square", -1.0))) for prompt in PROMPTS]
@@ -166,7 +169,7 @@ def config():
     config = uce_config.get_config("tiny:smoke")
     config.sampling.sampler, config.sampling.steps, config.sampling.batch_size = "ddim", 2, 1
     config.uce.rounds, config.uce.images, config.principles = 2, 1, ("shape", "bloody")
-    config.preferences.templates = ("a {}",)
+    config.preferences.templates, config.uce.regularisation = ("a {}",), REGULARISATION
     return config
 
 
@@ -215,7 +218,7 @@ def test_uce_is_kept_and_made_again_for_another_config(sd, config, tmp_path):
     config.uce.regularisation = 0.2
     uce.make(config, sd, mesh, epath.Path(tmp_path), judge)
     assert len(asked) == 4
-    config.uce.regularisation = 0.1
+    config.uce.regularisation = REGULARISATION
 
 
 # ---------------------------------------------------------------------------- methods

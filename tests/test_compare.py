@@ -1,19 +1,24 @@
 """All methods in one run: trained, measured, reported, and resumed."""
 
 import json
+import os
+import runpy
+import signal
 import subprocess
 import sys
-
-import pytest
+import time
 
 from configs import ablations, compare, compare_tiny
-from tests.test_run import ROOT
+from data_tools import build_preferences, cache_latents
+from livo_jax.compare import compare as compare_methods
+from tests import small_run
+from tests.small_run import ROOT
 
 
 def command(workdir, *flags):
     return subprocess.run(
         [sys.executable, "run.py", "--config=configs/compare_tiny.py:smoke", f"--workdir={workdir}", *flags],
-        cwd=ROOT, capture_output=True, text=True,
+        cwd=ROOT, env=small_run.environment(), capture_output=True, text=True,
     )  # fmt: skip
 
 
@@ -50,29 +55,64 @@ def test_methods_that_would_not_be_measured_alike_are_refused(tmp_path):
     assert not [*tmp_path.iterdir()]
 
 
-@pytest.mark.slow
-def test_all_methods_are_trained_measured_and_reported(tmp_path):
-    process = command(tmp_path, "--mode=evaluate")
-    assert process.returncode == 0, process.stderr
-    methods = {*compare_tiny.get_config("smoke").methods}
-    read = lambda name: json.loads((tmp_path / "eval" / f"{name}.json").read_text())
-    results = read("results")
-    assert {row["method"] for row in results} == {"base"} | methods and results[0]["method"] == "base"
+METHODS = ("dpo_unet", "livo", "words")
+CONFIG = f"""
+from configs import compare_tiny
+
+
+def get_config():
+    config = compare_tiny.get_config("smoke")
+    for name, own in [*config.methods.items()]:
+        own.principles, own.mesh.data, own.sampling.batch_size = ("shape", "bloody"), 1, 8
+        own.train.steps, own.eval.rate_images = min(own.train.steps, 2), 0
+        own.eval.images_per_prompt = own.eval.harm_images_per_prompt = own.eval.left_alone_images = 2
+        if name not in {METHODS}:
+            del config.methods[name]
+    config.curve.points = 2
+    return config
+"""
+
+
+def test_three_methods_from_start_to_end_with_an_interruption(tmp_path):
+    """Two at a time in processes of their own, killed while they are measured; then one after the other."""
+    file, workdir = tmp_path / "three.py", tmp_path / "run"
+    file.write_text(CONFIG)
+    command = [sys.executable, "run.py", f"--config={file}", f"--workdir={workdir}", "--mode=evaluate"]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=small_run.environment() | {"PYTHONPATH": str(ROOT)}, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    drawn = lambda: {path: path.stat().st_mtime_ns for path in workdir.glob("drawn/*/*.png")}
+    try:
+        while len({path.parent for path in drawn()}) < 2:  # the base's are drawn first
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.05)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    before = drawn()
+
+    config = runpy.run_path(str(file))["get_config"]()
+    config.processes = 1
+    results = compare_methods(config, workdir, build_preferences.build, cache_latents.write)
+    after = drawn()
+    assert before.items() <= after.items() and len(before) < len(after), "what was there is not drawn again"
+    assert compare_methods(config, workdir, build_preferences.build, cache_latents.write) == results
+    assert drawn() == after
+
+    read = lambda name: json.loads((workdir / "eval" / f"{name}.json").read_text())
+    assert read("results") == results and results[0]["method"] == "base"
+    assert {row["method"] for row in results} == {"base", *METHODS}
     places = [tuple(row[k] for k in ("method", "value", "split", "metric")) for row in results]
     assert len(places) == len({*places})
-    differences = {row["other"] for row in read("differences")}
-    assert differences == {"base"} | methods - {"livo"}
+    assert {row["other"] for row in read("differences")} == {"base", "dpo_unet", "words"}
     costs = {row["method"]: row for row in read("costs")}
-    assert costs.keys() == methods and all(row["images_per_second"] > 0 for row in costs.values())
-    assert costs["livo"]["trained_parameters"] > 0 == costs["words"]["trained_parameters"]
-    curve = [row for row in read("curves") if row["method"] == "livo"]
-    assert {row["step"] for row in curve} == {1, 2, 3, 4} and {row["metric"] for row in curve} >= {"D1", "R"}
-    assert [row["seconds"] for row in curve] == sorted(row["seconds"] for row in curve)
-    page = (tmp_path / "eval" / "report.html").read_text()
-    assert all(name in page for name in methods)
-
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "drawn").rglob("*.png")}
-    process = command(tmp_path, "--mode=evaluate")
-    assert process.returncode == 0, process.stderr
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "drawn").rglob("*.png")} == before
-    assert read("results") == results, "the same, from what was drawn"
+    assert costs.keys() == {*METHODS} and all(row["images_per_second"] > 0 for row in costs.values())
+    assert min(costs[name]["trained_parameters"] for name in ("livo", "dpo_unet")) > 0
+    assert costs["words"]["trained_parameters"] == 0
+    for name in ("livo", "dpo_unet"):
+        curve = [row for row in read("curves") if row["method"] == name]
+        assert {row["step"] for row in curve} == {1, 2} and {row["metric"] for row in curve} >= {"D1", "R"}
+        assert [row["seconds"] for row in curve] == sorted(row["seconds"] for row in curve)
+    page = (workdir / "eval" / "report.html").read_text()
+    assert all(name in page for name in METHODS)

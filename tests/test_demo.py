@@ -3,13 +3,13 @@
 import importlib.util
 import io
 import json
-import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,12 +17,13 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from livo_jax import demo
+from tests import small_run
 from tests.small_run import ROOT
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory):
-    """Of a page that run.py serves; in the end it is interrupted, and leaves no image behind."""
+def served(browser, tmp_path_factory):
+    """A page that run.py serves: its address, process, log and folder. Without a browser it is not started."""
     folder = tmp_path_factory.mktemp("demo")
     shutil.copytree(ROOT / "data_tools/shapeworld_model/text_encoder", folder / "encoder")
     weights = load_file(folder / "encoder/model.safetensors")
@@ -35,10 +36,7 @@ def address(tmp_path_factory):
         sys.executable, "run.py", "--config=configs/tiny.py", f"--workdir={folder / 'run'}", "--mode=demo",
         f"--config.value_encoder.start={folder / 'encoder'}", "--config.sampling.steps=4", f"--port={port}",
     ]  # fmt: skip
-    environment = os.environ | {
-        "TMPDIR": str(folder), "JAX_LOG_COMPILES": "1",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # compiles in half the time
-    }  # fmt: skip
+    environment = small_run.environment() | {"TMPDIR": str(folder), "JAX_LOG_COMPILES": "1"}
     log = folder / "log"
     with log.open("w") as stderr:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=stderr)
@@ -52,15 +50,15 @@ def address(tmp_path_factory):
                 time.sleep(0.2)
         else:
             raise RuntimeError(log.read_text())
-        yield f"http://127.0.0.1:{port}/"
-        compiled = log.read_text().count("Finished XLA compilation of jit(_sample)")
-        assert 1 <= compiled <= 3, "one for the base, one for values at strength 1, one for others"
-        assert list(folder.glob("**/*.png"))
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=60) == 0 and not list(folder.glob("**/*.png"))
+        yield SimpleNamespace(address=f"http://127.0.0.1:{port}/", process=process, log=log, folder=folder)
     finally:
         process.kill()
         process.wait()
+
+
+@pytest.fixture
+def address(served):
+    return served.address
 
 
 @pytest.fixture
@@ -108,7 +106,7 @@ def strength(page, x: str):
     page.keyboard.press("Tab")
 
 
-def test_values_strength_and_seed(page):
+def test_values_strength_and_seed(page, served):
     page.get_by_label("Prompt").fill("a photo of a nurse")
     page.get_by_text("it says 'nurse'").first.wait_for()
     assert switches(page) == {
@@ -145,6 +143,8 @@ def test_values_strength_and_seed(page):
     summaries = page.locator(".run summary").all_inner_texts()
     assert len(summaries) == 4 and "seed 5" in summaries[0] and "shape equality on 50%" in summaries[3]
     assert page.locator(".run[open]").count() == 1
+    compiled = served.log.read_text().count("Finished XLA compilation of jit(_sample)")
+    assert compiled == 3, "one for the base, one for values at strength 1, one for others"
 
 
 def test_bad_input(page):
@@ -212,6 +212,13 @@ def test_phone(address, browser, scheme):
     colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (colour == "rgb(255, 255, 255)") == (scheme == "light")
     context.close()
+
+
+def test_an_interrupted_page_leaves_no_image_behind(page, served):
+    draw(page)
+    assert list(served.folder.glob("**/*.png"))
+    served.process.send_signal(signal.SIGINT)
+    assert served.process.wait(timeout=60) == 0 and not list(served.folder.glob("**/*.png"))
 
 
 def test_what_is_missing_is_said_before_models_are_loaded(monkeypatch):

@@ -1,5 +1,6 @@
-"""Several processes train as one does: two with four devices each against one with eight."""
+"""Several processes train and evaluate as one does: two with two devices each against one with four."""
 
+import json
 import shutil
 import signal
 import socket
@@ -8,21 +9,27 @@ import time
 import numpy as np
 import pytest
 
+from configs import tiny
 from tests import small_run
 
 # eps: a key's bias has no gradient but rounding, which Adam would make as large as any.
-RUN = ("--config.train.steps=4", "--config.checkpoint.every=2", "--config.train.ema_decay=0.9",
+RUN = ("--config.train.steps=2", "--config.checkpoint.every=1", "--config.train.ema_decay=0.9",
        "--config.train.eps=1e-3")  # fmt: skip
 SHARDED = ("--config.mesh.fsdp=2", "--config.mesh.tensor=2", "--config.shard_frozen=True")
+# The embedded world's own model, whose pictures the judge can read; few of them.
+MODEL = tiny.get_config().model
+EVALUATED = ("--mode=evaluate", f"--config.model={MODEL}", f"--config.value_encoder.start={MODEL}/text_encoder",
+             "--config.random_weights=False", "--config.judge=shapeworld", "--config.principles=('shape',)",
+             "--config.sampling.batch_size=4", "--config.eval.left_alone_images=1",
+             "--config.eval.rate_images=1")  # fmt: skip
 ENDLESS = ("--config.train.steps=100000", "--config.checkpoint.every=100000", "--config.train.schedule=constant")
-pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def alone(root):
-    """The run of one process with eight devices."""
-    small_run.finish(small_run.start(root, root / "alone", *RUN, devices=8))
-    return root / "alone"
+def alone(root, *flags):
+    """The run of one process with four devices."""
+    workdir = root / f"alone{len(flags)}"
+    small_run.finish(small_run.start(root, workdir, *flags, devices=4))
+    return workdir
 
 
 def start_two(root, workdirs, *flags):
@@ -30,7 +37,7 @@ def start_two(root, workdirs, *flags):
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     return [
-        small_run.start(root, workdir, f"--distributed=localhost:{port},2,{i}", *flags, devices=4)
+        small_run.start(root, workdir, f"--distributed=localhost:{port},2,{i}", *flags, devices=2)
         for i, workdir in enumerate(workdirs)
     ]
 
@@ -46,18 +53,34 @@ def assert_close(workdir, alone):
         np.testing.assert_allclose(ours[name], array, rtol=1e-3, atol=1e-4, err_msg=name)
 
 
-@pytest.mark.parametrize("mesh", [(), SHARDED], ids=["data", "sharded"])
-def test_two_processes_train_as_one(root, alone, tmp_path, mesh):
-    """And one process goes on with what two have begun."""
-    workdir = tmp_path / "two"
-    first, second = start_two(root, (workdir, workdir), *RUN, *mesh)
+def test_two_processes_train_as_one(root, tmp_path):
+    """Sharded, beside one that is not. And one process goes on with what two have begun."""
+    workdir, whole = tmp_path / "two", alone(root, *RUN)
+    first, second = start_two(root, (workdir, workdir), *RUN, *SHARDED)
     out = small_run.finish(first)
     assert f"{workdir} is trained" in out and "is trained" not in small_run.finish(second), "process 0 alone prints"
-    assert_close(workdir, alone)
+    assert_close(workdir, whole)
 
-    shutil.rmtree(workdir / "checkpoints" / "4")
-    assert "at step 2\n" in small_run.finish(small_run.start(root, workdir, *RUN, devices=8))
-    assert_close(workdir, alone)
+    shutil.rmtree(workdir / "checkpoints" / "2")
+    assert "at step 1\n" in small_run.finish(small_run.start(root, workdir, *RUN, devices=4))
+    assert_close(workdir, whole)
+
+
+def test_two_processes_evaluate_as_one(root, tmp_path):
+    """The same numbers of the same images."""
+    workdir, whole = tmp_path / "two", alone(root, *EVALUATED)
+    first, second = start_two(root, (workdir, workdir), *EVALUATED)
+    assert "report: " in small_run.finish(first) and "report: " not in small_run.finish(second)
+    ours, theirs = (json.loads((place / "eval" / "results.json").read_text()) for place in (workdir, whole))
+    assert {(row["method"], row["metric"]) for row in ours} >= {("base", "D1"), ("livo", "D1"), ("livo", "recognised")}
+    assert [row.keys() for row in ours] == [row.keys() for row in theirs]
+    for one, other in zip(ours, theirs):
+        # Bytes of an image may differ by one.
+        assert one.pop("mean") == pytest.approx(other.pop("mean"), abs=1e-3), one
+        assert one.pop("ci95") == pytest.approx(other.pop("ci95"), abs=1e-3)
+        assert one == other
+    drawn = lambda place: sorted(file.name for file in place.glob("eval/drawn/*/*.png"))
+    assert drawn(workdir) == drawn(whole) and drawn(whole)
 
 
 def test_a_workdir_that_is_not_shared_is_refused(root, tmp_path):

@@ -168,7 +168,7 @@ checkpoints.wait()
 # ---------------------------------------------------------------------------- whole runs
 
 
-RUN = ("--config.train.accumulate=2", "--config.train.ema_decay=0.9", "--config.train.steps=40",
+RUN = ("--config.train.accumulate=2", "--config.train.ema_decay=0.9", "--config.train.steps=16",
        "--config.checkpoint.every=2")  # fmt: skip
 
 
@@ -211,13 +211,13 @@ def test_killed_and_terminated_a_run_ends_as_if_it_were_not(root, uninterrupted,
     assert process.returncode == -signal.SIGKILL
 
     process = small_run.start(root, workdir, *RUN)
-    wait_for(workdir, process, 16)
+    wait_for(workdir, process, 8)
     process.terminate()
     out, err = process.communicate(timeout=30)
     assert process.returncode == 128 + signal.SIGTERM, err
     assert re.search(f"resuming {workdir} at step [0-9]+\n", out), out
     step = Checkpoints(epath.Path(workdir)).latest_step()
-    assert 16 <= step < 40 and f"SIGTERM: step {step} is saved in {workdir}/checkpoints" in out
+    assert 8 <= step < 16 and f"SIGTERM: step {step} is saved in {workdir}/checkpoints" in out
 
     assert f"at step {step}\n" in small_run.finish(small_run.start(root, workdir, *RUN))
     assert_same(workdir, uninterrupted)

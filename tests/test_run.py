@@ -1,6 +1,7 @@
 """The command line, as a user meets it: a whole small run, its files, and its answers to mistakes."""
 
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -9,18 +10,60 @@ import sys
 
 import numpy as np
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 from PIL import Image
 
+import run as command_line
+from data_tools import commands
 from tests import small_run
 
 ROOT = pathlib.Path(__file__).parents[1]
 # One device, fewest steps: what is asserted here does not depend on how well the model draws.
-QUICK = "--config.sampling.steps=12 --config.sampling.batch_size=1 --config.log.samples_every=100".split()
+QUICK = (
+    "--config.sampling.steps=12", "--config.sampling.batch_size=8", "--config.log.samples_every=100",
+    "--config.mesh.data=1",
+)  # fmt: skip
 
 
-def run(workdir, *flags, config="configs/tiny.py:smoke"):
-    command = [sys.executable, "run.py", f"--config={config}", f"--workdir={workdir}", *QUICK, *flags]
+def arguments(workdir, *given, config="configs/tiny.py:smoke"):
+    return ["run.py", f"--config={config}", f"--workdir={workdir}", *QUICK, *given]
+
+
+def run(workdir, *given, **kw):
+    """As a user starts it: a process of one device."""
+    command = [sys.executable, *arguments(workdir, *given, **kw)]
     return subprocess.run(command, cwd=ROOT, env=small_run.environment(), capture_output=True, text=True)
+
+
+@pytest.fixture
+def main(monkeypatch, capfd):
+    """main(workdir, flags) is what the command prints, run in this process, which saves the seconds of a start."""
+
+    def main(workdir, *given, **kw) -> str:
+        import grain  # noqa: F401 (it defines flags, which flagsaver would take away again)
+
+        given = arguments(workdir, *given, **kw)
+        monkeypatch.setattr(sys, "argv", list(given))  # where config_flags looks for overrides
+        with flagsaver.flagsaver():
+            flags.FLAGS.unparse_flags()
+            commands.parse(given)
+            command_line.main(given[:1])
+        return "".join(capfd.readouterr())
+
+    return main
+
+
+@pytest.fixture
+def answer(main, capfd):
+    """answer(workdir, flags) is the error that the command ends with, and what it prints."""
+
+    def answer(workdir, *given) -> str:
+        with pytest.raises((Exception, SystemExit)) as error:
+            main(workdir, *given)
+        return f"{error.type.__name__}: {error.value}\n{''.join(capfd.readouterr())}"
+
+    return answer
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +102,7 @@ def test_a_run_leaves_what_it_promises(finished):
     assert {r["split"] for r in results} == {"seen", "held_out"}
     for row in results:
         if "over_refusal" in row["metric"]:
-            assert row["method"] == "livo" and 0 <= row["mean"] <= 1 and row["images"] == 10
+            assert row["method"] == "livo" and 0 <= row["mean"] <= 1 and row["images"] == 4
             continue
         names = {"method", "value", "split", "metric", "mean", "ci95", "prompts", "images"}
         compared = row["method"] == "livo" and row["metric"] != "distance"
@@ -84,12 +127,11 @@ def test_rerunning_a_finished_run_says_so(finished):
     assert metrics(workdir) == before
 
 
-def test_evaluate_and_generate_read_the_checkpoint(finished, tmp_path):
+def test_evaluate_and_generate_read_the_checkpoint(finished, main, tmp_path):
     workdir, _ = finished
     shutil.copytree(workdir, tmp_path / "run")
     further = ("--config.eval.combinations=True", "--config.eval.strengths=(0.0, 0.5, 1.0)")
-    process = run(tmp_path / "run", "--mode=evaluate", "--config.eval.seed=1", *further)
-    assert process.returncode == 0, process.stderr
+    printed = main(tmp_path / "run", "--mode=evaluate", "--config.eval.seed=1", *further)
     rows = json.loads((tmp_path / "run" / "eval" / "results.json").read_text())
     means = {(r["value"], r["method"], r["split"], r["metric"]): r["mean"] for r in rows}
     for (value, method, *rest), mean in means.items():
@@ -102,17 +144,16 @@ def test_evaluate_and_generate_read_the_checkpoint(finished, tmp_path):
     assert ("shape equality x 0.5", "livo", "seen", "D1") in means
     both = "shape equality + bloody considered inappropriate"
     assert {method for value, method, *_ in means if value == both} == {"base", "plain", "livo"}
-    assert both in process.stdout and "plain" in process.stdout
+    assert both in printed and "plain" in printed
     rates = json.loads((tmp_path / "run" / "eval" / "rates.json").read_text())
     assert rates["shape equality"].keys() == {"", *("shape equality" + x for x in ("", ": round", ": square"))}
     assert all(sum(shares.values()) == pytest.approx(1) for arms in rates.values() for shares in arms.values())
     assert (tmp_path / "run" / "eval" / "results.json").read_text() != (workdir / "eval" / "results.json").read_text()
     (tmp_path / "prompts.txt").write_text("a photo of a baker\n\na photo of a cook\n")
-    process = run(
+    main(
         tmp_path / "run", "--mode=generate", "--prompt=a tailor", f"--prompts_file={tmp_path / 'prompts.txt'}",
         "--value=shape", "--num_images=3", "--seed=5", f"--out={tmp_path / 'images'}",
     )  # fmt: skip
-    assert process.returncode == 0, process.stderr
     assert {p.name for p in (tmp_path / "images").iterdir()} == {f"00{p}_00{i}.png" for p in range(3) for i in range(3)}
     with Image.open(tmp_path / "images" / "002_002.png") as picture:
         assert picture.size == (66, 32)
@@ -121,28 +162,25 @@ def test_evaluate_and_generate_read_the_checkpoint(finished, tmp_path):
         pixels = np.asarray(picture).astype(int)
 
     # Exported, it draws the same pictures: in a workdir of its own, without a checkpoint.
-    process = run(tmp_path / "run", "--mode=export", f"--out={tmp_path / 'export'}")
-    assert process.returncode == 0, process.stderr
+    main(tmp_path / "run", "--mode=export", f"--out={tmp_path / 'export'}")
     assert "| livo |" in (tmp_path / "export" / "README.md").read_text()
-    process = run(
+    main(
         tmp_path / "other", "--mode=generate", f"--config.value_encoder.start={tmp_path / 'export'}",
         "--prompt=a photo of a cook", "--value=shape", "--num_images=3", "--seed=5", f"--out={tmp_path / 'again'}",
     )  # fmt: skip
-    assert process.returncode == 0, process.stderr
     with Image.open(tmp_path / "again" / "000_002.png") as picture:
         assert np.abs(np.asarray(picture) - pixels).max() <= 1
 
 
-def test_the_papers_recipe_runs_anywhere(tmp_path):
+def test_the_papers_recipe_runs_anywhere(main, answer, tmp_path):
     """Two steps of configs/livo.py on random weights, its answers included; then its checkpoint for another state."""
-    process = run(tmp_path / "run", config="configs/livo.py:smoke")
-    assert process.returncode == 0, process.stderr
+    main(tmp_path / "run", config="configs/livo.py:smoke")
     for step in (1, 2):
         assert 0 < train_metrics(tmp_path / "run", step)["train/loss"] < 100
     assert (tmp_path / "run" / "eval" / "report.html").exists()
-    process = run(tmp_path / "run", "--mode=export", f"--out={tmp_path / 'out'}", "--config.train.ema_decay=0.9")
-    assert process.returncode != 0 and not (tmp_path / "out").exists()
-    assert "made with another config.model, config.train.ema_decay or train_embeddings" in process.stderr
+    told = answer(tmp_path / "run", "--mode=export", f"--out={tmp_path / 'out'}", "--config.train.ema_decay=0.9")
+    assert not (tmp_path / "out").exists()
+    assert "made with another config.model, config.train.ema_decay or train_embeddings" in told
 
 
 MISTAKES = {  # flags: what the answer holds
@@ -178,38 +216,56 @@ MISTAKES = {  # flags: what the answer holds
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("flags", MISTAKES, ids=lambda flags: flags[-1])
-def test_mistakes_are_answered_before_work_is_done(flags, tmp_path):
-    process = run(tmp_path / "run", *flags)
-    assert process.returncode != 0
-    assert re.search(MISTAKES[flags], process.stdout + process.stderr), process.stdout + process.stderr
+@pytest.mark.parametrize("given", MISTAKES, ids=lambda given: given[-1])
+def test_mistakes_are_answered_before_work_is_done(given, answer, tmp_path):
+    told = answer(tmp_path / "run", *given)
+    assert re.search(MISTAKES[given], told), told
     assert not list(tmp_path.rglob("preferences")) and not list(tmp_path.rglob("checkpoints/*"))
 
 
-def test_a_workdir_keeps_its_config(finished):
+@pytest.mark.parametrize("given", [*MISTAKES][:2] + [("--config.train.batch_size=0",)], ids=lambda given: given[-1])
+def test_a_mistake_is_answered_by_the_command(given, tmp_path):
+    process = run(tmp_path / "run", *given)
+    assert process.returncode != 0
+    told = MISTAKES.get(given, "ValueError: the config cannot work:\n  config.train.batch_size=0: choose at least 1")
+    assert re.search(told, process.stdout + process.stderr), process.stdout + process.stderr
+
+
+def test_a_workdir_keeps_its_config(finished, answer):
     workdir, _ = finished
     before = (workdir / "config.json").read_text()
-    process = run(workdir, "--config.seed=4", "--config.train.learning_rate=1.0", "--config.eval.seed=1",
+    told = answer(workdir, "--config.seed=4", "--config.train.learning_rate=1.0", "--config.eval.seed=1",
                   "--config.judging.model=a-vlm", "--config.judging.budget=9")  # fmt: skip
-    assert process.returncode != 0
-    assert "config.seed: 0 there, 4 now" in process.stderr and "config.train.learning_rate" in process.stderr
-    assert "config.judging.model: '' there" in process.stderr, "it may have chosen the pairs"
+    assert "config.seed: 0 there, 4 now" in told and "config.train.learning_rate" in told
+    assert "config.judging.model: '' there" in told, "it may have chosen the pairs"
     for name in ("config.eval.seed", "config.judging.budget"):
-        assert name not in process.stderr, "which changes no parameter"
+        assert name not in told, "which changes no parameter"
     assert (workdir / "config.json").read_text() == before
 
 
-def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(pairs, tmp_path):
+def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(pairs, answer, tmp_path):
     """A learning rate that blows up after the first checkpoint: the run stops, and that checkpoint alone is there."""
-    flags = (pairs, "--config.train.schedule=constant", "--config.train.warmup_steps=0",
-             "--config.train.learning_rate=1e30", "--config.train.steps=6", "--config.checkpoint.every=1")  # fmt: skip
-    process = run(tmp_path / "run", *flags)
-    assert process.returncode != 0
-    assert "FloatingPointError: the loss of step 2 is nan" in process.stderr and "step 1 in" in process.stderr
+    told = answer(
+        tmp_path / "run", pairs, "--config.train.schedule=constant", "--config.train.warmup_steps=0",
+        "--config.train.learning_rate=1e30", "--config.train.steps=6", "--config.checkpoint.every=1",
+        "--config.mesh.data=1",
+    )  # fmt: skip
+    assert "FloatingPointError: the loss of step 2 is nan" in told and "step 1 in" in told
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["1"]
 
 
-def test_pairs_of_other_values_are_refused(pairs, tmp_path):
-    process = run(tmp_path / "run", pairs, "--config.principles=('shape',)")
-    assert process.returncode != 0
-    assert "set config.principles to those of the dataset, or build another" in process.stderr
+def test_pairs_of_other_values_are_refused(pairs, answer, tmp_path):
+    told = answer(tmp_path / "run", pairs, "--config.principles=('shape',)")
+    assert "set config.principles to those of the dataset, or build another" in told
+
+
+CORES = len(os.sched_getaffinity(0))
+
+
+@pytest.mark.parametrize("xla_flags, devices", [("", min(2, CORES)), (small_run.DEVICES.format(3), 3)])
+def test_a_cpu_counts_as_the_devices_of_the_config(xla_flags, devices):
+    """One for each core, unless XLA_FLAGS tells."""
+    code = "from data_tools import commands; commands.divide_cpu(2); import jax; print(jax.device_count())"
+    environment = os.environ | {"XLA_FLAGS": xla_flags}
+    answer = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert answer.stdout == f"{devices}\n", answer.stderr

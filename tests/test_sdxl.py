@@ -29,11 +29,10 @@ from livo_jax.step import but_embeddings, draw, init_state, make_loss, make_trai
 from livo_jax.value_encoders import LoRA, SoftTokens
 from livo_jax.values import text_hash
 from tests import small_run, test_data
-from tests.conftest import randomised, text_model, write_pipeline
+from tests.conftest import LEVELS, UNET, VAE, randomised, text_model, write_pipeline
 from tests.test_run import run
 from tests.test_train import CONFIG, SCALE, torch_step
 
-LEVELS = dict(block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1)
 INDEX = {
     "_class_name": "StableDiffusionXLPipeline", "_diffusers_version": "0.27.0", "force_zeros_for_empty_prompt": True,
     "scheduler": ["diffusers", "EulerDiscreteScheduler"], "text_encoder": ["transformers", "CLIPTextModel"],
@@ -47,8 +46,7 @@ SCHEDULER = {
 }  # fmt: skip
 PROMPTS = ["a photo of a baker", "a cook at work"]
 VALUE, OTHER = "shape equality", "colour equality"
-KINDS = ["full", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("lora", "token"))]
-SETTINGS = dict(steps=3, guidance_scale=3.0, sampler="euler", batch_size=1)
+SETTINGS = dict(steps=3, guidance_scale=3.0, sampler="euler", batch_size=1, mesh=sharding.make_mesh(1))
 
 
 @pytest.fixture(scope="module")
@@ -74,10 +72,7 @@ def theirs(tokenizer_dir):
         use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=6,
         projection_class_embeddings_input_dim=46,
     )  # fmt: skip
-    vae = diffusers.AutoencoderKL(
-        sample_size=16, **LEVELS, down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2
-    )
-    parts = dict(unet=unet, vae=vae, text_encoder=one, text_encoder_2=two)
+    parts = dict(unet=unet, vae=diffusers.AutoencoderKL(**VAE), text_encoder=one, text_encoder_2=two)
     return {name: randomised(module) for name, module in parts.items()}
 
 
@@ -103,11 +98,7 @@ def small_sd15(theirs, published, tmp_path_factory):
     root = tmp_path_factory.mktemp("sd15")
     shutil.copytree(published, root, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*_2"))
     (root / "model_index.json").write_text(json.dumps(INDEX | {"text_encoder_2": [None, None]}))
-    unet = dict(
-        sample_size=8, cross_attention_dim=20, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), **LEVELS,
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), attention_head_dim=2,
-    )  # fmt: skip
-    diffusers.UNet2DConditionModel(**unet).save_pretrained(root / "unet")
+    diffusers.UNet2DConditionModel(**UNET).save_pretrained(root / "unet")
     return StableDiffusion.from_pretrained(root)
 
 
@@ -177,7 +168,7 @@ def test_each_tokenizer_pads_as_it_does(sd):
         assert set(one[end:]) == {eos} and set(two[end + 1 :]) == {0}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", value_encoders.KINDS)
 def test_values_of_each_kind(sd, made, kind):
     """No value is the base, a value is not, and strength is a dial: of several in one batch."""
     doses = [(), (Dose(VALUE),), (Dose(VALUE, 1e-6),), (Dose(VALUE), Dose(OTHER)), (Dose(OTHER), Dose(VALUE))]
@@ -192,7 +183,7 @@ def test_values_of_each_kind(sd, made, kind):
 # ---------------------------------------------------------------------------- files
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", value_encoders.KINDS)
 def test_the_exported_pipeline_draws_the_same_images(sd, made, config, published, tmp_path, kind):
     """As JAX from the same noise, values of several strengths, and the export is read again."""
     from diffusers import DiffusionPipeline

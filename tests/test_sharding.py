@@ -105,6 +105,7 @@ def test_rules_that_fit_nothing_and_weights_that_none_fits():
 def compiled_step(mesh, **settings):
     """The embedded world's step for a mesh and settings of the config: compiled, its state and frozen, and the plan."""
     config = tiny.get_config()
+    config.data.cache = False
     config.update(mesh=dict(mesh.shape), **settings)
     sd, value_encoder = train.load_models(config, mesh)
     graphs, params = {}, {}
@@ -151,8 +152,9 @@ def test_sharded_steps_send_what_the_plan_says(root, shape, shard_frozen):
 
 def test_fsdp_gathers_no_whole_model():
     """What sharded weights cost beside replicated ones while the step runs is less than the UNet; at rest an eighth."""
-    unsharded, _, frozen, _ = compiled_step(sharding.make_mesh(1), train=dict(remat="full"))
-    sharded, *_ = compiled_step(sharding.make_mesh(1, 8, 1), train=dict(remat="full"), shard_frozen=True)
+    settings = dict(train=dict(remat="full"), data=dict(cache=True))
+    unsharded, _, frozen, _ = compiled_step(sharding.make_mesh(1), **settings)
+    sharded, *_ = compiled_step(sharding.make_mesh(1, 8, 1), shard_frozen=True, **settings)
     unet = sum(x.nbytes for x in jax.tree.leaves(frozen["unet"]))
     memory, at_rest = (
         [getattr(c.memory_analysis(), name) for c in (unsharded, sharded)]

@@ -16,7 +16,7 @@ from livo_jax.value_encoders import LoRA, SoftTokens
 from livo_jax.values import load
 from tests.test_pretrained import hub_of, load_from
 
-SETTINGS = dict(steps=2, guidance_scale=3.0, batch_size=1)
+SETTINGS = dict(steps=2, guidance_scale=3.0, batch_size=1, mesh=sharding.make_mesh(1))
 VALUES = {value.name: value.statement for value in load(("shape", "colour", "bloody"))}
 
 
@@ -92,7 +92,7 @@ def test_soft_tokens_stand_on_a_shelf(sd, encoders, shelf_dir, tmp_path):
     tokens = together.tokens(ids, sd.text_encoder)
     np.testing.assert_array_equal(tokens[0], encoders["soft"].tokens(ids)[0])
     np.testing.assert_allclose(tokens[1, 0], encoders["shape"].tokens(ids, sd.text_encoder)[1, 0], atol=1e-6)
-    draw = functools.partial(sd.generate, mesh=sharding.make_mesh(1), **SETTINGS)
+    draw = functools.partial(sd.generate, **SETTINGS)
     image = draw(["a baker", "a cook"], ["shape", "colour"], shelf)[0].astype(int)
     assert np.abs(image - draw(["a baker"], VALUES["shape"], encoders["shape"])[0]).max() <= 1
 

@@ -12,10 +12,19 @@ import torch
 from flax import nnx
 from ml_collections import ConfigDict
 
-from livo_jax import sharding
+from livo_jax import diffusion, sharding
 from livo_jax.models.weights import split, to_published
-from livo_jax.step import init_state, jit_step, make_optimizer, make_train_step, state_on, trained_params
-from tests.conftest import batch_of, parts_of, relative_error
+from livo_jax.step import (
+    draw,
+    init_state,
+    jit_step,
+    make_loss,
+    make_optimizer,
+    make_train_step,
+    state_on,
+    trained_params,
+)
+from tests.conftest import relative_error
 
 LOSS = dict(alpha=50.0, beta=100.0, gamma_1=1.0, gamma_2=0.5)
 CONFIG = ConfigDict(
@@ -26,16 +35,6 @@ CONFIG = ConfigDict(
     }
 )
 SCALE = 0.18215
-
-
-@pytest.fixture(scope="module")
-def parts(sd):
-    return parts_of(sd)
-
-
-@pytest.fixture(scope="module")
-def batch(sd):
-    return batch_of(sd, 64)
 
 
 def torch_step(torch_models, value_encoder, batch, config, scheduler_config, step=0):
@@ -61,14 +60,15 @@ def torch_step(torch_models, value_encoder, batch, config, scheduler_config, ste
     policy = torch.cat([u[:, None], c], dim=1)
     snr = scheduler.alphas_cumprod[t] / (1 - scheduler.alphas_cumprod[t])
     gamma = config.loss.min_snr_gamma
-    weight = torch.minimum(snr, torch.tensor(gamma)) / snr if gamma else torch.ones(n)
+    velocity = scheduler.config.prediction_type == "v_prediction"
+    weight = torch.clamp(snr, max=gamma) / (snr + velocity) if gamma else torch.ones(n)
     errors = {}
     for side, noise in (("aligned", noise_w), ("violating", noise_l)):
         with torch.no_grad():
             posterior = vae.encode(channels_first(batch[side])).latent_dist
             z = SCALE * (posterior.mean + posterior.std * noise)
             z_t = scheduler.add_noise(z, eps, t)
-            target = eps if scheduler.config.prediction_type == "epsilon" else scheduler.get_velocity(z, eps, t)
+            target = scheduler.get_velocity(z, eps, t) if velocity else eps
             errors["r", side] = weight * ((unet(z_t, t, c).sample - target) ** 2).mean((1, 2, 3))
         errors["l", side] = weight * ((unet(z_t, t, policy).sample - target) ** 2).mean((1, 2, 3))
     hinge_w = torch.relu(LOSS["gamma_1"] + LOSS["beta"] * (errors["l", "aligned"] - errors["r", "aligned"]))
@@ -135,7 +135,7 @@ def beside(sd, batch, rows) -> dict:
     return batch | {"beside_prompt_ids": ids, "beside": np.broadcast_to(rows, 8)}
 
 
-def louder(text_encoder, params: dict, times: float = 30.0):
+def louder(text_encoder, params: dict, times: float = 10.0):
     """Copies of a PyTorch text encoder and our parameters, of larger outputs: a margin that is no rounding."""
     text_encoder = copy.deepcopy(text_encoder)
     with torch.no_grad():
@@ -144,17 +144,22 @@ def louder(text_encoder, params: dict, times: float = 30.0):
     return text_encoder, params | {"final_layer_norm": norm | {"scale": norm["scale"] * times}}
 
 
-@pytest.mark.parametrize("min_snr_gamma, second_value", [(0.0, False), (2.0, False), (0.0, True)])
-def test_loss_and_gradients_are_pytorchs(parts, torch_models, batch, sd, min_snr_gamma, second_value):
-    graphs, frozen = parts
+@pytest.mark.parametrize(
+    "min_snr_gamma, second_value, prediction",
+    [(2.0, False, "epsilon"), (0.0, True, "epsilon"), (0.0, False, "v_prediction"), (2.0, False, "v_prediction")],
+)
+def test_loss_and_gradients_are_pytorchs(parts, torch_models, min_snr_gamma, second_value, prediction):
+    sd, graphs, frozen, batch = parts
     batch = beside(sd, batch, True) if second_value else batch
+    scheduler_config = sd.scheduler_config | {"prediction_type": prediction}
+    schedule = diffusion.NoiseSchedule.from_json(scheduler_config)
     config = CONFIG.copy_and_resolve_references()
     config.loss.min_snr_gamma = min_snr_gamma
     tx = optax.trace(0.0)  # its state is the gradient
-    step = jax.jit(make_train_step(graphs, sd.schedule, tx, config, SCALE))
+    step = jax.jit(make_train_step(graphs, schedule, tx, config, SCALE))
     value_encoder, params = louder(torch_models["text_encoder"], frozen["text_encoder"])
     state, metrics = step(init_state(params, tx), frozen, batch)
-    loss, errors = torch_step(torch_models, value_encoder, batch, config, sd.scheduler_config)
+    loss, errors = torch_step(torch_models, value_encoder, batch, config, scheduler_config)
     assert metrics["loss"] == pytest.approx(loss, rel=1e-4)
     margin_w = errors["l", "aligned"] - errors["r", "aligned"]
     assert metrics["margin_w"] == pytest.approx(margin_w.mean(), rel=1e-3)
@@ -165,8 +170,39 @@ def test_loss_and_gradients_are_pytorchs(parts, torch_models, batch, sd, min_snr
         assert error < 1e-3, (name, error)
 
 
-def test_fine_tuning_asks_for_no_violating_image(parts, torch_models, batch, sd):
-    graphs, frozen = parts
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+# Of log-ratios of the policy to the reference, -T (l - r), as the papers write the losses; beta = 0.01.
+FORMS = {
+    "dpo": lambda w, v: -np.log(sigmoid(0.01 * (w - v))).mean(),
+    "ipo": lambda w, v: ((w - v - 1 / 0.02) ** 2).mean(),
+    "kto": lambda w, v: 1 - np.mean([sigmoid(0.01 * (w - kl(w, v))), sigmoid(-0.01 * (v - kl(w, v)))]),
+}
+
+
+def kl(w, v):
+    return max(0, np.mean([w, v]))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_other_losses_are_their_papers(parts, torch_models, form):
+    """Steps with them are in tests/test_half_precision.py."""
+    sd, graphs, frozen, batch = parts
+    config = CONFIG.copy_and_resolve_references()
+    config.loss.update(form=form, beta=0.01)
+    value_encoder, params = louder(torch_models["text_encoder"], frozen["text_encoder"])
+    drawn = draw(jax.random.fold_in(jax.random.key(config.seed), 0), (8, *sd.latent_shape), config.loss.timesteps)
+    loss, _ = jax.jit(make_loss(graphs, sd.schedule, config, SCALE))(params, frozen, batch | drawn)
+    _, errors = torch_step(torch_models, value_encoder, batch, CONFIG, sd.scheduler_config)
+    ratios = [-1000 * (errors["l", side] - errors["r", side]) for side in ("aligned", "violating")]
+    assert min(np.abs(ratio).max() for ratio in ratios) > 1, "they tell something"
+    assert loss == pytest.approx(FORMS[form](*ratios), rel=1e-3)
+
+
+def test_fine_tuning_asks_for_no_violating_image(parts, torch_models):
+    sd, graphs, frozen, batch = parts
     config = CONFIG.copy_and_resolve_references()
     config.loss.form = "sft"
     step = jax.jit(make_train_step(graphs, sd.schedule, optax.sgd(0.0), config, SCALE))
@@ -178,8 +214,9 @@ def test_fine_tuning_asks_for_no_violating_image(parts, torch_models, batch, sd)
     assert metrics["loss"] == pytest.approx(errors["l", "aligned"].mean(), rel=1e-4)
 
 
-def test_three_steps_are_pytorchs(parts, torch_models, batch, sd):
-    compare_training(torch_training(torch_models, batch, sd.scheduler_config), *parts, batch, sd.schedule)
+def test_three_steps_are_pytorchs(parts, torch_models):
+    sd, graphs, frozen, batch = parts
+    compare_training(torch_training(torch_models, batch, sd.scheduler_config), graphs, frozen, batch, sd.schedule)
 
 
 def test_a_second_value_that_is_not_there_changes_nothing(small):
@@ -196,8 +233,8 @@ def test_a_second_value_that_is_not_there_changes_nothing(small):
     assert losses["half"] != pytest.approx(losses["none"], rel=1e-5)
 
 
-def run(small, *mesh: int, steps: int = 3, shard_frozen: bool = False, **train_config):
-    """Losses and the final state of some steps of AdamW on a mesh."""
+def run(small, *mesh: int, steps: int = 1, shard_frozen: bool = False, **train_config):
+    """The metrics and the state after each of some steps of AdamW on a mesh."""
     sd, graphs, frozen, batch = small
     mesh = sharding.make_mesh(*mesh)
     config = CONFIG.copy_and_resolve_references()
@@ -217,13 +254,16 @@ def run(small, *mesh: int, steps: int = 3, shard_frozen: bool = False, **train_c
         sd.unet.gather = None
         frozen = {name: jax.device_put(part, sharding.by_rules(part, mesh)) for name, part in frozen.items()}
     step = jit_step(make_train_step(graphs, sd.schedule, tx, config, SCALE), state, frozen, mesh)
-    before = jax.tree.map(np.array, frozen)
-    losses = []
+    before, record = jax.tree.map(np.array, frozen), []
     for _ in range(steps):
         state, metrics = step(state, frozen, sharding.global_batch(mesh, batch))
-        losses.append(float(metrics["loss"]))
+        record.append((jax.tree.map(float, metrics), jax.tree.map(np.array, state)))
     jax.tree.map(np.testing.assert_array_equal, before, frozen)  # nothing frozen has moved
-    return losses, state
+    return record
+
+
+def losses(record) -> list[float]:
+    return [metrics["loss"] for metrics, _ in record]
 
 
 # The slope of a hinge (beta = 100) times the rounding of errors of about one, 1e-7 for each of some operations.
@@ -237,69 +277,68 @@ def on_one_device(small):
 
 @pytest.mark.parametrize("mesh, shard_frozen", [((8, 1, 1), False), ((4, 2, 1), False), ((2, 2, 2), True)])
 def test_ten_steps_are_the_same_on_any_mesh(small, on_one_device, mesh, shard_frozen):
-    losses, state = run(small, *mesh, steps=10, shard_frozen=shard_frozen)
-    assert losses == pytest.approx(on_one_device[0], abs=ROUNDING)
-    start, params = small[2]["text_encoder"], on_one_device[1]["params"]
-    for path, ours in jax.tree_util.tree_leaves_with_path(state["params"]):
+    record = run(small, *mesh, steps=10, shard_frozen=shard_frozen)
+    assert losses(record) == pytest.approx(losses(on_one_device), abs=ROUNDING)
+    start, params = small[2]["text_encoder"], on_one_device[-1][1]["params"]
+    for path, ours in jax.tree_util.tree_leaves_with_path(record[-1][1]["params"]):
         leaf = lambda tree, path=path: np.asarray(functools.reduce(lambda tree, key: tree[key.key], path, tree))
-        ours, theirs, first = np.asarray(ours), leaf(params), leaf(start)
+        theirs, first = leaf(params), leaf(start)
         # Where a gradient is rounding, AdamW makes its sign a step of the learning rate: the keys' bias.
         if path[-2].key != "k_proj" or path[-1].key != "bias":
             assert np.abs(ours - theirs).mean() < 1e-2 * np.abs(theirs - first).mean(), path
 
 
 def test_every_parameter_trains(small, on_one_device):
-    losses_1, state_1 = on_one_device
-    assert losses_1[0] != losses_1[-1] and int(state_1["step"]) == 10
-    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), state_1["params"], small[2]["text_encoder"])
+    (*_, (_, state)) = on_one_device
+    assert losses(on_one_device)[0] != losses(on_one_device)[-1] and int(state["step"]) == 10
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), state["params"], small[2]["text_encoder"])
     assert all(0 < x < 0.02 for x in jax.tree.leaves(moved))
 
 
 @pytest.mark.parametrize("devices", [1, 2])
-def test_accumulation_changes_no_number(small, devices):
+def test_accumulation_changes_no_number(small, on_one_device, devices):
     """Four micro-batches: the losses and gradients of the whole batch."""
-    losses, whole = run(small, 1, steps=1)
-    accumulated, parts = run(small, devices, steps=1, accumulate=4)
-    assert accumulated == pytest.approx(losses, abs=ROUNDING)
-    gradients = [jax.tree.leaves(state["opt_state"][1][0].mu) for state in (whole, parts)]
-    for a, b in zip(*gradients):
+    whole, parts = on_one_device[0], run(small, devices, accumulate=4)[0]
+    assert parts[0]["loss"] == pytest.approx(whole[0]["loss"], abs=ROUNDING)
+    for a, b in zip(*(jax.tree.leaves(state["opt_state"][1][0].mu) for _, state in (whole, parts))):
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
-@pytest.mark.slow
-def test_moving_average(small):
+def test_moving_average(small, on_one_device):
     """Its decay rises as t / (t + 9), to ema_decay."""
-    history = [small[2]["text_encoder"]] + [run(small, 1, steps=n)[1]["params"] for n in (1, 2)]
-    _, state = run(small, 1, steps=2, ema_decay=0.15)
+    history = [small[2]["text_encoder"], *(state["params"] for _, state in on_one_device[:2])]
+    _, (_, state) = run(small, 1, steps=2, ema_decay=0.15)
     first = jax.tree.map(lambda a, b: 0.1 * a + 0.9 * b, *history[:2])  # 1 / 10 is below 0.15
     expected = jax.tree.map(lambda a, b: 0.15 * a + 0.85 * b, first, history[2])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), state["ema"], expected)
     assert trained_params(state) is state["ema"]
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
-def test_rematerialisation_changes_memory_alone(small, remat):
+def test_rematerialisation_changes_memory_alone(parts, small):
     """The gradients stay; what the UNet keeps for the backward pass shrinks."""
-    sd, graphs, frozen, batch = small
-    tx = optax.trace(0.0)
-    state = init_state(frozen["text_encoder"], tx)
-    z_t, t, cond = jnp.zeros((8, 8, 8, 4)), jnp.zeros(8, int), jnp.zeros((8, 17, sd.unet.config.cross_attention_dim))
-    gradients, kept = [], []
-    for name in ("none", remat):
+    tx, gradients, kept = optax.trace(0.0), {}, {}
+    for name in ("none", "dots", "full"):
+        sd, graphs, frozen, batch = small
+        unet = nnx.merge(graphs["unet"], frozen["unet"])
+        unet.remat = name
+        step = make_train_step(graphs | {"unet": split(unet)[0]}, sd.schedule, tx, CONFIG, SCALE)
+        gradients[name] = jax.jit(step)(init_state(frozen["text_encoder"], tx), frozen, batch)[0]["opt_state"].trace
+        sd, graphs, frozen, _ = parts
         unet = nnx.merge(graphs["unet"], frozen["unet"])
         unet.remat = name
         graph, params = split(unet)
-        step = make_train_step(graphs | {"unet": graph}, sd.schedule, tx, CONFIG, SCALE)
-        gradients.append(jax.jit(step)(state, frozen, batch)[0]["opt_state"].trace)
-        predict = lambda cond, graph=graph, params=params: nnx.merge(graph, params)(z_t, t, cond)
+        predict = functools.partial(lambda graph, params, *given: nnx.merge(graph, params)(*given), graph, params)
+        predict = functools.partial(predict, jnp.zeros((8, *sd.latent_shape)), jnp.zeros(8, int))
+        cond = jnp.zeros((8, 17, sd.unet.config.cross_attention_dim))
         backward = jax.eval_shape(lambda cond, predict=predict: jax.vjp(predict, cond)[1], cond)
-        kept.append(sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(backward)))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), *gradients)
-    none, less = kept
-    assert less < 0.7 * none
+        kept[name] = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(backward))
+    for name in ("dots", "full"):
+        close = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5)
+        jax.tree.map(close, gradients["none"], gradients[name])
+    assert max(kept["dots"], kept["full"]) < 0.7 * kept["none"]
 
 
-def test_frozen_embeddings(small):
+def test_frozen_embeddings(small, on_one_device):
     """Without train_embeddings all but them move, and neither optimizer nor gradient norm knows them."""
     sd, graphs, frozen, batch = small
     config = CONFIG.copy_and_resolve_references()
@@ -317,8 +356,8 @@ def test_frozen_embeddings(small):
     for layer in moved["encoder"]["layers"].values():
         del layer["self_attn"]["k_proj"]["bias"]  # it shifts a query's scores alike: its gradient is rounding, or zero
     assert not any(jax.tree.leaves(embeddings)) and all(jax.tree.leaves(moved))
-    whole = make_train_step(graphs, sd.schedule, tx, CONFIG, SCALE)
-    assert metrics["grad_norm"] < jax.jit(whole)(state, frozen, batch)[1]["grad_norm"]
+    assert metrics["loss"] == pytest.approx(on_one_device[0][0]["loss"], abs=ROUNDING)
+    assert metrics["grad_norm"] < on_one_device[0][0]["grad_norm"]
 
 
 def test_a_policy_without_value_token_has_no_margin(small):

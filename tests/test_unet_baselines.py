@@ -19,7 +19,9 @@ from tests import small_run, test_data
 
 
 def config_of(name):
-    return importlib.import_module(f"configs.baselines.{name}").get_config("tiny:smoke")
+    config = importlib.import_module(f"configs.baselines.{name}").get_config("tiny:smoke")
+    config.data.cache = False
+    return config
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +145,8 @@ def test_a_run_trains_the_unet_alone_and_is_restored(name, root, tmp_path):
     if name == "concept_ablation":
         test_data.make(tmp_path / "pairs", values=("shape equality", "bloody considered inappropriate"))
         config.data.directory, config.principles = str(tmp_path / "pairs"), ("shape", "bloody")
-    config.mesh.data, config.mesh.fsdp = 4, 2
+    config.mesh.data, config.mesh.fsdp = 2, 2
+    config.train.steps, config.sampling.batch_size = 2, 2
     train.train_and_evaluate(config, tmp_path / "run")
     mesh = sharding.make_mesh(**config.mesh)
     sd, value_encoder = train.restore_run(config, tmp_path / "run", mesh)
@@ -152,7 +155,7 @@ def test_a_run_trains_the_unet_alone_and_is_restored(name, root, tmp_path):
     kinds = (".attn2.to_k.", ".attn2.to_v.") if name == "concept_ablation" else (".to_",)
     names = changed(sd.unet, base.unet)
     assert names and all(any(kind in name for kind in kinds) for name in names)
-    assert not changed(sd.text_encoder, base.text_encoder) and (tmp_path / "run/samples/step_4.png").exists()
+    assert not changed(sd.text_encoder, base.text_encoder) and (tmp_path / "run/samples/step_2.png").exists()
     method = baselines.load(config, sd, None, mesh, tmp_path)
     assert method.kinds == (("harm",) if name == "concept_ablation" else ("bias", "harm"))
     assert method.trained == sum(x.size for x in small_run.final(tmp_path / "run").values() if x.ndim) // 3, (

@@ -3,7 +3,6 @@
 import copy
 import functools
 import json
-import shutil
 from types import SimpleNamespace
 
 import jax
@@ -22,47 +21,12 @@ from livo_jax.models.weights import split, to_published
 from livo_jax.step import init_state, make_train_step
 from livo_jax.value_encoders import LoRA, SoftTokens
 from livo_jax.values import text_hash
-from tests.conftest import randomised
+from tests import small_run
 from tests.test_train import CONFIG, SCALE, torch_step
-
-pytestmark = pytest.mark.slow  # minutes: pytest -m slow tests/test_value_encoders.py
 
 STATEMENTS = ("shape equality", "colour equality")
 PROMPTS = [f"a photo of a {word}" for word in ("baker", "cook", "smith", "tailor")]
-SETTINGS = dict(steps=2, guidance_scale=3.0, batch_size=1)
-
-
-@pytest.fixture(scope="module")
-def small(torch_models):
-    """The text encoder of all tests, with a UNet and a VAE that compile in seconds."""
-    import diffusers
-
-    torch.manual_seed(0)
-    levels = dict(block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1)
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=8, cross_attention_dim=20, attention_head_dim=2, **levels,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-    )  # fmt: skip
-    vae = diffusers.AutoencoderKL(
-        sample_size=16, **levels, down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2
-    )
-    return torch_models | {"unet": randomised(unet), "vae": randomised(vae)}
-
-
-@pytest.fixture(scope="module")
-def published(small, published, tmp_path_factory):
-    root = tmp_path_factory.mktemp("small")
-    for name in ("tokenizer", "scheduler"):
-        shutil.copytree(published / name, root / name)
-    shutil.copy(published / "model_index.json", root)
-    for name, module in small.items():
-        module.save_pretrained(root / name)
-    return root
-
-
-@pytest.fixture(scope="module")
-def sd(published):
-    return StableDiffusion.from_pretrained(published)
+SETTINGS = dict(steps=2, guidance_scale=3.0, batch_size=1, mesh=sharding.make_mesh(1))
 
 
 @pytest.fixture(scope="module")
@@ -137,13 +101,13 @@ def test_lora_starts_as_the_text_encoder(sd, config, ids):
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft, of transformers
-def test_lora_is_pefts(sd, made, config, ids, small, step, tmp_path):
+def test_lora_is_pefts(sd, made, config, ids, torch_models, step, tmp_path):
     """The same outputs, loss and gradients as the adapter in peft, which reads it; what peft saves we read."""
     from peft import PeftModel
 
     made["lora"].save(tmp_path / "ours", config.model)
     theirs = PeftModel.from_pretrained(
-        copy.deepcopy(small["text_encoder"]), tmp_path / "ours", is_trainable=True
+        copy.deepcopy(torch_models["text_encoder"]), tmp_path / "ours", is_trainable=True
     ).eval()
     with torch.no_grad():
         pooled = theirs(torch.tensor(ids)).pooler_output
@@ -152,7 +116,7 @@ def test_lora_is_pefts(sd, made, config, ids, small, step, tmp_path):
     assert np.abs(ours - sd.text_encoder(ids).pooled).max() > 0.05
 
     gradients, loss, batch = step(made["lora"])
-    expected, _ = torch_step(small, theirs, batch, CONFIG, sd.scheduler_config)
+    expected, _ = torch_step(torch_models, theirs, batch, CONFIG, sd.scheduler_config)
     assert loss == pytest.approx(expected, rel=1e-4)
     name = lambda name: name.removeprefix("base_model.model.").replace(".default", "")
     grads = {name(n): p.grad.numpy() for n, p in theirs.named_parameters() if p.requires_grad}
@@ -164,12 +128,12 @@ def test_lora_is_pefts(sd, made, config, ids, small, step, tmp_path):
     assert (again.rank, again.alpha, again.targets) == (3, 6.0, tuple(sorted(LoRA.TARGETS)))
 
 
-def test_soft_tokens_have_pytorchs_gradients(sd, config, small, step):
+def test_soft_tokens_have_pytorchs_gradients(sd, config, torch_models, step):
     tokens = trained(value_encoders.start(of_kind(config, "token", tokens=1), sd, sharding.make_mesh()))
     table = torch.tensor(np.asarray(tokens.table[...])[:, 0], requires_grad=True)
     gradients, loss, batch = step(tokens)
     theirs = lambda ids: SimpleNamespace(pooler_output=table[torch.tensor([0, 1, 0, 1])])
-    expected, _ = torch_step(small, theirs, batch, CONFIG, sd.scheduler_config)
+    expected, _ = torch_step(torch_models, theirs, batch, CONFIG, sd.scheduler_config)
     assert loss == pytest.approx(expected, rel=1e-4)
     same_gradients({"table": np.asarray(gradients["table"])[:, 0]}, {"table": table.grad.numpy()})
 
@@ -234,7 +198,7 @@ def test_several_values_and_strengths(sd, made, kind):
     rows = [(), (first,), (first, second), (first._replace(strength=0.5),)]
     requests = [Request("a baker", 0, doses) for doses in rows]
     settings = SETTINGS | {"batch_size": 4, "guidance_scale": 15.0}
-    draw = functools.partial(generate.generate, sd, mesh=sharding.make_mesh(1), **settings)
+    draw = functools.partial(generate.generate, sd, **settings)
     images = draw(requests, made[kind]).astype(int)
     assert np.abs(images[0] - draw(requests[:1])[0]).max() <= 1
     assert np.abs(images[1] - draw(requests[1:2], made[kind])[0]).max() <= 1
@@ -280,7 +244,7 @@ def test_an_export_is_read_again(sd, made, config, kind, tmp_path):
             generate.generate(sd, [Request("a cook", 0, (Dose("gender equality"),))], again, **SETTINGS)
 
 
-@pytest.mark.parametrize("kind", ["lora", pytest.param("token", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["lora", "token"])
 def test_a_run_trains_its_kind_alone(root, tmp_path, kind):
     """A run on four devices, from a checkpoint on one: what it wrote is read, and another kind or rank is refused."""
     config = tiny.get_config("smoke")
@@ -289,10 +253,17 @@ def test_a_run_trains_its_kind_alone(root, tmp_path, kind):
     config.eval.seen, config.eval.held_out = ("cook",), ("baker",)
     config.sampling.steps, config.sampling.batch_size = 2, 2
     config.mesh = dict(data=2, fsdp=2, tensor=1)
+    config.train.steps, config.train.warmup_steps, config.data.cache = 3, 0, False
     config.value_encoder.update(kind=kind)
+    config.train.ema_decay = 0.5
     train.train_and_evaluate(config, tmp_path)
     config.mesh = dict(data=1, fsdp=1, tensor=1)
     sd, value_encoder = train.restore_run(config, tmp_path, sharding.make_mesh(1))
+    arrays = small_run.final(tmp_path)
+    of = lambda name: {k.removeprefix(f"['{name}']"): x for k, x in arrays.items() if k.startswith(f"['{name}']")}
+    restored = {jax.tree_util.keystr(p): x for p, x in jax.tree_util.tree_leaves_with_path(split(value_encoder)[1])}
+    assert restored.keys() == of("ema").keys() and all(np.array_equal(x, of("ema")[k]) for k, x in restored.items())
+    assert any((x != of("params")[k]).any() for k, x in restored.items()), "the average is used, not the last"
     start = value_encoders.start(config, sd, sharding.make_mesh(1))
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), split(value_encoder)[1], split(start)[1])
     assert all(jax.tree.leaves(moved))
@@ -332,7 +303,7 @@ def test_what_does_not_fit(sd, made, config, tmp_path):
     # The embedded world's text encoder is wider and has fewer layers.
     other = StableDiffusion.from_pretrained(tiny.get_config().model)
     (place / "adapter_config.json").write_text(json.dumps(settings))
-    with pytest.raises(ValueError, match="(?s)an adapter of 'the-base', does not fit .*shapeworld_model.*layers.2"):
+    with pytest.raises(ValueError, match="(?s)an adapter of 'the-base', does not fit .*shapeworld_model.*q_proj"):
         LoRA.from_pretrained(place, other)
     made["token"].save(place, "the-base")
     with pytest.raises(ValueError, match="of 'the-base', has tokens of width 20; those of .*shapeworld_model are 64"):

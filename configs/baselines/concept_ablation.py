@@ -12,6 +12,7 @@ def get_config(arg: str = "tiny"):
     config = baselines.start(arg, "concept_ablation")
     for name in ("beside", "attributes", "anchors"):  # there are no tokens
         config.data[name] = 0.0
+    config.data.cache = False  # anchor prompts are in no cache
     config.concept_ablation = c = ConfigDict({"prior": 1.0})  # weight of the loss that keeps what anchors show
     if arg.startswith("livo"):
         # As published for one concept: 2e-6 times its batch of 8, for 100 steps; here there are three.

@@ -32,12 +32,12 @@ class Update(nnx.Module):
         self.kernels = nnx.Dict({k: nnx.Param(x.astype("float32")) for k, x in kernels.items() if k.endswith(TARGETS)})
 
     def merged(self, unet):
-        """The UNet with these in the place of its own."""
+        """The UNet with these in the place of its own, in its dtype."""
         graph, params = split(unet)
 
         def replace(path, weight):
             name = jax.tree_util.keystr(path[:-1], simple=True, separator=".")
-            return self.kernels[name][...] if name in self.kernels else weight
+            return self.kernels[name][...].astype(weight.dtype) if name in self.kernels else weight
 
         return nnx.merge(graph, jax.tree_util.tree_map_with_path(replace, params))
 

@@ -4,11 +4,13 @@ The policy is the UNet with the updates, the reference the one without; there ar
 follows all values at once. It learns to prefer each pair's aligned image under the prompt alone.
 """
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from livo_jax import losses, sharding
 from livo_jax.models import low_rank
+from livo_jax.models.weights import split
 from livo_jax.step import noised, prompt_states
 
 KINDS = ("bias", "harm")
@@ -26,8 +28,9 @@ class Update(nnx.Module):
         self.updates = low_rank.updates(sd.unet, TARGETS, c.rank, rngs)
 
     def merged(self, unet):
-        """The UNet with the updates in its weights, float32."""
-        return low_rank.merged(unet, self.updates, self.scale)
+        """The UNet with the updates in its weights, in its dtype: policy and reference are rounded alike."""
+        graph, params = split(low_rank.merged(unet, self.updates, self.scale))
+        return nnx.merge(graph, jax.tree.map(lambda x, own: x.astype(own.dtype), params, split(unet)[1]))
 
 
 def make_loss(graphs: dict, schedule, config, scaling_factor: float, time_ids=None):

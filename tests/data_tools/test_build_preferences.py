@@ -5,7 +5,6 @@ import dataclasses
 import io
 import json
 import math
-import os
 import resource
 import shutil
 import signal
@@ -26,6 +25,7 @@ from livo_jax import StableDiffusion, evaluate, values
 from livo_jax.data import Preferences
 from livo_jax.generate import Request
 from livo_jax.judges.shapeworld import judge
+from tests import small_run
 
 SHAPE, COLOUR, BLOODY = values.load(("shape", "colour", "bloody"))
 
@@ -89,7 +89,7 @@ def command(config, out, *flags, devices=1):
     return subprocess.Popen(
         [sys.executable, "-m", "data_tools.build_preferences", "--config=configs/tiny.py:smoke", f"--out={out}"]
         + arguments + list(flags),
-        env=os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
+        env=small_run.environment(devices),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 

@@ -20,7 +20,7 @@ def config(tmp_path_factory):
     config = tiny.get_config("smoke")
     config.sampling.batch_size, config.sampling.steps = 2, 12
     config.data.directory = str(tmp_path_factory.mktemp("cache") / "preferences")
-    config.data.random_flip, config.data.anchors = True, 0.0
+    config.data.random_flip, config.data.anchors, config.data.cache = True, 0.0, False
     build_preferences.build(config, config.data.directory)
     config.judge = ""  # the images that it ends with do not matter here
     return config
@@ -31,8 +31,10 @@ def losses(workdir):
     return [line["train/loss"] for line in lines if "train/loss" in line]
 
 
-@pytest.mark.slow
 def test_the_losses_are_those_of_the_images(config, tmp_path):
+    """With second values, named attributes, anchors and mirror images."""
+    config = config.copy_and_resolve_references()
+    config.data.beside = config.data.attributes = config.data.anchors = 0.5
     train_and_evaluate(config, tmp_path / "images")
     cached = config.copy_and_resolve_references()
     cached.data.cache = True

@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from configs import tiny
 from data_tools import shapeworld
-from livo_jax import StableDiffusion, judges
+from livo_jax import StableDiffusion, judges, sharding
 from livo_jax.judges.shapeworld import COLOURS, SHAPES, TRADES, judge
 from livo_jax.values import Value
 
@@ -140,13 +140,15 @@ def test_diffusers_loads_the_model_and_draws_the_same(base):
         prompts, num_inference_steps=10, guidance_scale=2.0, latents=torch.tensor(noise.transpose(0, 3, 1, 2)),
         output_type="np",
     ).images  # fmt: skip
-    ours = base.generate(prompts, steps=10, guidance_scale=2.0, sampler="ddim")
+    one = dict(batch_size=2, mesh=sharding.make_mesh(1))
+    ours = base.generate(prompts, steps=10, guidance_scale=2.0, sampler="ddim", **one)
     assert np.abs(ours - theirs * 255).max() < 1.5, "equal but for rounding to bytes"
 
 
 def test_the_model_shares_the_prejudice_and_obeys_words(base):
     """Stereotyped without words, what is said with them: there is something to align, and pairs can be drawn."""
-    draw = lambda prompts: judge(base.generate(prompts, steps=12, guidance_scale=1.5, batch_size=64))
+    settings = dict(steps=12, guidance_scale=1.5, batch_size=64, mesh=sharding.make_mesh(1))
+    draw = lambda prompts: judge(base.generate(prompts, **settings))
     trades = list(TRADES)
     reading = draw([f"a photo of a {trade}" for trade in trades])
     stereotyped = lambda axis: np.mean([r == getattr(TRADES[t], axis) for t, r in zip(trades, reading[axis])])

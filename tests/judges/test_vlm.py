@@ -294,6 +294,7 @@ def test_a_build_goes_on_where_the_budget_stopped_it(server, tmp_path, monkeypat
     server.reply = reply
     config = tiny.get_config("smoke")
     config.preferences.candidates_per_pair, config.preferences.images_per_file = 3.0, 8
+    config.sampling.batch_size = 1  # of each device
     config.judge, config.judging.model, config.judging.endpoint = "vlm", "a-vlm", server.url
     config.judging.cache, config.judging.budget = str(tmp_path / "answers"), 60
     with pytest.raises(RuntimeError, match="budget=60 questions are asked"):

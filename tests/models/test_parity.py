@@ -1,15 +1,26 @@
 """The frozen models compute what diffusers and transformers compute with the same published weights."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 
 from livo_jax.models.clip import CLIPTextModel, CLIPTextModels, CLIPTextModelWithProjection
 from livo_jax.models.unet import UNet2DConditionModel
 from livo_jax.models.vae import AutoencoderKL
+from livo_jax.models.weights import split
 from livo_jax.pretrained import load
-from tests.conftest import UNET, randomised, relative_error, text_model
+from tests.conftest import randomised, relative_error, text_model
+
+# Four levels, as published.
+WIDTHS = (8, 16, 24, 32)
+UNET = dict(sample_size=16, block_out_channels=WIDTHS, norm_num_groups=4, cross_attention_dim=20, attention_head_dim=4)
+VAE = dict(
+    block_out_channels=WIDTHS, norm_num_groups=4, layers_per_block=2, sample_size=128,
+    down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+)  # fmt: skip
 
 SDXL = dict(
     block_out_channels=(8, 16, 24), down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
@@ -24,20 +35,29 @@ def last(x):
     return np.moveaxis(x.detach().numpy(), 1, -1)
 
 
+def compute(module, *args, method="__call__", **kw):
+    """What a module computes, as one compiled program."""
+    graph, params = split(module)
+    call = lambda params, args, kw: getattr(nnx.merge(graph, params), method)(*args, **kw)
+    return jax.jit(call)(params, args, kw)
+
+
 @pytest.mark.parametrize(
     "settings",
     [
         {},  # SD 1.x: convolutional projections, one number of heads
         dict(use_linear_projection=True, attention_head_dim=(1, 2, 3, 4), layers_per_block=(1, 2, 1, 2)),  # SD 2.x
-        dict(flip_sin_to_cos=False, freq_shift=1, norm_eps=1e-3),
         dict(
+            flip_sin_to_cos=False,
+            freq_shift=1,
+            norm_eps=1e-3,
             block_out_channels=(8, 16),
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         ),
         SDXL,
-    ],
-    ids=["sd1", "sd2", "embedding", "two-levels", "sdxl"],
+    ],  # fmt: skip
+    ids=["sd1", "sd2", "embedding and two levels", "sdxl"],
 )
 def test_unet(settings, tmp_path):
     import diffusers
@@ -49,28 +69,46 @@ def test_unet(settings, tmp_path):
     z, t, cond = torch.randn(3, 4, 16, 8), torch.tensor([1, 500, 999]), torch.randn(3, 9, 20)
     mask = torch.rand(3, 9) > 0.4
     added = dict(text_embeds=torch.randn(3, 10), time_ids=torch.randint(0, 1024, (3, 6))) if settings is SDXL else {}
+    mine = {name: x.numpy() for name, x in added.items()}
     for m in (None, mask):
         expected = last(theirs(z, t, cond, encoder_attention_mask=m, added_cond_kwargs=added).sample)
-        mine = {name: x.numpy() for name, x in added.items()}
-        got = ours(last(z), t.numpy(), cond.numpy(), None if m is None else m.numpy(), **mine)
+        got = compute(ours, last(z), t.numpy(), cond.numpy(), None if m is None else m.numpy(), **mine)
         assert relative_error(got, expected) < 1e-4
+
+
+def test_gradients_of_the_unet(sd, torch_models):
+    """To latents and conditioning, with a mask."""
+    z, t, cond = torch.randn(3, 4, 8, 8), torch.tensor([1, 500, 999]), torch.randn(3, 9, 20)
+    mask, weight = torch.rand(3, 9) > 0.4, torch.randn(3, 4, 8, 8)
+    given = [x.clone().requires_grad_() for x in (z, cond)]
+    (torch_models["unet"](given[0], t, given[1], encoder_attention_mask=mask).sample * weight).sum().backward()
+    total = lambda z, cond: (compute(sd.unet, z, t.numpy(), cond, mask.numpy()) * last(weight)).sum()
+    of_z, of_cond = jax.grad(total, argnums=(0, 1))(last(z), cond.numpy())
+    assert relative_error(of_z, last(given[0].grad)) < 1e-4
+    assert relative_error(of_cond, given[1].grad) < 1e-4
 
 
 def test_a_masked_token_is_no_token(sd):
     rng = np.random.default_rng(0)
     z, t, cond = rng.normal(size=(2, 16, 16, 4)), np.array([10, 900]), rng.normal(size=(2, 9, 20))
     mask = np.arange(9)[None].repeat(2, 0) > 0
-    assert relative_error(sd.unet(z, t, cond, mask), sd.unet(z, t, cond[:, 1:])) < 1e-5
+    assert relative_error(compute(sd.unet, z, t, cond, mask), compute(sd.unet, z, t, cond[:, 1:])) < 1e-5
 
 
-def test_vae(torch_models, sd):
+def test_vae(tmp_path):
+    import diffusers
+
+    torch.manual_seed(1)
+    theirs = randomised(diffusers.AutoencoderKL(**VAE))
+    theirs.save_pretrained(tmp_path)
+    vae = load(AutoencoderKL, tmp_path)
     x = torch.rand(2, 3, 32, 64) * 2 - 1
-    posterior = torch_models["vae"].encode(x).latent_dist
-    mean, logvar = sd.vae.encode(last(x))
+    posterior = theirs.encode(x).latent_dist
+    mean, logvar = compute(vae, last(x), method="encode")
     assert relative_error(mean, last(posterior.mean)) < 1e-4
     assert relative_error(logvar, last(posterior.logvar)) < 1e-4
-    images = torch_models["vae"].decode(posterior.mean).sample
-    assert relative_error(sd.vae.decode(last(posterior.mean)), last(images)) < 1e-4
+    images = theirs.decode(posterior.mean).sample
+    assert relative_error(compute(vae, last(posterior.mean), method="decode"), last(images)) < 1e-4
 
 
 @pytest.mark.parametrize("act", ["quick_gelu", "gelu"])
@@ -112,23 +150,22 @@ def test_two_text_encoders(tmp_path):
     assert relative_error(out.pooled, pooled.detach()) < 1e-4
 
 
-@pytest.mark.slow
 def test_modules_compute_in_their_weights_dtype(published):
     from livo_jax import StableDiffusion
 
     half = StableDiffusion.from_pretrained(published, jnp.bfloat16)
-    cond = half.text_encoder(jnp.zeros((1, 16), int)).last_hidden_state
-    outputs = (
-        cond,
-        half.unet(jnp.zeros((1, 16, 16, 4)), jnp.zeros(1, int), cond),
-        *half.vae.encode(jnp.zeros((1, 32, 32, 3))),
-    )
-    assert {x.dtype for x in (*outputs, half.vae.decode(jnp.zeros((1, 4, 4, 4))))} == {jnp.dtype(jnp.bfloat16)}
+
+    def outputs():
+        cond = half.text_encoder(jnp.zeros((1, 16), int)).last_hidden_state
+        eps = half.unet(jnp.zeros((1, 16, 16, 4)), jnp.zeros(1, int), cond)
+        return cond, eps, *half.vae.encode(jnp.zeros((1, 32, 32, 3))), half.vae.decode(jnp.zeros((1, 4, 4, 4)))
+
+    assert {x.dtype for x in jax.eval_shape(outputs)} == {jnp.dtype(jnp.bfloat16)}
 
 
 def test_latents_that_the_unet_cannot_halve_are_refused(sd):
-    with pytest.raises(ValueError, match="multiples of 8"):
-        sd.unet(np.zeros((1, 12, 16, 4)), np.zeros(1, int), np.zeros((1, 3, 20)))
+    with pytest.raises(ValueError, match="multiples of 2"):
+        sd.unet(np.zeros((1, 7, 8, 4)), np.zeros(1, int), np.zeros((1, 3, 20)))
 
 
 @pytest.mark.parametrize(
