@@ -19,6 +19,7 @@ from data_tools import commands
 import jax.numpy as jnp
 import numpy as np
 
+from livo_jax import sharding
 from livo_jax.generate import Request, generate, initial_noise
 from livo_jax.pretrained import StableDiffusion
 from livo_jax.values import text_hash
@@ -68,8 +69,9 @@ def main(_):
     config.sampling.sampler = "dpmsolver++"
     make = StableDiffusion.from_config if config.random_weights else StableDiffusion.from_pretrained
     sd, n = make(config.model, jnp.dtype(config.dtype)), config.sampling.batch_size
-    requests = [Request(PROMPT, i) for i in range(n)]
-    ours = lambda seed: generate(sd, requests, seed=seed, **config.sampling)
+    requests, mesh = [Request(PROMPT, i) for i in range(n)], sharding.make_mesh(**config.mesh)
+    divided = config.sampling.to_dict() | {"batch_size": -(-n // sharding.batch_parts(mesh))}  # of each device
+    ours = lambda seed: generate(sd, requests, seed=seed, mesh=mesh, **divided)
     samplers = {"livo_jax": ours} | {
         f"diffusers, PyTorch {mode}": Pipeline(sd, config, mode == "compile") for mode in PEERS.value
     }

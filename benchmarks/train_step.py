@@ -72,7 +72,8 @@ class Ours:
         graphs["value_encoder"], _ = split(nnx.eval_shape(lambda: value_encoders.make(config, sd)))
         params = frozen["text_encoder"]
         params = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), params)  # a step uses its state up
-        self.mesh, self.frozen, tx = sharding.make_mesh(**config.mesh), frozen, make_optimizer(config)
+        self.mesh, tx = sharding.make_mesh(**config.mesh), make_optimizer(config)
+        self.frozen = frozen = jax.device_put(frozen, sharding.replicated(self.mesh))
         self.state = state_on(self.mesh, params, tx, config)
         step = make_train_step(graphs, sd.schedule, tx, config, sd.vae.config.scaling_factor)
         started = time.perf_counter()

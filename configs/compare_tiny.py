@@ -22,8 +22,6 @@ def get_config(variant: str = "") -> ConfigDict:
     config.methods = ConfigDict({"livo": tiny.get_config(variant)})
     for name in BASELINES:
         config.methods[name] = importlib.import_module(f"configs.baselines.{name}").get_config(arg)
-    for own in config.methods.values():
-        own.cpu_devices = 1  # each process has one core
     config.processes = 2  # methods at a time, each on its part of the cores
     config.curve = ConfigDict({"points": 4, "images": 10})  # checkpoints measured, on how many images of each prompt
     config.sweeps = ()  # (title, ((label, name), ...)) of methods that differ in one thing (configs/ablations.py)

@@ -36,7 +36,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.judge = "shapeworld"  # a module of livo_jax/judges
     # Devices: rows of a batch are divided over data and fsdp, weights over fsdp and tensor; -1 takes the rest.
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
-    config.cpu_devices = 2  # as so many devices a CPU counts, if it has as many cores: small models keep one core busy
+    config.cpu_devices = 2  # as so many a CPU counts, at most one a core: a small model on one leaves cores idle
     config.shard_frozen = False  # whether the frozen models are divided as the value encoder is: more traffic
 
     config.value_encoder = c = ConfigDict()  # livo_jax/value_encoders.py
@@ -132,7 +132,10 @@ def get_config(variant: str = "") -> ConfigDict:
     c.prompt_sets = prompt_sets.get_sets()
 
     config.checkpoint = ConfigDict({"every": 600, "keep": 2})  # steps between checkpoints, how many stay
-    config.log = ConfigDict({"every": 50, "samples_every": 1200, "wandb": ""})  # wandb: a Weights & Biases project
+    config.log = c = ConfigDict()  # steps between
+    c.every = 50
+    c.samples_every = 1200  # 0 for no samples
+    c.wandb = ""  # a Weights & Biases project
     config.profile = ConfigDict({"steps": 0})  # how many to record for TensorBoard and XProf, from the third on
 
     if variant == "smoke":

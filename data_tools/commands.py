@@ -14,19 +14,21 @@ def define_distributed() -> flags.FlagHolder:
 
 
 def divide_cpu(devices: int):
-    """Has a CPU count as so many devices, one for each core that is there, unless XLA_FLAGS tells how many."""
+    """Has a CPU count as so many devices, at most one a core, unless XLA_FLAGS or JAX_NUM_CPU_DEVICES tell how many."""
     import jax
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    devices = min(devices, cores)
-    if devices > 1 and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    told = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    told = told or jax.config.jax_num_cpu_devices != -1
+    if (devices := min(devices, cores)) > 1 and not told:
         jax.config.update("jax_num_cpu_devices", devices)
 
 
 def parse(argv):
     """absl's parser, which here answers misspelt overrides of --config with what can be overridden.
 
-    What is compiled is kept for the next start, in JAX_COMPILATION_CACHE_DIR or ~/.cache/livo_jax.
+    What is compiled is kept for the next start, in JAX_COMPILATION_CACHE_DIR or ~/.cache/livo_jax. A CPU is divided as
+    config.cpu_devices says.
     """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch, which nothing needs, is not there
     import jax  # here: imports of a command line's module stay quick

@@ -65,8 +65,9 @@ def check_config(config, sd, mesh, judge: bool = True):
             f"config.train.batch_size={config.train.batch_size} is not a multiple of the mesh's {parts} parts times"
             f" config.train.accumulate={config.train.accumulate}"
         )
-    if config.profile.steps < 0:
-        problems.append(f"config.profile.steps={config.profile.steps}: choose 0 (no profile) or more")
+    for (section, name), none in {("profile", "steps"): "no profile", ("log", "samples_every"): "no samples"}.items():
+        if config[section][name] < 0:
+            problems.append(f"config.{section}.{name}={config[section][name]}: choose 0 ({none}) or more")
     if config.method == "concept_ablation" and config.data.cache:
         problems.append(
             "config.data.cache=True: the anchor prompts of concept_ablation are in no cache, set it to False"
@@ -217,7 +218,7 @@ def train_and_evaluate(config, workdir, build_preferences=None, cache_latents=No
     c, log, in_flight = config.log, Log(workdir, start, config), collections.deque()
     profiled = range(start + 3, min(start + 3 + config.profile.steps, steps + 1))  # without what starts up
     bar = tqdm(total=steps, initial=start, desc="train", unit="step", disable=jax.process_index() > 0)
-    each = lambda every, step: step % every == 0 or step == steps
+    each = lambda every, step: every and (step % every == 0 or step == steps)
     sheet = lambda step: workdir / "samples" / f"step_{step}.png"
     with bar as progress, Termination(start) as sigterm:
         if start and each(c.samples_every, start) and not sheet(start).exists():  # the end came while it was drawn

@@ -10,7 +10,7 @@ from jax.experimental import multihost_utils
 
 # Fields that may change between the starts of a run: no parameter depends on them, but for rounding.
 FREE = (
-    "checkpoint", "eval", "log", "profile", "mesh", "shard_frozen", "cpu_devices",
+    "checkpoint", "eval", "log", "profile", "mesh", "shard_frozen", "cpu_devices", "data.cache",
     "judging.endpoint", "judging.cache", "judging.budget",
 )  # fmt: skip
 

@@ -1,4 +1,5 @@
 import gc
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -9,7 +10,11 @@ import numpy as np
 import pytest
 
 # What follows is set before jax is imported.
-QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"  # compiles in a third of the time
+QUICK = "--xla_backend_optimization_level=0"  # compiles in half of the time
+if "xla_backend_optimization_level" in os.environ.get("XLA_FLAGS", ""):
+    QUICK = ""  # who starts the tests has chosen
+elif importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones do not know the flag
+    QUICK += " --xla_cpu_use_fusion_emitters=false"  # in a third
 DEVICES = "--xla_force_host_platform_device_count={}"  # virtual ones: one mesh can be compared with another
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES.format(8)} {QUICK}"
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -21,19 +26,10 @@ CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / "
 CACHE_BYTES = 2**30
 
 
-def keep_compiled_programs():
-    """What one test compiles is there for the next, for other processes, and for the next time.
-
-    A cache that has grown past CACHE_BYTES starts anew.
-    """
-    if "PYTEST_XDIST_WORKER" not in os.environ and CACHE.exists():
-        if sum(file.stat().st_size for file in CACHE.rglob("*") if file.is_file()) > CACHE_BYTES:
-            shutil.rmtree(CACHE)
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
-
-
-keep_compiled_programs()
+# What one test compiles is there for the next, for other processes, and for the next time.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+gc.set_threshold(100_000, 50, 100)  # tracing makes many objects, few of them garbage
 
 # A Stable Diffusion of two levels, which compiles in seconds. Widths differ, so that no two shapes agree by chance.
 LEVELS = dict(block_out_channels=(8, 16), norm_num_groups=4, layers_per_block=1)
@@ -48,6 +44,13 @@ VAE = LEVELS | dict(
 
 # The files that take longest, each a minute or more: a worker that begins with them does not end with them.
 LONGEST = "multihost train run compare recovery half_precision value_encoders sdxl parity build_preferences".split()
+
+
+def pytest_configure(config):
+    """A cache that has grown past CACHE_BYTES starts anew."""
+    worker = hasattr(config, "workerinput")
+    if not worker and sum(file.stat().st_size for file in CACHE.rglob("*") if file.is_file()) > CACHE_BYTES:
+        shutil.rmtree(CACHE)
 
 
 def pytest_collection_modifyitems(items):
@@ -76,7 +79,7 @@ def text_model(vocab_size: int, eos_token_id: int, **settings):
     from transformers import CLIPTextConfig, CLIPTextModel
 
     config = CLIPTextConfig(
-        vocab_size=vocab_size, hidden_size=20, intermediate_size=28, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=vocab_size, hidden_size=20, intermediate_size=28, num_hidden_layers=3, num_attention_heads=4,
         max_position_embeddings=16, bos_token_id=vocab_size - 2, eos_token_id=eos_token_id, pad_token_id=vocab_size - 1,
         **settings,
     )  # fmt: skip
@@ -201,7 +204,7 @@ def batch_of(sd) -> dict:
 
 @pytest.fixture(scope="session")
 def root(tmp_path_factory):
-    """Where small_run finds its model and pairs, and keeps what it compiled."""
+    """Where small_run finds its model and pairs."""
     from tests import small_run
 
     root = tmp_path_factory.mktemp("small")

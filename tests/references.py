@@ -4,7 +4,8 @@ Both want torchvision, whose wheels do not go with the CPU build of torch; what 
 
     pip install --no-deps torch-fidelity==0.4.0 lpips==0.1.4 && python -m tests.references
 
-Weights and inputs are drawn by NumPy's old generator, which gives the same numbers in every version.
+Weights and inputs are drawn by NumPy's old generator, which gives the same numbers in every version; Pillow enlarges
+the pictures.
 """
 
 import importlib

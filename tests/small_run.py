@@ -44,7 +44,7 @@ def start(root, workdir, *flags, devices: int = 1, **more) -> subprocess.Popen:
         sys.executable, "run.py", "--config=configs/tiny.py:smoke", f"--workdir={workdir}",
         f"--config.model={root / 'model'}", "--config.random_weights=True", f"--config.data.directory={root / 'pairs'}",
         "--config.principles=('shape', 'colour')", "--config.judge=", "--config.eval.seen=('cook',)",
-        "--config.eval.held_out=('baker',)", "--config.sampling.steps=2", "--config.log.samples_every=1000000",
+        "--config.eval.held_out=('baker',)", "--config.sampling.steps=2", "--config.log.samples_every=0",
         "--config.log.every=1", "--config.data.cache=False", *flags,
     ]  # fmt: skip
     return subprocess.Popen(

@@ -27,7 +27,6 @@ SETTINGS = dict(
 )
 SAFE = sld.SafeGuidance(50.0, 2, 0.5, 0.5, 0.7)
 PROMPTS = ["a photo of a baker", "a cook at work"]
-REGULARISATION = 0.005  # of UCE, for text states of 20 numbers
 
 
 def theirs(sd, pipeline, **options):
@@ -63,6 +62,8 @@ def test_safe_latent_diffusion_is_the_published_pipelines(sd, published, torch_m
     plain = generate.generate(sd, [r._replace(edits=()) for r in requests], **SETTINGS)
     assert np.abs(ours.astype(int) - plain).max() > 8, "it does something"
     assert np.abs(ours - expected).max() < 1.5
+    divided = generate.generate(sd, requests, **SETTINGS | {"mesh": sharding.make_mesh(2)}, guidance=SAFE)
+    assert np.abs(ours.astype(int) - divided).max() <= 1, "on two devices"
 
 
 def test_the_presets_are_the_published_ones():
@@ -169,7 +170,7 @@ def config():
     config = uce_config.get_config("tiny:smoke")
     config.sampling.sampler, config.sampling.steps, config.sampling.batch_size = "ddim", 2, 1
     config.uce.rounds, config.uce.images, config.principles = 2, 1, ("shape", "bloody")
-    config.preferences.templates, config.uce.regularisation = ("a {}",), REGULARISATION
+    config.preferences.templates = ("a {}",)
     return config
 
 
@@ -218,7 +219,7 @@ def test_uce_is_kept_and_made_again_for_another_config(sd, config, tmp_path):
     config.uce.regularisation = 0.2
     uce.make(config, sd, mesh, epath.Path(tmp_path), judge)
     assert len(asked) == 4
-    config.uce.regularisation = REGULARISATION
+    config.uce.regularisation = 0.1
 
 
 # ---------------------------------------------------------------------------- methods

@@ -112,9 +112,9 @@ PROMPTS = ["a photo of a baker", "a bloody cook", "a photo of the sea"]
 RETRIEVER = Retriever(load(("shape", "colour", "bloody")))
 
 
-def noise(prompts, images: int, shape=(8, 8, 4)) -> torch.Tensor:
+def noise(prompts, images: int) -> torch.Tensor:
     """What JAX draws from for seed 7, as `latents`."""
-    rows = [generate.initial_noise(7, text_hash(p), i, shape) for p in prompts for i in range(images)]
+    rows = [generate.initial_noise(7, text_hash(p), i, (8, 8, 4)) for p in prompts for i in range(images)]
     return torch.tensor(np.stack(rows)).permute(0, 3, 1, 2)
 
 

@@ -108,8 +108,8 @@ def test_an_image_depends_on_its_request_alone(sd, value_encoder):
     others = (
         (slice(None, None, -1), {}),
         (slice(2, 7), {"batch_size": 2}),
-        (slice(None), {"mesh": None}),
-    )  # all devices
+        (slice(None), {"mesh": None}),  # all devices
+    )
     for order, settings in others:
         again = generate.generate(sd, requests[order], value_encoder, **SETTINGS | settings)
         assert np.abs(images[order].astype(int) - again).max() <= 1

@@ -52,7 +52,10 @@ def parts(config, sd):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_step(models, small, method):
-    """What it trains stays in float32, finite, and moves; the loss is that in float32 but for bfloat16's 8 bits."""
+    """What it trains stays in float32, finite, and moves; what it merges has the UNet's dtype.
+
+    The loss of value encoders and of the UNet's methods is that in float32 but for bfloat16's 8 bits.
+    """
     config, batch, sd = config_of(method, small[0].root), small[3], models[jnp.bfloat16]
     loss_of, graphs, params, frozen = parts(config, sd)
     scale, tx = sd.vae.config.scaling_factor, make_optimizer(config)
@@ -62,6 +65,9 @@ def test_a_step(models, small, method):
     before, after = jax.tree.leaves(params), jax.tree.leaves(state["params"])
     assert {x.dtype for x in before + after} == {jnp.dtype(jnp.float32)} and all(np.isfinite(x).all() for x in after)
     assert any((a != b).any() for a, b in zip(before, after))
+    if method in baselines.UNET:
+        merged = split(nnx.merge(graphs["update"], state["params"]).merged(sd.unet))[1]
+        assert {x.dtype for x in jax.tree.leaves(merged)} == {jnp.dtype(jnp.bfloat16)}
     if method not in ("full", *baselines.UNET):  # those of value encoders differ in what these compare
         return
     key = jax.random.fold_in(jax.random.key(config.seed), 0)

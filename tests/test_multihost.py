@@ -1,4 +1,4 @@
-"""Several processes train and evaluate as one does: two with two devices each against one with four."""
+"""Several processes train and evaluate as one does: two with four devices each against one with eight."""
 
 import json
 import shutil
@@ -25,10 +25,9 @@ EVALUATED = ("--mode=evaluate", f"--config.model={MODEL}", f"--config.value_enco
 ENDLESS = ("--config.train.steps=100000", "--config.checkpoint.every=100000", "--config.train.schedule=constant")
 
 
-def alone(root, *flags):
-    """The run of one process with four devices."""
-    workdir = root / f"alone{len(flags)}"
-    small_run.finish(small_run.start(root, workdir, *flags, devices=4))
+def alone(workdir, root, *flags):
+    """The run of one process with eight devices."""
+    small_run.finish(small_run.start(root, workdir, *flags, devices=8))
     return workdir
 
 
@@ -37,7 +36,7 @@ def start_two(root, workdirs, *flags):
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     return [
-        small_run.start(root, workdir, f"--distributed=localhost:{port},2,{i}", *flags, devices=2)
+        small_run.start(root, workdir, f"--distributed=localhost:{port},2,{i}", *flags, devices=4)
         for i, workdir in enumerate(workdirs)
     ]
 
@@ -54,21 +53,21 @@ def assert_close(workdir, alone):
 
 
 def test_two_processes_train_as_one(root, tmp_path):
-    """Sharded, beside one that is not. And one process goes on with what two have begun."""
-    workdir, whole = tmp_path / "two", alone(root, *RUN)
+    """By rows and sharded, beside one that divides rows alone. And one process goes on with what two have begun."""
+    workdir, whole = tmp_path / "two", alone(tmp_path / "one", root, *RUN)
     first, second = start_two(root, (workdir, workdir), *RUN, *SHARDED)
     out = small_run.finish(first)
     assert f"{workdir} is trained" in out and "is trained" not in small_run.finish(second), "process 0 alone prints"
     assert_close(workdir, whole)
 
     shutil.rmtree(workdir / "checkpoints" / "2")
-    assert "at step 1\n" in small_run.finish(small_run.start(root, workdir, *RUN, devices=4))
+    assert "at step 1\n" in small_run.finish(small_run.start(root, workdir, *RUN, devices=8))
     assert_close(workdir, whole)
 
 
 def test_two_processes_evaluate_as_one(root, tmp_path):
     """The same numbers of the same images."""
-    workdir, whole = tmp_path / "two", alone(root, *EVALUATED)
+    workdir, whole = tmp_path / "two", alone(tmp_path / "one", root, *EVALUATED)
     first, second = start_two(root, (workdir, workdir), *EVALUATED)
     assert "report: " in small_run.finish(first) and "report: " not in small_run.finish(second)
     ours, theirs = (json.loads((place / "eval" / "results.json").read_text()) for place in (workdir, whole))

@@ -169,7 +169,7 @@ checkpoints.wait()
 
 
 RUN = ("--config.train.accumulate=2", "--config.train.ema_decay=0.9", "--config.train.steps=16",
-       "--config.checkpoint.every=2")  # fmt: skip
+       "--config.checkpoint.every=2", "--config.log.samples_every=1000000")  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -151,7 +151,10 @@ def test_sharded_steps_send_what_the_plan_says(root, shape, shard_frozen):
 
 
 def test_fsdp_gathers_no_whole_model():
-    """What sharded weights cost beside replicated ones while the step runs is less than the UNet; at rest an eighth."""
+    """What sharded weights cost beside replicated ones while the step runs is less than the UNet; at rest an eighth.
+
+    A step from the cache: of the frozen models it holds the UNet.
+    """
     settings = dict(train=dict(remat="full"), data=dict(cache=True))
     unsharded, _, frozen, _ = compiled_step(sharding.make_mesh(1), **settings)
     sharded, *_ = compiled_step(sharding.make_mesh(1, 8, 1), shard_frozen=True, **settings)

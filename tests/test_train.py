@@ -2,6 +2,9 @@
 
 import copy
 import functools
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +28,7 @@ from livo_jax.step import (
     trained_params,
 )
 from tests.conftest import relative_error
+from tests.small_run import ROOT
 
 LOSS = dict(alpha=50.0, beta=100.0, gamma_1=1.0, gamma_2=0.5)
 CONFIG = ConfigDict(
@@ -217,6 +221,14 @@ def test_fine_tuning_asks_for_no_violating_image(parts, torch_models):
 def test_three_steps_are_pytorchs(parts, torch_models):
     sd, graphs, frozen, batch = parts
     compare_training(torch_training(torch_models, batch, sd.scheduler_config), graphs, frozen, batch, sd.schedule)
+
+
+def test_optimised_programs_are_pytorchs():
+    """As users compile them: other tests compile quickly."""
+    command = [sys.executable, "-m", "pytest", "-q", "tests/test_train.py", "-k", "three_steps"]
+    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=3"}  # the default
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout
 
 
 def test_a_second_value_that_is_not_there_changes_nothing(small):

@@ -203,6 +203,8 @@ def test_several_values_and_strengths(sd, made, kind):
     assert np.abs(images[0] - draw(requests[:1])[0]).max() <= 1
     assert np.abs(images[1] - draw(requests[1:2], made[kind])[0]).max() <= 1
     assert min(np.abs(images[i] - images[j]).max() for i in range(4) for j in range(i)) > 1
+    divided = draw(requests, made[kind], mesh=sharding.make_mesh(2), batch_size=2)
+    assert np.abs(images - divided).max() <= 1, "on two devices"
 
 
 @pytest.mark.parametrize("kind", ["lora", "token"])
@@ -254,9 +256,11 @@ def test_a_run_trains_its_kind_alone(root, tmp_path, kind):
     config.sampling.steps, config.sampling.batch_size = 2, 2
     config.mesh = dict(data=2, fsdp=2, tensor=1)
     config.train.steps, config.train.warmup_steps, config.data.cache = 3, 0, False
+    config.log.samples_every = 0
     config.value_encoder.update(kind=kind)
     config.train.ema_decay = 0.5
     train.train_and_evaluate(config, tmp_path)
+    assert not (tmp_path / "samples").exists()
     config.mesh = dict(data=1, fsdp=1, tensor=1)
     sd, value_encoder = train.restore_run(config, tmp_path, sharding.make_mesh(1))
     arrays = small_run.final(tmp_path)
@@ -303,7 +307,7 @@ def test_what_does_not_fit(sd, made, config, tmp_path):
     # The embedded world's text encoder is wider and has fewer layers.
     other = StableDiffusion.from_pretrained(tiny.get_config().model)
     (place / "adapter_config.json").write_text(json.dumps(settings))
-    with pytest.raises(ValueError, match="(?s)an adapter of 'the-base', does not fit .*shapeworld_model.*q_proj"):
+    with pytest.raises(ValueError, match="(?s)an adapter of 'the-base', does not fit .*shapeworld_model.*layers.2"):
         LoRA.from_pretrained(place, other)
     made["token"].save(place, "the-base")
     with pytest.raises(ValueError, match="of 'the-base', has tokens of width 20; those of .*shapeworld_model are 64"):

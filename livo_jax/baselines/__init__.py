@@ -100,8 +100,8 @@ def load(config, sd, value_encoder, mesh, workdir, judge=None) -> Method:
 def of_unet(config):
     """The module of a method that trains the UNet, None of others.
 
-    It has Update(config, sd, rngs), what is trained: its merged(unet) is the UNet with it, by its RULES it is divided
-    over a mesh; make_loss, as step.make_loss; and KINDS, of the values that it is for.
+    It has Update(config, sd, rngs), what is trained: its merged(unet) is the UNet with it, in the dtype that it
+    had; by its RULES it is divided over a mesh; make_loss, as step.make_loss; and KINDS, of the values that it is for.
     """
     return importlib.import_module(f"{__name__}.{config.method}") if config.method in UNET else None
 

@@ -22,7 +22,8 @@ def config(tmp_path_factory):
     config.data.directory = str(tmp_path_factory.mktemp("cache") / "preferences")
     config.data.random_flip, config.data.anchors, config.data.cache = True, 0.0, False
     build_preferences.build(config, config.data.directory)
-    config.judge = ""  # the images that it ends with do not matter here
+    # The images that it ends with do not matter here.
+    config.judge, config.sampling.steps, config.mesh.data = "", 1, 1
     return config
 
 
