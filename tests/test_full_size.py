@@ -2,6 +2,7 @@
 
 Weights are random.
 
+export XLA_FLAGS=--xla_backend_optimization_level=3    # as users compile
 pytest -m slow tests/test_full_size.py -k sd15    # about 9 minutes on 2 cores, 14 GiB
 pytest -m slow tests/test_full_size.py -k sd21    # about 9 minutes, 23 GiB: both sides' weights and optimizers
 pytest -m slow tests/test_full_size.py -k xl      # 4 minutes
