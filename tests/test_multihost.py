@@ -1,4 +1,4 @@
-"""Several processes train and evaluate as one does: two with four devices each against one with eight."""
+"""Several processes train and evaluate as one does."""
 
 import json
 import shutil
@@ -25,18 +25,18 @@ EVALUATED = ("--mode=evaluate", f"--config.model={MODEL}", f"--config.value_enco
 ENDLESS = ("--config.train.steps=100000", "--config.checkpoint.every=100000", "--config.train.schedule=constant")
 
 
-def alone(workdir, root, *flags):
-    """The run of one process with eight devices."""
-    small_run.finish(small_run.start(root, workdir, *flags, devices=8))
+def alone(workdir, root, *flags, devices):
+    """The run of one process."""
+    small_run.finish(small_run.start(root, workdir, *flags, devices=devices))
     return workdir
 
 
-def start_two(root, workdirs, *flags):
+def start_two(root, workdirs, *flags, devices=1):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     return [
-        small_run.start(root, workdir, f"--distributed=localhost:{port},2,{i}", *flags, devices=4)
+        small_run.start(root, workdir, f"--distributed=localhost:{port},2,{i}", *flags, devices=devices)
         for i, workdir in enumerate(workdirs)
     ]
 
@@ -54,8 +54,8 @@ def assert_close(workdir, alone):
 
 def test_two_processes_train_as_one(root, tmp_path):
     """By rows and sharded, beside one that divides rows alone. And one process goes on with what two have begun."""
-    workdir, whole = tmp_path / "two", alone(tmp_path / "one", root, *RUN)
-    first, second = start_two(root, (workdir, workdir), *RUN, *SHARDED)
+    workdir, whole = tmp_path / "two", alone(tmp_path / "one", root, *RUN, devices=8)
+    first, second = start_two(root, (workdir, workdir), *RUN, *SHARDED, devices=4)
     out = small_run.finish(first)
     assert f"{workdir} is trained" in out and "is trained" not in small_run.finish(second), "process 0 alone prints"
     assert_close(workdir, whole)
@@ -67,7 +67,7 @@ def test_two_processes_train_as_one(root, tmp_path):
 
 def test_two_processes_evaluate_as_one(root, tmp_path):
     """The same numbers of the same images."""
-    workdir, whole = tmp_path / "two", alone(tmp_path / "one", root, *EVALUATED)
+    workdir, whole = tmp_path / "two", alone(tmp_path / "one", root, *EVALUATED, devices=2)
     first, second = start_two(root, (workdir, workdir), *EVALUATED)
     assert "report: " in small_run.finish(first) and "report: " not in small_run.finish(second)
     ours, theirs = (json.loads((place / "eval" / "results.json").read_text()) for place in (workdir, whole))

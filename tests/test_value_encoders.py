@@ -278,7 +278,7 @@ def test_a_run_trains_its_kind_alone(root, tmp_path, kind):
         train.restore_run(config, tmp_path, sharding.make_mesh(1))
 
 
-def test_what_does_not_fit(sd, made, config, tmp_path):
+def test_what_does_not_fit(sd, small, made, config, tmp_path):
     mesh = sharding.make_mesh()
     start = lambda kind, **settings: value_encoders.start(of_kind(config, kind, **settings), sd, mesh)
     with pytest.raises(ValueError, match="kind='half': choose from full, lora, token"):
@@ -304,11 +304,13 @@ def test_what_does_not_fit(sd, made, config, tmp_path):
     with pytest.raises(ValueError, match="adapter_config.json: not supported: use_dora=True, .* bias='all'"):
         start("lora", start=str(place))
 
-    # The embedded world's text encoder is wider and has fewer layers.
+    # One text encoder has fewer layers, the embedded world's is wider.
     other = StableDiffusion.from_pretrained(tiny.get_config().model)
     (place / "adapter_config.json").write_text(json.dumps(settings))
-    with pytest.raises(ValueError, match="(?s)an adapter of 'the-base', does not fit .*shapeworld_model.*layers.2"):
+    with pytest.raises(ValueError, match="(?s)an adapter of 'the-base', does not fit .*shapeworld_model.*q_proj"):
         LoRA.from_pretrained(place, other)
+    with pytest.raises(ValueError, match="(?s)an adapter of 'the-base', does not fit .*layers.1"):
+        LoRA.from_pretrained(place, small[0])
     made["token"].save(place, "the-base")
     with pytest.raises(ValueError, match="of 'the-base', has tokens of width 20; those of .*shapeworld_model are 64"):
         SoftTokens.from_pretrained(place, other)
