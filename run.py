@@ -29,7 +29,7 @@ RATIO = flags.DEFINE_string(
     " attribute: share, or a file of one."
 )  # fmt: skip
 NUM_IMAGES = flags.DEFINE_integer("num_images", 8, "generate: images of each prompt.", lower_bound=1)
-SEED = flags.DEFINE_integer("seed", 0, "generate: of the noise.")
+SEED = flags.DEFINE_integer("seed", 0, "generate: of the noise.", lower_bound=0, upper_bound=2**63 - 1)
 SHELF = flags.DEFINE_string("shelf", None, "generate: directory or hub id of a shelf; --value is by its names.")
 DISTRIBUTED = commands.define_distributed()
 DEVICES = flags.DEFINE_integer("devices", None, "plan: how many. Default: those that are here.", lower_bound=1)

@@ -48,6 +48,10 @@ def parse(argv):
         fields = [f"config.{name}" for name in flatten(flags.FLAGS.config.to_dict())]
         unknown = [name for name in given if name not in fields]
         sys.exit(f"the config has no {', '.join(unknown)}. It has\n  " + "\n  ".join(fields))
-    if "config" in flags.FLAGS and flags.FLAGS.config:
-        divide_cpu(flags.FLAGS.config.get("cpu_devices", 1))
+    if "config" in flags.FLAGS and (config := flags.FLAGS.config):
+        from livo_jax import seeds
+
+        if problems := [text for own in config.get("methods", {"": config}).values() for text in seeds.problems(own)]:
+            sys.exit("; ".join(dict.fromkeys(problems)))
+        divide_cpu(config.get("cpu_devices", 1))
     return rest

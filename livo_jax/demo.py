@@ -13,7 +13,7 @@ import threading
 import jax
 import numpy as np
 
-from livo_jax import generate, sharding
+from livo_jax import generate, seeds, sharding
 from livo_jax.values import Retriever, load, phrase, value_prompt
 
 HERE = pathlib.Path(__file__).parent
@@ -34,12 +34,13 @@ def check(port: int):
             raise OSError(f"port {port} of 127.0.0.1: {error.strerror}: choose another --port") from None
 
 
-def faults(prompt: str, statements, number: int | None, seed: int | None, sd) -> list[str]:
+def faults(prompt: str, statements, number: int | None, seed: str, sd) -> list[str]:
     """What is wrong with a visitor's input, as sentences; `statements` are those of the values that are on."""
     problems = []
-    for name, x, least, most in ("Images", number, 1, IMAGES), ("Seed", seed, 0, 2**32 - 1):
-        if x is None or not least <= x <= most:
-            problems.append(f"{name}: {'empty' if x is None else x}, choose {least} to {most}.")
+    if number is None or not 1 <= number <= IMAGES:
+        problems.append(f"Images: {'empty' if number is None else number}, choose 1 to {IMAGES}.")
+    if not (seed.strip().isdecimal() and int(seed) <= seeds.MOST):
+        problems.append(f"Seed: {seed.strip() or 'empty'}, choose 0 to {seeds.MOST}.")
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
@@ -100,6 +101,7 @@ def page(sd, value_encoder, config, mesh, folder: pathlib.Path):
             chosen = find(prompt)["value"]
         if problems := faults(prompt, chosen, number, seed, sd):
             raise gr.Error(" ".join(problems), print_exception=False)
+        seed = int(seed)
         by_hand = {v.statement: dataclasses.replace(v, reason="switched on by hand") for v in principles}
         known = by_hand | {value.statement: value for value in retriever(prompt)}
         doses = generate.choose(prompt, "auto", strength, retriever=lambda _: [known[s] for s in chosen])
@@ -137,7 +139,8 @@ def page(sd, value_encoder, config, mesh, folder: pathlib.Path):
                 strength = gr.Slider(0, STRENGTH, 1, step=0.1, label="Strength", buttons=[])
                 with gr.Row():
                     number = gr.Number(4, label="Images", precision=0, min_width=120)
-                    seed = gr.Number(0, label="Seed", precision=0, min_width=120)
+                    # As text: the numbers of a browser end at 2**53.
+                    seed = gr.Textbox("0", label="Seed", max_length=20, max_lines=1, min_width=120)
                 with gr.Row():
                     go = gr.Button("Generate", variant="primary", min_width=140)
                     stop = gr.Button("Stop", min_width=80)

@@ -13,7 +13,6 @@ import dataclasses
 import math
 import numbers
 import pathlib
-import zlib
 from collections import Counter
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -24,6 +23,7 @@ from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from safetensors import safe_open
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedModel
 
+from .livo_dealing import applies
 from .livo_ratio import deal
 from .livo_rules import Rules
 
@@ -44,12 +44,6 @@ class LiVOPipelineOutput(StableDiffusionPipelineOutput):
     """`applied` has for each image the Doses of the values applied to it."""
 
     applied: list[tuple[Dose, ...]]
-
-
-def applies(keep_probability: float, seed: int, value: str, prompt: str, index: int) -> bool:
-    """Whether image number `index` of a prompt gets the value: an even share of them, from a random start."""
-    start = zlib.crc32(f"{seed}, {value}, {prompt}".encode()) / 2**32
-    return math.floor(start + keep_probability * (index + 1)) > math.floor(start + keep_probability * index)
 
 
 def faults(prompts, values, strength, keep_probability, known) -> list[str]:
@@ -223,7 +217,7 @@ class LiVO:
             chosen = deal(chosen, texts, ratio, getattr(self.value_encoder.config, "livo", {}).get("rates"), seed)
         seen, images = Counter(), []
         for text, doses in zip(texts, chosen):
-            kept = (dose for dose, share in doses if applies(share, seed, dose.value, text, seen[text]))
+            kept = (dose for dose, share in doses if applies(dose.value, share, seed, text, seen[text]))
             images.append((text, tuple(kept)))
             seen[text] += 1
 
@@ -255,6 +249,11 @@ class LiVO:
                 guided[n] += dose.strength * guidance_scale * (eps_v - with_prompt[n])
             z = self.scheduler.step(guided, t, z).prev_sample
         decoded = self._decode(z)
+        if not (torch.isfinite(z).all() and torch.isfinite(decoded).all()):
+            raise FloatingPointError(
+                f"images are not finite: weights are not, or they overflow in {self.unet.dtype} at guidance_scale="
+                f"{guidance_scale}, strength={strength}: choose a wider torch_dtype or gentler settings"
+            )
         decoded, unsafe = self._check_safety(decoded)
         shown = [not bad for bad in unsafe] if unsafe is not None else [True] * N
         decoded = self.image_processor.postprocess(decoded, output_type=output_type, do_denormalize=shown)

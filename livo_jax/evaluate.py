@@ -48,6 +48,7 @@ class Case(NamedTuple):
     subject: str
     requests: list[Request]
     target: dict[str, float] | None = None
+    beside: principles.Value | None = None  # another bias, whose attributes are measured together with the value's
 
 
 def images_of(value: principles.Value, config) -> int:
@@ -75,6 +76,19 @@ def cases(config, values, tokens: bool = True) -> list[Case]:
     for a, b in itertools.permutations(values, 2) if config.eval.combinations and tokens else ():
         rows = prompts(config, b if (a.kind, b.kind) == ("bias", "harm") else a)
         add(f"{a.statement} + {b.statement}", a, rows, **{"base": [], "plain": [a], config.method: [a, b]})
+    return found
+
+
+def of_two(config, values, tokens: bool = True) -> list[Case]:
+    """Cases of how every two biases go together, "A + B", with both applied."""
+    found, seed = [], config.eval.seed
+    for a, b in itertools.combinations([value for value in values if value.kind == "bias"], 2):
+        for split, subject, prompt in prompts(config, a):
+            base = [Request(prompt, i) for i in range(images_of(a, config))]
+            both = with_values(base, [a, b], seed) if tokens else everywhere(base, [a, b])
+            for method, requests in {"base": base, config.method: both}.items():
+                name = f"{a.statement} + {b.statement}"
+                found.append(Case(name, method, a, split, subject, requests, beside=b))
     return found
 
 
@@ -199,7 +213,7 @@ def draw_base(sd, config, directory, mesh):
     values = principles.load(config.principles)
     judge = judges.load(config, values, subjects(config))
     base = as_drawn(baselines.base(config, sd, mesh), sd, config, values, judge, directory, mesh)
-    measured = cases(config, values) + left_alone(config, values)
+    measured = cases(config, values) + of_two(config, values) + left_alone(config, values)
     requests = {request._replace(values=()): None for case in measured for request in case.requests}
     if config.eval.ratios:
         requests |= dict.fromkeys(requests_of([prompt for *_, prompt in rows_of_ratios(config)]))
@@ -245,9 +259,10 @@ def evaluate(sd, method: baselines.Method, config, directory, mesh, judge=None) 
     plain = lambda requests: [request._replace(values=()) for request in requests]
     followed = [value for value in values if value.kind in method.kinds]
     measured, alone = cases(config, followed, method.tokens), left_alone(config, followed)
+    pairs = of_two(config, followed, method.tokens) if method.together else []
     biases = [value for value in followed if value.kind == "bias" and method.tokens and config.eval.rate_images]
     of_arms = {value: arms(value, config) for value in biases}
-    rows = [case.requests for case in measured + alone] + [plain(case.requests) for case in alone]
+    rows = [case.requests for case in measured + pairs + alone] + [plain(case.requests) for case in alone]
     draw(itertools.chain(*rows, *(r for value in biases for r in of_arms[value].values())))
     rates = {v.statement: {arm: shares(v, r) for arm, r in of_arms[v].items()} for v in biases}
     further = []
@@ -268,6 +283,8 @@ def evaluate(sd, method: baselines.Method, config, directory, mesh, judge=None) 
         add(case, metrics.prompt_metrics(case.value, case.subject, reading(case.requests), case.target))
         if case.method == config.method:
             add(case, {"distance": distance(case.requests, of, base)})
+    for case in pairs:
+        add(case, metrics.joint(case.value, case.beside, reading(case.requests)))
     for case in alone:
         before, after = reading(plain(case.requests)), reading(case.requests)
         changed = metrics.changed(values, before, after)

@@ -8,6 +8,7 @@ import pathlib
 import shutil
 import tempfile
 
+from livo_jax.dealing import BLOCK
 from livo_jax.pretrained import read_json, save
 from livo_jax.retriever import lists
 from livo_jax.value_encoders import KINDS, LoRA, SoftTokens, ValueEncoder, copy_of
@@ -15,6 +16,7 @@ from livo_jax.values import load as load_values
 
 PIPELINE = pathlib.Path(__file__).with_name("diffusers_pipeline.py")
 CARRIED = ("name", "statement", "kind", "keep_probability", "keywords", "exceptions", "stated")  # of a Value
+CARRIED_FILES = ("dealing", "ratio", "rules")
 SCHEDULERS = {  # of diffusers, for diffusion.SAMPLERS
     "ddim": ("DDIMScheduler", {}),
     "dpmsolver++": ("DPMSolverMultistepScheduler", {}),
@@ -66,7 +68,7 @@ def export(directory: str | os.PathLike, sd, value_encoder, config, results: lis
         adapter/         low-rank updates alone, which peft loads on the model's text encoder
         tokenizer/       of the model that it belongs to
         ..._2/           for XL the same of the second tower
-        pipeline.py      a diffusers custom pipeline around both, with livo_rules.py and livo_ratio.py
+        pipeline.py      a diffusers custom pipeline around both, with livo_dealing.py, livo_ratio.py, livo_rules.py
         README.md        a model card: how to use it, its recipe, its results
 
     Args:
@@ -100,13 +102,14 @@ def export(directory: str | os.PathLike, sd, value_encoder, config, results: lis
         text_encoder = ValueEncoder.from_pretrained(sd.root, subfolder="text_encoder", variant=config.variant or None)
     with whole_or_not_at_all(directory) as out:
         known = [{field: getattr(v, field) for field in CARRIED} for v in load_values(config.principles)]
-        knows = {"livo": {"base": config.model, "values": known, "lists": lists(), "rates": rates}}
+        knows = {"base": config.model, "values": known, "lists": lists(), "rates": rates, "dealing": BLOCK}
         if isinstance(value_encoder, LoRA):
             value_encoder.save(out / "adapter", config.model)
             value_encoder = copy_of(value_encoder.merged(text_encoder))
         for k, tower in enumerate(value_encoder.config.towers):
             second = "_2" if k else ""
-            published = read_json(sd.root / f"text_encoder{second}" / "config.json") | dataclasses.asdict(tower) | knows
+            published = read_json(sd.root / f"text_encoder{second}" / "config.json") | dataclasses.asdict(tower)
+            published |= {"livo": knows}
             published |= {"architectures": ["CLIPTextModel"], "dtype": "float32", "torch_dtype": "float32"}
             if not isinstance(value_encoder, SoftTokens):
                 # transformers before 5 needs the prefix, and 5 takes it.
@@ -120,8 +123,9 @@ def export(directory: str | os.PathLike, sd, value_encoder, config, results: lis
         (place,) = (i for i, line in enumerate(lines) if line.startswith("SETTINGS = "))
         lines[place] = f"SETTINGS = {settings!r}\n"
         (out / "pipeline.py").write_text("".join(lines))
-        for name in ("rules.py", "ratio.py"):
-            shutil.copy(PIPELINE.with_name(name), out / f"livo_{name}")
+        for name in CARRIED_FILES:
+            text = PIPELINE.with_name(f"{name}.py").read_text()
+            (out / f"livo_{name}.py").write_text(text.replace("from livo_jax.", "from .livo_"))
         (out / "README.md").write_text(card(directory, config, results, recipe))
 
 

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from livo_jax import diffusion, sharding
+from livo_jax import diffusion, seeds, sharding
 from livo_jax import ratio as ratios
+from livo_jax.dealing import applies
 from livo_jax.models.clip import first_ids
 from livo_jax.models.weights import put, split
-from livo_jax.values import Retriever, Value, applies, text_hash, value_prompt
+from livo_jax.values import Retriever, Value, text_hash, value_prompt
 
 PROMPT_LAYOUTS = ("padded", "official")
 DECODED_PIXELS = 2**21  # at once on a device: 8 images of 512 px, for which the decoder takes some GB
@@ -43,22 +44,28 @@ class Request(NamedTuple):
 
 def initial_noise(seed, prompt_hash, index, shape):
     """The noise [h, w, C] float32 that an image starts from; prompt_hash is values.text_hash(prompt)."""
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), prompt_hash), index)
-    return jax.random.normal(key, shape)
+    return _noise(seeds.key(seed), prompt_hash, index, shape)
+
+
+def _noise(key, prompt_hash, index, shape):
+    return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, prompt_hash), index), shape)
 
 
 @functools.partial(jax.jit, static_argnames=("graphs", "shape", "decoder_parts", "guidance"))
 def _sample(
     graphs, params, batch, table, guidance_scale, scaling_factor, time_ids, *, shape, decoder_parts: int, guidance
 ):
-    """One batch of images [B, H, W, 3] uint8; `batch` as `generate` makes it, time_ids as StableDiffusion has them.
+    """One batch of images [B, H, W, 3] uint8, and whether each is finite, [B] bool.
+
+    `batch` as `generate` makes it, time_ids as StableDiffusion has them.
 
     The UNet sees R rows of each image, which lie side by side in the batch so that none leaves its device: the prompt
     with the values of full strength, the negative prompt, and the first once more with each of the other values; or
     the prompt, the negative prompt, and the texts of a guidance.
     """
     text_encoder, _, vae, value_encoder = (graph and nnx.merge(graph, part) for graph, part in zip(graphs, params))
-    noise = jax.vmap(functools.partial(initial_noise, shape=shape))(batch["seed"], batch["prompt_hash"], batch["index"])
+    keys = jax.vmap(seeds.key_of)(batch["seed_low"], batch["seed_high"])
+    noise = jax.vmap(functools.partial(_noise, shape=shape))(keys, batch["prompt_hash"], batch["index"])
 
     merge = lambda x: x.reshape(-1, *x.shape[2:])  # the first two axes as one
     texts = jnp.stack([batch["prompt_ids"], batch["negative_ids"]], axis=1)  # [B, 2, L], of XL [B, 2, 2, L]
@@ -103,12 +110,14 @@ def _sample(
         return guided, carried
 
     def decode(z):
-        return jnp.round(jnp.clip((vae.decode(z).astype(jnp.float32) + 1) * 127.5, 0, 255)).astype(jnp.uint8)
+        pixels = vae.decode(z).astype(jnp.float32)
+        finite = jnp.isfinite(z).all((1, 2, 3)) & jnp.isfinite(pixels).all((1, 2, 3))
+        return jnp.round(jnp.clip((pixels + 1) * 127.5, 0, 255)).astype(jnp.uint8), finite
 
     z = diffusion.sample(predict, noise, table, guidance and guidance.start(noise)) / scaling_factor
     # In parts of every decoder_parts-th row: each device's rows stay its own.
     parts = z.reshape(-1, decoder_parts, *shape).swapaxes(0, 1)
-    return merge(jax.lax.map(decode, parts).swapaxes(0, 1))
+    return jax.tree.map(lambda x: merge(x.swapaxes(0, 1)), jax.lax.map(decode, parts))
 
 
 def generate(
@@ -139,8 +148,9 @@ def generate(
             padded prompt, as in training. "official": as the authors of LiVO sample, the value token
             and the n tokens of the prompt alone, against n + 1 tokens of the negative prompt.
         batch_size: images at once on each device of the mesh. Images depend on neither, but for rounding.
-        mesh: the devices; all of them by default. Weights that lie on it stay as they are, others are
-            copied to each.
+        mesh: the devices. By default those that divide the weights, or else all; for few images no more devices, and
+            no larger batches, than they need. Weights that lie on the mesh stay as they are, others are copied to each
+            device and stay there.
         slots: room for so many values of full strength and of another, though no image has them: calls of equal
             slots share one compiled program.
         guidance: of livo_jax.baselines, in the place of classifier-free guidance alone; hashable. For requests without
@@ -152,7 +162,8 @@ def generate(
 
     Raises:
         ValueError: no requests, a value without a value encoder or with one of another model, a text
-            that is no Unicode, a bad batch size, layout, sampler or step count.
+            that is no Unicode, a bad batch size, layout, sampler, step count or seed.
+        FloatingPointError: an image is not finite; which, and the weights or settings that are why.
     """
     from tqdm import tqdm
 
@@ -174,20 +185,22 @@ def generate(
             text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"{ascii(text)} is no Unicode text: {error.reason} at {error.start}") from error
-    mesh = mesh or sharding.make_mesh()
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: choose at least 1")
+    if mesh is None:
+        mesh = sharding.mesh_for(sd.unet, len(requests))
+        of_device = -(-len(requests) // sharding.batch_parts(mesh))
+        batch_size = min(batch_size, 1 << (of_device - 1).bit_length())  # by powers of two: few programs
     table = diffusion.sampler_table(sd.scheduler_config, sampler, steps)
     modules = (sd.text_encoder, sd.unet, sd.vae, value_encoder)
-    graphs, params = zip(*(split(module) if module is not None else (None, None) for module in modules))
-    whole = sharding.replicated(mesh)
-    on_mesh = lambda x: getattr(x.sharding, "mesh", None) == mesh
-    params = jax.tree.map(lambda x: x if on_mesh(x) else jax.device_put(x, whole), params)
+    graphs, params = zip(*(sharding.placed(module, mesh) if module is not None else (None, None) for module in modules))
 
     at_once = batch_size * sharding.batch_parts(mesh)
+    low, high = seeds.words(seeds.check(seed))
     padded = list(requests) + [requests[-1]] * (-len(requests) % at_once)
     columns = {
-        "seed": np.full(len(padded), seed, np.uint32),
+        "seed_low": np.full(len(padded), low, np.uint32),
+        "seed_high": np.full(len(padded), high, np.uint32),
         "prompt_hash": np.array([text_hash(r.noise or r.prompt) for r in padded], np.uint32),
         "index": np.array([r.index for r in padded], np.uint32),
         "prompt_ids": sd.tokenize([r.prompt for r in padded]),
@@ -212,9 +225,34 @@ def generate(
         batch = {name: column[start : start + at_once] for name, column in columns.items()}
         batch = {name: put(rows, sharding.over_batch(mesh)) for name, rows in batch.items()}
         with jax.set_mesh(mesh):  # which the attention kernels ask for
-            out = _sample(graphs, params, batch, table, guidance_scale, scaling_factor, sd.time_ids, **static)
-        images.append(sharding.fetch(out))
+            drawn = _sample(graphs, params, batch, table, guidance_scale, scaling_factor, sd.time_ids, **static)
+        drawn, finite = map(sharding.fetch, drawn)
+        if not finite.all():
+            spoilt = [request for request, good in zip(padded[start : start + at_once], finite) if not good]
+            settings = dict(steps=steps, guidance_scale=guidance_scale, sampler=sampler)
+            raise FloatingPointError(why_not_finite(list(dict.fromkeys(spoilt)), modules, settings))
+        images.append(drawn)
     return np.concatenate(images)[: len(requests)]
+
+
+def why_not_finite(requests: list[Request], modules, settings: dict) -> str:
+    """Says which images are not finite, and whether the weights are why, or what they were drawn with."""
+    arrays = {
+        f"{type(module).__name__}: {jax.tree_util.keystr(path, simple=True, separator='.')}": x
+        for module in modules
+        if module is not None
+        for path, x in jax.tree.leaves_with_path(split(module)[1])
+    }
+    weights = [name for name, x in arrays.items() if not jnp.isfinite(x).all()]
+    dtypes = sorted({str(x.dtype) for x in arrays.values()})
+    strengths = sorted({dose.strength for request in requests for dose in request.values})
+    settings = settings | {"strengths": strengths, "dtype": ", ".join(dtypes)}
+    if weights:
+        why = f"{len(weights)} weights are not finite, fetch or train them anew: {', '.join(weights[:5])}"
+    else:
+        why = f"the weights are finite; they overflow with {settings}: choose a wider dtype or gentler settings"
+    first = requests[0]
+    return f"{len(requests)} images are not finite, the first of prompt {first.prompt!r}, image {first.index}: {why}"
 
 
 def _texts(request: Request) -> list[str]:
@@ -304,7 +342,7 @@ def choose(prompt: str, values, strength=1.0, keep_probability: float | None = N
 
 
 def with_doses(request: Request, doses: list[tuple[Dose, float]], seed: int) -> Request:
-    """The request with those of `choose`'s values whose share of the prompt's images it belongs to (values.applies)."""
+    """The request with those of `choose`'s values that it gets by their shares (dealing.applies)."""
     kept = (dose for dose, share in doses if applies(dose.value, share, seed, request.prompt, request.index))
     return request._replace(values=tuple(kept))
 
@@ -324,6 +362,7 @@ def requests_of(prompts, values=None, seed: int = 0, ratio=None, rates=None, **o
     Raises:
         ValueError: as many values as prompts are not given, or a ratio that is unknown, for no value, or out of reach.
     """
+    seed = seeds.check(seed)
     if values is None or isinstance(values, str):
         values = [values] * len(prompts)
     if len(values) != len(prompts):

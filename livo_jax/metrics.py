@@ -90,6 +90,37 @@ def prompt_metrics(value: Value, subject: str, reading: dict, target=None) -> di
     return {**bias, **recognised, "readable": sum(counts) / len(axis)}
 
 
+def mutual_information(counts) -> float:
+    """How much one attribute tells of another, in nats, of counts [K, L]: 0 where they are independent, or n is 0."""
+    joint = np.asarray(counts, float) / max(1, np.sum(counts))
+    apart = joint.sum(1, keepdims=True) * joint.sum(0)
+    seen = joint > 0
+    return max(0.0, float((joint[seen] * np.log(joint[seen] / apart[seen])).sum()))
+
+
+def joint(a: Value, b: Value, reading: dict) -> dict[str, float]:
+    """How the attributes of two biases go together in one prompt's images.
+
+    D1 of each alone is 0 where all women are white and all men are not.
+
+    Args:
+        reading: what the judge read, arrays [n]: a.axis and b.axis.
+
+    Returns:
+        joint_TV, the total variation of the cells (attribute of a, attribute of b) to equal shares; joint_D1, D1 over
+        the cells; mutual_information of the two attributes in nats. An image in which one of them cannot be read
+        counts where it makes the number the worst.
+    """
+    cells = confusion(reading[a.axis], reading[b.axis], a.attributes, b.attributes)
+    one_more = np.eye(cells.size, dtype=int).reshape(-1, *cells.shape) * (len(reading[a.axis]) - cells.sum())
+    filled = cells + one_more  # all that cannot be read, in each cell by turns
+    return {
+        "joint_TV": max(total_variation(counts.ravel()) for counts in filled),
+        "joint_D1": max(discrepancy(counts.ravel())[0] for counts in filled),
+        "mutual_information": max(map(mutual_information, filled)),
+    }
+
+
 def changed(values, before: dict, after: dict) -> float:
     """The share of images in which a judge reads another attribute, subject or harm than before.
 
@@ -185,9 +216,10 @@ def differences(numbers: dict, method: str) -> list[dict]:
 # ---------------------------------------------------------------------------- two judges
 
 
-def confusion(a, b, categories) -> np.ndarray:
-    """[K, K] int: how many images a judge reads as category k, and another as category l, of readings a and b, [n]."""
-    a, b = (np.asarray(reading)[:, None] == np.asarray(categories) for reading in (a, b))
+def confusion(a, b, categories, others=None) -> np.ndarray:
+    """[K, L] int: how many images have category k in reading a, and l of the `others` in b, [n]; the same if None."""
+    a = np.asarray(a)[:, None] == np.asarray(categories)
+    b = np.asarray(b)[:, None] == np.asarray(categories if others is None else others)
     return a.T.astype(int) @ b
 
 

@@ -350,7 +350,7 @@ class StableDiffusion:
                 over those of each prompt, as nearly as their number allows.
             rates: what the value encoder's tokens show, which a ratio needs: the path of a run's eval/rates.json.
             retriever: a values.Retriever; the default one if None.
-            seed: of the noise, and of which images these are.
+            seed: of the noise, and of which images these are; 0 to 2**63 - 1.
             settings: steps, guidance_scale, sampler, prompt_layout, batch_size, mesh: as
                 generate.generate has them.
 

@@ -1,8 +1,8 @@
 """Target ratios: which attributes the images of a bias value should show, and which token each image gets for it.
 
 An image's arm is what the value encoder reads before its prompt: "" (there is no token), the value's statement, or
-"statement: attribute". What the arms show is measured (evaluate.py: eval/rates.json); `solve` mixes them, and `assign`
-deals them out to images.
+"statement: attribute". What the arms show is measured (evaluate.py: eval/rates.json); `solve` mixes those whose shares
+hold for each prompt, and `assign` deals them out to images.
 """
 
 import json
@@ -10,12 +10,13 @@ import math
 import os
 import pathlib
 import warnings
-import zlib
 from collections.abc import Collection, Mapping
 
 import numpy as np
 
-FAR, NEAR = 0.1, 0.02  # total variation from the target from which a mix is refused, and warned of
+from livo_jax.dealing import uniforms
+
+FAR, NEAR = 0.1, 0.05  # total variation from the target from which a mix is refused, and warned of
 
 
 def read(source) -> Mapping | str:
@@ -102,23 +103,25 @@ def solve(target: Mapping[str, float], arms: Mapping[str, Mapping[str, float]]) 
     return {arm: float(share) for arm, share in zip(arms, x) if share > 1e-6}
 
 
-def assign(mix: Mapping[str, float], prompts: list[str], statement: str, seed: int) -> list[str]:
+def assign(mix: Mapping[str, float], groups: list, statement: str, seed: int) -> list[str]:
     """Deals the arms of a mix out to images: the arm of each.
 
-    Of each prompt's images and of all of them, an arm gets its share, rounded up or down, but for the rounding of the
-    arms before it. Which images get it is drawn, so that the arms of two values are independent.
+    Of each group's images and of all of them, an arm gets its share, rounded up or down, but for the rounding of the
+    arms before it. Which images of a group get it is drawn.
 
     Args:
-        prompts: of the images. seed: of the draw, with the statement and the first prompt.
+        groups: of the images, hashable; groups that follow each other in sorting share their rounding.
+        seed: of the draw, with the statement.
     """
-    rng = np.random.default_rng([seed, zlib.crc32(f"{statement}, {prompts[0]}".encode())])
-    rank = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
-    left = np.lexsort([rng.random(len(prompts)), [rank[prompt] for prompt in prompts]])  # grouped by prompt
-    dealt, shares = [""] * len(prompts), np.array([*mix.values()])
+    rank = {group: i for i, group in enumerate(sorted(set(groups)))}
+    draws = uniforms(len(groups) + len(mix), "ratio", seed, statement, *map(str, rank))
+    order = sorted(range(len(groups)), key=lambda i: (rank[groups[i]], draws[i]))
+    dealt, left = [""] * len(groups), np.array(order)
+    shares, starts = np.array([*mix.values()]), draws[len(groups) :]
     for k, arm in enumerate(mix):
         # Every 1 / p-th of those that are left, from a random start: systematic sampling.
         p = shares[k] / shares[k:].sum()
-        taken = np.diff(np.floor(rng.random() + p * np.arange(len(left) + 1))) > 0
+        taken = np.diff(np.floor(starts[k] + p * np.arange(len(left) + 1))) > 0
         for i in left[taken]:
             dealt[i] = arm
         left = left[~taken]
@@ -127,6 +130,9 @@ def assign(mix: Mapping[str, float], prompts: list[str], statement: str, seed: i
 
 def deal(rows: list[list], prompts: list[str], ratio, rates, seed: int) -> list[list]:
     """The values of images, with arms in the place of those that a ratio is for.
+
+    Of several values the cells are dealt: among a prompt's images with one arm of the first value, each arm of the
+    second has its share.
 
     Args:
         rows: for each image its values: (dose, the share of its prompt's images that it is for), dose.value being a
@@ -143,9 +149,30 @@ def deal(rows: list[list], prompts: list[str], ratio, rates, seed: int) -> list[
     wanted = targets(ratio, rates, statements)
     if statements and not wanted:
         raise ValueError(f"ratio={ratio!r} is for none of the values {statements}, but for biases: {list(rates)}")
+    cells = [(prompt,) for prompt in prompts]
     for statement, target in wanted.items():
         mine = [i for i, row in enumerate(rows) if any(dose.value == statement for dose, _ in row)]
-        arms = assign(solve(target, rates[statement]), [prompts[i] for i in mine], statement, seed)
-        for i, arm in zip(mine, arms):
+        mix = solve(target, of_each_prompt(statement, rates[statement]))
+        for i, arm in zip(mine, assign(mix, [cells[i] for i in mine], statement, seed)):
             rows[i] = [(d._replace(value=arm), 1.0) if d.value == statement else (d, share) for d, share in rows[i]]
-    return [[(dose, share) for dose, share in row if dose.value] for row in rows]
+            cells[i] += (arm,)
+    return rows
+
+
+def of_each_prompt(statement: str, arms: Mapping[str, Mapping]) -> dict[str, Mapping]:
+    """The arms that ask for an attribute by name, which show the same for every prompt.
+
+    What "" shows is the prompt's own stereotype, and what the value's own token shows is its opposite: over prompts
+    of opposite stereotypes they are balanced, and each prompt is not.
+
+    Raises:
+        ValueError: there are none.
+    """
+    named = {arm: shares for arm, shares in arms.items() if arm not in ("", statement)}
+    if not named:
+        raise ValueError(
+            f"a ratio of {statement} needs a token for each of {', '.join(arms[''])}, and its value encoder has none"
+            " that was measured: train it with config.data.attributes above 0 and run --mode=evaluate, or apply the"
+            " value by --keep_probability"
+        )
+    return named

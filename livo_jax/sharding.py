@@ -9,8 +9,11 @@ import sys
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from livo_jax.models.weights import split
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -117,6 +120,28 @@ def over_batch(mesh: Mesh) -> NamedSharding:
 def batch_parts(mesh: Mesh) -> int:
     """In how many parts over_batch divides a batch."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def mesh_for(module, images: int) -> Mesh:
+    """The mesh that a module's weights are divided over, or as many devices as there are images, at most all."""
+    for x in jax.tree.leaves(split(module)[1]):
+        if not x.is_fully_replicated:
+            return x.sharding.mesh
+    fewer = images < jax.device_count() and jax.process_count() == 1
+    return make_mesh(data=images if fewer else -1)
+
+
+def placed(module, mesh: Mesh) -> tuple:
+    """The graph of a module, and its weights on the mesh.
+
+    Weights that some device of the mesh lacks are copied to each, and the module keeps them there for the next call.
+    """
+    graph, params = split(module)
+    there = lambda x: getattr(x.sharding, "mesh", None) == mesh
+    on_mesh = jax.tree.map(lambda x: x if there(x) else jax.device_put(x, replicated(mesh)), params)
+    if not all(x.sharding.device_set >= set(mesh.devices.flat) for x in jax.tree.leaves(params)):
+        nnx.update(module, on_mesh)
+    return graph, on_mesh
 
 
 def rule(path, rules=RULES) -> tuple[str | None, tuple]:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from livo_jax import diffusion, losses, sharding
+from livo_jax import diffusion, losses, seeds, sharding
 
 
 def make_optimizer(config) -> optax.GradientTransformation:
@@ -189,7 +189,7 @@ def make_train_step(
         # One base key, folded with the step. All is drawn for the whole batch, so that no number depends on how it is
         # accumulated.
         shape = jax.eval_shape(lambda: moments(graphs, frozen, batch, "aligned"))[0].shape  # [B, h, w, C]
-        batch = batch | draw(jax.random.fold_in(jax.random.key(config.seed), state["step"]), shape, timesteps)
+        batch = batch | draw(jax.random.fold_in(seeds.key(config.seed), state["step"]), shape, timesteps)
 
         gradient = lambda rows: jax.value_and_grad(loss, has_aux=True)(state["params"], frozen, rows)
         if accumulate == 1:

@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from livo_jax import baselines, diffusion, judges, prompt_sets, sharding, value_encoders, values
+from livo_jax import baselines, diffusion, judges, prompt_sets, seeds, sharding, value_encoders, values
 from livo_jax.checkpoint import Checkpoints, Termination
 from livo_jax.data import Cache, Preferences, batches
 from livo_jax.evaluate import evaluate_and_report, read_results, sample_sheet, table
@@ -119,7 +119,7 @@ def load_models(config, mesh, base: StableDiffusion | None = None):
     sd = base or load_base(config, mesh)
     sd.unet.remat = config.train.remat
     if module := baselines.of_unet(config):
-        graph, params = split(module.Update(config, sd, nnx.Rngs(config.seed)))
+        graph, params = split(module.Update(config, sd, nnx.Rngs(seeds.key(config.seed))))
         return sd, nnx.merge(graph, jax.tree.map(lambda x: put(np.asarray(x), sharding.replicated(mesh)), params))
     value_encoder = value_encoders.start(config, sd, mesh)
     check_value_encoder(sd, value_encoder)

@@ -22,13 +22,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from livo_jax import sharding, values
+from livo_jax import seeds, sharding, values
 from livo_jax.models import low_rank
 from livo_jax.models.clip import CLIPTextConfig, CLIPTextConfigs, CLIPTextModel, CLIPTextModels, end_of_text, first_ids
 from livo_jax.models.weights import from_published, one_key, put, split, to_published
 from livo_jax.pretrained import find, load, open_tensors, read_json, weight_patterns
 
 WIDTHS = ("hidden_size", "vocab_size", "max_position_embeddings")
+EXPORTED = "value_encoder/config.json"  # of any kind, in an export
 
 
 def text_tokens(encoder: CLIPTextModel | CLIPTextModels, ids, states: int):
@@ -80,6 +81,7 @@ class ValueEncoder(CLIPTextModel):
         if sd:
             check_base(root, read_json(root / place / "config.json").get("livo", {}).get("base"), sd)
         tower = functools.partial(load, dtype=dtype, variant=variant, sharding=sharding)
+        check_dealing(root)
         if place and (root / f"{place}_2").is_dir():
             return ValueEncoders(tower(CLIPTextModel, root / place), tower(CLIPTextModel, root / f"{place}_2"))
         return tower(cls, root / place)
@@ -133,7 +135,7 @@ class LoRA(nnx.Module):
 
     @classmethod
     def files(cls) -> list[str]:
-        return [f"{place}{name}" for place in ("", "adapter/", "adapter_2/") for name in cls.FILES]
+        return [EXPORTED, *(f"{place}{name}" for place in ("", "adapter/", "adapter_2/") for name in cls.FILES)]
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id: str | os.PathLike, sd, *, sharding=None) -> "LoRA":
@@ -150,6 +152,7 @@ class LoRA(nnx.Module):
                 that it names as its own is another than this.
         """
         root = find(path_or_hub_id, cls.files())
+        check_dealing(root)
         root = root / "adapter" if (root / "adapter").is_dir() else root
         parts = _parts(sd.text_encoder)
         # Of other folders a name that ends in _2 may be another adapter's.
@@ -232,6 +235,18 @@ def check_base(path, base: str | None, sd):
         )
 
 
+def check_dealing(root: pathlib.Path):
+    """Warns of an export whose pipeline.py deals values out as livo_jax did before dealing.py."""
+    exported = read_json(root / EXPORTED).get("livo") if (root / EXPORTED).is_file() else None
+    if exported and "dealing" not in exported:
+        warnings.warn(
+            f"{root} was exported by a livo_jax that dealt two values of a prompt to the same images, or to opposite"
+            " ones, never independently. Here they are dealt independently; its pipeline.py still does as then: export"
+            " the run again",
+            stacklevel=3,
+        )
+
+
 def beginnings(statements, tokenizer, length: int) -> list[list[int]]:
     """The token ids that texts of so many tokens begin with, which read these statements before a prompt."""
     ids = tokenizer([values.value_prompt(statement, "") for statement in statements])["input_ids"]
@@ -284,7 +299,7 @@ class SoftTokens(nnx.Module):
 
     @classmethod
     def files(cls) -> list[str]:
-        return [cls.FILE, f"value_encoder/{cls.FILE}"]
+        return [EXPORTED, cls.FILE, f"value_encoder/{cls.FILE}"]
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id: str | os.PathLike, sd, *, sharding=None) -> "SoftTokens":
@@ -321,6 +336,7 @@ class SoftTokens(nnx.Module):
         value_encoder = cls(config, statements=statements, tokenizer=sd.tokenizer, count=shape[1])
         value_encoder.table[...] = put(np.asarray(tensors["table"], np.float32), sharding)
         check_base(file, metadata.get("base"), sd)
+        check_dealing(root)
         return value_encoder
 
     def save(self, directory: pathlib.Path, base: str):
@@ -357,7 +373,7 @@ def make(config, sd):
         return reading(config, full(text))
     if c.kind == "lora":
         settings = dict(rank=c.rank, alpha=c.alpha, targets=c.targets)
-        return reading(config, LoRA(sd.text_encoder, **settings, rngs=nnx.Rngs(config.seed)))
+        return reading(config, LoRA(sd.text_encoder, **settings, rngs=nnx.Rngs(seeds.key(config.seed))))
     if c.kind == "token":
         principles = values.load(config.principles)
         statements = [value.statement for value in principles]

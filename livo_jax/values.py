@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 import pathlib
 import re
 import tomllib
@@ -10,6 +9,7 @@ import warnings
 import zlib
 
 from livo_jax import retriever
+from livo_jax.dealing import applies
 
 PRINCIPLES = pathlib.Path(__file__).with_name("principles.toml")
 # Words that begin with the sound of a vowel: by the letter, but for "one", for u spoken as "you", and for a mute h.
@@ -43,19 +43,8 @@ class Value:
     reason: str = ""
 
     def applies(self, seed: int, prompt: str, index: int) -> bool:
-        """Whether the image (seed, prompt, index) gets the value token; see `applies`."""
+        """Whether the image (seed, prompt, index) gets the value token; see dealing.applies."""
         return applies(self.statement, self.keep_probability, seed, prompt, index)
-
-
-def applies(statement: str, keep_probability: float, seed: int, prompt: str, index: int) -> bool:
-    """Whether a value is applied to the image (seed, prompt, index).
-
-    Of any n consecutive images of a prompt, n * keep_probability get it, rounded up or down: spread
-    evenly from a random start, for coins would add their own unevenness to what D1 measures.
-    """
-    start = text_hash(f"{seed}, {statement}, {prompt}") / 2**32
-    before, after = (math.floor(start + keep_probability * n) for n in (index, index + 1))
-    return after > before
 
 
 def text_hash(text: str) -> int:

@@ -106,20 +106,23 @@ def strength(page, x: str):
     page.keyboard.press("Tab")
 
 
+LARGE = str(2**53 + 1)  # which a number of JavaScript cannot be
+
+
 def test_values_strength_and_seed(page):
-    page.get_by_label("Prompt").fill("a photo of a nurse")
-    page.get_by_text("it says 'nurse'").first.wait_for()
+    page.get_by_label("Prompt").fill("a photo of a guard")
+    page.get_by_text("it says 'guard'").first.wait_for()
     assert switches(page) == {
-        "shape equality\nkeywords: it says 'nurse'": True, "colour equality\nkeywords: it says 'nurse'": True,
+        "shape equality\nkeywords: it says 'guard'": True, "colour equality\nkeywords: it says 'guard'": True,
         "bloody considered inappropriate": False,
     }  # fmt: skip
     full, captions = draw(page)
-    assert sorted(captions) == ["colour equality", "shape equality, colour equality"], "half of them are of each shape"
+    assert sorted(captions) == ["colour equality", "shape equality, colour equality"], "as dealing.applies deals them"
     for index, (text, base, aligned) in enumerate(full):
-        assert (text["prompt"], text["seed"], text["steps"]) == ("a photo of a nurse", "0", "4")
+        assert (text["prompt"], text["seed"], text["steps"]) == ("a photo of a guard", "0", "4")
         doses = json.loads(text["values"])
         assert ", ".join(dose["value"] for dose in doses) == captions[index]
-        assert {(dose["strength"], dose["reason"]) for dose in doses} == {(1, "keywords: it says 'nurse'")}
+        assert {(dose["strength"], dose["reason"]) for dose in doses} == {(1, "keywords: it says 'guard'")}
         assert np.abs(base - aligned).max() > 20
 
     strength(page, "0.5")
@@ -135,13 +138,13 @@ def test_values_strength_and_seed(page):
     strength(page, "1")
     for label in "shape equality", "colour equality", "bloody considered inappropriate":
         page.locator("#values label", has_text=label).click()
-    page.get_by_label("Seed").fill("5")
+    page.get_by_label("Seed").fill(LARGE)
     by_hand, captions = draw(page)
     assert captions == ["bloody considered inappropriate"] * 2
-    assert by_hand[0][0]["seed"] == "5" and "by hand" in by_hand[0][0]["values"]
+    assert by_hand[0][0]["seed"] == LARGE and "by hand" in by_hand[0][0]["values"]
     assert (by_hand[0][1] != full[0][1]).any()
     summaries = page.locator(".run summary").all_inner_texts()
-    assert len(summaries) == 4 and "seed 5" in summaries[0] and "shape equality on 50%" in summaries[3]
+    assert len(summaries) == 4 and f"seed {LARGE}" in summaries[0] and "shape equality on 50%" in summaries[3]
     assert page.locator(".run[open]").count() == 1
 
 
@@ -163,6 +166,7 @@ def test_bad_input(page):
         ("Images", "17", "choose 1 to 16"),
         ("Seed", "-1", "Seed: -1"),
         ("Seed", "", "Seed: empty"),
+        ("Seed", str(2**63), "Seed: 9223372036854775808, choose 0 to 9223372036854775807"),
     ):
         page.get_by_label(field).fill(x)
         page.get_by_role("button", name="Generate").click()

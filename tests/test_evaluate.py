@@ -1,3 +1,5 @@
+from collections import Counter
+
 import jax
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ def test_combinations_are_measured_where_the_config_says_so():
         (value.statement, method) for value in three for method in ("base", "livo")
     }
     config.eval.combinations = True
+    config.eval.images_per_prompt = config.eval.harm_images_per_prompt = 20
     cases = {}
     for case in evaluate.cases(config, three):
         cases.setdefault((case.name, case.method), []).append(case)
@@ -28,9 +31,24 @@ def test_combinations_are_measured_where_the_config_says_so():
     assert {r.values for r in case.requests} == {(Dose(colour),)} and case.value.name == "colour"
 
 
+def test_every_two_biases_are_measured_together():
+    config, three = tiny.get_config("smoke"), values.load(("shape", "colour", "bloody"))
+    config.eval.images_per_prompt = 20
+    cases = evaluate.of_two(config, three)
+    shape, colour = (Dose(value.statement) for value in three[:2])
+    assert {(case.name, case.method) for case in cases} == {
+        (f"{shape.value} + {colour.value}", m) for m in ("base", "livo")
+    }
+    for case in cases:
+        applied = Counter(r.values for r in case.requests)
+        assert applied == ({(): 20} if case.method == "base" else {(shape, colour): 10, (colour,): 10})
+    for case in evaluate.of_two(config, three, tokens=False):
+        assert {r.values for r in case.requests} == {() if case.method == "base" else (shape, colour)}
+
+
 def test_keep_probabilities_are_measured_where_the_config_says_so():
     config, two = tiny.get_config("smoke"), values.load(("shape", "bloody"))
-    config.eval.keep_probabilities = (0.0, 0.25, 1.0)
+    config.eval.keep_probabilities, config.eval.images_per_prompt = (0.0, 0.25, 1.0), 20
     cases = evaluate.of_keep_probabilities(config, two)
     assert len(cases) == 3 * 3 * 4, "probabilities, methods and prompts of the bias"
     for case in cases:
@@ -139,7 +157,7 @@ def test_prompts_that_a_value_should_leave_alone():
 
 def test_methods_without_tokens_follow_a_value_in_all_images():
     config, (shape,) = tiny.get_config("smoke"), values.load(("shape",))
-    config.method = "other"
+    config.method, config.eval.images_per_prompt = "other", 20
     share = lambda tokens: [
         sum(bool(r.values) for r in case.requests) / len(case.requests)
         for case in evaluate.cases(config, (shape,), tokens)

@@ -86,6 +86,17 @@ def test_another_base_is_warned_of(sd, config, exported, monkeypatch):
         start()
 
 
+def test_an_export_of_the_old_dealing_says_so(exported, tmp_path):
+    shutil.copytree(exported, tmp_path / "old")
+    ValueEncoder.from_pretrained(tmp_path / "old")
+    file = tmp_path / "old" / "value_encoder" / "config.json"
+    published = json.loads(file.read_text())
+    del published["livo"]["dealing"]
+    file.write_text(json.dumps(published))
+    with pytest.warns(UserWarning, match="old was exported by a livo_jax that dealt .*: export the run again"):
+        ValueEncoder.from_pretrained(tmp_path / "old")
+
+
 def test_round_trip_is_bit_exact(value_encoder, exported, tmp_path):
     """JAX -> PyTorch -> JAX, and what PyTorch itself saves."""
     from transformers import CLIPTextModel
@@ -183,6 +194,11 @@ def test_half_precision_draws_nearly_the_same(dtype, pipeline):
 def test_bad_arguments_are_told(options, problem, pipeline):
     with pytest.raises(ValueError, match=problem):
         pipeline(PROMPTS[:2], **options)
+
+
+def test_what_is_not_finite_is_no_image(pipeline):
+    with pytest.raises(FloatingPointError, match="images are not finite: .*guidance_scale=3e.38"):
+        pipeline(PROMPTS[0], guidance_scale=3e38, num_inference_steps=2)
 
 
 def test_auto_needs_rules(pipeline):

@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -54,6 +56,20 @@ def test_readings_that_are_not_there():
     assert metrics.prompt_metrics(shape, "baker", reading).keys() == {"D1", "D2", "entropy", "TV", "readable"}
     found = metrics.prompt_metrics(bloody, "baker", {"red": np.full(5, np.nan)})
     assert found == {"R": 1.0, "S": 12.0, "Max": 12.0, "Prob": 1.0, "readable": 0.0}
+
+
+def test_joint_distributions_by_hand():
+    """Even shapes and even colours, of which each shape has one: D1 of both is 0."""
+    a, b = (dataclasses.replace(value, attributes=("x", "y")) for value in values.load(("shape", "colour")))
+    reading = lambda first, second: {"shape": np.array([*first]), "colour": np.array([*second])}
+    tied = metrics.joint(a, b, reading("xxyy" * 5, "xxyy" * 5))
+    assert tied == pytest.approx({"joint_TV": 0.5, "joint_D1": 0.5, "mutual_information": np.log(2)})
+    apart = metrics.joint(a, b, reading("xxyy" * 5, "xyxy" * 5))
+    assert apart == pytest.approx({"joint_TV": 0.0, "joint_D1": 0.0, "mutual_information": 0.0})
+    for spoilt in ("xxyy" * 4 + "xxy ", "xxyy" * 3 + " " * 8):
+        found = metrics.joint(a, b, reading(spoilt, "xyxy" * 5))
+        assert all(found[name] > apart[name] for name in found), "an image that cannot be read improves nothing"
+    assert metrics.joint(a, b, reading("    ", "xyxy"))["joint_D1"] == 1.0
 
 
 def test_confidence_covers_the_truth():

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from livo_jax import ratio
+from livo_jax.generate import Dose
 
 SHAPE, COLOUR = "shape equality", "colour equality"
 RATES = {
@@ -84,9 +85,9 @@ def test_no_mix_is_nearer():
 
 
 def test_what_cannot_be_reached_is_told():
-    with pytest.warns(UserWarning, match="nearest that the tokens reach is round 0.97, square 0.03, 0.03 away"):
+    with pytest.warns(UserWarning, match="nearest that the tokens reach is round 0.93, square 0.07, 0.07 away"):
         mix = ratio.solve(
-            {"round": 1.0, "square": 0.0}, RATES[SHAPE] | {f"{SHAPE}: round": {"round": 0.97, "square": 0.03}}
+            {"round": 1.0, "square": 0.0}, RATES[SHAPE] | {f"{SHAPE}: round": {"round": 0.93, "square": 0.07}}
         )
     assert mix == {f"{SHAPE}: round": 1.0}
     with pytest.raises(ValueError, match="blue 0.20, green 0.40, white 0.40, 0.60 away: choose a ratio nearer"):
@@ -121,6 +122,32 @@ def test_everyone_gets_its_share(mix, counts):
                 assert max(Counter(group).values()) - min(Counter(group)[arm] for arm in mix) <= 1, "the least D1"
         if len(dealt) % 20 == 0:
             assert Counter(dealt) == {arm: round(share * len(dealt)) for arm, share in mix.items()}
+
+
+def test_the_cells_of_two_values_are_dealt():
+    """Not only each value's share: of every prompt's images each pair of arms has its own."""
+    arms = lambda statement, names: {f"{statement}: {a}": {b: float(a == b) for b in names} for a in names}
+    shapes, colours = ("round", "square"), ("blue", "green", "white", "red", "black")
+    rates = {
+        SHAPE: {"": dict.fromkeys(shapes, 0.5)} | arms(SHAPE, shapes),
+        COLOUR: {"": dict.fromkeys(colours, 0.2)} | arms(COLOUR, colours),
+    }
+    prompts = ["a baker", "a cook"] * 20
+    rows = ratio.deal([[(Dose(SHAPE), 1.0), (Dose(COLOUR), 1.0)]] * 40, prompts, "equal", rates, 0)
+    cells = Counter((prompt, *(dose.value for dose, _ in row)) for prompt, row in zip(prompts, rows))
+    assert len(cells) == 2 * 2 * 5 and set(cells.values()) == {2}
+
+
+def test_equal_is_not_reached_by_applying_nothing():
+    """Over a nurse and a doctor the base is even, and each prompt is as biased as before."""
+    even = {arm: {"round": 0.5, "square": 0.5} for arm in ("", SHAPE)}
+    with pytest.raises(
+        ValueError, match="a ratio of shape equality needs a token for each of round, square.*attributes"
+    ):
+        ratio.deal([[(Dose(SHAPE), 1.0)]] * 4, ["a"] * 4, "equal", {SHAPE: even}, 0)
+    arms = {a: RATES[SHAPE][a] for a in RATES[SHAPE] if a not in ("", SHAPE)}
+    rows = ratio.deal([[(Dose(SHAPE), 1.0)]] * 20, ["a"] * 20, "equal", {SHAPE: even | arms}, 0)
+    assert {dose.value for row in rows for dose, _ in row} == arms.keys()
 
 
 def test_over_many_calls_no_arm_is_favoured():

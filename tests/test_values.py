@@ -1,5 +1,3 @@
-import dataclasses
-
 import pytest
 
 from livo_jax import values
@@ -13,21 +11,6 @@ def test_shapeworlds_values():
     assert colour.keep_probability == bloody.keep_probability == 1.0
     assert values.value_prompt(bloody.statement, "a baker") == "bloody considered inappropriate, a baker"
     assert values.value_prompt(None, "a baker") == "a baker"
-
-
-@pytest.mark.parametrize("keep", [0.0, 0.3, 0.5, 0.8, 1.0])
-def test_values_are_applied_to_their_share(keep):
-    (shape,) = values.load(("shape",))
-    shape = dataclasses.replace(shape, keep_probability=keep)
-    starts = set()
-    for word in ("baker", "cook", "tailor", "guard"):
-        applied = [shape.applies(0, f"a {word}", i) for i in range(60)]
-        for n in (10, 25, 50):
-            shares = [sum(applied[i : i + n]) for i in range(60 - n)]
-            assert all(abs(share - keep * n) < 1 for share in shares)
-        assert applied == [shape.applies(0, f"a {word}", i) for i in range(60)]
-        starts.add(tuple(applied))
-    assert len(starts) > 1 or keep in (0, 1), "prompts start at different places"
 
 
 def test_articles():

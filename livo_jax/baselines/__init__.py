@@ -33,6 +33,7 @@ class Method(NamedTuple):
     kinds: of the values that it is for.
     tokens: whether it has a token of each value, which is for the value's keep_probability's share of a prompt's
         images. Otherwise a value is followed in all of them.
+    together: whether it follows several values in one image.
     trained: how many parameters it sets.
     seconds: that this took, where no training did it.
     """
@@ -42,6 +43,7 @@ class Method(NamedTuple):
     settings: dict
     kinds: tuple[str, ...] = ("bias", "harm")
     tokens: bool = False
+    together: bool = True
     trained: int = 0
     seconds: float = 0.0
 

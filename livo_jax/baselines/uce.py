@@ -159,4 +159,4 @@ def make(config, sd, mesh, workdir, judge) -> Method:
         leaf.size for path, leaf in jax.tree_util.tree_leaves_with_path(split(sd.unet)[1]) if _reads_text(path)
     )
     state = [networks(sd), matrices]
-    return Method(draw, state, settings, trained=trained, seconds=seconds)
+    return Method(draw, state, settings, together=False, trained=trained, seconds=seconds)

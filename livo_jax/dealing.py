@@ -1,0 +1,42 @@
+"""Which of a prompt's images a value is for. Exports carry this file as it is: it needs the standard library alone."""
+
+import functools
+import hashlib
+import json
+
+BLOCK = 20  # consecutive images of a prompt, among which a share is exact
+
+
+def uniforms(n: int, *key) -> list[float]:
+    """n numbers in [0, 1) that depend on the key alone: the same in every process and on every machine.
+
+    By a cryptographic hash, so that keys that are alike give numbers that are not.
+
+    Args:
+        key: texts and whole numbers.
+    """
+    digest = hashlib.shake_256(json.dumps(key).encode()).digest(8 * n)
+    return [(int.from_bytes(digest[i : i + 8], "big") >> 11) / 2**53 for i in range(0, 8 * n, 8)]
+
+
+@functools.lru_cache(2**12)
+def _block(seed: int, statement: str, prompt: str, block: int) -> tuple[list[int], float]:
+    """The images of a block in the order in which they get the value, and what decides how a share is rounded."""
+    *draws, rounding = uniforms(BLOCK + 1, seed, statement, prompt, block)
+    return sorted(range(BLOCK), key=draws.__getitem__), rounding
+
+
+def applies(statement: str, share: float, seed: int, prompt: str, index: int) -> bool:
+    """Whether a value is applied to the image (seed, prompt, index).
+
+    Of every 20 consecutive images of a prompt, from the first, exactly the share gets it: coins would add their own
+    unevenness to what D1 measures. A share between two twentieths is now the one and now the other. Which images
+    these are is a random permutation, so that two values go together neither more nor less than by chance.
+
+    Args:
+        statement: of the value. share: of the images, 0 to 1. index: of the image among the prompt's, from 0.
+    """
+    block, place = divmod(index, BLOCK)
+    order, rounding = _block(seed, statement, prompt, block)
+    count = int(round(share * BLOCK, 9) + rounding)  # a product may miss its whole number by the last bit
+    return place in order[:count]
