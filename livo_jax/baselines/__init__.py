@@ -34,6 +34,7 @@ class Method(NamedTuple):
     tokens: whether it has a token of each value, which is for the value's keep_probability's share of a prompt's
         images. Otherwise a value is followed in all of them.
     together: whether it follows several values in one image.
+    even: whether it deals a bias's attributes themselves to a prompt's images, each to as many.
     trained: how many parameters it sets.
     seconds: that this took, where no training did it.
     """
@@ -44,6 +45,7 @@ class Method(NamedTuple):
     kinds: tuple[str, ...] = ("bias", "harm")
     tokens: bool = False
     together: bool = True
+    even: bool = False
     trained: int = 0
     seconds: float = 0.0
 

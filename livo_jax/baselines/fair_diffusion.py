@@ -1,13 +1,17 @@
-"""Fair Diffusion (Friedrich et al. 2023): each image is led to an attribute drawn at random, by edit guidance."""
+"""Fair Diffusion (Friedrich et al. 2023): each image is led to an attribute, by edit guidance.
+
+The paper draws the attribute at random. Here they are dealt out evenly, as LiVO's tokens are: what chance adds
+to D1 would hide what the methods do.
+"""
 
 import dataclasses
+import hashlib
 
 import jax.numpy as jnp
 import numpy as np
 
 from livo_jax import values
 from livo_jax.baselines import Guidance, Method, by_group, drawer, networks
-from livo_jax.values import text_hash
 
 
 class SemanticGuidance(Guidance):
@@ -27,14 +31,17 @@ class SemanticGuidance(Guidance):
 
 
 def directions(value, text: str, seed: int, prompt: str, index: int) -> tuple[tuple[str, float], ...]:
-    """The edits of the image (seed, prompt, index): towards an attribute drawn at random, away from the others.
+    """The edits of the image (seed, prompt, index): towards one attribute, away from the others.
+
+    Of every K consecutive images of a prompt, from 0 on, each attribute has one, in a random order.
 
     `text` has the {attribute}, and may have the {prompt}. Of two attributes that is the paper's pair; of more, what
     leads away is shared among the others.
     """
-    rng = np.random.default_rng(text_hash(f"{seed}, {value.statement}, {prompt}, {index}"))
     K = len(value.attributes)
-    chosen = rng.integers(K)
+    text_of_block = f"{seed}, {value.statement}, {prompt}, {index // K}"
+    rng = np.random.default_rng(int.from_bytes(hashlib.sha256(text_of_block.encode()).digest()))
+    chosen = rng.permutation(K)[index % K]
     texts = [text.format(attribute=attribute, prompt=prompt) for attribute in value.attributes]
     return tuple((edit, 1.0 if k == chosen else -1.0 / (K - 1)) for k, edit in enumerate(texts))
 
@@ -53,5 +60,5 @@ def make(config, sd, mesh, *_) -> Method:
     # Values have numbers of edits of their own, and so a program each.
     together = lambda _, rows: drawer(config, mesh)(sd, rows, guidance=guidance)
     draw = lambda requests: by_group([fair(request) for request in requests], lambda r: len(r.edits), together)
-    settings = {"method": "fair_diffusion", "edit": text, "guidance": dataclasses.asdict(guidance)}
-    return Method(draw, networks(sd), settings, kinds=("bias",))
+    settings = {"method": "fair_diffusion", "edit": text, "dealt": "evenly", "guidance": dataclasses.asdict(guidance)}
+    return Method(draw, networks(sd), settings, kinds=("bias",), even=True)
