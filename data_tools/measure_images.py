@@ -11,7 +11,12 @@ DIR is what `run.py --mode=generate` wrote, the base's images and the aligned on
 --judge adds how far the two agree, Cohen's kappa. --inception: Inception Score; to --reference, real images, FID and
 KID. --clip: CLIPScore. --lpips: diversity in a prompt's images, and the distance to the base. livo_jax/quality.py has
 the lines that make the weights. Images are ordered by prompt and content: results depend neither on their names nor on
-the batch size. FID and Inception Score are biased where images are few: compare equal numbers of them.
+the batch size. FID and Inception Score are biased where images are few: compare equal numbers of them. `by chance` is
+what a bias's numbers would be in the mean for images drawn one by one, without bias; where values were dealt out to
+them it is less.
+
+More than 5% of images that cannot be read, or have one colour throughout, are an error: --unreadable=SHARE allows more.
+--readings=FILE writes what the judge read in each image, as CSV.
 """
 
 import collections
@@ -32,11 +37,12 @@ from tqdm import tqdm
 from data_tools import commands
 from livo_jax import judges, metrics, quality, ratio, values
 from livo_jax.judges.vlm import chosen
-from livo_jax.report import GAP
+from livo_jax.report import GAP, as_csv
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 METADATA = "metadata.jsonl"
 SPLIT = "all"
+UNREADABLE = 0.05  # the share of images from which what is measured is no method any more, but its faults
 
 
 class Picture(NamedTuple):
@@ -70,14 +76,14 @@ def decode(path: pathlib.Path) -> tuple[list[np.ndarray], str]:
     return [pixels], text.get("prompt", "")
 
 
-def read(directory: str) -> list[list[Picture]]:
+def read(directory: str, unreadable: float = UNREADABLE) -> list[list[Picture]]:
     """The images of a folder, in the order of prompts and contents: one list, or two where it holds pairs.
 
     Raises:
-        ValueError: there is no image, some do not decode, they are of several sizes, or metadata.jsonl does not fit
-            them; all is listed.
+        ValueError: there is no image, some do not decode, they are of several sizes, more than the share `unreadable`
+            of them have one colour throughout, or metadata.jsonl does not fit them; all is listed.
     """
-    root, problems = pathlib.Path(directory), []
+    root, problems, blank = pathlib.Path(directory), [], []
     files = sorted(path for path in root.glob("*") if path.suffix.lower() in SUFFIXES)
     prompts = {}
     if (metadata := root / METADATA).is_file():
@@ -98,9 +104,15 @@ def read(directory: str) -> list[list[Picture]]:
             problems.append(f"{path} does not decode: {type(error).__name__}: {error}")
             continue
         sizes[len(images), *images[0].shape[:2]].append(path.name)
+        blank += [path.name for image in images if judges.uniform(image[None]).any()]
         for side, image in enumerate(images):
             digest = hashlib.sha256(image.tobytes()).hexdigest()
             sides[side].append(Picture(prompts.get(path.name, prompt), digest, path, side))
+    if len(blank) > unreadable * (total := sum(map(len, sides.values()))):
+        problems.append(
+            f"{directory}: {len(blank)} of {total} images have one colour throughout, as {blank[0]}: draw them again;"
+            " --unreadable=SHARE allows so many"
+        )
     if not files:
         problems.append(f"{directory}: there is no image in it ({', '.join(SUFFIXES)})")
     if len(sizes) > 1:
@@ -116,7 +128,8 @@ def read(directory: str) -> list[list[Picture]]:
 
 def measure(
     methods: dict[str, list[Picture]], *, judge_all=(), principles=(), subjects=(), targets=None, inception=None,
-    reference=(), clip_score=None, lpips=None, batch_size: int = 32,
+    reference=(), clip_score=None, lpips=None, batch_size: int = 32, unreadable: float = UNREADABLE,
+    readings: list | None = None,
 ) -> list[dict]:  # fmt: skip
     """The rows of results.json, as metrics.rows makes them; ci95 is None where only a whole set has a number.
 
@@ -126,11 +139,17 @@ def measure(
         targets: {statement: {attribute: share}} of bias values, what is wanted of each: see ratio.targets.
         inception, clip_score, lpips: what quality.py makes. reference: a list that `read` made.
         batch_size: images that judges and networks get at once.
+        unreadable: the share of a method's images that a value's metrics take without a reading.
+        readings: a list that gets a row for each image: dicts of method, file, prompt, and what the first judge read.
+
+    Raises:
+        ValueError: more images than `unreadable` cannot be read; all values are listed.
     """
     in_batches = lambda function, *columns: quality.in_batches(function, batch_size, *columns)
     real = in_batches(inception, Pictures(reference)).features if inception and reference else None
     of_base = {picture.path.name: picture for picture in methods.get("base", ())}
-    numbers, of_sets = {}, []
+    numbers, of_sets, problems = {}, [], []
+    floors = {value.statement: floors_of(value, targets or {}) for value in principles if value.kind == "bias"}
     for method, pictures in methods.items():
         images, prompts = Pictures(pictures), [picture.prompt for picture in pictures]
         counts = collections.Counter(prompts)
@@ -145,10 +164,15 @@ def measure(
                 beside = Pictures([of_base[picture.path.name] for picture in pictures])
                 per_prompt["", "LPIPS"] = means(in_batches(distance, images, beside), places)
         if judge_all:
-            readings = [in_batches(judge, images) for judge in judge_all]
-            per_prompt |= bias_and_harm(readings[0], places, principles, subjects, targets or {})
-            if len(readings) == 2:
-                whole |= {(v.statement, "kappa"): agreement(v, readings, places) for v in principles}
+            read_by = [in_batches(judge, images) for judge in judge_all]
+            if readings is not None:
+                for i, picture in enumerate(pictures):
+                    row = dict(method=method, file=str(picture.path), prompt=picture.prompt)
+                    readings.append(row | {axis: column[i].item() for axis, column in read_by[0].items()})
+            problems += [f"{method}: {problem}" for problem in faults(read_by[0], principles, pictures, unreadable)]
+            per_prompt |= bias_and_harm(read_by[0], places, principles, subjects, targets or {})
+            if len(read_by) == 2:
+                whole |= {(v.statement, "kappa"): agreement(v, read_by, places) for v in principles}
         if clip_score:
             score, tokenize = clip_score
             per_prompt["", "CLIPScore"] = means(in_batches(score, images, tokenize(prompts)), places)
@@ -159,11 +183,38 @@ def measure(
                 whole["", "FID"] = quality.frechet_distance(features, real), None
                 whole["", "KID"] = quality.kernel_distance(features, real), None
         for (value, metric), column in per_prompt.items():
-            numbers[method, value, SPLIT, metric] = {prompt: (x, counts[prompt]) for prompt, x in column.items()}
+            floor = lambda n, value=value, metric=metric: floors[value](n).get(metric) if value in floors else None
+            measured = {
+                prompt: metrics.Measured(x, counts[prompt], floor(counts[prompt])) for prompt, x in column.items()
+            }
+            numbers[method, value, SPLIT, metric] = measured
         for (value, metric), (mean, ci95) in whole.items():
             row = dict(method=method, value=value, split=SPLIT, metric=metric, mean=mean, ci95=ci95)
             of_sets.append(row | dict(prompts=len(places), images=len(images)))
+    if problems:
+        raise ValueError("\n".join(problems))
     return metrics.rows(numbers) + of_sets
+
+
+def floors_of(value, targets: dict):
+    """The function of a bias: images of a prompt -> their floors, as metrics.floor has them, drawn one by one."""
+    K, target = len(value.attributes), targets.get(value.statement)
+    shares = tuple(target[a] for a in value.attributes) if target else (1 / K,) * K
+    return lambda n: metrics.floor(((n, shares),), shares)
+
+
+def faults(reading: dict, principles, pictures, unreadable: float) -> list[str]:
+    """A line for each value of which more than a share of the pictures cannot be read."""
+    problems = []
+    for value in principles:
+        axis = reading[value.axis]
+        missing = np.flatnonzero(np.isnan(axis) if value.kind == "harm" else ~np.isin(axis, value.attributes))
+        if len(missing) > unreadable * len(axis):
+            problems.append(
+                f"{len(missing)} of {len(axis)} images cannot be read for {value.statement!r}, as"
+                f" {pictures[missing[0]].path}: look at them; --unreadable=SHARE measures so many, as the worst"
+            )
+    return problems
 
 
 def means(column: np.ndarray, places: dict) -> dict[str, float]:
@@ -195,14 +246,15 @@ def agreement(value, readings: list[dict], places: dict) -> tuple[float, list[fl
 
 
 def table(results: list[dict]) -> str:
-    """The results as text, a line for each; the methods of a value and metric stand together."""
+    """The results as text, a line for each; the methods of a value and metric stand together; p is p_holm."""
     order = list(dict.fromkeys((r["value"], r["metric"]) for r in results))
     header = f"{'value':34}{'metric':12}{'method':16}{'mean':>10} {'95% interval':20}"
-    lines = [f"{header}{'p':>8}{'prompts':>9}{'images':>8}"]
+    lines = [f"{header}{'by chance':>10}{'p, Holm':>8}{'prompts':>9}{'images':>8}"]
     for r in sorted(results, key=lambda r: order.index((r["value"], r["metric"]))):
         interval = "[{:.3f}, {:.3f}]".format(*r["ci95"]) if r["ci95"] else ""
-        p = f"{r['p_value']:.4f}" if "p_value" in r else ""
-        number = f"{r['mean']:>10.3f} {interval:20}{p:>8}{r['prompts']:>9}{r['images']:>8}"
+        p = f"{r['p_holm']:.4f}" if "p_holm" in r else ""
+        floor = f"{r['floor']:.3f}" if "floor" in r else ""
+        number = f"{r['mean']:>10.3f} {interval:20}{floor:>10}{p:>8}{r['prompts']:>9}{r['images']:>8}"
         lines.append(f"{r['value']:34}{r['metric']:12}{r['method']:16}{number}")
     return "\n".join(lines)
 
@@ -263,7 +315,8 @@ def main(_):
     makers = {"inception": quality.inception, "clip_score": quality.clip_score, "lpips": quality.lpips}
     for (name, make), file in zip(makers.items(), (INCEPTION.value, CLIP.value, LPIPS.value)):
         settings[name] = attempt(make, file) if file else None
-    sides, base, real = (attempt(read, d) if d else None for d in (IMAGES.value, BASE.value, REFERENCE.value))
+    folders = IMAGES.value, BASE.value, REFERENCE.value
+    sides, base, real = (attempt(read, folder, UNREAD.value) if folder else None for folder in folders)
     methods = attempt(as_methods, pathlib.Path(IMAGES.value).resolve().name, sides, base) if sides else None
     everything = [picture for pictures in (methods or {}).values() for picture in pictures]
     if bare := [picture.path for picture in everything if not picture.prompt]:
@@ -275,17 +328,23 @@ def main(_):
         )
     if config is None and not (INCEPTION.value or CLIP.value or LPIPS.value):
         problems.append("nothing to measure: give --config, --inception, --clip or --lpips")
-    if OUT.value and not pathlib.Path(OUT.value).parent.is_dir():
-        problems.append(f"--out={OUT.value}: there is no such directory")
+    for name, file in ("out", OUT.value), ("readings", READINGS.value):
+        if file and not pathlib.Path(file).parent.is_dir():
+            problems.append(f"--{name}={file}: there is no such directory")
+    if READINGS.value and config is None:
+        problems.append("--readings is of what the judge of a config reads: give --config too")
     if problems:
         sys.exit("\n".join(problems))
+    settings |= dict(batch_size=BATCH_SIZE.value, unreadable=UNREAD.value, readings=[])
     try:
-        results = measure(methods, reference=real[0] if real else (), batch_size=BATCH_SIZE.value, **settings)
-    except ValueError as error:  # what judges say of images that they cannot read
+        results = measure(methods, reference=real[0] if real else (), **settings)
+    except ValueError as error:  # of images that cannot be read
         sys.exit(str(error))
     print(table(results))
     if OUT.value:
-        pathlib.Path(OUT.value).write_text(json.dumps(results, indent=2) + "\n")
+        pathlib.Path(OUT.value).write_text(json.dumps(metrics.document(results), indent=2) + "\n")
+    if READINGS.value:
+        pathlib.Path(READINGS.value).write_text(as_csv(settings["readings"]), encoding="utf-8")
 
 
 if __name__ == "__main__":
@@ -299,6 +358,10 @@ if __name__ == "__main__":
     LPIPS = flags.DEFINE_string("lpips", None, "The weights of LPIPS on AlexNet, safetensors.")
     BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Images at once.", lower_bound=1)
     OUT = flags.DEFINE_string("out", None, "The file of the rows, as eval/results.json has them.")
+    READINGS = flags.DEFINE_string("readings", None, "A CSV file of what the judge read in each image.")
+    UNREAD = flags.DEFINE_float(
+        "unreadable", UNREADABLE, "The share of images that may be unreadable.", lower_bound=0, upper_bound=1
+    )
     CONFIG = config_flags.DEFINE_config_file("config", None, "A config: values, judge, subjects.")
     flags.mark_flag_as_required("images")
     app.run(main, flags_parser=commands.parse)

@@ -124,7 +124,7 @@ def sweep(title: str, labels: list[str], lines: dict[str, list[dict | None]], ba
         shift = np.linspace(-0.12, 0.12, len(lines)) if len(lines) > 1 else [0.0]
         between = all(label.replace(".", "", 1).isdigit() for label in labels)  # names have nothing between them
         for (name, rows), colour, marker, dx in zip(lines.items(), (GREEN, *COLOURS), MARKERS, shift):
-            shown = [(place + dx, row["mean"], row["ci95"]) for place, row in enumerate(rows) if row]
+            shown = [(p + dx, row["mean"], row["ci95"] or [row["mean"]] * 2) for p, row in enumerate(rows) if row]
             x, y, ends = zip(*shown)
             axis.vlines(x, *zip(*ends), colour, linewidth=1.5)
             axis.plot(x, y, color=colour, marker=marker, markersize=5, linewidth=between, label=name)

@@ -24,7 +24,7 @@ def compare(config, workdir, build_preferences, cache_latents=None) -> list[dict
     """Trains and measures config.methods; the same command again resumes.
 
     `workdir` then holds the preference pairs and images that the methods share, preferences/ and drawn/, a run of each,
-    NAME/, and results.json, differences.json, curves.json, costs.json and report.html in eval/.
+    NAME/, and results.json, differences.json, curves.json, costs.json, readings.csv and report.html in eval/.
 
     Args:
         config: methods, {name: its config}; processes, how many at a time, each on its part of the cores; curve: how
@@ -101,7 +101,7 @@ def _keep_to(parts):
 
 
 def measure(config, workdir, curve, cache_latents) -> dict:
-    """Trains and measures one method: the numbers of each prompt, pictures, curve and costs."""
+    """Trains and measures one method: the numbers of each prompt, readings, pictures, curve and costs."""
     if config.train.steps:
         only = copy.deepcopy(config)
         only.judge = ""  # it is measured below
@@ -114,7 +114,7 @@ def measure(config, workdir, curve, cache_latents) -> dict:
         return baselines.load(config, trained, value_encoder, mesh, workdir, judge)
 
     method = restored()
-    numbers, _, drawn = evaluate.evaluate(sd, method, config, directory, mesh, judge)
+    numbers, _, drawn, readings = evaluate.evaluate(sd, method, config, directory, mesh, judge)
     ways = [method, baselines.base(config, sd, mesh)]
     speeds = images_per_second([way.draw for way in ways], method.kinds, found, config, mesh)
     seconds, points = seconds_of(workdir), []
@@ -135,7 +135,7 @@ def measure(config, workdir, curve, cache_latents) -> dict:
         "images_per_second": speeds[0], "of_base": speeds[0] / speeds[1],
     }  # fmt: skip
     pictures = evaluate.pictures(drawn, config, method.tokens)
-    return {"numbers": numbers, "pictures": pictures, "curve": points, "costs": costs}
+    return {"numbers": numbers, "readings": readings, "pictures": pictures, "curve": points, "costs": costs}
 
 
 def seconds_of(workdir) -> dict[int, float]:
@@ -167,11 +167,14 @@ def images_per_second(ways, kinds, found, config, mesh) -> list[float]:
 
 def write(found: list[dict], config, workdir) -> list[dict]:
     """What `measure` found of each method, as one report; the base is the same in all."""
-    numbers, pictures = {}, {}
+    numbers, readings, pictures = {}, {}, {}
     for of in found:
         one = of["costs"]["method"]
         apart = f"{one}, plain" if one != "livo" else "plain"  # "plain" is of the method that is measured
-        numbers |= {(apart if name == "plain" else name, *rest): x for (name, *rest), x in of["numbers"].items()}
+        called = lambda name, apart=apart: apart if name == "plain" else name
+        numbers |= {(called(name), *rest): x for (name, *rest), x in of["numbers"].items()}
+        rows = [row | {"method": called(row["method"])} for row in of["readings"]]
+        readings |= {tuple(row.values())[:6]: row for row in rows}  # the base's once
         for picture in of["pictures"]:
             place = pictures.setdefault((picture["value"], picture["split"]), picture)
             place["sides"] |= picture["sides"]
@@ -183,8 +186,10 @@ def write(found: list[dict], config, workdir) -> list[dict]:
     differences = metrics.differences(numbers, "livo")
     folder = workdir / "eval"
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in (("results", results), ("curves", curves), ("costs", costs), ("differences", differences)):
+    files = {"results": metrics.document(results), "differences": metrics.document(differences)}
+    for name, content in (files | {"curves": curves, "costs": costs}).items():
         (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+    (folder / "readings.csv").write_text(report.as_csv([*readings.values()]), encoding="utf-8")
     sweeps = [(title, [(label, method, "") for label, method in points]) for title, points in config.sweeps]
     for name, own in config.methods.items():
         if probabilities := own.eval.keep_probabilities:
@@ -195,7 +200,7 @@ def write(found: list[dict], config, workdir) -> list[dict]:
         numbers=numbers, differences=differences, costs=costs, sweeps=sweeps, pictures=list(pictures.values()),
         config=json.loads(config.to_json()),
     )  # fmt: skip
-    print(evaluate.table(results))
+    print(report.table(results))
     told = (
         "{method}: {trained_parameters:,} parameters in {training_seconds:.0f} s, draws at {of_base:.2f} of the base's"
     )

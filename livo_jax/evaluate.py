@@ -48,6 +48,7 @@ class Case(NamedTuple):
     subject: str
     requests: list[Request]
     target: dict[str, float] | None = None
+    groups: tuple = ()  # of a bias, the images by how attributes come to them: see metrics.floor; () for no floor
     beside: principles.Value | None = None  # another bias, whose attributes are measured together with the value's
 
 
@@ -55,13 +56,28 @@ def images_of(value: principles.Value, config) -> int:
     return config.eval.images_per_prompt if value.kind == "bias" else config.eval.harm_images_per_prompt
 
 
-def cases(config, values, tokens: bool = True) -> list[Case]:
+def groups_of(value: principles.Value, requests: list[Request], share: float | None, target=None) -> tuple:
+    """A Case's groups; () for a harm.
+
+    Args:
+        share: of the images to which the value's token is dealt; None where the attributes themselves are.
+    """
+    if value.kind == "harm":
+        return ()
+    shares = [*target.values()] if target else [1 / len(value.attributes)] * len(value.attributes)
+    if share is None:
+        return metrics.quotas(len(requests), shares)
+    applied = sum(any(dose.value == value.statement for dose in request.values) for request in requests)
+    return metrics.dealt(len(requests), applied, share, shares)
+
+
+def cases(config, values, tokens: bool = True, even: bool = False) -> list[Case]:
     """What is measured: each value and, where the config says so, every two of them, of a method with tokens.
 
     "A + B" is measured under A, on prompts in the wordings of the one that is a harm; "plain" is A alone.
 
     Args:
-        tokens: as Method has it.
+        tokens, even: as Method has them.
     """
     found = []
 
@@ -69,7 +85,9 @@ def cases(config, values, tokens: bool = True) -> list[Case]:
         for (split, subject, prompt), (method, applied) in itertools.product(rows, methods.items()):
             base = [Request(prompt, i) for i in range(images_of(value, config))]
             requests = with_values(base, applied, config.eval.seed) if tokens else everywhere(base, applied)
-            found.append(Case(name, method, value, split, subject, requests))
+            share = value.keep_probability if tokens else None if even else 1.0
+            groups = groups_of(value, requests, share if applied else 0.0)
+            found.append(Case(name, method, value, split, subject, requests, groups=groups))
 
     for value in values:
         add(value.statement, value, prompts(config, value), **{"base": [], config.method: [value]})
@@ -145,9 +163,12 @@ def of_keep_probabilities(config, values) -> list[Case]:
         for split, subject, prompt in prompts(config, value):
             base = [Request(prompt, i) for i in range(images_of(value, config))]
             dealt = [with_doses(r, [(Dose(value.statement), probability)], config.eval.seed) for r in base]
-            sides = {"base": base, "plain": with_values(base, [value], config.eval.seed), config.method: dealt}
-            name = kept(value.statement, probability)
-            found += [Case(name, method, value, split, subject, requests) for method, requests in sides.items()]
+            plain = with_values(base, [value], config.eval.seed)
+            sides = {"base": (base, 0.0), "plain": (plain, value.keep_probability), config.method: (dealt, probability)}
+            for method, (requests, share) in sides.items():
+                groups = groups_of(value, requests, share)
+                name = kept(value.statement, probability)
+                found.append(Case(name, method, value, split, subject, requests, groups=groups))
     return found
 
 
@@ -166,10 +187,13 @@ def of_ratios(config, values, rates: dict) -> list[Case]:
         dealt = requests_of([r.prompt for r in base], [[*targets]] * len(base), seed, ratio, rates)
         for statement, target in targets.items():
             value = principles.find(statement, values)
-            sides = {"base": base, "plain": with_values(base, [value], seed), config.method: dealt}
-            for k, (method, requests) in itertools.product(range(0, len(rows), n), sides.items()):
+            plain = with_values(base, [value], seed)
+            sides = {"base": (base, 0.0), "plain": (plain, value.keep_probability), config.method: (dealt, None)}
+            for k, (method, (requests, share)) in itertools.product(range(0, len(rows), n), sides.items()):
                 name, (split, subject, _) = f"{statement}, ratio {ratio}", rows[k]
-                found.append(Case(name, method, value, split, subject, requests[k : k + n], target))
+                own = requests[k : k + n]
+                groups = groups_of(value, own, share, target)
+                found.append(Case(name, method, value, split, subject, own, target, groups))
     return found
 
 
@@ -221,7 +245,7 @@ def draw_base(sd, config, directory, mesh):
         base.draw([*requests], progress)
 
 
-def evaluate(sd, method: baselines.Method, config, directory, mesh, judge=None) -> tuple[dict, dict, dict]:
+def evaluate(sd, method: baselines.Method, config, directory, mesh, judge=None) -> tuple[dict, dict, dict, list]:
     """Measures the base and a method on the same prompts and noise.
 
     The value of a method with tokens is applied to Value.keep_probability of the images; the others are the base's own.
@@ -233,8 +257,9 @@ def evaluate(sd, method: baselines.Method, config, directory, mesh, judge=None) 
 
     Returns:
         The numbers of each prompt, as metrics.rows takes them; the rates of rates.json: {statement of a bias: {arm:
-        {attribute: share}}}, over the seen prompts' images that can be read, of a method with tokens; and {"base":
-        Drawn, config.method: Drawn}.
+        {attribute: share}}}, over the seen prompts' images that can be read, of a method with tokens; {"base": Drawn,
+        config.method: Drawn}; and the rows of readings.csv, one of each image under each name: dicts of method, value,
+        split, prompt, index, applied (the values, with their strengths), and what the judge read, by axis.
     """
     values = principles.load(config.principles)
     judge = judge or judges.load(config, values, subjects(config))
@@ -258,7 +283,7 @@ def evaluate(sd, method: baselines.Method, config, directory, mesh, judge=None) 
 
     plain = lambda requests: [request._replace(values=()) for request in requests]
     followed = [value for value in values if value.kind in method.kinds]
-    measured, alone = cases(config, followed, method.tokens), left_alone(config, followed)
+    measured, alone = cases(config, followed, method.tokens, method.even), left_alone(config, followed)
     pairs = of_two(config, followed, method.tokens) if method.together else []
     biases = [value for value in followed if value.kind == "bias" and method.tokens and config.eval.rate_images]
     of_arms = {value: arms(value, config) for value in biases}
@@ -272,24 +297,39 @@ def evaluate(sd, method: baselines.Method, config, directory, mesh, judge=None) 
     if further:
         draw(itertools.chain(*(case.requests for case in further)))
 
-    numbers = {}  # (method, name, split, metric) -> prompt -> the number, and of how many images it is
+    numbers, readings = {}, []  # numbers: (method, name, split, metric) -> prompt -> Measured
 
-    def add(case, found):
+    def add(case, found, floors):
         for metric, number in found.items():
             of_prompt = numbers.setdefault((case.method, case.name, case.split, metric), {})
-            of_prompt[case.requests[0].prompt] = number, len(case.requests)
+            of_prompt[case.requests[0].prompt] = metrics.Measured(number, len(case.requests), floors.get(metric))
+
+    def keep(method, case, requests):
+        for request in requests:
+            applied = "; ".join(f"{dose.value} x {dose.strength:g}" for dose in request.values)
+            row = dict(method=method, value=case.name, split=case.split, prompt=request.prompt, index=request.index)
+            readings.append(row | {"applied": applied} | of(request)[request])
 
     for case in measured + further:
-        add(case, metrics.prompt_metrics(case.value, case.subject, reading(case.requests), case.target))
+        keep(case.method, case, case.requests)
+        target = tuple(case.target.values()) if case.target else None
+        floors = metrics.floor(case.groups, target) if case.groups else {}
+        add(case, metrics.prompt_metrics(case.value, case.subject, reading(case.requests), case.target), floors)
         if case.method == config.method:
-            add(case, {"distance": distance(case.requests, of, base)})
+            add(case, {"distance": distance(case.requests, of, base)}, {})
     for case in pairs:
-        add(case, metrics.joint(case.value, case.beside, reading(case.requests)))
+        keep(case.method, case, case.requests)
+        floors = metrics.joint_floor(
+            len(case.requests), *(len(value.attributes) for value in (case.value, case.beside))
+        )
+        add(case, metrics.joint(case.value, case.beside, reading(case.requests)), floors)
     for case in alone:
+        keep("base", case, plain(case.requests))
+        keep(case.method, case, case.requests)
         before, after = reading(plain(case.requests)), reading(case.requests)
         changed = metrics.changed(values, before, after)
-        add(case, {"over_refusal": changed, "over_refusal_distance": distance(case.requests, of, base)})
-    return numbers, rates, {"base": base, config.method: ours}
+        add(case, {"over_refusal": changed, "over_refusal_distance": distance(case.requests, of, base)}, {})
+    return numbers, rates, {"base": base, config.method: ours}, readings
 
 
 def distance(requests, of, base) -> float:
@@ -298,24 +338,11 @@ def distance(requests, of, base) -> float:
     return float(np.mean([np.abs(a.astype(int) - b).mean() for a, b in pairs]) / 255)
 
 
-def table(results: list[dict]) -> str:
-    """The results as text: a line for each value, split and metric, a column for each method."""
-    cells = {(r["value"], r["split"], r["metric"], r["method"]): r for r in results}
-    show = lambda r: f"{r['mean']:.3f} [{r['ci95'][0]:.3f}, {r['ci95'][1]:.3f}]" if r else ""
-    columns = list(dict.fromkeys(method for *_, method in cells))
-    width = max(len(value) for value, *_ in cells) + 2
-    lines = [f"{'value':{width}}{'split':10}{'metric':23}" + "".join(f"{title:>24}" for title in columns)]
-    for value, split, metric in dict.fromkeys(what[:-1] for what in cells):
-        shown = (show(cells.get((value, split, metric, column))) for column in columns)
-        lines.append(f"{value:{width}}{split:10}{metric:23}" + "".join(f"{cell:>24}" for cell in shown))
-    return "\n".join(lines)
-
-
 # ---------------------------------------------------------------------------- what a run leaves
 
 
 def evaluate_and_report(sd, value_encoder, config, mesh, workdir, trained=None):
-    """Evaluates on all processes; the first prints the table and writes results.json, rates.json and report.html.
+    """Evaluates on all processes; the first prints the table and writes eval/: results.json, report.html and others.
 
     Args:
         sd: the base. value_encoder: what the method trained, or None. trained: the StableDiffusion whose UNet it
@@ -325,7 +352,7 @@ def evaluate_and_report(sd, value_encoder, config, mesh, workdir, trained=None):
     method = baselines.load(config, trained or sd, value_encoder, mesh, workdir, judge)
     folder = workdir / "eval"
     directory = find(config.eval.drawn) if config.eval.drawn else folder / "drawn"
-    numbers, rates, drawn = evaluate(sd, method, config, directory, mesh, judge)
+    numbers, rates, drawn, readings = evaluate(sd, method, config, directory, mesh, judge)
     results = metrics.rows(numbers)
     if jax.process_index() > 0:
         return results
@@ -342,16 +369,17 @@ def evaluate_and_report(sd, value_encoder, config, mesh, workdir, trained=None):
     )
     if rates:
         (folder / "rates.json").write_text(json.dumps(rates, indent=2) + "\n")
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    print(table(results))
+    (folder / "readings.csv").write_text(report.as_csv(readings), encoding="utf-8")
+    (folder / "results.json").write_text(json.dumps(metrics.document(results), indent=2) + "\n")
+    print(report.table(results))
     print(f"report: {folder / 'report.html'}")
     return results
 
 
 def read_results(workdir) -> list[dict]:
-    """The rows of eval/results.json; none where nothing was evaluated."""
+    """The rows of eval/results.json, of this schema or an earlier one; none where nothing was evaluated."""
     file = workdir / "eval" / "results.json"
-    return json.loads(file.read_text()) if file.exists() else []
+    return metrics.rows_of(json.loads(file.read_text()), file) if file.exists() else []
 
 
 def read_rates(workdir) -> dict:
@@ -371,30 +399,37 @@ def first_prompts(config) -> list[tuple]:
 
 
 def pictures(drawn: dict[str, Drawn], config, tokens: bool = True, n: int = 12) -> list[dict]:
-    """The first n images of each shown prompt, as evaluated: what report.write wants."""
-    shown = []
+    """The first n images of each shown prompt, as evaluated: what report.write wants.
+
+    Those are harmful that are of a harm's prompt, or in any of which the judge read a harm.
+    """
+    shown, harms = [], [value for value in principles.load(config.principles) if value.kind == "harm"]
     for value, split, prompt in first_prompts(config):
         base = [Request(prompt, i) for i in range(n)]
         with_value = with_values(base, [value], config.eval.seed) if tokens else everywhere(base, [value])
         owner = lambda request: drawn[config.method if request.values else "base"]
-        sides = {
-            side: [owner(request).image(request) for request in requests if request in owner(request)]
+        there = {
+            side: [request for request in requests if request in owner(request)]
             for side, requests in (("base", base), (config.method, with_value))
         }
-        shown.append(dict(value=value.statement, split=split, prompt=prompt, harmful=value.kind == "harm", sides=sides))
+        sides = {side: [owner(request).image(request) for request in requests] for side, requests in there.items()}
+        read = [owner(request)[request] for requests in there.values() for request in requests]
+        harmful = value.kind == "harm" or any(row[harm.axis] >= harm.harmful_from for row in read for harm in harms)
+        shown.append(dict(value=value.statement, split=split, prompt=prompt, harmful=harmful, sides=sides))
     return shown
 
 
 def sample_sheet(sd, value_encoder, trained, config, mesh, path, n: int = 8):
     """Writes a PNG of each value's first prompts: a row of base images, and below it the same with the value.
 
+    The rows of harms are blurred; as they are, they are beside it, in a file whose name ends with _harmful.
+
     sd, value_encoder, trained: as evaluate_and_report has them.
     """
-    requests = [
-        [Request(prompt, i, doses) for i in range(n)]
-        for value, _, prompt in first_prompts(config)
-        for doses in ((), (Dose(value.statement),))
+    shown = [
+        (value, prompt, doses) for value, _, prompt in first_prompts(config) for doses in ((), (Dose(value.statement),))
     ]
+    requests = [[Request(prompt, i, doses) for i in range(n)] for _, prompt, doses in shown]
     if trained is None:
         draw = functools.partial(generate, sd, value_encoder=value_encoder)
     else:  # base images and others by turns
@@ -408,6 +443,10 @@ def sample_sheet(sd, value_encoder, trained, config, mesh, path, n: int = 8):
     if jax.process_index() > 0:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture = report.sheet(list(images.reshape(len(requests), n, *images.shape[1:])), max(1, 64 // sd.image_size))
-    with path.open("wb") as file:
-        picture.save(file, "PNG")
+    rows = list(images.reshape(len(requests), n, *images.shape[1:]))
+    harms = [row for row, (value, *_) in zip(rows, shown) if value.kind == "harm"]
+    sheets = {path.parent / f"{path.stem}_harmful.png": harms} if harms else {}
+    sheets[path] = [report.blurred(row) if value.kind == "harm" else row for row, (value, *_) in zip(rows, shown)]
+    for file, rows in sheets.items():  # that of all rows last: where it is, the other is too
+        with file.open("wb") as stream:
+            report.sheet(rows, max(1, 64 // sd.image_size)).save(stream, "PNG")

@@ -139,7 +139,7 @@ def card(directory: pathlib.Path, config, results, recipe) -> str:
     )
     table = [
         f"| {r['value']} | {r['split'].replace('_', ' ')} | {r['metric']} | {r['method']} | {r['mean']:.3f} |"
-        f" {r['ci95'][0]:.3f} to {r['ci95'][1]:.3f} | {r['images']} |"
+        f" {'{:.3f} to {:.3f}'.format(*r['ci95']) if r['ci95'] else 'none'} | {r['images']} |"
         for r in results
     ]
     if table:

@@ -10,12 +10,23 @@ import types
 import numpy as np
 
 from livo_jax import charts
+from livo_jax.metrics import document
 
 TEMPLATE = pathlib.Path(__file__).with_name("report.html.j2")
 GAP = 2  # pixels between the images of a sheet
 LABELS = {"base": "base model", "livo": "LiVO", "plain": "the value alone, as it is"}  # others are called as they are
 EFFECTS = {"D1": "imbalance", "R": "share of harmful images"}  # what a value is to lower
+TOLD = (*EFFECTS, "recognised", "readable")  # differences that the page has
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what begins so a spreadsheet may take for a formula
 LOWER_IS_BETTER = ("D1", "D2", "TV", "R", "S", "Max", "Prob")
+
+
+def blurred(images) -> list[np.ndarray]:
+    """Images [H, W, 3] uint8 in which no harm can be made out."""
+    from PIL import Image, ImageFilter
+
+    blur = ImageFilter.GaussianBlur(images[0].shape[0] / 6)
+    return [np.asarray(Image.fromarray(image).filter(blur)) for image in images]
 
 
 def sheet(rows, scale: int = 1, gap: int = GAP):
@@ -33,6 +44,32 @@ def sheet(rows, scale: int = 1, gap: int = GAP):
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
 
 
+def table(results: list[dict]) -> str:
+    """The results as text: a line for each value, split and metric, a column for each method; below a bias's its floor.
+
+    A star is beside a mean that differs from the base's, p_holm below 0.05.
+    """
+    cells = {(r["value"], r["split"], r["metric"], r["method"]): r for r in results}
+    columns = list(dict.fromkeys(method for *_, method in cells))
+    width = max(len(value) for value, *_ in cells) + 2
+    line = lambda value, split, metric, shown: (
+        f"{value:{width}}{split:10}{metric:23}" + "".join(f"{cell:>25}" for cell in shown)
+    )
+
+    def mean(r):
+        interval = "[{:.3f}, {:.3f}]".format(*r["ci95"]) if r["ci95"] else "[no interval]"
+        return f"{r['mean']:.3f}{'*' if r.get('p_holm', 1) < 0.05 else ''} {interval}"
+
+    lines = [line("value", "split", "metric", columns)]
+    for value, split, metric in dict.fromkeys(what[:-1] for what in cells):
+        found = [cells.get((value, split, metric, column)) for column in columns]
+        lines.append(line(value, split, metric, [mean(r) if r else "" for r in found]))
+        if any("floor" in r for r in found if r):
+            floors = [f"{r['floor']:.3f}" if r and "floor" in r else "" for r in found]
+            lines.append(line(value, split, f"{metric} by chance", floors))
+    return "\n".join(lines)
+
+
 def _uri(kind: str, content: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
@@ -47,32 +84,47 @@ def _label(name: str) -> str:
     return LABELS.get(name, name.replace("_", " "))
 
 
-def _csv(results: list[dict]) -> bytes:
-    """The rows of results.json, a column for each end of the interval."""
-    ends = lambda r: {"ci95_low": r["ci95"][0], "ci95_high": r["ci95"][1]}
-    rows = [{k: v for k, v in r.items() if k != "ci95"} | ends(r) for r in results]
+def as_csv(rows: list[dict]) -> str:
+    """Rows as CSV with a header; where a row lacks a column, or has None or nan, its cell is empty.
+
+    A text that a spreadsheet would take for a formula gets an apostrophe before it, as these write it themselves.
+    """
+
+    def cell(x):
+        if isinstance(x, str) and x.startswith(FORMULA):
+            return f"'{x}"
+        return "" if isinstance(x, float) and np.isnan(x) else x
+
     stream = io.StringIO()
     writer = csv.DictWriter(stream, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
-    return stream.getvalue().encode()
+    writer.writerows({name: cell(x) for name, x in row.items()} for row in rows)
+    return stream.getvalue()
+
+
+def _csv(results: list[dict]) -> bytes:
+    """The rows of results.json, a column for each end of the interval."""
+    ends = lambda r: dict(zip(("ci95_low", "ci95_high"), r["ci95"] or (None, None)))
+    return as_csv([{k: v for k, v in r.items() if k != "ci95"} | ends(r) for r in results]).encode()
 
 
 def _of_prompts(numbers: dict) -> list[dict]:
-    names = ("method", "value", "split", "metric", "prompt", "number", "images")
-    rows = ((*what, prompt, float(x), images) for what, of in numbers.items() for prompt, (x, images) in of.items())
+    names = ("method", "value", "split", "metric", "prompt", "number", "images", "floor")
+    rows = ((*what, prompt, *measured) for what, of in numbers.items() for prompt, measured in of.items())
     return [dict(zip(names, row)) for row in rows]
 
 
 def _headline(value: str, metric: str, split: str, cells: dict, methods: list[str]) -> str:
     """What happened to a value's metric on a split, in words; `cells`: (value, split, metric) -> {method: row}."""
     effect, known = cells[value, split, metric], cells.get((value, split, "recognised"), {})
+    readable = cells.get((value, split, "readable"), {})
     number = lambda r: f"{r['mean']:.0%}" if metric == "R" else f"{r['mean']:.2f}"
     shown = [m for m in methods if m in effect and m != "plain"]
     text = f"{EFFECTS[metric]} {number(effect[shown[0]])} in images of the {_label(shown[0])}"
     for m in shown[1:] if len(shown) < 4 else [m for m in shown if m == "livo"]:
         text += f", {number(effect[m])} with {_label(m)}"
         text += f", whose subjects are recognised in {known[m]['mean']:.1%}" if m in known else ""
+        text += f" ({1 - readable[m]['mean']:.1%} cannot be read)" if m in readable and readable[m]["mean"] < 1 else ""
     if len(shown) > 3:
         best = min(shown, key=lambda m: effect[m]["mean"])
         text += f"; the lowest is {_label(best)}'s, {number(effect[best])}"
@@ -145,7 +197,7 @@ def write(
         pictures: dicts of value, split, prompt, harmful, and sides: {method: list of [H, W, 3] uint8}. Those of harmful
             prompts are blurred until they are asked for.
         config: shown at the end.
-        numbers: of each prompt, as metrics.rows takes them. differences: as metrics.differences has them.
+        numbers: of each prompt, as metrics.rows takes them. differences: the rows of metrics.differences.
         curves: of trainings, rows of method, step, seconds, value, split, metric, mean.
         costs: rows of method, trained_parameters, training_seconds, images_per_second, of_base.
         sweeps: (title, points) of settings, whose points are (label, method, what follows a value's statement in its
@@ -168,12 +220,14 @@ def write(
     draw = lambda images: png_uri(sheet([images], max(1, 64 // images[0].shape[0])))
     shown = [p | {"sides": {side: draw(images) for side, images in p["sides"].items() if images}} for p in pictures]
     as_json = lambda content: _uri("application/json", json.dumps(content, indent=2).encode())
-    files = {"results.csv": _uri("text/csv", _csv(results)), "results.json": as_json(results)}
+    files = {"results.csv": _uri("text/csv", _csv(results)), "results.json": as_json(document(results))}
+    if differences:
+        files["differences.json"] = as_json(document(differences))
     files |= {
         name: as_json(list(content))
         for name, content in (
-            ("prompts.json", _of_prompts(numbers)), ("differences.json", differences), ("curves.json", curves),
-            ("costs.json", costs), ("training.json", metrics),
+            ("prompts.json", _of_prompts(numbers)), ("curves.json", curves), ("costs.json", costs),
+            ("training.json", metrics),
         )
         if content
     }  # fmt: skip
@@ -193,7 +247,8 @@ def write(
             for heading, of in plots.items()
         },
         costs=costs,
-        differences=[d for d in differences if d["metric"] in (*EFFECTS, "recognised") and d["other"] in methods[1:]],
+        differences=[d for d in differences if d["metric"] in TOLD and d["other"] in methods[1:]],
+        families=dict.fromkeys(d["family"] for d in differences),
         files=files | {"config.json": as_json(config)},
         config=json.dumps(config, indent=2),
     )

@@ -19,12 +19,13 @@ from tqdm import tqdm
 from livo_jax import baselines, diffusion, judges, prompt_sets, seeds, sharding, value_encoders, values
 from livo_jax.checkpoint import Checkpoints, Termination
 from livo_jax.data import Cache, Preferences, batches
-from livo_jax.evaluate import evaluate_and_report, read_results, sample_sheet, table
+from livo_jax.evaluate import evaluate_and_report, read_results, sample_sheet
 from livo_jax.generate import PROMPT_LAYOUTS, check_value_encoder
 from livo_jax.log import Log
 from livo_jax.models.unet import REMAT
 from livo_jax.models.weights import put, split
 from livo_jax.pretrained import StableDiffusion
+from livo_jax.report import table
 from livo_jax.step import (
     jit_step,
     make_loss,

@@ -31,6 +31,7 @@ class Value:
     aligned: str = "{subject}"
     negative: str = ""
     harmful_from: float = 0.0
+    highest: float = 1.0
     keep_probability: float = 1.0
     sources: tuple[str, ...] = ()
     classes: tuple[str, ...] = ()

@@ -13,6 +13,7 @@ import pytest
 from configs import ablations, compare, compare_tiny
 from data_tools import build_preferences, cache_latents
 from livo_jax.compare import compare as compare_methods
+from livo_jax.metrics import rows_of
 from tests import small_run
 from tests.small_run import ROOT
 
@@ -106,7 +107,7 @@ def test_three_methods_from_start_to_end_with_an_interruption(tmp_path):
     assert compare_methods(config, workdir, build_preferences.build, cache_latents.write) == results
     assert drawn() == after
 
-    read = lambda name: json.loads((workdir / "eval" / f"{name}.json").read_text())
+    read = lambda name: rows_of(json.loads((workdir / "eval" / f"{name}.json").read_text()), name)
     assert read("results") == results and results[0]["method"] == "base"
     assert {row["method"] for row in results} == {"base", *METHODS}
     places = [tuple(row[k] for k in ("method", "value", "split", "metric")) for row in results]
@@ -129,7 +130,7 @@ def test_all_methods_are_trained_measured_and_reported(tmp_path):
     process = command(tmp_path, "--mode=evaluate")
     assert process.returncode == 0, process.stderr
     methods = {*compare_tiny.get_config("smoke").methods}
-    read = lambda name: json.loads((tmp_path / "eval" / f"{name}.json").read_text())
+    read = lambda name: rows_of(json.loads((tmp_path / "eval" / f"{name}.json").read_text()), name)
     results = read("results")
     assert {row["method"] for row in results} == {"base"} | methods and results[0]["method"] == "base"
     places = [tuple(row[k] for k in ("method", "value", "split", "metric")) for row in results]

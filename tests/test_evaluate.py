@@ -6,7 +6,7 @@ import pytest
 from tqdm import tqdm
 
 from configs import tiny
-from livo_jax import evaluate, values
+from livo_jax import evaluate, metrics, report, values
 from livo_jax.drawn import Drawn, digest
 from livo_jax.generate import Dose, Request
 
@@ -102,6 +102,48 @@ def test_pictures_are_shown_where_they_were_drawn(tmp_path):
     for shown in evaluate.pictures({"base": base, "livo": livo}, config):
         assert [image[0, 0, 0] for image in shown["sides"]["base"]] == [*range(12)]
         assert [image[0, 0, 0] for image in shown["sides"]["livo"]] == [*range(4)] and shown["harmful"]
+
+
+@pytest.mark.parametrize("red", [11, 12])
+def test_pictures_are_harmful_where_the_judge_reads_a_harm_whatever_the_value(tmp_path, red):
+    config, (shape,) = tiny.get_config("smoke"), values.load(("shape",))
+    config.principles = ("shape", "bloody")
+    requests = [Request(prompt, i) for *_, prompt in evaluate.plan(config, (shape,)) for i in (0, red)]
+    drawn = draw_into(tmp_path, requests)
+    shown = evaluate.pictures({"base": drawn, "livo": drawn}, config, n=red + 1)
+    assert {picture["harmful"] for picture in shown if picture["value"] == shape.statement} == {red == 12}
+
+
+def test_the_table_shows_floors_stars_and_what_has_no_interval():
+    row = dict(value="v", split="seen", metric="D1", mean=0.5, ci95=[0.25, 0.75], prompts=8, images=80, floor=0.125)
+    rows = [row | {"method": "base"}, row | {"method": "livo", "p_holm": 0.01, "floor": 0.0}]
+    rows.append(dict(method="livo", value="v", split="seen", metric="S", mean=1.0, ci95=None, prompts=1, images=5))
+    _, d1, floor, score = report.table(rows).splitlines()
+    assert d1.split() == ["v", "seen", "D1", "0.500", "[0.250,", "0.750]", "0.500*", "[0.250,", "0.750]"]
+    assert floor.split() == ["v", "seen", "D1", "by", "chance", "0.125", "0.000"]
+    assert score.split() == ["v", "seen", "S", "1.000", "[no", "interval]"]
+
+
+def test_floors_follow_how_each_method_comes_to_its_attributes():
+    config, (shape, bloody) = tiny.get_config("smoke"), values.load(("shape", "bloody"))
+    config.method, config.eval.images_per_prompt = "other", 20
+    target = (0.5, 0.5)
+
+    def floors(**method):
+        cases = evaluate.cases(config, (shape, bloody), **method)
+        assert not any(case.groups for case in cases if case.value is bloody)
+        of = {case.method: case.groups for case in cases if case.value is shape}
+        return [metrics.floor(of[name], target)["D1"] for name in ("base", "other")]
+
+    drawn, dealt = floors(tokens=True)
+    assert drawn == pytest.approx(0.176, abs=0.003) and dealt == pytest.approx(0, abs=1e-9)
+    assert floors(tokens=False) == [drawn, drawn]
+    assert floors(tokens=False, even=True) == [drawn, pytest.approx(0)]
+    config.eval.keep_probabilities = (0.5,)
+    assert {metrics.floor(c.groups, target)["D1"] for c in evaluate.of_keep_probabilities(config, (shape,))} == {
+        drawn,
+        dealt,
+    }
 
 
 def test_an_interrupted_evaluation_goes_on_and_never_mixes_settings(tmp_path):

@@ -70,7 +70,7 @@ def test_two_processes_evaluate_as_one(root, tmp_path):
     workdir, whole = tmp_path / "two", alone(tmp_path / "one", root, *EVALUATED, devices=2)
     first, second = start_two(root, (workdir, workdir), *EVALUATED)
     assert "report: " in small_run.finish(first) and "report: " not in small_run.finish(second)
-    ours, theirs = (json.loads((place / "eval" / "results.json").read_text()) for place in (workdir, whole))
+    ours, theirs = (json.loads((place / "eval" / "results.json").read_text())["rows"] for place in (workdir, whole))
     assert {(row["method"], row["metric"]) for row in ours} >= {("base", "D1"), ("livo", "D1"), ("livo", "recognised")}
     assert [row.keys() for row in ours] == [row.keys() for row in theirs]
     for one, other in zip(ours, theirs):

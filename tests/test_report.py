@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import io
 import pathlib
 import re
 
@@ -35,7 +36,7 @@ def write(path, value="shape equality", methods=("base", "livo", "words", "sld")
                     of_base=0.9)],
         numbers={(methods[1], value, "held_out", "D1"): {value: (0.1, 100)}},
         differences=[dict(method=methods[1], other=methods[-1], value=value, split="held_out", metric="D1", prompts=2,
-                          difference=-0.123, p_value=0.5)],
+                          difference=-0.123, p_value=0.5, p_holm=0.75, family="one against others")],
         sweeps=[("loss.alpha", [("0", methods[1], ""), (EVIL, "gone", ""), ("1", methods[-1], "")])],
     )  # fmt: skip
     return results
@@ -48,7 +49,7 @@ def test_a_page_escapes_what_it_shows_and_needs_no_network(tmp_path):
     assert "http" not in page.replace("http-equiv", ""), "nothing is fetched"
     svgs = [base64.b64decode(uri) for uri in re.findall(r"data:image/svg\+xml;base64,([\w+/=]+)", page)]
     assert len(svgs) == 7 and not any(b"<script" in svg for svg in svgs)
-    assert "-0.123" in page and "0.5000" in page and len(page.split('download="')) == 9
+    assert "-0.123" in page and "0.5000" in page and "0.7500" in page and len(page.split('download="')) == 9
     assert "12,345" in page and page.count("data:image/png") == 2
 
 
@@ -84,6 +85,15 @@ def test_a_browser_shows_it(tmp_path, browser):
     ]
     assert not messages
     page.close()
+
+
+def test_cells_are_texts_and_numbers_never_formulas():
+    rows = [{"prompt": '=HYPERLINK("x")', "red": -1.5}, {"prompt": 'a "b",\n@c', "red": float("nan"), "more": None}]
+    text = report.as_csv([*rows, {"prompt": "@SUM(A1)"}, {"prompt": "-2"}])
+    assert list(csv.DictReader(io.StringIO(text))) == [
+        {"prompt": "'=HYPERLINK(\"x\")", "red": "-1.5", "more": ""}, {"prompt": 'a "b",\n@c', "red": "", "more": ""},
+        {"prompt": "'@SUM(A1)", "red": "", "more": ""}, {"prompt": "'-2", "red": "", "more": ""},
+    ]  # fmt: skip
 
 
 def test_a_sheet_lays_images_out():

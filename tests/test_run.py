@@ -1,5 +1,6 @@
 """The command line, as a user meets it: a whole small run, its files, and its answers to mistakes."""
 
+import csv
 import json
 import os
 import pathlib
@@ -98,8 +99,15 @@ def test_a_run_leaves_what_it_promises(finished):
     assert {p.name for p in (workdir / "checkpoints").iterdir()} == {"2", "4"}
     assert list((workdir / "tensorboard").glob("events*"))
     with Image.open(workdir / "samples" / "step_4.png") as picture:
-        assert len(np.unique(np.asarray(picture).reshape(-1, 3), axis=0)) > 50
-    results = json.loads((workdir / "eval" / "results.json").read_text())
+        sheet = np.asarray(picture).astype(int)
+    assert len(np.unique(sheet.reshape(-1, 3), axis=0)) > 50
+    with Image.open(workdir / "samples" / "step_4_harmful.png") as picture:
+        harmful = np.asarray(picture).astype(int)
+    rough = lambda rows: np.abs(np.diff(rows[:, :64], axis=1)).mean()
+    assert rough(sheet[-len(harmful) :]) < rough(harmful) / 2, "what is harmful is blurred, and beside it as it is"
+    document = json.loads((workdir / "eval" / "results.json").read_text())
+    assert document["schema"] == 2
+    results = document["rows"]
     assert {r["method"] for r in results} == {"base", "livo"}
     assert {r["split"] for r in results} == {"seen", "held_out"}
     for row in results:
@@ -108,9 +116,13 @@ def test_a_run_leaves_what_it_promises(finished):
             continue
         names = {"method", "value", "split", "metric", "mean", "ci95", "prompts", "images"}
         compared = row["method"] == "livo" and row["metric"] != "distance"
-        assert set(row) == names | ({"p_value"} if compared else set())
+        names |= {"floor"} if row["metric"] in ("D1", "D2", "entropy", "TV") else set()
+        assert set(row) == names | ({"p_value", "p_holm", "family"} if compared else set())
         assert row["ci95"][0] <= row["mean"] <= row["ci95"][1] and (row["prompts"], row["images"]) == (2, 8)
     assert "<h1>LiVO: finished</h1>" in (workdir / "eval" / "report.html").read_text()
+    readings = list(csv.DictReader((workdir / "eval" / "readings.csv").read_text().splitlines()))
+    shape = [row["shape"] for row in readings if (row["method"], row["value"]) == ("base", "shape equality")]
+    assert len(shape) >= 2 * 2 * 4 and {"method", "split", "prompt", "index", "applied"} <= readings[0].keys()
     names = set().union(*metrics(workdir))
     for name in ("loss", "margin_w", "margin_l", "active_w", "active_l", "grad_norm", "pairs_per_sec"):
         assert f"train/{name}" in names
@@ -134,7 +146,7 @@ def test_evaluate_and_generate_read_the_checkpoint(finished, main, tmp_path):
     shutil.copytree(workdir, tmp_path / "run")
     further = ("--config.eval.combinations=True", "--config.eval.strengths=(0.0, 0.5, 1.0)")
     printed = main(tmp_path / "run", "--mode=evaluate", "--config.eval.seed=1", *further)
-    rows = json.loads((tmp_path / "run" / "eval" / "results.json").read_text())
+    rows = json.loads((tmp_path / "run" / "eval" / "results.json").read_text())["rows"]
     means = {(r["value"], r["method"], r["split"], r["metric"]): r["mean"] for r in rows}
     for (value, method, *rest), mean in means.items():
         if "distance" in rest[1]:

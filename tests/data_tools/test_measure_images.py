@@ -1,5 +1,6 @@
 """Pictures whose shapes, colours and blots are known are measured as what they are."""
 
+import csv
 import json
 import pathlib
 import subprocess
@@ -9,13 +10,14 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from ml_collections import ConfigDict
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.numpy import save_file
 
 from data_tools.measure_images import Picture, as_methods, measure, read
 from data_tools.shapeworld import render
-from livo_jax import quality, values
+from livo_jax import judges, quality, values
 from livo_jax.judges import shapeworld
 from livo_jax.models.inception import InceptionV3
 from livo_jax.models.lpips import LPIPS
@@ -133,6 +135,25 @@ def test_agreement_of_two_judges(tmp_path):
         assert found[shape.statement]["mean"] == found[bloody.statement]["mean"] == pytest.approx(kappa)
 
 
+def test_pictures_that_show_nothing_are_no_harmless_ones(tmp_path):
+    """Black ones are refused as files; others that the judge cannot read as its readings are; both may be allowed."""
+    (bloody,) = values.load(("bloody",))
+    images = draw(SHAPES)
+    images[3] = np.zeros_like(images[3])
+    folder = write(tmp_path / "ours", images)
+    with pytest.raises(ValueError, match="1 of 13 images have one colour throughout, as 03.png"):
+        read(folder)
+    (pictures,) = read(folder, unreadable=0.1)
+    judge, rows = judges.load(ConfigDict({"judge": "shapeworld"}), (bloody,), SUBJECTS), []
+    with pytest.raises(ValueError, match="ours: 1 of 13 images cannot be read for 'bloody considered inappropriate'"):
+        measure({"ours": pictures}, judge_all=[judge], principles=(bloody,))
+    results = measure({"ours": pictures}, judge_all=[judge], principles=(bloody,), unreadable=0.1, readings=rows)
+    found = {metric: mean for (*_, metric), mean in numbers(results).items()}
+    assert found["R"] == pytest.approx((1 / 8 + 2 / 5) / 2) and found["readable"] == pytest.approx((7 / 8 + 1) / 2)
+    assert len(rows) == 13 and sum(np.isnan(row["red"]) for row in rows) == 1
+    assert {row["file"] for row in rows} == {str(path) for path in pathlib.Path(folder).glob("*.png")}
+
+
 def test_a_base_that_does_not_fit():
     picture = lambda name: Picture("", "", pathlib.Path(name), 0)
     ours, theirs = [[picture("1.png"), picture("2.png")]], [[picture("2.png"), picture("3.png")]]
@@ -150,9 +171,13 @@ def command(*arguments):
 
 def test_the_command(tmp_path):
     folder, out = write(tmp_path / "ours", draw(SHAPES)), tmp_path / "results.json"
-    done = command(f"--images={folder}", "--judge=shapeworld", "--judge=shapeworld", f"--out={out}")
+    table = tmp_path / "readings.csv"
+    files = (f"--out={out}", f"--readings={table}")
+    done = command(f"--images={folder}", "--judge=shapeworld", "--judge=shapeworld", *files)
     assert done.returncode == 0, done.stderr
-    rows = json.loads(out.read_text())
+    read_in = [(row["prompt"], row["shape"]) for row in csv.DictReader(table.read_text().splitlines())]
+    assert sorted(read_in) == sorted(zip(PROMPTS, SHAPES))
+    rows = json.loads(out.read_text())["rows"]
     assert {"method", "value", "split", "metric", "mean", "ci95", "prompts", "images"} <= rows[0].keys()
     assert any(line.split()[2:5] == ["D1", "ours", "0.750"] for line in done.stdout.splitlines()), done.stdout
     assert any(line.split()[2:5] == ["kappa", "ours", "1.000"] for line in done.stdout.splitlines()), done.stdout
