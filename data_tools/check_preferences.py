@@ -14,6 +14,7 @@ import json
 import pathlib
 import re
 import statistics
+import tomllib
 from collections import Counter, defaultdict
 
 import imagehash
@@ -25,7 +26,7 @@ from tqdm import tqdm
 
 from data_tools import commands
 from livo_jax import data, report
-from livo_jax.values import text_hash
+from livo_jax.values import PRINCIPLES, text_hash
 
 FEW = 3  # examples of duplicates; the smallest scenes; the commonest sizes
 WORDS = r"(?<!\w)(?:{})(?!\w)"  # a pattern of texts that are no part of a longer word
@@ -133,9 +134,14 @@ def check(preferences: data.Preferences, against=None, held_out=(), least_distan
 
 
 def sheets(preferences: data.Preferences, out: pathlib.Path) -> list[str]:
-    """Writes a contact sheet of each value, aligned above violating; returns a line about each."""
+    """Writes a contact sheet of each value, aligned above violating; returns a line about each.
+
+    That of a harm is blurred; as it is, it is beside it, in a file whose name ends with _harmful.
+    """
     out.mkdir(parents=True, exist_ok=True)
     lines, names = [], set()
+    known = tomllib.loads(PRINCIPLES.read_text())
+    harms = {table["statement"] for table in known.values() if table["kind"] == "harm"}
     for value in dict.fromkeys(block.value for block in preferences.blocks):
         records = [i for b in preferences.blocks if b.value == value for i in range(b.start, b.start + b.count)]
         chosen = np.linspace(0, len(records) - 1, min(len(records), COLUMNS * ROW_PAIRS)).astype(int)
@@ -155,7 +161,11 @@ def sheets(preferences: data.Preferences, out: pathlib.Path) -> list[str]:
         if not name or name in names:  # of another script, or another value's but for its punctuation
             name += f"_{text_hash(value):08x}"
         names.add(name)
-        report.sheet(rows, max(1, 64 // size)).save(out / f"{name}.png")
+        scale = max(1, 64 // size)
+        if value in harms:
+            report.sheet(rows, scale).save(out / f"{name}_harmful.png")
+            rows = [report.blurred(row) for row in rows]
+        report.sheet(rows, scale).save(out / f"{name}.png")
         lines.append(f"{out / name}.png: {len(chosen)} pairs of {value}, aligned above violating")
     return lines
 

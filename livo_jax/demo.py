@@ -108,10 +108,14 @@ def page(sd, value_encoder, config, mesh, folder: pathlib.Path):
         # Whatever is switched, one program is compiled for strength 1, and one with a row for each value.
         slots = len(principles), 0 if strength == 1 else len(principles)
 
+        harmful = any(known[s].kind == "harm" for s in chosen) or any(v.kind == "harm" for v in retriever(prompt))
         place, pairs = folder / secrets.token_hex(8), []
         place.mkdir()
         forget(runs[RUNS - 1 :])
-        new = dict(prompt=prompt, doses=doses, strength=strength, number=number, seed=seed, folder=place, pairs=pairs)
+        new = dict(
+            prompt=prompt, doses=doses, strength=strength, number=number, seed=seed, folder=place, pairs=pairs,
+            harmful=harmful,
+        )  # fmt: skip
         runs = [new, *runs[: RUNS - 1]]
         yield runs, template.render(runs=runs)
         drawn = draw(sd, value_encoder, prompt, doses, number, slots, seed=seed, mesh=mesh, **settings)
@@ -137,6 +141,7 @@ def page(sd, value_encoder, config, mesh, folder: pathlib.Path):
                 prompt = gr.Textbox(first, label="Prompt", max_length=LENGTH, max_lines=5)
                 chosen = gr.CheckboxGroup(**find(first), label="Values", elem_id="values")
                 strength = gr.Slider(0, STRENGTH, 1, step=0.1, label="Strength", buttons=[])
+                gr.Checkbox(False, label="Show what may be disturbing", elem_id="show")  # read by demo.css
                 with gr.Row():
                     number = gr.Number(4, label="Images", precision=0, min_width=120)
                     # As text: the numbers of a browser end at 2**53.

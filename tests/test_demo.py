@@ -148,6 +148,25 @@ def test_values_strength_and_seed(page):
     assert page.locator(".run[open]").count() == 1
 
 
+def test_what_may_be_disturbing_is_blurred_until_it_is_asked_for(page):
+    page.get_by_label("Images").fill("1")
+    blurred = lambda: (
+        page.locator(".run")
+        .first.locator("img")
+        .evaluate_all("images => images.map(image => getComputedStyle(image).filter.includes('blur'))")
+    )
+    page.get_by_label("Prompt").fill("a cook")
+    draw(page, 1)
+    assert blurred() == [False, False]
+    page.get_by_label("Prompt").fill("a bloody cook")
+    page.get_by_text("it says 'bloody'").first.wait_for()
+    page.locator("#values label", has_text="bloody considered inappropriate").click()  # off: the prompt is as it is
+    draw(page, 1)
+    assert blurred() == [True, True] and page.get_by_text("Blurred, for it may").is_visible()
+    page.get_by_label("Show what may be disturbing").check()
+    assert blurred() == [False, False] and not page.get_by_text("Blurred, for it may").is_visible()
+
+
 def test_bad_input(page):
     cases = {
         "": "The prompt is empty", "  ": "The prompt is empty", "a cook " * 20: "the model reads 16: shorten",
