@@ -15,12 +15,11 @@ import shutil
 from collections.abc import Callable, Iterable
 
 import jax
-from filelock import FileLock, Timeout
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
+from livo_jax import workdir
 from livo_jax.data import FEATURES, SIDES, Block
-from livo_jax.workdir import differences
 
 SHARD_SIZE = 1024  # records
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -39,20 +38,14 @@ def my_share(n: int) -> range:
 
 @contextlib.contextmanager
 def held(work: pathlib.Path):
-    """Makes the folder `work` where it is not there, and keeps other commands out of it.
+    """Makes the folder `work` where it is not there, and keeps other commands out of it, as workdir.held does.
 
     Raises:
         FileExistsError: another process holds it.
         OSError: the disk is full; and whatever else is raised within.
     """
     try:
-        with contextlib.ExitStack() as stack:
-            if jax.process_index() == 0:
-                work.mkdir(parents=True, exist_ok=True)
-                try:
-                    stack.enter_context(FileLock(work / "lock", blocking=False))
-                except Timeout:
-                    raise FileExistsError(f"another process writes to {work}: wait until it has ended") from None
+        with workdir.held(work):
             yield
     except (OSError, RuntimeError) as error:  # array_record names no type of its own
         if not any(os.strerror(number) in str(error) for number in FULL):
@@ -78,7 +71,7 @@ def under_construction(directory: pathlib.Path, config: dict):
         file = place / "config.json"
         if not file.exists():
             raise FileExistsError(f"{place} exists and was not built here: remove it, or build into another --out")
-        if found := differences(json.loads(file.read_text()), config):
+        if found := workdir.differences(json.loads(file.read_text()), config):
             raise FileExistsError(
                 f"{place} is made of another config: remove it, or build into another --out\n  " + "\n  ".join(found)
             )

@@ -1,27 +1,54 @@
 """Where a run lives: on a disk that every process sees, or in a bucket (gs://), with one config."""
 
+import contextlib
+import datetime
 import json
 import os
 import secrets
+import socket
 
 import jax
+from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
 # Fields that may change between the starts of a run: no parameter depends on them, but for rounding.
 FREE = (
     "checkpoint", "eval", "log", "profile", "mesh", "shard_frozen", "cpu_devices", "data.cache",
-    "judging.endpoint", "judging.cache", "judging.budget",
+    "judging.endpoint", "judging.cache", "judging.budget", "preferences.images_per_file",
 )  # fmt: skip
+
+# What was done before there was a field for it, which is what a config.json without the field means. A new field that
+# is not free needs its line here, or older runs are refused.
+BEFORE = {
+    "method": "livo", "variant": "", "random_weights": False,
+    "value_encoder.kind": "full", "value_encoder.start": "", "value_encoder.rank": 8, "value_encoder.alpha": 8.0,
+    "value_encoder.targets": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"], "value_encoder.tokens": 4,
+    "value_encoder.states": 1, "value_encoder.reads_prompt": True,
+    "judging.model": "", "judging.subject": True,
+    "preferences.model": "", "preferences.candidates_per_pair": 1.0, "preferences.least_distance": 0,
+    "data.beside": 0.0, "data.attributes": 0.0, "data.anchors": 0.0,
+    "loss.form": "livo", "loss.min_snr_gamma": 0.0,
+    "train.accumulate": 1, "train.remat": "none", "train.learning_rate_scaling": "none",
+    "train.reference_batch_size": 8, "train.warmup_steps": 0, "train.train_embeddings": True, "train.ema_decay": 0.0,
+    "sampling.prompt_layout": "padded",
+}  # fmt: skip
 
 
 def find(path: str | os.PathLike) -> epath.Path:
-    """An absolute path, on disk or in a bucket. Raises ValueError for buckets that Orbax cannot write to."""
-    if not is_remote(path):
-        return epath.Path(path).absolute()
-    if not os.fspath(path).startswith("gs://"):
+    """An absolute path: on disk, where ~ is a home, or in a bucket.
+
+    Raises:
+        ValueError: a bucket that Orbax cannot write to; or a path that would be misread: Orbax collects the parts of a
+            checkpoint by a glob in which the whole path stands, and a backslash becomes a separator.
+    """
+    remote = is_remote(path)
+    if remote and not os.fspath(path).startswith("gs://"):
         raise ValueError(f"workdir {path}: checkpoints can be written to a disk or to gs://BUCKET/... alone")
-    return epath.Path(path)
+    found = epath.Path(path) if remote else epath.Path(os.path.expanduser(path)).absolute()
+    if wrong := [character for character in "[*?\\" if character in os.fspath(found)]:
+        raise ValueError(f"{found}: what is saved there could not be read: choose a path without {' '.join(wrong)}")
+    return found
 
 
 def is_remote(path: str | os.PathLike) -> bool:
@@ -32,6 +59,9 @@ def say(text: str):
     """Prints, from process 0."""
     if jax.process_index() == 0:
         print(text)
+
+
+# ---------------------------------------------------------------------------- one config
 
 
 def flatten(config: dict) -> dict:
@@ -50,6 +80,19 @@ def differences(theirs: dict, ours: dict) -> list[str]:
     ]
 
 
+def as_now(theirs: dict, ours: dict) -> dict:
+    """The config of an older run, nested dicts, as flat as flatten makes it, with no other fields than `ours`.
+
+    What it lacks is what was done before there was a field. What is gone since is told, and left out: nothing reads it.
+    """
+    theirs, names = flatten(theirs), flatten(ours).keys()
+    if gone := sorted(theirs.keys() - names):
+        told = ", ".join(f"config.{name}={theirs[name]!r}" for name in gone)
+        logging.warning("the run was begun with %s: nothing reads that now", told)
+    known = BEFORE | theirs
+    return {name: known[name] for name in names if name in known}
+
+
 def claim(workdir: epath.Path, config):
     """Writes config.json, or checks that what is in the workdir was made with the same config.
 
@@ -60,13 +103,81 @@ def claim(workdir: epath.Path, config):
     file = workdir / "config.json"
     ours = json.loads(config.to_json())
     if file.exists() and any((workdir / made).exists() for made in ("preferences", "checkpoints")):
-        both = flatten(json.loads(file.read_text())), flatten(ours)
-        fixed = ({k: v for k, v in tree.items() if not k.startswith(FREE)} for tree in both)
-        if found := differences(*fixed):
+        schedule = ours["train"]["schedule"]
+        # At a constant rate no step depends on how many follow.
+        free = (*FREE, "train.steps") if schedule == "constant" else FREE
+        both = as_now(json.loads(file.read_text()), ours), flatten(ours)
+        found = differences(*({k: v for k, v in tree.items() if not k.startswith(free)} for tree in both))
+        if any(line.startswith("config.train.steps:") for line in found):
+            found.append(
+                f"with config.train.schedule={schedule!r} the learning rates depend on the number of steps: to train"
+                " on, export this run, and start another --workdir with config.value_encoder.start=EXPORT"
+            )
+        if found:
             raise ValueError(f"{workdir} holds a run of another config: name a new --workdir\n  " + "\n  ".join(found))
     check_shared(workdir)
     if jax.process_index() == 0:
         file.write_text(json.dumps(ours, indent=2) + "\n")
+
+
+def recipe(workdir: epath.Path) -> dict | None:
+    """The config.json of a run, None where none was trained."""
+    file = workdir / "config.json"
+    return json.loads(file.read_text()) if (workdir / "checkpoints").exists() and file.exists() else None
+
+
+# ---------------------------------------------------------------------------- one command at a time, one place
+
+
+@contextlib.contextmanager
+def held(directory, does: str = "writes to"):
+    """Makes a folder where it is not there, and keeps other commands that hold it out until this one has ended.
+
+    The lock is the operating system's: it ends with the process that has it, even if that is killed. Of several
+    processes of a run the first has it for all. A bucket has none: there a file tells of a run that has not ended.
+
+    Args:
+        does: what this command does in the folder, as others are told.
+
+    Raises:
+        FileExistsError: another process holds it, and which; in every process.
+    """
+    file, other = directory / "lock", ""
+    since = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
+    holder = f"{does} {directory}: PID {os.getpid()} on {socket.gethostname()}, since {since}"
+    with contextlib.ExitStack() as stack:
+        if jax.process_index() == 0:
+            directory.mkdir(parents=True, exist_ok=True)
+            if is_remote(directory):
+                if file.exists():
+                    logging.warning("a process that has not ended, or was killed, %s: never run two", file.read_text())
+                file.write_text(holder)
+                stack.callback(file.unlink, missing_ok=True)
+            else:
+                lock = stack.enter_context(open(file, "a+"))
+                if locked(lock):
+                    lock.truncate(0)
+                    lock.write(holder)
+                    lock.flush()
+                else:
+                    lock.seek(0)
+                    other = lock.read() or f"{does} {directory}"
+        if multihost_utils.process_allgather(bool(other)).any():
+            raise FileExistsError(f"another process {other or f'{does} {directory}'}: wait until it has ended")
+        yield
+
+
+def locked(file) -> bool:
+    """Locks an open file, until it is closed, unless another process has it locked."""
+    import fcntl  # Windows has none
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:  # of a file system without locks
+        logging.warning("%s cannot be locked (%s): see that no other process writes there", file.name, error.strerror)
+    return True
 
 
 def check_shared(workdir: epath.Path):
@@ -88,9 +199,3 @@ def check_shared(workdir: epath.Path):
             f"{workdir} is not shared: processes {[int(i) for i in (~seen).nonzero()[0]]} do not see what process 0"
             " writes there: name a --workdir on a disk of all, or in a bucket (gs://...)"
         )
-
-
-def recipe(workdir: epath.Path) -> dict | None:
-    """The config.json of a run, None where none was trained."""
-    file = workdir / "config.json"
-    return json.loads(file.read_text()) if (workdir / "checkpoints").exists() and file.exists() else None

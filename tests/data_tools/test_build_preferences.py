@@ -15,13 +15,12 @@ import time
 
 import numpy as np
 import pytest
-from filelock import FileLock
 from PIL import Image
 
 from configs import tiny
 from data_tools import build_preferences, dataset
 from data_tools.build_preferences import Candidate, balanced, candidates, census, fault, favoured, pair, scenes
-from livo_jax import StableDiffusion, evaluate, values
+from livo_jax import StableDiffusion, evaluate, values, workdir
 from livo_jax.data import Preferences
 from livo_jax.generate import Request
 from livo_jax.judges.shapeworld import judge
@@ -110,8 +109,7 @@ def test_it_does_not_overwrite(built, config, tmp_path):
 
 
 def test_two_builds_in_one_folder(config, tmp_path):
-    (tmp_path / ".preferences.partial").mkdir()
-    with FileLock(tmp_path / ".preferences.partial" / "lock"), pytest.raises(FileExistsError, match="another process"):
+    with workdir.held(tmp_path / ".preferences.partial"), pytest.raises(FileExistsError, match="another process"):
         build_preferences.build(config, tmp_path / "preferences")
 
 

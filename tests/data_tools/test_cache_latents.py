@@ -6,11 +6,10 @@ import shutil
 
 import numpy as np
 import pytest
-from filelock import FileLock
 
 from configs import tiny
 from data_tools import build_preferences, cache_latents
-from livo_jax import StableDiffusion
+from livo_jax import StableDiffusion, workdir
 from livo_jax.data import Cache, Preferences
 from livo_jax.train import train_and_evaluate
 
@@ -89,8 +88,8 @@ def test_an_interrupted_cache_is_none_and_neither_is_one_on_a_full_disk(config, 
     with monkeypatch.context() as patch, pytest.raises(OSError, match=r"^no space left for .*/\.cache\.partial: "):
         patch.setattr(os, "posix_fallocate", full)
         cache_latents.write(preferences, sd, config)
-    lock = FileLock(preferences.directory / ".cache.partial" / "lock")
-    with lock, pytest.raises(FileExistsError, match="another process writes to .*partial: wait"):
+    lock = workdir.held(preferences.directory / ".cache.partial")
+    with lock, pytest.raises(FileExistsError, match="another process writes to .*partial: PID [0-9]+ on .*: wait"):
         cache_latents.write(preferences, sd, config)
     cache_latents.write(preferences, sd, config)
     assert not (preferences.directory / ".cache.partial").exists()

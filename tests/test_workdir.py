@@ -1,0 +1,133 @@
+"""A workdir: what may be its path, who may write to it, and that it is of one config."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from etils import epath
+
+from configs import livo, sdxl, tiny
+from configs.baselines import concept_ablation, dpo_unet
+from livo_jax import workdir
+from livo_jax.checkpoint import Checkpoints
+from tests.small_run import ROOT
+
+# What config.json had in the first version: no run lacks it.
+FIRST = """
+seed model dtype principles judge preferences.scenes preferences.templates preferences.pairs_per_scene
+preferences.harm_pairs_per_scene preferences.census_per_scene data.directory data.random_flip loss.alpha loss.beta
+loss.gamma_1 loss.gamma_2 loss.timesteps train.steps train.batch_size train.learning_rate train.schedule train.b1
+train.b2 train.eps train.weight_decay train.grad_clip sampling.sampler sampling.steps sampling.guidance_scale
+sampling.batch_size
+""".split()
+
+
+@pytest.mark.parametrize("name", ["a b", "lr=1e-4", "ü#%&'\"!", "x]", "{y}", "-z"])
+def test_a_workdir_of_any_name_is_read_again(name, tmp_path):
+    state = {"step": jnp.int32(1), "params": jnp.arange(3.0)}
+    checkpoints = Checkpoints(workdir.find(tmp_path / name))
+    checkpoints.save(1, state)
+    checkpoints.close()
+    restored = Checkpoints(workdir.find(tmp_path / name)).restore(jax.tree.map(jnp.zeros_like, state))
+    assert restored["step"] == 1 and (tmp_path / name / "checkpoints" / "1").exists()
+
+
+@pytest.mark.parametrize("name", ["lr=[1e-4]", "[", "a*", "b?", "gs://bucket/a[1]", "c\\d"])
+def test_a_workdir_that_could_not_be_read_again_is_refused(name, tmp_path):
+    with pytest.raises(ValueError, match="what is saved there could not be read: choose a path without "):
+        workdir.find(name if "://" in name else tmp_path / name / "run")
+
+
+def test_a_tilde_is_a_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert workdir.find("~/runs/x") == epath.Path(tmp_path / "runs" / "x")
+
+
+HOLD = """
+import sys, time, pathlib
+from livo_jax import workdir
+with workdir.held(pathlib.Path(sys.argv[1]), "trains in"):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_one_run_at_a_time(tmp_path):
+    """The second is told who has it. One that is killed leaves no lock."""
+    with subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], cwd=ROOT, stdout=subprocess.PIPE) as run:
+        assert run.stdout.readline() == b"held\n"
+        told = f"another process trains in {tmp_path}: PID {run.pid} on .*, since 20.*: wait until it has ended"
+        with pytest.raises(FileExistsError, match=told), workdir.held(tmp_path):
+            pass
+        run.kill()
+    assert run.returncode == -signal.SIGKILL
+    for _ in range(2):
+        with workdir.held(tmp_path), workdir.held(tmp_path / "eval"):
+            with pytest.raises(FileExistsError, match=f"PID {os.getpid()} "), workdir.held(tmp_path):
+                pass
+
+
+def test_where_there_are_no_locks_one_is_told_of_the_other(tmp_path, monkeypatch, caplog):
+    """As in a bucket."""
+    monkeypatch.setattr(workdir, "is_remote", lambda path: True)
+    with workdir.held(epath.Path(tmp_path), "trains in"):
+        assert not caplog.records
+        with workdir.held(epath.Path(tmp_path), "trains in"):
+            (warning,) = caplog.messages
+            assert f"trains in {tmp_path}: PID {os.getpid()} on " in warning
+    assert not list(tmp_path.iterdir())
+
+
+def begun(place, config, **changes):
+    """A workdir that a run of an older version began: its config.json has no fields whose change is None."""
+    (place / "checkpoints").mkdir(parents=True, exist_ok=True)
+    flat = {name: x for name, x in (workdir.flatten(json.loads(config.to_json())) | changes).items() if x is not None}
+    nested = {}
+    for name, x in flat.items():
+        *sections, field = name.split(".")
+        place_of = nested
+        for section in sections:
+            place_of = place_of.setdefault(section, {})
+        place_of[field] = x
+    (place / "config.json").write_text(json.dumps(nested))
+    return epath.Path(place)
+
+
+def test_a_run_from_before_a_field_goes_on(tmp_path, caplog):
+    """A field that it lacks is what was done before there was one; one that is gone is told."""
+    config = tiny.get_config()
+    lacks = dict.fromkeys(["cpu_devices", "data.cache", "loss.form", "value_encoder.kind", "train.remat"])
+    place = begun(tmp_path, config, **lacks, **{"train.gone": 3})
+    workdir.claim(place, config)
+    (warning,) = caplog.messages
+    assert "the run was begun with config.train.gone=3: nothing reads that now" in warning
+    assert json.loads((tmp_path / "config.json").read_text()) == json.loads(config.to_json())
+    begun(tmp_path, config, **lacks)
+    config.loss.form, config.seed = "dpo", 1
+    with pytest.raises(ValueError, match="loss.form: 'livo' there, 'dpo' now\n  config.seed: 0 there, 1 now$"):
+        workdir.claim(place, config)
+
+
+@pytest.mark.parametrize("config", [tiny, livo, sdxl, concept_ablation, dpo_unet], ids=lambda module: module.__name__)
+def test_no_new_field_shuts_older_runs_out(config):
+    config = config.get_config()
+    names = [name for name in workdir.flatten(config.to_dict()) if not name.startswith((*workdir.FREE, config.method))]
+    assert not set(names) - {*FIRST, *workdir.BEFORE}, "livo_jax/workdir.py: BEFORE needs what was done without it"
+
+
+def test_more_steps(tmp_path):
+    """At a constant rate no step depends on their number."""
+    config = livo.get_config()
+    place = begun(tmp_path, config)
+    config.train.steps += 1
+    workdir.claim(place, config)
+    config.train.schedule = "cosine"
+    begun(tmp_path, config)
+    config.train.steps += 1
+    with pytest.raises(ValueError, match="train.steps: 15001 there, 15002 now\n.*'cosine'.*config.value_encoder.start"):
+        workdir.claim(place, config)
