@@ -15,6 +15,7 @@ from livo_jax import ratio as ratios
 from livo_jax import values as principles
 from livo_jax.drawn import Drawn, digest
 from livo_jax.generate import Dose, Request, generate, requests_of, with_doses, with_values
+from livo_jax.log import read_metrics
 from livo_jax.workdir import find
 
 
@@ -357,13 +358,12 @@ def evaluate_and_report(sd, value_encoder, config, mesh, workdir, trained=None):
     if jax.process_index() > 0:
         return results
     folder.mkdir(parents=True, exist_ok=True)
-    log = workdir / "metrics.jsonl"
     report.write(
         folder / "report.html",
         title=f"{'LiVO' if config.method == 'livo' else config.method}: {workdir.name}",
         results=results,
         numbers=numbers,
-        metrics=[json.loads(line) for line in log.read_text().splitlines()] if log.exists() else [],
+        metrics=read_metrics(workdir),
         pictures=pictures(drawn, config, method.tokens),
         config=json.loads(config.to_json()),
     )

@@ -1,6 +1,7 @@
 """What a run tells of itself: metrics.jsonl, TensorBoard, Weights & Biases, and warnings."""
 
 import hashlib
+import importlib.util
 import json
 import pathlib
 import tempfile
@@ -16,8 +17,43 @@ DEAD_FOR = 500  # steps without a live hinge after which that is said
 STARVED = 0.2  # share of time spent waiting for data from which that is said
 
 
+def check_wandb(config):
+    """Raises ValueError where config.log.wandb names a project, and the runs of this user would not reach it.
+
+    At a terminal it asks for the key, as wandb does. WANDB_MODE=offline and disabled want none.
+    """
+    if not config.log.wandb or jax.process_index() > 0:
+        return
+    if not importlib.util.find_spec("wandb"):
+        raise ValueError(f"config.log.wandb={config.log.wandb!r}: wandb is not installed: pip install wandb")
+    import wandb
+
+    try:
+        wandb.login(verify=False)  # whether there is a key; no node of a cluster need reach the server now
+    except wandb.Error as error:
+        raise ValueError(
+            f"config.log.wandb={config.log.wandb!r}: {error} Run wandb login, set WANDB_API_KEY, or WANDB_MODE=offline"
+        ) from error
+
+
+def read_metrics(workdir) -> list[dict]:
+    """The rows of metrics.jsonl, none where there is no such file.
+
+    A last line that a kill or a full disk cut short is none. Raises ValueError that names any other that is damaged.
+    """
+    file = workdir / "metrics.jsonl"
+    lines = file.read_bytes().split(b"\n") if file.exists() else [b""]
+    rows = []
+    for number, line in enumerate(lines[:-1], 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{file}, line {number} is damaged, take it out: {error}") from error
+    return rows
+
+
 class Log:
-    """The logs of a run, written by process 0, and the averages that go into them."""
+    """The logs of a run, written by process 0, and the averages that go into them; a context manager."""
 
     def __init__(self, workdir, step: int, config):
         """Opens the logs at `step`; what an interrupted run wrote past it is dropped."""
@@ -31,14 +67,18 @@ class Log:
         self.local = pathlib.Path(local) / "tensorboard"
         if not self.active:
             return
-        from tensorboardX import SummaryWriter
+        # In this thread: SummaryWriter's own dies of a full disk without a word, and then the run waits for it.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import SessionLog
 
         if self.path.exists():
-            lines = self.path.read_text().splitlines(keepends=True)
-            # A line that a full disk or a kill cut short is the last, and past the step.
-            self.lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-            self.path.write_text("".join(self.lines))
-        self.tensorboard = SummaryWriter(str(self.local), purge_step=step + 1)
+            self.lines = [json.dumps(row) + "\n" for row in read_metrics(workdir) if row["step"] <= step]
+            scratch = workdir / ".metrics.jsonl"  # on a full disk the old one stays whole
+            scratch.write_text("".join(self.lines))
+            scratch.replace(self.path)
+        self.local.mkdir(parents=True, exist_ok=True)
+        self.tensorboard = EventsWriter(str(self.local / "events"))
+        self.add_event(step + 1, session_log=SessionLog(status=SessionLog.START))  # what was past the step is hidden
         self.wandb = None
         if config.log.wandb:
             import wandb
@@ -79,19 +119,35 @@ class Log:
         return numbers
 
     def write(self, step: int, numbers: dict):
+        """Writes numbers by their names. Raises OSError where metrics.jsonl or TensorBoard's file cannot be written."""
+        from tensorboardX import summary
+
         if not self.active:
             return
         self.lines.append(json.dumps({"step": step, **numbers}) + "\n")
-        if is_remote(self.workdir):
-            self.path.write_text("".join(self.lines))  # what is in a bucket cannot grow
-        else:
-            with self.path.open("a") as file:
-                file.write(self.lines[-1])
-        for name, number in numbers.items():
-            self.tensorboard.add_scalar(name, number, step)
+        try:
+            if is_remote(self.workdir):
+                self.path.write_text("".join(self.lines))  # what is in a bucket cannot grow
+            else:
+                with self.path.open("a") as file:
+                    file.write(self.lines[-1])
+            for name, number in numbers.items():
+                self.add_event(step, summary=summary.scalar(name, number))
+            self.tensorboard.flush()
+        except OSError as error:
+            raise OSError(
+                f"the metrics of step {step} cannot be written to {self.workdir}: {error}. Make room there, and start"
+                " the same command again: it goes on from the newest checkpoint"
+            ) from error
         if self.wandb:
             self.wandb.log(numbers, step=step)
         self.publish()
+
+    def add_event(self, step: int, **content):
+        """Adds to TensorBoard's file."""
+        from tensorboardX.proto.event_pb2 import Event
+
+        self.tensorboard.write_event(Event(wall_time=time.time(), step=step, **content))
 
     def warn(self, step: int, numbers: dict):
         """Says once what the numbers mean where they mean trouble."""
@@ -138,10 +194,21 @@ class Log:
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 copy.write_bytes(file.read_bytes())
 
-    def close(self):
+    def close(self, failed: bool = False):
+        """Closes the logs, as those of a run that an error ended if it `failed`."""
         if not self.active:
             return
-        self.tensorboard.close()
+        try:
+            self.tensorboard.close()
+        except OSError:
+            if not failed:  # else that is told already
+                raise
         self.publish()
         if self.wandb:
-            self.wandb.finish()
+            self.wandb.finish(exit_code=int(failed))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        self.close(failed=kind not in (None, SystemExit))
