@@ -8,6 +8,7 @@ VAE nor text encoder then. A cache of another model, resolution or dataset is re
 
 import json
 import os
+import pathlib
 import shutil
 
 import jax
@@ -40,10 +41,13 @@ def on_the_mesh(module, compute, at_once: int):
     return run
 
 
-def write(preferences: data.Preferences, sd: StableDiffusion, config):
+def write(preferences: data.Preferences, sd: StableDiffusion, config, directory: pathlib.Path | None = None):
     """Writes a dataset's cache, whole or not at all; data.Cache reads it and tells its layout.
 
     Each process encodes its share of the images with its own devices; process 0 reads the prompts.
+
+    Args:
+        directory: where it is to lie; beside the pairs if None.
 
     Raises:
         FileExistsError: another process is writing it.
@@ -52,7 +56,7 @@ def write(preferences: data.Preferences, sd: StableDiffusion, config):
     """
     principles = values.load(config.principles)
     preferences.check_values(principles)
-    directory = preferences.directory / "cache"
+    directory = directory or preferences.directory / "cache"
     work = directory.with_name(".cache.partial")
     count, source = len(preferences.source), preferences.source
     dtype = data.cache_dtype(config)

@@ -12,8 +12,9 @@ import jax
 
 from livo_jax import baselines, evaluate, judges, metrics, report, sharding, train, values
 from livo_jax.checkpoint import Checkpoints
-from livo_jax.data import Preferences
+from livo_jax.data import Preferences, cache_directory
 from livo_jax.generate import Dose, Request
+from livo_jax.log import read_metrics
 from livo_jax.workdir import find
 
 SAME = ("model", "variant", "dtype", "random_weights", "principles", "judge", "judging", "sampling", "eval")
@@ -62,7 +63,8 @@ def compare(config, workdir, build_preferences, cache_latents=None) -> list[dict
         for name in ("beside", "anchors"):
             most.data[name] = max(own.data[name] for own in cached)
         preferences = Preferences(most.data.directory)
-        if not (preferences.directory / "cache").exists():
+        shared = preferences.directory / "cache"  # pairs that cannot be written have none: each run has its own
+        if cache_directory(preferences, workdir) == shared and not shared.exists():
             local = jax.process_count() > 1
             cache_latents(preferences, train.load_base(first, sharding.make_local_mesh()) if local else sd, most)
     evaluate.draw_base(sd, first, find(first.eval.drawn), mesh)
@@ -140,10 +142,9 @@ def measure(config, workdir, curve, cache_latents) -> dict:
 
 def seconds_of(workdir) -> dict[int, float]:
     """For each logged step of a training the seconds that it took until there, without compilation and drawing."""
-    log, total, last, seconds = workdir / "metrics.jsonl", 0.0, 0, {}
-    batch_size = json.loads((workdir / "config.json").read_text())["train"]["batch_size"] if log.exists() else 0
-    for line in log.read_text().splitlines() if log.exists() else ():
-        row = json.loads(line)
+    rows, total, last, seconds = read_metrics(workdir), 0.0, 0, {}
+    batch_size = json.loads((workdir / "config.json").read_text())["train"]["batch_size"] if rows else 0
+    for row in rows:
         if "train/pairs_per_sec" in row:
             total += (row["step"] - last) * batch_size / row["train/pairs_per_sec"]
             seconds[row["step"]], last = total, row["step"]

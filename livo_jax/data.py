@@ -22,6 +22,7 @@ import numpy as np
 from livo_jax import sharding, values
 from livo_jax.models.weights import split
 from livo_jax.values import Value, attributed, phrase, value_prompt
+from livo_jax.workdir import is_remote
 
 SIDES = ("aligned", "violating")
 FEATURES = {"prompt", "value", "scene", "aligned", "violating", "provenance"}
@@ -70,7 +71,7 @@ class Preferences:
         """
         import tensorflow_datasets as tfds
 
-        self.directory = pathlib.Path(directory)
+        self.directory = pathlib.Path(directory).expanduser()
         remedy = "make one with python -m data_tools.build_preferences --config=FILE --out=DIR"
         if not (self.directory / "dataset_info.json").is_file():
             raise FileNotFoundError(f"{self.directory} holds no preference dataset (no dataset_info.json): {remedy}")
@@ -127,6 +128,22 @@ def cache_made_of(preferences: Preferences, sd, config) -> dict:
     }
 
 
+def cache_directory(preferences: Preferences, workdir) -> pathlib.Path:
+    """Where a run has the cache of its pairs: beside them or, where nothing can be written there, in its workdir.
+
+    Raises ValueError where that is a bucket, from which nothing can be memory-mapped.
+    """
+    beside = preferences.directory / "cache"
+    if beside.exists() or os.access(preferences.directory, os.W_OK):
+        return beside
+    if is_remote(workdir):
+        raise ValueError(
+            f"config.data.cache=True: {preferences.directory} cannot be written, nor can a cache lie in {workdir}: copy"
+            " the pairs to a disk, or set it to False"
+        )
+    return pathlib.Path(workdir) / "cache"
+
+
 class Cache:
     """A dataset's cache (data_tools/cache_latents.py writes it), memory-mapped.
 
@@ -138,9 +155,12 @@ class Cache:
         place: a prompt -> where it is among them.
     """
 
-    def __init__(self, preferences: Preferences, sd, config):
-        """Opens a cache. Raises FileNotFoundError if there is none, ValueError if it is of something else."""
-        directory = preferences.directory / "cache"
+    def __init__(self, preferences: Preferences, sd, config, directory: pathlib.Path | None = None):
+        """Opens a cache, that beside the pairs if no other directory is given.
+
+        Raises FileNotFoundError if there is none, ValueError if it is of something else.
+        """
+        directory = directory or preferences.directory / "cache"
         remedy = f"make it with python -m data_tools.cache_latents --config=FILE --data={preferences.directory}"
         if not directory.exists():
             raise FileNotFoundError(f"{directory} is not there: {remedy}, or train with --config.data.cache=False")
