@@ -36,9 +36,18 @@ def make_optimizer(config) -> optax.GradientTransformation:
     warmup = optax.linear_schedule(0.0, peak, c.warmup_steps)
     learning_rate = optax.join_schedules([warmup, schedules[c.schedule]], [c.warmup_steps])
     adamw = optax.adamw(learning_rate, b1=c.b1, b2=c.b2, eps=c.eps, weight_decay=c.weight_decay)
-    if not c.train_embeddings:
-        adamw = optax.masked(adamw, but_embeddings)
-    return optax.chain(optax.clip_by_global_norm(c.grad_clip), adamw)
+    clip = optax.clip_by_global_norm(c.grad_clip)
+    if c.train_embeddings:
+        return optax.chain(clip, adamw)
+
+    def clip_trained(grads, params):
+        zero = lambda trained, part: part if trained else optax.tree.zeros_like(part)
+        grads = jax.tree.map(zero, but_embeddings(grads), grads)
+        return clip.update(grads, clip.init(params), params)[0]
+
+    # What optax.masked masks out it hands on as an update: so it is zero before. optax.freeze is for that, but has a
+    # state, and no checkpoint of before would fit.
+    return optax.chain(optax.stateless(clip_trained), optax.masked(adamw, but_embeddings))
 
 
 def but_embeddings(params: dict) -> dict:
@@ -56,6 +65,14 @@ def init_state(params: dict, tx: optax.GradientTransformation, ema_decay: float 
 def trained_params(state: dict) -> dict:
     """The value encoder's parameters to use: their moving average where there is one."""
     return state.get("ema", state["params"])
+
+
+def norms(state: dict) -> dict:
+    """The norm of each part of a state but its step, float32 scalars: finite where all of its numbers are.
+
+    A number whose square is not finite counts with those: nothing trains on from there either.
+    """
+    return {name: optax.tree.norm(part) for name, part in state.items() if name != "step"}
 
 
 def moments(graphs: dict, frozen: dict, batch: dict, side: str):
@@ -124,8 +141,9 @@ def make_loss(graphs: dict, schedule: diffusion.NoiseSchedule, config, scaling_f
 
     def loss(params, frozen, batch):
         if not train_embeddings:
-            keep = lambda trained, part: part if trained else jax.lax.stop_gradient(part)
-            params = jax.tree.map(keep, but_embeddings(params), params)
+            # make_optimizer leaves them as they are; here no time and no part of the gradient's norm goes to them.
+            stop = lambda trained, part: part if trained else jax.lax.stop_gradient(part)
+            params = jax.tree.map(stop, but_embeddings(params), params)
         value_encoder = nnx.merge(graphs["value_encoder"], params)
         text_encoder, unet = (nnx.merge(graphs[name], frozen[name]) for name in ("text_encoder", "unet"))
 
@@ -179,7 +197,8 @@ def make_train_step(
     The step takes `state` (step, params, opt_state, perhaps ema), `frozen` (parameters of text_encoder,
     unet and vae) and a batch of data.batches: value_prompt_ids, and either prompt_ids and images or, from a
     cache, prompt_states (of XL also text_embeds) and moments; then `frozen` needs no vae. Its metrics are
-    float32 scalars: loss, those of the form's function in losses.py, and grad_norm.
+    float32 scalars: loss, those of the form's function in losses.py, grad_norm, and in `after` the norms of the
+    state that it returns.
     """
     loss = make_loss(graphs, schedule, config, scaling_factor, time_ids)
     timesteps = config.loss.timesteps
@@ -206,7 +225,7 @@ def make_train_step(
         if ema_decay:  # which follows closely at first
             decay = jnp.minimum(ema_decay, after["step"] / (after["step"] + 9))
             after["ema"] = optax.incremental_update(params, state["ema"], 1 - decay)
-        return after, {"loss": value, **metrics, "grad_norm": optax.tree.norm(grads)}
+        return after, {"loss": value, **metrics, "grad_norm": optax.tree.norm(grads), "after": norms(after)}
 
     return train_step
 

@@ -3,11 +3,9 @@
 import collections
 import copy
 import functools
-import importlib.util
 import json
 import math
 import pathlib
-import signal
 import sys
 
 import jax
@@ -18,10 +16,10 @@ from tqdm import tqdm
 
 from livo_jax import baselines, diffusion, judges, prompt_sets, seeds, sharding, value_encoders, values
 from livo_jax.checkpoint import Checkpoints, Termination
-from livo_jax.data import Cache, Preferences, batches
+from livo_jax.data import Cache, Preferences, batches, cache_directory
 from livo_jax.evaluate import evaluate_and_report, read_results, sample_sheet
 from livo_jax.generate import PROMPT_LAYOUTS, check_value_encoder
-from livo_jax.log import Log
+from livo_jax.log import Log, check_wandb
 from livo_jax.models.unet import REMAT
 from livo_jax.models.weights import put, split
 from livo_jax.pretrained import StableDiffusion
@@ -35,7 +33,7 @@ from livo_jax.step import (
     state_on,
     trained_params,
 )
-from livo_jax.workdir import claim, differences, find, is_remote, recipe, say
+from livo_jax.workdir import as_now, claim, differences, find, flatten, held, is_remote, recipe, say
 
 
 def check_config(config, sd, mesh, judge: bool = True):
@@ -73,8 +71,6 @@ def check_config(config, sd, mesh, judge: bool = True):
         problems.append(
             "config.data.cache=True: the anchor prompts of concept_ablation are in no cache, set it to False"
         )
-    if config.log.wandb and not importlib.util.find_spec("wandb"):
-        problems.append(f"config.log.wandb={config.log.wandb!r}: wandb is not installed: pip install wandb")
     for attempt in (
         lambda: sharding.check_batch_size(mesh, config.train.batch_size, "config.train.batch_size"),
         lambda: make_optimizer(config),
@@ -82,6 +78,7 @@ def check_config(config, sd, mesh, judge: bool = True):
         lambda: diffusion.sampler_table(sd.scheduler_config, config.sampling.sampler, config.sampling.steps),
         lambda: found.extend(values.load(config.principles)),
         lambda: prompt_sets.check(config),
+        lambda: find(config.eval.drawn),
         lambda: config.judge and judge and judges.load(config, found, config.eval.seen),
     ):
         try:
@@ -139,37 +136,51 @@ def train_and_evaluate(config, workdir, build_preferences=None, cache_latents=No
     """Trains a value encoder, resuming where `workdir` stopped, then evaluates it.
 
     Leaves config.json, metrics.jsonl, tensorboard/, checkpoints/, samples/ and eval/ in `workdir`. Several processes
-    (sharding.join) train together, on a workdir that all of them see.
+    (sharding.join) train together, on a workdir that all of them see. Meanwhile it is kept from other runs.
 
     Args:
         workdir: a directory, or gs://BUCKET/...
         build_preferences: build_preferences(config, directory, sd) makes the pairs in
             workdir/preferences where config.data.directory names none and there are none yet.
-        cache_latents: cache_latents(preferences, sd, config) makes the cache that config.data.cache wants.
+        cache_latents: cache_latents(preferences, sd, config, directory) makes the cache that config.data.cache wants.
 
     Raises:
         ValueError, FileNotFoundError: a config, model, dataset or workdir that cannot work, before
             the first step.
-        FloatingPointError: the loss is not finite; the checkpoints are from before it.
+        FileExistsError: another process trains, or now evaluates, in the workdir.
+        FloatingPointError: the loss, its gradients or what they made of the state is not finite; no checkpoint has it.
         OSError: a checkpoint cannot be written.
-        SystemExit: after SIGTERM, with its step saved; status 143, as a shell has it.
+        SystemExit: after SIGTERM or Ctrl-C, with its step saved; status 143 or 130, as a shell has them.
     """
     workdir = find(workdir)
     if is_remote(directory := config.data.directory or workdir / "preferences"):
         raise ValueError(
             f"{directory} is in a bucket, where pairs cannot be read: give a config.data.directory on disk"
         )
-    directory = pathlib.Path(directory)
+    directory = pathlib.Path(directory).expanduser()
     if not config.judge and not directory.exists():
         raise ValueError(
             f"{directory} holds no preference pairs, and without config.judge none can be built:"
             " give config.data.directory, or a judge that reads the axes of config.principles"
         )
+    check_wandb(config)
+    with held(workdir, "trains in"):
+        _train_and_evaluate(config, workdir, directory, build_preferences, cache_latents)
 
+
+def _train_and_evaluate(config, workdir, directory: pathlib.Path, build_preferences, cache_latents):
+    """That of a workdir that is held, with the pairs of `directory`."""
     # ---- what is given: models, pairs, mesh
     mesh = sharding.make_mesh(**config.mesh)
     sd, value_encoder = load_models(config, mesh)
     check_config(config, sd, mesh)
+    checkpoints, steps = Checkpoints(workdir, config.checkpoint.keep), config.train.steps
+    start = checkpoints.latest_step() or 0
+    if start > steps:
+        raise ValueError(
+            f"{checkpoints.directory} has step {start}, config.train.steps={steps}: choose as many at least, or another"
+            " --workdir"
+        )
     claim(workdir, config)
     # With several processes each draws with its own devices, from a copy that is on no other.
     own = sd if jax.process_count() == 1 else None
@@ -178,9 +189,12 @@ def train_and_evaluate(config, workdir, build_preferences=None, cache_latents=No
         build_preferences(config, directory, None if config.random_weights else own)
     preferences = Preferences(directory)
     preferences.check_values(values.load(config.principles))
-    if cache_latents and config.data.cache and not (directory / "cache").exists():
-        cache_latents(preferences, own or load_models(config, sharding.make_local_mesh())[0], config)
-    cache = Cache(preferences, sd, config) if config.data.cache else None
+    cache = None
+    if config.data.cache:
+        place = cache_directory(preferences, workdir)
+        if cache_latents and not place.exists():
+            cache_latents(preferences, own or load_models(config, sharding.make_local_mesh())[0], config, place)
+        cache = Cache(preferences, sd, config, place)
 
     # ---- state: from step 0, or where the last checkpoint left it
     of_unet = baselines.of_unet(config)
@@ -193,11 +207,12 @@ def train_and_evaluate(config, workdir, build_preferences=None, cache_latents=No
         graphs[name], params[name] = split(module)
     tx = make_optimizer(config)
     state, frozen = state_on(mesh, params.pop(part), tx, config, value_encoder.RULES), params
-    checkpoints = Checkpoints(workdir, config.checkpoint.keep)
-    if checkpoints.latest_step() is not None:
+    if start:
         state = checkpoints.restore(state, set_aside=True)
         say(f"resuming {workdir} at step {int(state['step'])}")
-    start, steps = int(state["step"]), config.train.steps
+    start = int(state["step"])  # of a checkpoint that can be read
+    if start < steps and jax.process_index() == 0:
+        (workdir / "eval" / "results.json").unlink(missing_ok=True)  # it is of an earlier step
     iterator = batches(
         preferences, sd.tokenize, cache, batch_size=config.train.batch_size, image_size=sd.image_size,
         random_flip=config.data.random_flip, seed=config.seed, start=start, principles=values.load(config.principles),
@@ -221,62 +236,70 @@ def train_and_evaluate(config, workdir, build_preferences=None, cache_latents=No
     bar = tqdm(total=steps, initial=start, desc="train", unit="step", disable=jax.process_index() > 0)
     each = lambda every, step: every and (step % every == 0 or step == steps)
     sheet = lambda step: workdir / "samples" / f"step_{step}.png"
-    with bar as progress, Termination(start) as sigterm:
-        if start and each(c.samples_every, start) and not sheet(start).exists():  # the end came while it was drawn
-            sample_sheet(sd, *trained(), config, mesh, sheet(start))
-        for step in range(start + 1, steps + 1):
-            batch = sharding.global_batch(mesh, log.next(iterator))
-            if step == start + 1:
-                step_fn = step_fn.lower(state, frozen, batch).compile()
-                # Of one micro-batch: the analysis counts the body of a loop once.
-                flops = (step_fn.cost_analysis() or {}).get("flops", 0.0) * config.train.accumulate
-                log.restart_clock()
-            if step in profiled[:1]:
-                log.start_profile()
-            state, metrics = step_fn(state, frozen, batch)
-            in_flight.append((step, metrics))
-            due = {
-                "log": each(c.every, step),
-                "samples": each(c.samples_every, step),
-                "save": each(config.checkpoint.every, step),
-                "stop": sigterm.asked(step),
-                "profile": step in profiled[-1:],
-            }
-            # Nothing that is not finite is saved or shown; the first step tells at once.
-            while len(in_flight) > (0 if any(due.values()) or step == start + 1 else 1):
-                log.append(check_finite(*in_flight.popleft(), checkpoints, config))
-            if due["log"]:
-                numbers = log.flush(step, config.train.batch_size, flops)
-                progress.set_postfix_str(f"loss {numbers['train/loss']:.3f}", refresh=False)
-            if due["profile"]:
-                log.stop_profile()
-            if due["save"]:
-                checkpoints.save(step, state)
-            if due["samples"] and not due["stop"]:
-                with sigterm.at_once():
-                    sample_sheet(sd, *trained(), config, mesh, sheet(step))
-                log.restart_clock()
-            progress.update()
-            if due["stop"] or sigterm.received:
-                checkpoints.save(step, state)
-                checkpoints.close()
-                log.close()
-                say(f"SIGTERM: step {step} is saved in {checkpoints.directory}; the same command goes on from there")
-                sys.exit(128 + signal.SIGTERM)
-    checkpoints.close()
 
-    # ---- the evaluation
-    if not config.judge:
-        say(f"{workdir} is trained; config.judge is empty: nothing is evaluated")
-    elif start == steps and (results := read_results(workdir)):
-        say(f"{workdir} is finished: its {steps} steps are trained and evaluated")
-        say(table(results))
-    else:
-        value_encoder, own = trained()
-        results = evaluate_and_report(sd, value_encoder, config, mesh, workdir, own)
-        name = lambda r: f"eval/{r['value']}/{r['method']}/{r['split']}/{r['metric']}".replace(" ", "_")
-        log.write(steps, {name(r): r["mean"] for r in results})
-    log.close()
+    def settle(left: int):
+        """Fetches and checks the metrics of the steps in flight but the last `left`."""
+        while len(in_flight) > left:
+            log.append(check_finite(*in_flight.popleft(), checkpoints, config))
+
+    with log:
+        with bar as progress, Termination(start) as termination:
+            if start and each(c.samples_every, start) and not sheet(start).exists():  # the end came while it was drawn
+                sample_sheet(sd, *trained(), config, mesh, sheet(start))
+            for step in range(start + 1, steps + 1):
+                batch = sharding.global_batch(mesh, log.next(iterator))
+                if step == start + 1:
+                    step_fn = step_fn.lower(state, frozen, batch).compile()
+                    # Of one micro-batch: the analysis counts the body of a loop once.
+                    flops = (step_fn.cost_analysis() or {}).get("flops", 0.0) * config.train.accumulate
+                    log.restart_clock()
+                if step in profiled[:1]:
+                    log.start_profile()
+                state, metrics = step_fn(state, frozen, batch)
+                in_flight.append((step, metrics))
+                due = {
+                    "log": each(c.every, step),
+                    "samples": each(c.samples_every, step),
+                    "save": each(config.checkpoint.every, step),
+                    "stop": termination.asked(step),
+                    "profile": step in profiled[-1:],
+                }
+                # Nothing that is not finite is saved or shown; the first step tells at once.
+                settle(0 if any(due.values()) or step == start + 1 else 1)
+                if due["log"]:
+                    numbers = log.flush(step, config.train.batch_size, flops)
+                    progress.set_postfix_str(f"loss {numbers['train/loss']:.3f}", refresh=False)
+                if due["profile"]:
+                    log.stop_profile()
+                if due["save"]:
+                    checkpoints.save(step, state)
+                if due["samples"] and not due["stop"]:
+                    with termination.at_once():
+                        sample_sheet(sd, *trained(), config, mesh, sheet(step))
+                    log.restart_clock()
+                progress.update()
+                if due["stop"] or termination.received:
+                    settle(0)
+                    name = termination.signal.name
+                    say(f"\n{name}: step {step} is being saved; Ctrl-C ends at once, without it")
+                    checkpoints.save(step, state)
+                    checkpoints.close()
+                    say(f"{name}: step {step} is saved in {checkpoints.directory}; the same command goes on from there")
+                    sys.exit(128 + termination.signal)  # as a shell has it
+        checkpoints.close()
+
+        # ---- the evaluation
+        if not config.judge:
+            say(f"{workdir} is trained; config.judge is empty: nothing is evaluated")
+        elif start == steps and (results := read_results(workdir)):
+            say(f"{workdir} is finished: its {steps} steps are trained and evaluated")
+            say(table(results))
+        else:
+            value_encoder, own = trained()
+            with held(workdir / "eval", "evaluates in"):
+                results = evaluate_and_report(sd, value_encoder, config, mesh, workdir, own)
+            name = lambda r: f"eval/{r['value']}/{r['method']}/{r['split']}/{r['metric']}".replace(" ", "_")
+            log.write(steps, {name(r): r["mean"] for r in results})
 
 
 def with_update(sd, update) -> StableDiffusion:
@@ -287,17 +310,26 @@ def with_update(sd, update) -> StableDiffusion:
 
 
 def check_finite(step: int, metrics: dict, checkpoints, config) -> dict[str, float]:
-    """Fetches a step's metrics. Raises FloatingPointError if its loss is not finite."""
-    metrics = {name: float(value) for name, value in metrics.items()}
-    if not math.isfinite(metrics["loss"]):
-        checkpoints.wait()
-        good = checkpoints.latest_step()
-        raise FloatingPointError(
-            f"the loss of step {step} is {metrics['loss']}. The last good checkpoint is"
-            f" {'none' if good is None else f'step {good} in {checkpoints.directory}'}: lower"
-            f" config.train.learning_rate={config.train.learning_rate} or look at the data, and train on from there"
-        )
-    return metrics
+    """Fetches a step's metrics. Raises FloatingPointError if its loss, or what came of it, is not finite."""
+    norms = {name: float(norm) for name, norm in metrics["after"].items()}
+    metrics = {name: float(value) for name, value in metrics.items() if name != "after"}
+    numbers = {f"the loss of step {step}": metrics["loss"], "the norm of its gradients": metrics["grad_norm"]}
+    parts = {"params": "parameters", "opt_state": "optimizer's state", "ema": "moving average"}
+    numbers |= {f"the norm of the {parts[name]} after it": norm for name, norm in norms.items()}
+    wrong = [f"{what} is {number}" for what, number in numbers.items() if not math.isfinite(number)]
+    if not wrong:
+        return metrics
+    checkpoints.wait()
+    aside = ""
+    if not math.isfinite(metrics["loss"]) and checkpoints.latest_step() == step - 1:
+        # Finite, but these parameters gave that loss: nothing is to go on from them, or to use them.
+        aside = f" Its parameters, of step {step - 1}, are set aside: {checkpoints.set_aside(step - 1, 'not_finite')}."
+    good = checkpoints.latest_step()
+    raise FloatingPointError(
+        f"{', '.join(wrong)}.{aside} The last good checkpoint is"
+        f" {'none' if good is None else f'step {good} in {checkpoints.directory}'}: lower"
+        f" config.train.learning_rate={config.train.learning_rate} or look at the data, and train on from there"
+    )
 
 
 def restore_run(config, workdir, mesh, step: int | None = None, base: StableDiffusion | None = None):
@@ -325,12 +357,14 @@ def restore_run(config, workdir, mesh, step: int | None = None, base: StableDiff
             f"{checkpoints.directory} has no checkpoint: train first, with the same --workdir, or give a trained value"
             " encoder by --config.value_encoder.start=DIRECTORY_OR_HUB_ID"
         )
-    of = lambda recipe: {name: recipe.get(name) for name in ("method", "value_encoder", config.method)}
-    if trained and (found := differences(of(recipe(workdir)), of(json.loads(config.to_json())))):
-        raise ValueError(
-            f"{workdir} holds another value encoder: to use one that is trained already, name a new --workdir\n  "
-            + "\n  ".join(found)
-        )
+    of = lambda recipe: {name: recipe[name] for name in ("method", "value_encoder", config.method) if name in recipe}
+    if trained:
+        ours = of(json.loads(config.to_json()))
+        if found := differences(as_now(of(recipe(workdir) or {}), ours), flatten(ours)):
+            raise ValueError(
+                f"{workdir} holds another value encoder: to use one that is trained already, name a new --workdir\n  "
+                + "\n  ".join(found)
+            )
     sd, value_encoder = load_models(config, mesh, base)
     check_config(config, sd, mesh, judge=False)
     if trained:

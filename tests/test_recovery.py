@@ -1,5 +1,6 @@
 """What a run survives: damaged checkpoints, a full disk, SIGKILL, SIGTERM."""
 
+import errno
 import gc
 import json
 import pathlib
@@ -17,8 +18,8 @@ import pytest
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
-from livo_jax import sharding
-from livo_jax.checkpoint import FORMAT, Checkpoints
+from livo_jax import checkpoint, sharding
+from livo_jax.checkpoint import FORMAT, Checkpoints, Termination
 from livo_jax.workdir import find
 from tests import small_run
 
@@ -102,7 +103,73 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_is_used(saved, dam
     assert_state(Checkpoints(saved).restore(make_state(0)), 2)
     flip(saved / "checkpoints" / "2")
     assert_state(Checkpoints(saved).restore(make_state(0), set_aside=True), 1)
+    assert {p.name for p in (saved / "checkpoints").iterdir()} == {"1", "2.damaged", "2.damaged.1"}, "nothing is lost"
     gc.collect()
+
+
+def itself(path):
+    """A link that leads nowhere: reading it fails, as on a bad disk."""
+    path.unlink()
+    path.symlink_to(path)
+
+
+UNREADABLE = {
+    "arrays": largest,
+    "manifest": lambda step: step / "state" / "manifest.ocdbt",
+    "metadata": lambda step: step / "_CHECKPOINT_METADATA",
+}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax leaves reads unawaited
+@pytest.mark.parametrize("what", UNREADABLE)
+def test_what_cannot_be_read_now_is_not_damaged(saved, what, monkeypatch):
+    monkeypatch.setattr(checkpoint, "PAUSES", ())
+    step = pathlib.Path(saved / "checkpoints" / "2")
+    itself(UNREADABLE[what](step))
+    with pytest.raises(
+        OSError, match="checkpoints/2 cannot be read now, which is no sign of damage: .*to go on from an"
+    ):
+        Checkpoints(saved).restore(make_state(0), set_aside=True)
+    assert {p.name for p in (saved / "checkpoints").iterdir()} == {"1", "2"}
+    gc.collect()
+
+
+ERRORS = [
+    OSError(errno.EIO, "Input/output error"),
+    TimeoutError("of the network"),
+    ValueError("UNAVAILABLE: Error reading gs://bucket: HTTP 503"),
+    RuntimeError("RESOURCE_EXHAUSTED: Out of memory"),
+    ConnectionResetError(),
+]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=repr)
+def test_a_read_is_tried_again(saved, error, monkeypatch):
+    monkeypatch.setattr(checkpoint, "PAUSES", (0.0, 0.0))
+    checkpoints, failures = Checkpoints(saved), [error, error]
+    restore = checkpoints.manager.restore
+
+    def fail(*args, **kw):
+        if failures:
+            raise failures.pop()
+        return restore(*args, **kw)
+
+    monkeypatch.setattr(checkpoints.manager, "restore", fail)
+    assert_state(checkpoints.restore(make_state(0), set_aside=True), 2)
+    failures += [error] * 3
+    with pytest.raises(OSError, match="cannot be read now"):
+        checkpoints.restore(make_state(0), set_aside=True)
+    assert {p.name for p in (saved / "checkpoints").iterdir()} == {"1", "2"}
+
+
+def test_numbers_that_are_not_finite_are_not_used(saved):
+    checkpoints = Checkpoints(saved)
+    state = make_state(3)
+    state["params"]["a"] = state["params"]["a"].at[7].set(np.nan)
+    checkpoints.save(3, state)
+    checkpoints.close()
+    assert_state(Checkpoints(saved).restore(make_state(0), set_aside=True), 2)
+    assert (saved / "checkpoints" / "3.damaged").exists()
 
 
 def test_checkpoints_that_cannot_be_read(saved):
@@ -165,6 +232,28 @@ checkpoints.wait()
     assert Checkpoints(epath.Path(tmp_path)).latest_step() == 1
 
 
+def test_a_second_ctrl_c_ends_at_once():
+    before = signal.getsignal(signal.SIGINT)
+    with Termination(0) as termination:
+        assert not termination.asked(1)
+        signal.raise_signal(signal.SIGINT)
+        assert termination.asked(2) and termination.signal is signal.SIGINT
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) is before
+    with Termination(0) as termination, termination.at_once():
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("what is drawn is left where it is")
+    assert termination.received
+
+
+def test_a_run_in_the_background_of_a_script_ignores_ctrl_c():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with Termination(0) as termination:
+        signal.raise_signal(signal.SIGINT)
+        assert not termination.received
+    assert signal.signal(signal.SIGINT, before) is signal.SIG_IGN
+
+
 # ---------------------------------------------------------------------------- whole runs
 
 
@@ -210,14 +299,15 @@ def test_killed_and_terminated_a_run_ends_as_if_it_were_not(root, uninterrupted,
     process.communicate()
     assert process.returncode == -signal.SIGKILL
 
-    process = small_run.start(root, workdir, *RUN)
-    wait_for(workdir, process, 8)
-    process.terminate()
-    out, err = process.communicate(timeout=30)
-    assert process.returncode == 128 + signal.SIGTERM, err
-    assert re.search(f"resuming {workdir} at step [0-9]+\n", out), out
-    step = Checkpoints(epath.Path(workdir)).latest_step()
-    assert 8 <= step < 16 and f"SIGTERM: step {step} is saved in {workdir}/checkpoints" in out
+    for least, one in (8, signal.SIGTERM), (10, signal.SIGINT):
+        process = small_run.start(root, workdir, *RUN)
+        wait_for(workdir, process, least)
+        process.send_signal(one)
+        out, err = process.communicate(timeout=30)
+        assert process.returncode == 128 + one, err
+        assert re.search(f"resuming {workdir} at step [0-9]+\n", out), out
+        step = Checkpoints(epath.Path(workdir)).latest_step()
+        assert least <= step < 16 and f"{one.name}: step {step} is saved in {workdir}/checkpoints" in out
 
     assert f"at step {step}\n" in small_run.finish(small_run.start(root, workdir, *RUN))
     assert_same(workdir, uninterrupted)

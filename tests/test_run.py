@@ -17,6 +17,7 @@ from PIL import Image
 
 import run as command_line
 from data_tools import commands
+from livo_jax import workdir
 from tests import small_run
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -25,6 +26,9 @@ QUICK = (
     "--config.sampling.steps=12", "--config.sampling.batch_size=8", "--config.log.samples_every=100",
     "--config.mesh.data=1",
 )  # fmt: skip
+
+
+CONSTANT = ("--config.train.schedule=constant", "--config.train.warmup_steps=0")
 
 
 def arguments(workdir, *given, config="configs/tiny.py:smoke"):
@@ -202,6 +206,9 @@ MISTAKES = {  # flags: what the answer holds
         "no config.train.stepz, config.tran.steps(.|\n)*config.train.steps\n",
     ("--config=configs/tiny.py:tiny",): "configs/tiny.py:tiny: there is configs/tiny.py and configs/tiny.py:smoke",
     ("--config=configs/none.py",): "configs/none.py",
+    ("--workdir=runs/[1e-4]",): "runs/.1e-4.: what is saved there could not be read: choose a path without \\[",
+    ("--config.eval.drawn=runs/[1]",): "the config cannot work(.|\n)*runs/.1.: what is saved there could not be read",
+    ("--config.train.steps=6", "--config.log.wandb=livo"): "wandb is not installed: pip install wandb",
     ("--mode=trian",): "train.*evaluate.*generate",
     ("--config.model=nowhere",): "no model at 'nowhere'(.|\n)*hf download",
     ("--config.train.batch_size=0", "--config.train.schedule=linear", "--config.loss.timesteps=(900, 2000)"):
@@ -264,14 +271,42 @@ def test_a_workdir_keeps_its_config(finished, answer):
     assert (workdir / "config.json").read_text() == before
 
 
-def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(pairs, answer, tmp_path):
-    """A learning rate that blows up after the first checkpoint: the run stops, and that checkpoint alone is there."""
-    told = answer(
-        tmp_path / "run", pairs, "--config.train.schedule=constant", "--config.train.warmup_steps=0",
-        "--config.train.learning_rate=1e30", "--config.train.steps=6", "--config.checkpoint.every=1",
-    )  # fmt: skip
-    assert "FloatingPointError: the loss of step 2 is nan" in told and "step 1 in" in told
-    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["1"]
+def test_nothing_that_is_not_finite_is_saved(pairs, answer, tmp_path):
+    """The squares of the parameters overflow at the first learning rate, at the second the next loss alone."""
+    run = (pairs, *CONSTANT, "--config.train.steps=6", "--config.checkpoint.every=1")
+    told = answer(tmp_path / "at once", *run, "--config.train.learning_rate=1e30")
+    assert "FloatingPointError: the norm of the parameters after it is inf. The last good checkpoint is none" in told
+    assert not (tmp_path / "at once" / "checkpoints").exists()
+    told = answer(tmp_path / "later", *run, "--config.train.learning_rate=1e12")
+    aside = tmp_path / "later" / "checkpoints" / "1.not_finite"
+    assert "FloatingPointError: the loss of step 2 is nan, the norm of its gradients is nan" in told
+    assert f"Its parameters, of step 1, are set aside: {aside}. The last good checkpoint is none" in told
+    assert [path.name for path in aside.parent.iterdir()] == [aside.name]
+
+
+def test_a_run_of_before_goes_on_longer(pairs, finished, main, answer, tmp_path, monkeypatch):
+    """In a home, from pairs that cannot be written. Its config.json is of before some fields; it gets more steps."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(finished[0] / "preferences", tmp_path / "pairs", ignore=shutil.ignore_patterns("cache"))
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: "pairs" not in str(path) and access(path, mode))
+    given = ("--config.data.directory=~/pairs", "--config.judge=", *CONSTANT)
+    main("~/run", *given, "--config.train.steps=2")
+    run = tmp_path / "run"
+    assert (run / "cache" / "made_of.json").exists() and not (tmp_path / "pairs" / "cache").exists()
+    written = json.loads((run / "config.json").read_text())
+    del written["cpu_devices"], written["data"]["cache"], written["loss"]["form"], written["value_encoder"]["states"]
+    written["train"]["gone"] = 1
+    (run / "config.json").write_text(json.dumps(written))
+    main("~/run", "--mode=export", "--out=~/export")
+    assert (tmp_path / "export" / "README.md").exists()
+    assert f"resuming {run} at step 2" in main("~/run", *given, "--config.train.steps=3")
+    assert json.loads((run / "config.json").read_text())["loss"]["form"] == "livo"
+    told = answer("~/run", *given, "--config.train.steps=2")
+    assert f"{run}/checkpoints has step 3, config.train.steps=2: choose as many at least" in told
+    with workdir.held(run, "trains in"):
+        told = answer("~/run", *given, "--config.train.steps=3")
+    assert f"FileExistsError: another process trains in {run}: PID {os.getpid()} on " in told
 
 
 def test_pairs_of_other_values_are_refused(pairs, answer, tmp_path):

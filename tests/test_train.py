@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from livo_jax import diffusion, sharding
 from livo_jax.models.weights import split, to_published
 from livo_jax.step import (
+    but_embeddings,
     draw,
     init_state,
     jit_step,
@@ -350,14 +351,17 @@ def test_rematerialisation_changes_memory_alone(parts, small):
     assert max(kept["dots"], kept["full"]) < 0.7 * kept["none"]
 
 
+MASKED = dict(
+    train_embeddings=False, schedule="constant", warmup_steps=0, steps=10, learning_rate=0.1, grad_clip=1.0, b1=0.9,
+    b2=0.9, eps=1e-8, weight_decay=0.1, batch_size=8, reference_batch_size=8, learning_rate_scaling="none",
+)  # fmt: skip
+
+
 def test_frozen_embeddings(small, on_one_device):
     """Without train_embeddings all but them move, and neither optimizer nor gradient norm knows them."""
     sd, graphs, frozen, batch = small
     config = CONFIG.copy_and_resolve_references()
-    config.train.update(
-        train_embeddings=False, schedule="constant", warmup_steps=0, steps=10, learning_rate=0.1, grad_clip=1.0, b1=0.9,
-        b2=0.9, eps=1e-8, weight_decay=0.1, batch_size=8, reference_batch_size=8, learning_rate_scaling="none",
-    )  # fmt: skip
+    config.train.update(MASKED)
     tx = make_optimizer(config)
     state = init_state(frozen["text_encoder"], tx)
     sizes = {x.shape for x in jax.tree.leaves(state["opt_state"])}
@@ -370,6 +374,57 @@ def test_frozen_embeddings(small, on_one_device):
     assert not any(jax.tree.leaves(embeddings)) and all(jax.tree.leaves(moved))
     assert metrics["loss"] == pytest.approx(on_one_device[0][0]["loss"], abs=ROUNDING)
     assert metrics["grad_norm"] < on_one_device[0][0]["grad_norm"]
+
+
+def step_of(loss, **train_config):
+    """The step of a loss(params) alone: what it makes of a small state, and its metrics."""
+    config = CONFIG.copy_and_resolve_references()
+    config.train.update(MASKED | train_config)
+    params = {"embeddings": jnp.array([0.1, -0.2]), "encoder": jnp.array([0.3, 0.4, 0.5])}
+    tx = make_optimizer(config)
+    state = init_state(params, tx, config.train.ema_decay)
+    step = make_train_step(
+        {}, None, tx, config, SCALE, make_loss=lambda *_: lambda params, frozen, batch: (loss(params), {})
+    )
+    return state, *jax.jit(step)(state, {}, {"aligned_moments": np.zeros((1, 2, 2, 8), np.float32)})
+
+
+def total(params):
+    return sum(jnp.sum(x) for x in jax.tree.leaves(params))
+
+
+def test_the_mask_stops_updates_by_itself():
+    """Whatever gradient a loss gives to what is not trained. A checkpoint of optax.masked alone fits its state."""
+    for factor in (1e3, np.nan):
+        state, after, _ = step_of(lambda params, factor=factor: total(params) + factor * total(params["embeddings"]))
+        np.testing.assert_array_equal(after["params"]["embeddings"], state["params"]["embeddings"])
+        moved = state["params"]["encoder"] * (1 - 0.1 * 0.1) - 0.1  # AdamW's first step: the sign, and the decay
+        np.testing.assert_allclose(after["params"]["encoder"], moved, rtol=1e-6)
+        first = (1 - 0.9) / np.sqrt(3)  # of the gradient that is clipped, without what is not trained
+        np.testing.assert_allclose(after["opt_state"][1].inner_state[0].mu["encoder"], first, rtol=1e-6)
+    before = optax.chain(
+        optax.clip_by_global_norm(1.0), optax.masked(optax.adamw(optax.constant_schedule(0.1)), but_embeddings)
+    )
+    assert jax.tree.structure(before.init(state["params"])) == jax.tree.structure(state["opt_state"])
+
+
+LOSSES = {  # what is not finite: the loss, its gradient, the state after it
+    "nothing": (total, set()),
+    "loss": (lambda params: total(params) + jnp.inf, {"loss"}),
+    "gradient": (lambda params: jnp.sqrt(params["encoder"] - 0.3).sum(), {"grad_norm", "params", "opt_state", "ema"}),
+    "too large a gradient": (lambda params: 1e30 * total(params), {"grad_norm"}),
+    "parameters": (total, {"params", "ema"}),
+}
+
+
+@pytest.mark.parametrize("what", LOSSES)
+def test_a_step_tells_what_is_not_finite(what):
+    loss, expected = LOSSES[what]
+    rate = 1e35 if what == "parameters" else 0.1
+    _, after, metrics = step_of(loss, ema_decay=0.9, learning_rate=rate, train_embeddings=True)
+    found = {name: metrics[name] for name in ("loss", "grad_norm")} | metrics["after"]
+    assert found.keys() == {"loss", "grad_norm", "params", "opt_state", "ema"}
+    assert {name for name, number in found.items() if not np.isfinite(number)} == expected
 
 
 def test_a_policy_without_value_token_has_no_margin(small):
