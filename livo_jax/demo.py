@@ -1,7 +1,9 @@
 """The page: a prompt, the values it is for, and base and aligned images side by side. Gradio, on localhost alone."""
 
+import contextlib
 import dataclasses
 import importlib.util
+import os
 import pathlib
 import secrets
 import shutil
@@ -163,6 +165,19 @@ def page(sd, value_encoder, config, mesh, folder: pathlib.Path):
     return app.queue(max_size=16)
 
 
+@contextlib.contextmanager
+def without_proxy():
+    """Meanwhile nothing that is asked for goes through a proxy, which does not reach this machine's own addresses."""
+    before = os.environ.get("no_proxy")
+    os.environ["no_proxy"] = "*"
+    try:
+        yield
+    finally:
+        del os.environ["no_proxy"]
+        if before is not None:
+            os.environ["no_proxy"] = before
+
+
 def serve(sd, value_encoder, config, mesh, port: int):
     """Serves the page on 127.0.0.1 until it is interrupted; then its images are deleted."""
     import gradio as gr
@@ -176,10 +191,11 @@ def serve(sd, value_encoder, config, mesh, port: int):
         before = signal.signal(signal.SIGINT, lambda *_: interrupted.set())
         print(f"The page is http://127.0.0.1:{port}; Ctrl+C ends it.")
         app = page(sd, value_encoder, config, mesh, pathlib.Path(folder))
-        app.launch(
-            server_name="127.0.0.1", server_port=port, share=False, allowed_paths=[folder], run_history=False,
-            quiet=True, footer_links=[], theme=theme, css_paths=HERE / "demo.css", prevent_thread_lock=True,
-        )  # fmt: skip
+        with without_proxy():  # Gradio asks the page for itself
+            app.launch(
+                server_name="127.0.0.1", server_port=port, share=False, allowed_paths=[folder], run_history=False,
+                quiet=True, footer_links=[], theme=theme, css_paths=HERE / "demo.css", prevent_thread_lock=True,
+            )  # fmt: skip
         interrupted.wait()
         app.close(verbose=False)
         signal.signal(signal.SIGINT, before)
