@@ -3,6 +3,7 @@
 Any config field can be set on the command line: --config.train.steps=200 --config.seed=1
 """
 
+import os
 import pathlib
 
 from absl import app, flags, logging
@@ -54,8 +55,10 @@ def main(argv):
             raise app.UsageError(f"--config={name} compares methods: give --mode=evaluate, not {MODE.value}")
         from data_tools import build_preferences, cache_latents
         from livo_jax.compare import compare
+        from livo_jax.workdir import find, held
 
-        compare(config, workdir, build_preferences.build, cache_latents.write)
+        with held(find(workdir), "compares methods in"):
+            compare(config, workdir, build_preferences.build, cache_latents.write)
         return
     if MODE.value == "plan":
         import jax
@@ -72,17 +75,17 @@ def main(argv):
         return
 
     from livo_jax import demo, evaluate, export, generate, sharding, shelf, train, values
-    from livo_jax.workdir import find, recipe
+    from livo_jax.workdir import find, held, recipe
 
-    workdir = find(workdir)
+    workdir, out = find(workdir), os.path.expanduser(OUT.value or "")
     mesh = sharding.make_mesh(**config.mesh)
     if MODE.value == "demo":
         demo.check(PORT.value)
-    if MODE.value in ("generate", "export") and not OUT.value:
+    if MODE.value in ("generate", "export") and not out:
         raise app.UsageError(f"--mode={MODE.value} needs --out=DIR")
-    if MODE.value == "export" and pathlib.Path(OUT.value).exists():
+    if MODE.value == "export" and pathlib.Path(out).exists():
         raise app.UsageError(f"--out={OUT.value} exists: remove it, or export to another")
-    if MODE.value == "generate" and (pathlib.Path(OUT.value).is_file() or any(pathlib.Path(OUT.value).glob("*"))):
+    if MODE.value == "generate" and (pathlib.Path(out).is_file() or any(pathlib.Path(out).glob("*"))):
         raise app.UsageError(f"--out={OUT.value} is not empty: remove it, or generate into another")
     if MODE.value == "generate":
         prompts = list(PROMPT.value)
@@ -113,18 +116,19 @@ def main(argv):
         # Of a method that trains the UNet, the base is another.
         own = value_encoder is None and config.train.steps
         base, trained = (train.load_base(config, mesh), sd) if own else (sd, None)
-        evaluate.evaluate_and_report(base, value_encoder, config, mesh, workdir, trained)
+        with held(workdir / "eval", "evaluates in"):  # also while the run trains
+            evaluate.evaluate_and_report(base, value_encoder, config, mesh, workdir, trained)
     elif MODE.value == "demo":
         demo.serve(sd, value_encoder, config, mesh, PORT.value)
     elif MODE.value == "generate":
         generate.write_pairs(
-            OUT.value, sd, value_encoder, prompts, chosen, NUM_IMAGES.value,
+            out, sd, value_encoder, prompts, chosen, NUM_IMAGES.value,
             seed=SEED.value, mesh=mesh, options=options, **config.sampling.to_dict(),
         )  # fmt: skip
     else:
         rates = evaluate.read_rates(workdir) if (workdir / "eval" / "rates.json").exists() else None
         results = evaluate.read_results(workdir)
-        export.export(OUT.value, sd, value_encoder, config, results, rates, recipe(workdir))
+        export.export(out, sd, value_encoder, config, results, rates, recipe(workdir))
 
 
 if __name__ == "__main__":

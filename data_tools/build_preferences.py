@@ -317,7 +317,7 @@ def build(config, directory, sd: StableDiffusion | None = None):
         OSError: the disk is full.
         ValueError: a value without scenes; a value or scene of which the judge kept no image on one side.
     """
-    directory = pathlib.Path(directory).absolute()
+    directory = pathlib.Path(directory).expanduser().absolute()
     values = principles.load(config.principles)
     judge = judges.load(config, values, list(dict.fromkeys(s for value in values for s in scenes(value, config))))
     with dataset.under_construction(directory, made_of(config, values)) as work:

@@ -243,15 +243,14 @@ def main(_):
     from data_tools import dataset
 
     logging.set_verbosity(logging.INFO)  # which words are dropped
-    name, path, out = LIST.value, pathlib.Path(FILE.value), pathlib.Path(OUT.value)
+    name = LIST.value
+    path, out, cache = (pathlib.Path(flag.value).expanduser() for flag in (FILE, OUT, CACHE))
     if out.exists() and out.samefile(path):
         sys.exit(f"--out={out} is the file of the list itself: choose another")
     try:
         table = load([name], path)[name]
         out.parent.mkdir(parents=True, exist_ok=True)
-        new, sent = expand(
-            name, COUNT.value, ENDPOINT.value, MODEL.value, pathlib.Path(CACHE.value), BUDGET.value, path, TIMEOUT.value
-        )
+        new, sent = expand(name, COUNT.value, ENDPOINT.value, MODEL.value, cache, BUDGET.value, path, TIMEOUT.value)
     except (ValueError, OSError) as error:
         sys.exit(str(error))
     table = table | {

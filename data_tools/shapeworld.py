@@ -251,7 +251,7 @@ def build(out: pathlib.Path, pictures: int = 16_000):
 
 
 def main(_):
-    build(pathlib.Path(flags.FLAGS.out))
+    build(pathlib.Path(flags.FLAGS.out).expanduser())
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ def read(name: str, chosen, seed: int = 0) -> list[tuple[str, str]]:
     """
     where = f"config.eval.prompt_sets.{name}"
     try:
-        path = fetch(chosen.repo, chosen.file) if chosen.repo else pathlib.Path(chosen.file)
+        path = fetch(chosen.repo, chosen.file) if chosen.repo else pathlib.Path(chosen.file).expanduser()
     except FileNotFoundError as error:
         raise ValueError(f"{where}: no {chosen.file!r} of the dataset {chosen.repo!r}: {error}") from None
     if path.suffix not in (".csv", ".jsonl"):

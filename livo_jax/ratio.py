@@ -29,7 +29,7 @@ def read(source) -> Mapping | str:
         return source
     text = os.fspath(source)
     try:
-        table = json.loads(text if text.lstrip().startswith("{") else pathlib.Path(text).read_text())
+        table = json.loads(text if text.lstrip().startswith("{") else pathlib.Path(text).expanduser().read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"{text!r} is neither 'equal' nor a JSON object, nor a file of one: {error}") from error
     if not isinstance(table, dict):

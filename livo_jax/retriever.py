@@ -206,7 +206,7 @@ class LanguageModel:
     def __call__(self, prompt: str) -> dict[str, tuple[float, str]]:
         request = self.request(prompt)
         digest = hashlib.sha256(json.dumps([self.url, request]).encode()).hexdigest()
-        file = pathlib.Path(self.cache) / digest[:2] / f"{digest}.json" if self.cache else None
+        file = pathlib.Path(self.cache).expanduser() / digest[:2] / f"{digest}.json" if self.cache else None
         answer = endpoint.kept(file)
         if answer is None:
             with endpoint.client(self.url, RETRIES, TIMEOUT) as client:

@@ -74,7 +74,7 @@ def make(config, values, subjects):
         names = {what: [answer_name(c.model, text, image) for image in images] for what, text in questions.items()}
         for what, column in names.items():
             for name, image in zip(column, images):
-                file = pathlib.Path(c.cache) / name[:2] / f"{name}.json" if c.cache else None
+                file = pathlib.Path(c.cache).expanduser() / name[:2] / f"{name}.json" if c.cache else None
                 wanted[name] = (questions[what], image, file)
         answers = {}
         for name, (_, _, file) in wanted.items():
