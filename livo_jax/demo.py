@@ -167,7 +167,7 @@ def page(sd, value_encoder, config, mesh, folder: pathlib.Path):
 
 @contextlib.contextmanager
 def without_proxy():
-    """Meanwhile nothing that is asked for goes through a proxy, which does not reach this machine's own addresses."""
+    """Meanwhile no proxy is asked: Gradio looks for the page itself, and opens its clients when it is imported."""
     before = os.environ.get("no_proxy")
     os.environ["no_proxy"] = "*"
     try:
@@ -180,7 +180,8 @@ def without_proxy():
 
 def serve(sd, value_encoder, config, mesh, port: int):
     """Serves the page on 127.0.0.1 until it is interrupted; then its images are deleted."""
-    import gradio as gr
+    with without_proxy():
+        import gradio as gr
 
     # Fonts that the visitor's machine has: Gradio's own would be fetched.
     fonts = dict(font=("system-ui", "sans-serif"), font_mono=("monospace",))
@@ -191,7 +192,7 @@ def serve(sd, value_encoder, config, mesh, port: int):
         before = signal.signal(signal.SIGINT, lambda *_: interrupted.set())
         print(f"The page is http://127.0.0.1:{port}; Ctrl+C ends it.")
         app = page(sd, value_encoder, config, mesh, pathlib.Path(folder))
-        with without_proxy():  # Gradio asks the page for itself
+        with without_proxy():
             app.launch(
                 server_name="127.0.0.1", server_port=port, share=False, allowed_paths=[folder], run_history=False,
                 quiet=True, footer_links=[], theme=theme, css_paths=HERE / "demo.css", prevent_thread_lock=True,

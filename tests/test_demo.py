@@ -3,12 +3,14 @@
 import importlib.util
 import io
 import json
+import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from types import SimpleNamespace
 
 import numpy as np
@@ -36,7 +38,8 @@ def served(browser, tmp_path_factory):
         sys.executable, "run.py", "--config=configs/tiny.py", f"--workdir={folder / 'run'}", "--mode=demo",
         f"--config.value_encoder.start={folder / 'encoder'}", "--config.sampling.steps=4", f"--port={port}",
     ]  # fmt: skip
-    environment = small_run.environment() | {"TMPDIR": str(folder), "JAX_LOG_COMPILES": "1"}
+    proxies = {"http_proxy": "http://127.0.0.1:9", "ALL_PROXY": "socks5://127.0.0.1:9"}  # which are not there
+    environment = small_run.environment() | proxies | {"TMPDIR": str(folder), "JAX_LOG_COMPILES": "1"}
     log = folder / "log"
     with log.open("w") as stderr:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=stderr)
@@ -255,3 +258,13 @@ def test_what_is_missing_is_said_before_models_are_loaded(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match="pip install gradio"):
         demo.check(port)
+
+
+@pytest.mark.parametrize("before", [{}, {"no_proxy": "localhost"}])
+def test_the_proxy_is_that_of_before(before, monkeypatch):
+    monkeypatch.delenv("no_proxy", raising=False)
+    for name, hosts in before.items():
+        monkeypatch.setenv(name, hosts)
+    with demo.without_proxy():
+        assert urllib.request.proxy_bypass("127.0.0.1")
+    assert os.environ.get("no_proxy") == before.get("no_proxy")
