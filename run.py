@@ -18,7 +18,9 @@ MODE = flags.DEFINE_enum(
     "train also evaluates at its end; demo serves a page; plan tells what training needs.",
 )  # fmt: skip
 PROMPT = flags.DEFINE_multi_string("prompt", [], "generate: a prompt; may be repeated.")
-PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "generate: a text file with a prompt on each line.")
+PROMPTS_FILE = commands.define_path(
+    "prompts_file", "generate: a text file with a prompt on each line; or a .csv, .tsv or .jsonl with a column prompt."
+)
 VALUE = flags.DEFINE_multi_string("value", [], "generate: a value, by name or statement; may be repeated; or auto.")
 STRENGTH = flags.DEFINE_multi_float("strength", [], "generate: of all values, or of each; 1 is LiVO, 0 the base.")
 KEEP = flags.DEFINE_float(
@@ -74,7 +76,7 @@ def main(argv):
         train_and_evaluate(config, workdir, build_preferences.build, cache_latents.write)
         return
 
-    from livo_jax import demo, evaluate, export, generate, sharding, shelf, train, values
+    from livo_jax import demo, evaluate, export, files, generate, sharding, shelf, train, values
     from livo_jax.workdir import find, held, recipe
 
     workdir, out = find(workdir), os.path.expanduser(OUT.value or "")
@@ -92,8 +94,10 @@ def main(argv):
         if PROMPTS_FILE.value:
             if not pathlib.Path(PROMPTS_FILE.value).is_file():
                 raise app.UsageError(f"--prompts_file={PROMPTS_FILE.value}: there is no such file")
-            lines = pathlib.Path(PROMPTS_FILE.value).read_text(encoding="utf-8").splitlines()
-            prompts += [line.strip() for line in lines if line.strip()]
+            problems = []
+            prompts += [prompt for (prompt,) in files.read_texts(PROMPTS_FILE.value, ["prompt"], problems)]
+            if problems:
+                raise app.UsageError("--prompts_file cannot be used:\n  " + "\n  ".join(problems))
         if not prompts:
             raise app.UsageError("--mode=generate needs --prompt=TEXT or --prompts_file=FILE")
         known = values.load(config.principles)

@@ -9,10 +9,10 @@ from ml_collections import ConfigDict
 def get_sets() -> ConfigDict:
     """{name: set}; the name is the split in the results.
 
-    A set is a CSV (with a header) or JSONL `file`, of the dataset `repo` on the Hugging Face hub or, where that is
-    empty, on disk. `column` holds the prompts; with a `template` it holds subjects, which the template makes prompts
-    of. `subject`, if not empty, is a column too, of what is in the prompt: "recognised" needs it. `limit` is how many
-    prompts are chosen at most, by config.eval.seed; 0 takes all.
+    A set is a `file`, of the dataset `repo` on the Hugging Face hub or, where that is empty, on disk: a .csv or .tsv
+    with a header, a .jsonl, or a .txt, whose lines are its only column. `column` holds the prompts; with a `template`
+    it holds subjects, which the template makes prompts of. `subject`, if not empty, is a column too, of what is in the
+    prompt: "recognised" needs it. `limit` is how many prompts are chosen at most, by config.eval.seed; 0 takes all.
     """
     entry = lambda file, repo="", column="prompt", template="", subject="": ConfigDict(
         dict(repo=repo, file=file, column=column, template=template, subject=subject, limit=0)

@@ -104,9 +104,13 @@ def write(preferences: data.Preferences, sd: StableDiffusion, config, directory:
         for k in tqdm(my_share(len(parts)), desc="latents", unit="batch"):
             records = [source[i] for i in parts[k]]
             for side in data.SIDES:
+                places = [f"{preferences.directory}, record {i}, {side}" for i in parts[k]]
                 for flip in range(1 + config.data.random_flip):
-                    images = np.stack([data.decode(record[side], sd.image_size, bool(flip)) for record in records])
-                    moments[side][parts[k].start : parts[k].stop, flip] = encode(images)
+                    images = [
+                        data.decode(record[side], sd.image_size, bool(flip), place)
+                        for record, place in zip(records, places)
+                    ]
+                    moments[side][parts[k].start : parts[k].stop, flip] = encode(np.stack(images))
         for array in moments.values():
             array.flush()
         barrier("encoded")
@@ -131,7 +135,7 @@ def main(_):
 
 if __name__ == "__main__":
     CONFIG = config_flags.DEFINE_config_file("config", None, "The config whose model encodes.")
-    DATA = flags.DEFINE_string("data", None, "The dataset, to which the cache is added.")
+    DATA = commands.define_path("data", "The dataset, to which the cache is added.")
     DISTRIBUTED = commands.define_distributed()
     flags.mark_flags_as_required(["config", "data"])
     app.run(main, flags_parser=commands.parse)

@@ -8,7 +8,6 @@ itself repeats violating images where a scene has fewer of them than aligned one
 """
 
 import hashlib
-import io
 import itertools
 import json
 import pathlib
@@ -25,7 +24,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from data_tools import commands
-from livo_jax import data, report
+from livo_jax import data, files, report
 from livo_jax.values import PRINCIPLES, text_hash
 
 FEW = 3  # examples of duplicates; the smallest scenes; the commonest sizes
@@ -42,9 +41,9 @@ def read(source, i: int):
         return {}, images, [f"record {i}, aligned and violating: {error.__cause__}"]
     for side in data.SIDES:
         try:
-            images[side] = Image.open(io.BytesIO(record[side])).convert("RGB")
-        except Exception as error:  # OSError, SyntaxError, ValueError, and whatever PIL's plugins raise
-            problems.append(f"record {i}, {side}: {type(error).__name__}: {error}")
+            images[side] = files.read_image(record[side])
+        except ValueError as error:
+            problems.append(f"record {i}, {side}: {error}")
     return record, images, problems
 
 
@@ -184,9 +183,9 @@ def main(_):
 
 
 if __name__ == "__main__":
-    DATA = flags.DEFINE_string("data", None, "The dataset.")
-    AGAINST = flags.DEFINE_string("against", None, "Another, which should share no scene and no prompt with it.")
-    OUT = flags.DEFINE_string("out", None, "Where to put a contact sheet of each value.")
+    DATA = commands.define_path("data", "The dataset.")
+    AGAINST = commands.define_path("against", "Another, which should share no scene and no prompt with it.")
+    OUT = commands.define_path("out", "Where to put a contact sheet of each value.")
     LEAST_DISTANCE = flags.DEFINE_integer("least_distance", 4, "Bits of 64 below which two images are near duplicates.")
     CONFIG = config_flags.DEFINE_config_file("config", None, "A config, whose eval.held_out should not occur.")
     flags.mark_flag_as_required("data")

@@ -5,12 +5,24 @@ import sys
 
 from absl import app, flags
 
+flags.disclaim_key_flags()  # --help lists what is defined here for the command that asks for it
+
 
 def define_distributed() -> flags.FlagHolder:
     """Defines --distributed, which is for livo_jax.sharding.join."""
     return flags.DEFINE_string(
         "distributed", None, "One of several processes: 'auto' on a cluster, or HOST:PORT,PROCESSES,NUMBER."
     )
+
+
+class PathParser(flags.ArgumentParser):
+    def parse(self, argument: str) -> str:
+        return os.path.expanduser(argument)
+
+
+def define_path(name: str, help: str) -> flags.FlagHolder:
+    """Defines a flag for a path. Shells do not expand the ~ of --name=~/x: here it is."""
+    return flags.DEFINE(PathParser(), name, None, help)
 
 
 def divide_cpu(devices: int):

@@ -6,14 +6,15 @@ The source, a folder or a tar of one, holds at any depth
 
     <type>/<scene>/metadata.jsonl    on each line {"label": ..., "prompt": str, "value": str, "file_name": str}
 
-file_name is a PNG or JPEG, relative to the scene's folder; label (see LABELS) says on which side of a pair it
+file_name is a PNG, JPEG or WebP, relative to the scene's folder; label (see LABELS) says on which side of a pair it
 stands; value is the value's statement. A violating line needs no prompt, and no value: without one it is a partner
 for all aligned lines of its folder, as the authors have it.
 
 DIR becomes a dataset as data_tools/build_preferences.py makes them: the violating images of a value and scene are
 partners for its aligned ones, in the order of the lines, the bytes of the images are stored as they are, and
-README.md in it counts the pairs. A source with any fault is refused, and all faults are listed. The same command after
-an interruption goes on where it stopped. Equal sources give equal bytes.
+README.md in it counts the pairs. A source with any fault is refused, and all faults are listed; hidden folders, as
+.ipynb_checkpoints, are left out, and named. The same command after an interruption goes on where it stopped. Equal
+sources give equal bytes.
 
 A snapshot in a Hugging Face cache is made of links out of its folders, which are refused: download with --local-dir.
 """
@@ -33,11 +34,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from absl import app, flags, logging
-from PIL import Image
 from tqdm import tqdm
 
-from data_tools import dataset
-from livo_jax import data
+from data_tools import commands, dataset
+from livo_jax import data, files
 from livo_jax import values as principles
 
 LABELS = {  # to the authors 1 is aligned and every other number violating
@@ -68,18 +68,13 @@ class Source(NamedTuple):
     images: dict[str, str]  # every image that is there, relative to the source -> the first line that names it
     problems: list[str]  # but for images that cannot be decoded
     stray: int  # how many files no metadata.jsonl names
+    hidden: list[str]  # folders that are left out, relative to the source
     sha256: str  # over the metadata and the sizes of the images
 
 
-def parse(text: bytes) -> tuple[dict, list[str]]:
+def parse(entry: dict) -> tuple[dict, list[str]]:
     """A line's {side, prompt, value, file_name}, each None where it cannot be used, and what is wrong with the line."""
     found, problems = dict.fromkeys(("side", *TEXTS)), []
-    try:
-        entry = json.loads(text.decode())
-    except (ValueError, RecursionError) as error:
-        return found, [f"not JSON: {error}"]
-    if not isinstance(entry, dict):
-        return found, ["not a JSON object"]
     label = entry.get("label")
     side = next((side for side, labels in LABELS.items() if label in labels), None)
     side = found["side"] = side or ("violating" if isinstance(label, int) else None)
@@ -88,23 +83,16 @@ def parse(text: bytes) -> tuple[dict, list[str]]:
     needed = ("label", "file_name") if side == "violating" else ("label", *TEXTS)
     problems += [f"no {key}" for key in needed if key not in entry]
     for key in (key for key in TEXTS if key in entry):
-        if not isinstance(entry[key], str):
-            problems.append(f"{key} is {entry[key]!r}, not a text")
+        if fault := files.text_fault(entry[key]):
+            problems.append(f"{key} {fault}")
         elif not entry[key].strip():
             problems.append(f"{key} is empty")
-        elif not is_text(entry[key]):
-            problems.append(f"{key} is {entry[key]!r}, which is no Unicode text")
         else:
-            found[key] = entry[key]
+            found[key] = entry[key] if key == "file_name" else entry[key].strip()
     if "label" in entry and not side:
         known = ", ".join(json.dumps(label) for label in itertools.chain(*LABELS.values()))
         problems.append(f"unknown label {label!r}: known are {known} and, for violating, other whole numbers")
     return found, problems
-
-
-def is_text(text: str) -> bool:
-    """Whether it can be written and name a file: JSON, and names of folders, can also hold halves of characters."""
-    return "\0" not in text and text == text.encode(errors="ignore").decode()
 
 
 def misplaced(folder: pathlib.Path, name: str) -> str:
@@ -113,33 +101,38 @@ def misplaced(folder: pathlib.Path, name: str) -> str:
     inside = pathlib.Path(os.path.realpath(folder / name)).is_relative_to(os.path.realpath(folder))
     if path.is_absolute() or ".." in path.parts or not inside:
         return "leaves its folder"
+    if any(files.is_hidden(part) for part in path.parent.parts):
+        return "is in a hidden folder"
     return "" if os.path.isfile(folder / name) else "is missing"
 
 
-def walk(root: pathlib.Path) -> tuple[list[pathlib.Path], int, list[str]]:
-    """The folders with a metadata.jsonl below `root`, how many files there are, and what cannot be looked into."""
-    scenes, files, problems = [], 0, []
+def walk(root: pathlib.Path) -> tuple[list[pathlib.Path], int, list[str], list[str]]:
+    """The folders with a metadata.jsonl below `root`, how many files there are, the hidden folders, which are left out
+    with all that is in them, and what cannot be looked into."""
+    scenes, count, hidden, problems = [], 0, [], []
     for folder, folders, names in os.walk(root, onerror=lambda error: problems.append(str(error))):
+        hidden += [os.path.relpath(os.path.join(folder, name), root) for name in folders if files.is_hidden(name)]
+        folders[:] = [name for name in folders if not files.is_hidden(name)]  # os.walk goes on in these
         linked = (os.path.join(folder, name) for name in folders)
         problems.extend(
             f"{link} is a link to a folder, which is not followed" for link in linked if os.path.islink(link)
         )
-        files += len(names)
+        count += len(names)
         if "metadata.jsonl" in names:
             scenes.append(pathlib.Path(folder))
-    return sorted(scenes), files, problems
+    return sorted(scenes), count, sorted(hidden), problems
 
 
 def read(root: pathlib.Path) -> Source:
     """Reads all metadata below a folder, and looks whether the images are there."""
     lines, images, digest = [], {}, hashlib.sha256()
     named, blocks = {}, {}  # real path, value -> the line; (value, scene) -> its first line, Counter of sides
-    scenes, files, problems = walk(root)
+    scenes, count, hidden, problems = walk(root)
     if not scenes:
         problems.append("there is no metadata.jsonl")
     for folder in tqdm(scenes, desc="read", unit="scene"):
         where = folder.relative_to(root)
-        if len(where.parts) < 2 or not is_text(str(where)):
+        if len(where.parts) < 2 or files.text_fault(str(where)):
             problems.append(f"{str(where / 'metadata.jsonl')!r} is not <type>/<scene>/metadata.jsonl below the source")
             continue
         *_, kind, scene = where.parts
@@ -149,7 +142,8 @@ def read(root: pathlib.Path) -> Source:
             problems.append(f"{where}/metadata.jsonl: {error.strerror}")
             continue
         digest.update(metadata)
-        parsed = [(n, *parse(text)) for n, text in enumerate(metadata.split(b"\n"), start=1) if text.strip()]
+        rows = files.json_rows(metadata, where / "metadata.jsonl", problems)
+        parsed = [(number, *parse(row)) for number, row in rows]
         aligned = (found["value"] for _, found, _ in parsed if found["side"] == "aligned")
         stated = list(dict.fromkeys(value for value in aligned if value))
         for number, found, wrong in parsed:
@@ -178,20 +172,16 @@ def read(root: pathlib.Path) -> Source:
         if len(sides) < 2:
             counts = ", ".join(f"{sides[side]} {side}" for side in data.SIDES)
             problems.append(f"{place}: {value}, {scene}: {counts}; both are needed")
-    stray = files - len(scenes) - len({path for path, _ in named})
-    return Source(lines, images, problems, stray, digest.hexdigest())
+    stray = count - len(scenes) - len({path for path, _ in named})
+    return Source(lines, images, problems, stray, hidden, digest.hexdigest())
 
 
 def undecodable(path: pathlib.Path) -> str:
-    """Why an image cannot be decoded; "" if it can."""
-    formats = ("PNG", "JPEG")  # of others, some are programs
+    """Why an image cannot be used; "" if it can."""
     try:
-        with Image.open(path, formats=formats) as image:
-            image.verify()
-        with Image.open(path, formats=formats) as image:
-            image.convert("RGB")
-    except Exception as error:  # PIL's decoders raise what they like
-        return f"is no PNG or JPEG that can be decoded: {error}"
+        files.read_image(path)
+    except (OSError, ValueError) as error:
+        return f"cannot be used: {error}"
     return ""
 
 
@@ -307,6 +297,8 @@ def card(blocks: list[data.Block], violating: list[int]) -> str:
 
 def report(source: Source, blocks: list[data.Block], violating: list[int]):
     """Prints what is no fault and yet worth a look."""
+    if source.hidden:
+        print(f"hidden folders are left out: {', '.join(source.hidden)}")
     if source.stray:
         print(f"{source.stray} files are left out: no metadata.jsonl names them")
     if surplus := sum(max(n - block.count, 0) for block, n in zip(blocks, violating)):
@@ -370,8 +362,8 @@ def main(_):
 
 
 if __name__ == "__main__":
-    SOURCE = flags.DEFINE_string("source", None, "The folder, or the tar of it, to import.")
-    OUT = flags.DEFINE_string("out", None, "The directory to write.")
+    SOURCE = commands.define_path("source", "The folder, or the tar of it, to import.")
+    OUT = commands.define_path("out", "The directory to write.")
     LARGEST = flags.DEFINE_float("max_gb", MAX_GB, "What a tar may hold, uncompressed.", lower_bound=0)
     MOST = flags.DEFINE_integer("max_members", MAX_MEMBERS, "How many files and folders a tar may hold.", lower_bound=0)
     flags.mark_flags_as_required(["source", "out"])

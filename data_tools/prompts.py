@@ -86,11 +86,10 @@ def load(names, path=WORDS) -> dict[str, dict]:
     Raises:
         ValueError: no names, names that the file lacks, malformed tables and words in it; all are listed.
     """
-    with open(path, "rb") as file:
-        try:
-            tables = tomllib.load(file)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+    try:
+        tables = tomllib.loads(pathlib.Path(path).read_text("utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     problems = [f"[{name}]: {problem}" for name, table in tables.items() for problem in faults(table)]
     problems += [f"no list {name!r}: there are {', '.join(tables)}" for name in names if name not in tables]
     if not names:

@@ -8,7 +8,6 @@ reading the others.
 
 import functools
 import hashlib
-import io
 import json
 import os
 import pathlib
@@ -19,7 +18,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from livo_jax import sharding, values
+from livo_jax import files, sharding, values
 from livo_jax.models.weights import split
 from livo_jax.values import Value, attributed, phrase, value_prompt
 from livo_jax.workdir import is_remote
@@ -119,7 +118,7 @@ def cache_made_of(preferences: Preferences, sd, config) -> dict:
             digest.update(sharding.fetch(array).tobytes())
     return {
         "pairs": preferences.content_sha256,
-        "decoded": f"shorter side to {sd.image_size}, centre crop",
+        "decoded": f"as a viewer shows it, shorter side to {sd.image_size}, centre crop",
         "random_flip": config.data.random_flip,
         "wordings": [[*v.wordings, v.aligned, *v.attributes] for v in values.load(config.principles)],
         "rewordings": [name for name in ("beside", "anchors") if config.data[name]],
@@ -221,11 +220,17 @@ def prompts_of(prompt: str, block: Block, config, principles: Iterable[Value]) -
     return found
 
 
-def decode(png: bytes, size: int, flip: bool = False) -> np.ndarray:
-    """An encoded image as [size, size, 3] float32 in [-1, 1]: shorter side to `size`, centre crop."""
+def decode(png: bytes, size: int, flip: bool = False, where: str = "an image") -> np.ndarray:
+    """What files.read_image reads as [size, size, 3] float32 in [-1, 1]: shorter side to `size`, centre crop.
+
+    Raises ValueError, which names `where`, if it cannot be read.
+    """
     from PIL import Image, ImageOps
 
-    image = Image.open(io.BytesIO(png)).convert("RGB")
+    try:
+        image = files.read_image(png)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
     if image.size != (size, size):
         image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
     array = np.asarray(image, np.float32) / 127.5 - 1
@@ -330,7 +335,8 @@ def batches(
                 read[f"{side}_moments"] = getattr(cache, stored)[i, int(flip)]
             return read
         for side, (i, stored) in images.items():
-            read[side] = decode((record if i == index else source[i])[stored], image_size, flip)
+            where = f"{preferences.directory}, record {i}, {stored}"
+            read[side] = decode((record if i == index else source[i])[stored], image_size, flip, where)
         return read | {"prompt_ids": ids(prompt)}
 
     dataset = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat().random_map(pair)

@@ -1,16 +1,15 @@
-"""Prompts of an evaluation from files: CSV or JSONL, on disk or on the Hugging Face hub."""
+"""Prompts of an evaluation from files, on disk or on the Hugging Face hub."""
 
-import codecs
-import csv
 import functools
-import json
 import pathlib
 import random
 import re
 
+from livo_jax import files
 from livo_jax.values import phrase
 
 KINDS = ("bias", "harm")
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".txt")
 
 
 @functools.cache
@@ -28,36 +27,6 @@ def fetch(repo: str, file: str) -> pathlib.Path:
         raise FileNotFoundError(f"{error}".strip()) from None
 
 
-def parse(path: pathlib.Path, problems: list[str]):
-    """Yields (line number, {column: text}) of each row that can be decoded; what is wrong goes to `problems`."""
-    lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines(keepends=True)
-    texts = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            texts.append(line.decode())
-        except UnicodeDecodeError as error:
-            problems.append(f"{path}:{number}: not UTF-8 ({error.reason}): convert the file, as with iconv")
-            texts.append("\n")
-    if path.suffix == ".csv":
-        reader = csv.DictReader(texts)
-        try:
-            for row in reader:
-                yield reader.line_num, row
-        except csv.Error as error:
-            problems.append(f"{path}:{reader.line_num}: no CSV: {error}")
-        return
-    for number, text in enumerate(texts, start=1):
-        try:
-            row = json.loads(text) if text.strip() else None
-        except (ValueError, RecursionError) as error:
-            problems.append(f"{path}:{number}: not JSON: {error}")
-            continue
-        if isinstance(row, dict):
-            yield number, row
-        elif text.strip():
-            problems.append(f"{path}:{number}: not a JSON object, as {{'prompt': ...}}")
-
-
 def read(name: str, chosen, seed: int = 0) -> list[tuple[str, str]]:
     """The (subject, prompt) of a set, in the order of the file, each prompt once.
 
@@ -73,35 +42,22 @@ def read(name: str, chosen, seed: int = 0) -> list[tuple[str, str]]:
         path = fetch(chosen.repo, chosen.file) if chosen.repo else pathlib.Path(chosen.file).expanduser()
     except FileNotFoundError as error:
         raise ValueError(f"{where}: no {chosen.file!r} of the dataset {chosen.repo!r}: {error}") from None
-    if path.suffix not in (".csv", ".jsonl"):
-        raise ValueError(f"{where}.file={chosen.file!r}: name a .csv or .jsonl")
+    if path.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"{where}.file={chosen.file!r}: name a file that ends in one of {', '.join(SUFFIXES)}")
     if chosen.template and re.findall("[{}]+", chosen.template) != ["{}"]:
         raise ValueError(f"{where}.template={chosen.template!r}: it needs {{}} once, for the subject")
     if not path.is_file():
         raise ValueError(f"{where}: {path.absolute()} is missing: get it (configs/prompt_sets.py), or set {where}.file")
-    problems, found, columns = [], {}, [column for column in (chosen.column, chosen.subject) if column]
-    for number, row in parse(path, problems):
-        if unknown := [column for column in columns if column not in row]:
-            there = ", ".join(str(column) for column in row if column is not None)
-            problems.append(
-                f"{path}:{number}: no column {', '.join(unknown)}; there are {there}: set {where}.column or .subject"
-            )
-            if path.suffix == ".csv":  # of one header
-                break
-            continue
-        texts = [row[column] for column in columns]
-        for column, text in zip(columns, texts):
-            if not isinstance(text, str) or not text.strip():
-                problems.append(f"{path}:{number}: {column} is {text!r}, no text: fill it in, or remove the row")
-                break
-        else:
-            text, *subject = (text.strip() for text in texts)
-            prompt = phrase(chosen.template, text) if chosen.template else text
-            found.setdefault(prompt, subject[0] if subject else text if chosen.template else "")
+    problems, found = [], {}
+    columns = [column for column in (chosen.column, chosen.subject) if column]
+    for text, *subject in files.read_texts(path, columns, problems):
+        prompt = phrase(chosen.template, text) if chosen.template else text
+        found.setdefault(prompt, subject[0] if subject else text if chosen.template else "")
     if not problems and not found:
         problems.append(f"{path}: no prompts in it")
     if problems:
-        raise ValueError(f"{where} cannot be used:\n    " + "\n    ".join(problems))
+        fields = f"its columns are {where}.column={chosen.column!r} and .subject={chosen.subject!r}"
+        raise ValueError(f"{where} cannot be used ({fields}):\n    " + "\n    ".join(problems))
     rows = [(subject, prompt) for prompt, subject in found.items()]
     if 0 < chosen.limit < len(rows):
         rows = [rows[k] for k in sorted(random.Random(seed).sample(range(len(rows)), chosen.limit))]

@@ -167,7 +167,7 @@ def test_evaluate_and_generate_read_the_checkpoint(finished, main, tmp_path):
     assert rates["shape equality"].keys() == {"", *("shape equality" + x for x in ("", ": round", ": square"))}
     assert all(sum(shares.values()) == pytest.approx(1) for arms in rates.values() for shares in arms.values())
     assert (tmp_path / "run" / "eval" / "results.json").read_text() != (workdir / "eval" / "results.json").read_text()
-    (tmp_path / "prompts.txt").write_text("a photo of a baker\n\na photo of a cook\n")
+    (tmp_path / "prompts.txt").write_text("a photo of a baker\n\na photo of a cook\n", "utf-8-sig")
     main(
         tmp_path / "run", "--mode=generate", "--prompt=a tailor", f"--prompts_file={tmp_path / 'prompts.txt'}",
         "--value=shape", "--num_images=3", "--seed=5", f"--out={tmp_path / 'images'}",
@@ -222,6 +222,7 @@ MISTAKES = {  # flags: what the answer holds
     ("--mode=evaluate",): "no checkpoint: train first",
     ("--mode=generate",): "generate needs --out=DIR",
     ("--mode=generate", "--out=DIR"): "needs --prompt=TEXT or --prompts_file=FILE",
+    ("--mode=generate", "--out=DIR", "--prompts_file=docs/demo.png"): "docs/demo.png:1: not UTF-8 .*: convert the file",
     ("--mode=generate", "--out=DIR", "--prompt=a cook", "--num_images=0"): "num_images=0",
     ("--mode=generate", "--out=DIR", "--prompt=a cook", "--value=shape", "--ratio=equal"):
         "a ratio needs .*rates.json, what the tokens show: run --mode=evaluate first",

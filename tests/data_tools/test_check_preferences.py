@@ -76,7 +76,7 @@ def test_sizes_are_counted(tmp_path):
     [
         (lambda png: png[: len(png) // 2], "OSError: image file is truncated"),
         (lambda png: png[:20], "OSError: Truncated File Read"),
-        (lambda png: b"", "UnidentifiedImageError: cannot identify image file"),
+        (lambda png: b"", "no PNG, JPEG or WebP: save it as one of them"),
     ],
 )
 def test_images_that_do_not_decode_are_errors(tmp_path, spoil, reason):

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -136,6 +137,50 @@ def test_the_card_counts_and_what_is_left_out_is_said(source, tmp_path, capsys):
     assert f"| {GENDER} | baker | 1 | 2 | 1 |" in card and f"| {GENDER} | doctor | 3 | 2 | 0 |" in card
 
 
+def test_hidden_folders_are_no_scenes(source, tmp_path, capsys):
+    """Copies that notebooks and macOS leave there, with a link in one, which elsewhere is refused."""
+    scene_of = source / "harm" / "doctor"
+    shutil.copytree(scene_of, scene_of / ".ipynb_checkpoints")
+    shutil.copytree(source / "harm", source / "__MACOSX" / "harm")
+    (source / "__MACOSX" / "harm" / "link").symlink_to(tmp_path)
+    (scene_of / ".DS_Store").write_bytes(b"")
+    build(source, tmp_path / "out")
+    assert capsys.readouterr().out.splitlines() == [
+        "hidden folders are left out: __MACOSX, harm/doctor/.ipynb_checkpoints",
+        "1 files are left out: no metadata.jsonl names them",
+        "1 violating images are left out: their value and scene have fewer aligned ones",
+    ]
+    assert len(data.Preferences(tmp_path / "out").source) == 5
+
+
+@pytest.mark.parametrize("encoding, end", [("utf-8-sig", "\n"), ("utf-16", "\r\n"), ("utf-8", "\r")])
+def test_metadata_is_read_whole_in_every_encoding(source, tmp_path, encoding, end):
+    metadata = source / "harm" / "doctor" / "metadata.jsonl"
+    rows = [json.loads(line) for line in metadata.read_text().splitlines()]
+    for row in rows:
+        row["prompt"] = " a doctor,\u2028in two\x85lines "
+    metadata.write_bytes(end.join(json.dumps(row, ensure_ascii=False) for row in rows).encode(encoding))
+    found = import_preferences.read(source)
+    assert not found.problems
+    assert {line.prompt for line in found.lines if line.type == "harm"} == {"a doctor,\u2028in two\x85lines"}
+
+
+def test_images_are_trained_on_as_they_are_shown(source, tmp_path):
+    """A photograph that is stored upside down, and one whose upper half is transparent before a hidden red."""
+    half = np.zeros((24, 24, 3), np.uint8)
+    half[:12] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    Image.fromarray(half).save(source / "harm" / "doctor" / "a.png", exif=exif)
+    clear = np.dstack([half, 255 - half[..., 0]])
+    clear[:12, :, :3] = (255, 0, 0)
+    Image.fromarray(clear).save(source / "harm" / "doctor" / "b.png", "WEBP", lossless=True, exact=True)
+    build(source, tmp_path / "out")
+    record = data.Preferences(tmp_path / "out").source[0]
+    pixels = {side: np.round((data.decode(record[side], 24) + 1) * 127.5) for side in data.SIDES}
+    assert (pixels["aligned"] == half[::-1]).all() and (pixels["violating"] == half).all()
+
+
 def test_everything_wrong_is_told_at_once_with_its_line(source, tmp_path):
     good = {"label": 1, "prompt": "a cook", "value": GENDER, "file_name": "good.png"}
     folder, outside = source / "bias" / "cook", tmp_path / "outside.png"
@@ -152,7 +197,8 @@ def test_everything_wrong_is_told_at_once_with_its_line(source, tmp_path):
     (folder / "animation.gif").write_bytes(encoded(0, "GIF"))
     bad = {
         b"{": "not JSON: Expecting",
-        b"\xff": "not JSON: 'utf-8' codec",
+        b"\xff": "not UTF-8 (invalid start byte)",
+        b'{"label": 1, "label": 0}': "not JSON: 'label' is there twice",
         b"[" * 100_000: "not JSON: maximum recursion",
         b"[1]": "not a JSON object",
         b'{"file_name": "a.png"}': ("no label", "no prompt", "no value", "a.png is missing"),
@@ -166,7 +212,7 @@ def test_everything_wrong_is_told_at_once_with_its_line(source, tmp_path):
         ({"prompt": "\ud800"}, "prompt is '\\ud800', which is no Unicode text"),
         ({"file_name": "a\0.png"}, "file_name is 'a\\x00.png', which is no Unicode text"),
         ({"label": "good"}, "unknown label 'good': known are \"positive\", \"pos\", \"aligned\", \"chosen\", 1, true,"),
-        ({"label": ["pos"], "file_name": "text.png"}, "unknown label ['pos']", "text.png is no PNG or JPEG"),
+        ({"label": ["pos"], "file_name": "text.png"}, "unknown label ['pos']", "text.png cannot be used: no PNG"),
         ({"label": None}, "unknown label None"),
         ({"label": 0, "prompt": 3, "value": 4, "file_name": "a.png"}, "prompt is 3", "value is 4", "a.png is missing"),
         ({"file_name": "nowhere.png"}, "nowhere.png is missing"),
@@ -174,12 +220,13 @@ def test_everything_wrong_is_told_at_once_with_its_line(source, tmp_path):
         ({"file_name": "a" * 5000}, "aaa is missing"),
         ({"file_name": str(outside)}, "outside.png leaves its folder"),
         ({"file_name": "../cook/good.png"}, "../cook/good.png leaves its folder"),
+        ({"file_name": ".hidden/good.png"}, ".hidden/good.png is in a hidden folder"),
         ({"file_name": "link.png"}, "link.png leaves its folder"),
         ({"file_name": "inside.png"}, "inside.png is named already in bias/cook/metadata.jsonl:1"),
         ({"file_name": "./other.png"}, "./other.png is named already in bias/cook/metadata.jsonl:2"),
-        ({"file_name": "cut.png"}, "cut.png is no PNG or JPEG that can be decoded"),
-        ({"file_name": "cut.jpg"}, "cut.jpg is no PNG or JPEG that can be decoded: image file is truncated"),
-        ({"file_name": "animation.gif"}, "animation.gif is no PNG or JPEG"),
+        ({"file_name": "cut.png"}, "cut.png cannot be used: OSError"),
+        ({"file_name": "cut.jpg"}, "cut.jpg cannot be used: OSError: image file is truncated"),
+        ({"file_name": "animation.gif"}, "animation.gif cannot be used: no PNG, JPEG or WebP"),
     ]:  # fmt: skip
         entry = good | {"file_name": "good.png"} | change
         repeated = () if "file_name" in change else ("good.png is named already",)
@@ -334,7 +381,7 @@ def test_a_mended_source_is_imported(source, tmp_path):
     image = source / "harm" / "doctor" / "a.png"
     whole = image.read_bytes()
     image.write_bytes(whole[:-20])
-    assert "harm/doctor/metadata.jsonl:1: harm/doctor/a.png is no PNG" in problems(source, tmp_path / "out")[0]
+    assert "harm/doctor/metadata.jsonl:1: harm/doctor/a.png cannot be used" in problems(source, tmp_path / "out")[0]
     image.write_bytes(whole)
     build(source, tmp_path / "out")
     assert len(data.Preferences(tmp_path / "out").source) == 5
