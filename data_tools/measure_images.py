@@ -5,18 +5,15 @@
 
 DIR is what `run.py --mode=generate` wrote, the base's images and the aligned ones side by side: they are the methods
 "base" and "livo". Or it has images of one size (PNG, JPEG, WebP), and a metadata.jsonl whose lines are
-{"file_name": ..., "prompt": ...}; then --base=DIR can have images of the same names, to compare with.
+{"file_name": ..., "prompt": ...}; then --base=DIR can have images of the same names, to compare with. Hidden files are
+left out. A file that cannot be decoded, and an image of one colour all over, is unreadable for every judge; where more
+than 5% are, nothing is measured. To the networks the former is black.
 
 --config: every value of config.principles is measured over all prompts, by config.judge or --judge=NAME:MODEL; a second
 --judge adds how far the two agree, Cohen's kappa. --inception: Inception Score; to --reference, real images, FID and
 KID. --clip: CLIPScore. --lpips: diversity in a prompt's images, and the distance to the base. livo_jax/quality.py has
 the lines that make the weights. Images are ordered by prompt and content: results depend neither on their names nor on
-the batch size. FID and Inception Score are biased where images are few: compare equal numbers of them. `by chance` is
-what a bias's numbers would be in the mean for images drawn one by one, without bias; where values were dealt out to
-them it is less.
-
-More than 5% of images that cannot be read, or have one colour throughout, are an error: --unreadable=SHARE allows more.
---readings=FILE writes what the judge read in each image, as CSV.
+the batch size. FID and Inception Score are biased where images are few: compare equal numbers of them.
 """
 
 import collections
@@ -31,29 +28,33 @@ from typing import NamedTuple
 import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
-from PIL import Image
 from tqdm import tqdm
 
 from data_tools import commands
-from livo_jax import judges, metrics, quality, ratio, values
+from livo_jax import files, judges, metrics, quality, ratio, values
 from livo_jax.judges.vlm import chosen
-from livo_jax.report import GAP, as_csv
+from livo_jax.report import GAP
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 METADATA = "metadata.jsonl"
 SPLIT = "all"
-UNREADABLE = 0.05  # the share of images from which what is measured is no method any more, but its faults
+MOST_UNREADABLE = 0.05  # the share of images above which nothing is measured
 
 
 class Picture(NamedTuple):
     prompt: str
-    digest: str  # of its pixels
+    digest: str  # of its pixels; "" of a file that cannot be decoded
     path: pathlib.Path
     side: int  # which one of those that stand side by side in the file
+    shape: tuple[int, ...] = ()  # (H, W, 3)
+    fault: str = ""  # why nothing can be read in it
 
 
 class Pictures:
-    """A sequence of Pictures of one size, which are read where it is sliced: [B, H, W, 3] uint8."""
+    """A sequence of Pictures of one size, which are read where it is sliced: [B, H, W, 3] uint8.
+
+    What cannot be decoded is black, which judges.load makes unreadable for every judge.
+    """
 
     def __init__(self, pictures: list[Picture]):
         self.pictures = pictures
@@ -62,74 +63,108 @@ class Pictures:
         return len(self.pictures)
 
     def __getitem__(self, index: slice):
-        return np.stack([decode(picture.path)[0][picture.side] for picture in self.pictures[index]])
+        pixels = lambda p: decode(p.path)[0][p.side] if p.digest else np.zeros(p.shape, np.uint8)
+        return np.stack([pixels(picture) for picture in self.pictures[index]])
 
 
 def decode(path: pathlib.Path) -> tuple[list[np.ndarray], str]:
     """The images in a file, [H, W, 3] uint8 each, and its prompt: two, where generate.write_pairs put them there."""
-    with Image.open(path) as file:
-        pixels = np.asarray(file.convert("RGB"))
-        text = getattr(file, "text", {})  # of a PNG
+    image = files.read_image(path)
+    pixels, text = np.asarray(image), image.info
     H, W, _ = pixels.shape
     if "values" in text and W == 2 * H + GAP:
         return [pixels[:, :H], pixels[:, H + GAP :]], text["prompt"]
     return [pixels], text.get("prompt", "")
 
 
-def read(directory: str, unreadable: float = UNREADABLE) -> list[list[Picture]]:
+def read_prompts(metadata: pathlib.Path, problems: list[str]) -> dict[str, str]:
+    """The prompts of a metadata.jsonl, by the name of their file; what is wrong with its lines goes to `problems`."""
+    prompts = {}
+    for number, row in files.json_rows(metadata.read_bytes(), metadata, problems):
+        place, needed = f"{metadata}:{number}", ("file_name", "prompt")
+        wrong = [f"no {key}" for key in needed if key not in row]
+        wrong += [f"{key} {fault}" for key in needed if key in row and (fault := files.text_fault(row[key]))]
+        if not wrong and row["file_name"] in prompts:
+            wrong.append(f"{row['file_name']!r} has a line already")
+        if wrong:
+            problems += [f"{place}: {fault}" for fault in wrong]
+        else:
+            prompts[row["file_name"]] = row["prompt"].strip()
+    return prompts
+
+
+def too_many(where, faults: list[str], total: int) -> str:
+    """What is wrong where more than MOST_UNREADABLE of the images have a fault; "" where they are fewer."""
+    if len(faults) <= MOST_UNREADABLE * total:
+        return ""
+    told = f"{where}: {len(faults)} of {total} images ({len(faults) / total:.1%}) cannot be read, more than"
+    remedy = "draw or fetch them again, or take them out; weights that are not finite draw black"
+    return "\n  ".join([f"{told} {MOST_UNREADABLE:.0%}: {remedy}", *faults])
+
+
+def read(directory: str) -> list[list[Picture]]:
     """The images of a folder, in the order of prompts and contents: one list, or two where it holds pairs.
 
     Raises:
-        ValueError: there is no image, some do not decode, they are of several sizes, more than the share `unreadable`
-            of them have one colour throughout, or metadata.jsonl does not fit them; all is listed.
+        ValueError: there is no image, more than MOST_UNREADABLE of the files cannot be decoded, they are of several
+            sizes, or metadata.jsonl does not fit them; all is listed.
     """
-    root, problems, blank = pathlib.Path(directory), [], []
-    files = sorted(path for path in root.glob("*") if path.suffix.lower() in SUFFIXES)
+    root, problems = pathlib.Path(directory), []
+    there = sorted(path for path in root.glob("*") if path.name != METADATA)
+    is_image = lambda path: path.suffix.lower() in SUFFIXES and not files.is_hidden(path.name)
+    paths = [path for path in there if is_image(path)]
+    if others := [path.name for path in there if not is_image(path)]:
+        logging.warning("%s: %d are left out, hidden or no images, as %s", directory, len(others), others[0])
     prompts = {}
     if (metadata := root / METADATA).is_file():
-        for number, line in enumerate(metadata.read_text(encoding="utf-8").splitlines(), 1):
-            try:
-                row = json.loads(line)
-                prompts[row["file_name"]] = str(row["prompt"])
-            except (ValueError, TypeError, KeyError):
-                problems.append(f'{metadata}, line {number}: {line[:80]!r} has no "file_name" and "prompt"')
-        names = {path.name for path in files}
-        problems += [f"{metadata}: there is no image {name!r}" for name in prompts.keys() - names]
+        prompts, names = read_prompts(metadata, problems), {path.name for path in paths}
+        problems += [f"{metadata}: there is no image {name!r}" for name in sorted(prompts.keys() - names)]
         problems += [f"{metadata}: no line is about {name!r}" for name in sorted(names - prompts.keys())]
     sides, sizes = collections.defaultdict(list), collections.defaultdict(list)
-    for path in tqdm(files, desc=f"read {root}", unit="file"):
+    undecodable = {}  # path -> why
+    for path in tqdm(paths, desc=f"read {root}", unit="file"):
         try:
             images, prompt = decode(path)
-        except Exception as error:  # OSError, SyntaxError, ValueError, and whatever PIL's plugins raise
-            problems.append(f"{path} does not decode: {type(error).__name__}: {error}")
+        except (OSError, ValueError) as error:
+            undecodable[path] = f"{path} cannot be decoded: {error}"
             continue
-        sizes[len(images), *images[0].shape[:2]].append(path.name)
-        blank += [path.name for image in images if judges.uniform(image[None]).any()]
+        sizes[len(images), *images[0].shape].append(path.name)
         for side, image in enumerate(images):
             digest = hashlib.sha256(image.tobytes()).hexdigest()
-            sides[side].append(Picture(prompts.get(path.name, prompt), digest, path, side))
-    if len(blank) > unreadable * (total := sum(map(len, sides.values()))):
-        problems.append(
-            f"{directory}: {len(blank)} of {total} images have one colour throughout, as {blank[0]}: draw them again;"
-            " --unreadable=SHARE allows so many"
-        )
-    if not files:
+            fault = f"{path} has one colour all over" if files.is_uniform(image[None])[0] else ""
+            sides[side].append(Picture(prompts.get(path.name, prompt), digest, path, side, image.shape, fault))
+    if not paths:
         problems.append(f"{directory}: there is no image in it ({', '.join(SUFFIXES)})")
+    if told := too_many(directory, [*undecodable.values()], len(paths)):
+        problems.append(told)
     if len(sizes) > 1:
-        found = (f"{n} of {H} x {W} in {len(names)} files, as {names[0]}" for (n, H, W), names in sizes.items())
+        found = (f"{n} of {H} x {W} in {len(names)} files, as {names[0]}" for (n, H, W, _), names in sizes.items())
         problems.append(f"{directory}: images of several sizes, crop them to one: {'; '.join(found)}")
     if problems:
         raise ValueError("\n".join(problems))
+    for side, pictures in sides.items():
+        shape = pictures[0].shape
+        for path, fault in undecodable.items():
+            pictures.append(Picture(prompts.get(path.name, ""), "", path, side, shape, fault))
     return [sorted(pictures) for pictures in sides.values()]
 
 
 # ---------------------------------------------------------------------------- measuring
 
 
+def unreadable(methods: dict[str, list[Picture]]) -> list[str]:
+    """What is wrong with methods in more than MOST_UNREADABLE of whose images nothing can be read."""
+    problems = []
+    for method, pictures in methods.items():
+        faults = [picture.fault for picture in pictures if picture.fault]
+        if told := too_many(method, faults, len(pictures)):
+            problems.append(told)
+    return problems
+
+
 def measure(
     methods: dict[str, list[Picture]], *, judge_all=(), principles=(), subjects=(), targets=None, inception=None,
-    reference=(), clip_score=None, lpips=None, batch_size: int = 32, unreadable: float = UNREADABLE,
-    readings: list | None = None,
+    reference=(), clip_score=None, lpips=None, batch_size: int = 32,
 ) -> list[dict]:  # fmt: skip
     """The rows of results.json, as metrics.rows makes them; ci95 is None where only a whole set has a number.
 
@@ -139,17 +174,20 @@ def measure(
         targets: {statement: {attribute: share}} of bias values, what is wanted of each: see ratio.targets.
         inception, clip_score, lpips: what quality.py makes. reference: a list that `read` made.
         batch_size: images that judges and networks get at once.
-        unreadable: the share of a method's images that a value's metrics take without a reading.
-        readings: a list that gets a row for each image: dicts of method, file, prompt, and what the first judge read.
 
     Raises:
-        ValueError: more images than `unreadable` cannot be read; all values are listed.
+        ValueError: nothing can be read in more than MOST_UNREADABLE of a method's images. If they are fewer, the log
+            has them, and they count as unreadable.
     """
+    if problems := unreadable(methods):
+        raise ValueError("\n".join(problems))
+    for picture in itertools.chain(*methods.values(), reference):
+        if picture.fault:
+            logging.warning("%s: it counts as unreadable", picture.fault)
     in_batches = lambda function, *columns: quality.in_batches(function, batch_size, *columns)
     real = in_batches(inception, Pictures(reference)).features if inception and reference else None
     of_base = {picture.path.name: picture for picture in methods.get("base", ())}
-    numbers, of_sets, problems = {}, [], []
-    floors = {value.statement: floors_of(value, targets or {}) for value in principles if value.kind == "bias"}
+    numbers, of_sets = {}, []
     for method, pictures in methods.items():
         images, prompts = Pictures(pictures), [picture.prompt for picture in pictures]
         counts = collections.Counter(prompts)
@@ -164,15 +202,10 @@ def measure(
                 beside = Pictures([of_base[picture.path.name] for picture in pictures])
                 per_prompt["", "LPIPS"] = means(in_batches(distance, images, beside), places)
         if judge_all:
-            read_by = [in_batches(judge, images) for judge in judge_all]
-            if readings is not None:
-                for i, picture in enumerate(pictures):
-                    row = dict(method=method, file=str(picture.path), prompt=picture.prompt)
-                    readings.append(row | {axis: column[i].item() for axis, column in read_by[0].items()})
-            problems += [f"{method}: {problem}" for problem in faults(read_by[0], principles, pictures, unreadable)]
-            per_prompt |= bias_and_harm(read_by[0], places, principles, subjects, targets or {})
-            if len(read_by) == 2:
-                whole |= {(v.statement, "kappa"): agreement(v, read_by, places) for v in principles}
+            readings = [in_batches(judge, images) for judge in judge_all]
+            per_prompt |= bias_and_harm(readings[0], places, principles, subjects, targets or {})
+            if len(readings) == 2:
+                whole |= {(v.statement, "kappa"): agreement(v, readings, places) for v in principles}
         if clip_score:
             score, tokenize = clip_score
             per_prompt["", "CLIPScore"] = means(in_batches(score, images, tokenize(prompts)), places)
@@ -183,38 +216,11 @@ def measure(
                 whole["", "FID"] = quality.frechet_distance(features, real), None
                 whole["", "KID"] = quality.kernel_distance(features, real), None
         for (value, metric), column in per_prompt.items():
-            floor = lambda n, value=value, metric=metric: floors[value](n).get(metric) if value in floors else None
-            measured = {
-                prompt: metrics.Measured(x, counts[prompt], floor(counts[prompt])) for prompt, x in column.items()
-            }
-            numbers[method, value, SPLIT, metric] = measured
+            numbers[method, value, SPLIT, metric] = {prompt: (x, counts[prompt]) for prompt, x in column.items()}
         for (value, metric), (mean, ci95) in whole.items():
             row = dict(method=method, value=value, split=SPLIT, metric=metric, mean=mean, ci95=ci95)
             of_sets.append(row | dict(prompts=len(places), images=len(images)))
-    if problems:
-        raise ValueError("\n".join(problems))
     return metrics.rows(numbers) + of_sets
-
-
-def floors_of(value, targets: dict):
-    """The function of a bias: images of a prompt -> their floors, as metrics.floor has them, drawn one by one."""
-    K, target = len(value.attributes), targets.get(value.statement)
-    shares = tuple(target[a] for a in value.attributes) if target else (1 / K,) * K
-    return lambda n: metrics.floor(((n, shares),), shares)
-
-
-def faults(reading: dict, principles, pictures, unreadable: float) -> list[str]:
-    """A line for each value of which more than a share of the pictures cannot be read."""
-    problems = []
-    for value in principles:
-        axis = reading[value.axis]
-        missing = np.flatnonzero(np.isnan(axis) if value.kind == "harm" else ~np.isin(axis, value.attributes))
-        if len(missing) > unreadable * len(axis):
-            problems.append(
-                f"{len(missing)} of {len(axis)} images cannot be read for {value.statement!r}, as"
-                f" {pictures[missing[0]].path}: look at them; --unreadable=SHARE measures so many, as the worst"
-            )
-    return problems
 
 
 def means(column: np.ndarray, places: dict) -> dict[str, float]:
@@ -246,15 +252,14 @@ def agreement(value, readings: list[dict], places: dict) -> tuple[float, list[fl
 
 
 def table(results: list[dict]) -> str:
-    """The results as text, a line for each; the methods of a value and metric stand together; p is p_holm."""
+    """The results as text, a line for each; the methods of a value and metric stand together."""
     order = list(dict.fromkeys((r["value"], r["metric"]) for r in results))
     header = f"{'value':34}{'metric':12}{'method':16}{'mean':>10} {'95% interval':20}"
-    lines = [f"{header}{'by chance':>10}{'p, Holm':>8}{'prompts':>9}{'images':>8}"]
+    lines = [f"{header}{'p':>8}{'prompts':>9}{'images':>8}"]
     for r in sorted(results, key=lambda r: order.index((r["value"], r["metric"]))):
         interval = "[{:.3f}, {:.3f}]".format(*r["ci95"]) if r["ci95"] else ""
-        p = f"{r['p_holm']:.4f}" if "p_holm" in r else ""
-        floor = f"{r['floor']:.3f}" if "floor" in r else ""
-        number = f"{r['mean']:>10.3f} {interval:20}{floor:>10}{p:>8}{r['prompts']:>9}{r['images']:>8}"
+        p = f"{r['p_value']:.4f}" if "p_value" in r else ""
+        number = f"{r['mean']:>10.3f} {interval:20}{p:>8}{r['prompts']:>9}{r['images']:>8}"
         lines.append(f"{r['value']:34}{r['metric']:12}{r['method']:16}{number}")
     return "\n".join(lines)
 
@@ -315,9 +320,9 @@ def main(_):
     makers = {"inception": quality.inception, "clip_score": quality.clip_score, "lpips": quality.lpips}
     for (name, make), file in zip(makers.items(), (INCEPTION.value, CLIP.value, LPIPS.value)):
         settings[name] = attempt(make, file) if file else None
-    folders = IMAGES.value, BASE.value, REFERENCE.value
-    sides, base, real = (attempt(read, folder, UNREAD.value) if folder else None for folder in folders)
+    sides, base, real = (attempt(read, d) if d else None for d in (IMAGES.value, BASE.value, REFERENCE.value))
     methods = attempt(as_methods, pathlib.Path(IMAGES.value).resolve().name, sides, base) if sides else None
+    problems += unreadable(methods or {})
     everything = [picture for pictures in (methods or {}).values() for picture in pictures]
     if bare := [picture.path for picture in everything if not picture.prompt]:
         if config is not None or CLIP.value or LPIPS.value:
@@ -328,40 +333,30 @@ def main(_):
         )
     if config is None and not (INCEPTION.value or CLIP.value or LPIPS.value):
         problems.append("nothing to measure: give --config, --inception, --clip or --lpips")
-    for name, file in ("out", OUT.value), ("readings", READINGS.value):
-        if file and not pathlib.Path(file).parent.is_dir():
-            problems.append(f"--{name}={file}: there is no such directory")
-    if READINGS.value and config is None:
-        problems.append("--readings is of what the judge of a config reads: give --config too")
+    if OUT.value and not pathlib.Path(OUT.value).parent.is_dir():
+        problems.append(f"--out={OUT.value}: there is no such directory")
     if problems:
         sys.exit("\n".join(problems))
-    settings |= dict(batch_size=BATCH_SIZE.value, unreadable=UNREAD.value, readings=[])
     try:
-        results = measure(methods, reference=real[0] if real else (), **settings)
-    except ValueError as error:  # of images that cannot be read
+        results = measure(methods, reference=real[0] if real else (), batch_size=BATCH_SIZE.value, **settings)
+    except ValueError as error:  # what judges say of images that they cannot read
         sys.exit(str(error))
     print(table(results))
     if OUT.value:
-        pathlib.Path(OUT.value).write_text(json.dumps(metrics.document(results), indent=2) + "\n")
-    if READINGS.value:
-        pathlib.Path(READINGS.value).write_text(as_csv(settings["readings"]), encoding="utf-8")
+        pathlib.Path(OUT.value).write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    IMAGES = flags.DEFINE_string("images", None, "A folder of images, or what run.py --mode=generate wrote.")
-    BASE = flags.DEFINE_string("base", None, "A folder of images of the same names, of the base.")
-    REFERENCE = flags.DEFINE_string("reference", None, "A folder of real images, for FID and KID.")
+    IMAGES = commands.define_path("images", "A folder of images, or what run.py --mode=generate wrote.")
+    BASE = commands.define_path("base", "A folder of images of the same names, of the base.")
+    REFERENCE = commands.define_path("reference", "A folder of real images, for FID and KID.")
     JUDGE = flags.DEFINE_multi_string("judge", [], "NAME or NAME:MODEL, in place of config.judge; twice for kappa.")
     TARGET = flags.DEFINE_string("target", None, 'Of TV: as --ratio of run.py, like {"round": 0.7, "square": 0.3}.')
-    INCEPTION = flags.DEFINE_string("inception", None, "Inception's weights, safetensors.")
-    CLIP = flags.DEFINE_string("clip", None, "Directory or hub id of a CLIP, for CLIPScore.")
-    LPIPS = flags.DEFINE_string("lpips", None, "The weights of LPIPS on AlexNet, safetensors.")
+    INCEPTION = commands.define_path("inception", "Inception's weights, safetensors.")
+    CLIP = commands.define_path("clip", "Directory or hub id of a CLIP, for CLIPScore.")
+    LPIPS = commands.define_path("lpips", "The weights of LPIPS on AlexNet, safetensors.")
     BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Images at once.", lower_bound=1)
-    OUT = flags.DEFINE_string("out", None, "The file of the rows, as eval/results.json has them.")
-    READINGS = flags.DEFINE_string("readings", None, "A CSV file of what the judge read in each image.")
-    UNREAD = flags.DEFINE_float(
-        "unreadable", UNREADABLE, "The share of images that may be unreadable.", lower_bound=0, upper_bound=1
-    )
+    OUT = commands.define_path("out", "The file of the rows, as eval/results.json has them.")
     CONFIG = config_flags.DEFINE_config_file("config", None, "A config: values, judge, subjects.")
     flags.mark_flag_as_required("images")
     app.run(main, flags_parser=commands.parse)

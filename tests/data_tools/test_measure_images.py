@@ -1,7 +1,7 @@
 """Pictures whose shapes, colours and blots are known are measured as what they are."""
 
-import csv
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -10,12 +10,12 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from ml_collections import ConfigDict
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.numpy import save_file
 
-from data_tools.measure_images import Picture, as_methods, measure, read
+from configs import tiny
+from data_tools.measure_images import Picture, Pictures, as_methods, measure, read
 from data_tools.shapeworld import render
 from livo_jax import judges, quality, values
 from livo_jax.judges import shapeworld
@@ -135,23 +135,54 @@ def test_agreement_of_two_judges(tmp_path):
         assert found[shape.statement]["mean"] == found[bloody.statement]["mean"] == pytest.approx(kappa)
 
 
-def test_pictures_that_show_nothing_are_no_harmless_ones(tmp_path):
-    """Black ones are refused as files; others that the judge cannot read as its readings are; both may be allowed."""
+def test_an_image_that_cannot_be_read_is_not_harmless(tmp_path, caplog):
+    """One cut short and one black among forty, half of whose judged images show blood; three are too many."""
     (bloody,) = values.load(("bloody",))
-    images = draw(SHAPES)
-    images[3] = np.zeros_like(images[3])
-    folder = write(tmp_path / "ours", images)
-    with pytest.raises(ValueError, match="1 of 13 images have one colour throughout, as 03.png"):
+    rng = np.random.default_rng(0)
+    images = [render(rng, "cook", "round", "blue", bloody=i % 2 == 0) for i in range(40)]
+    folder = tmp_path / "ours"
+    folder.mkdir()
+    for i, image in enumerate([np.zeros_like(images[0]), *images[1:]]):
+        Image.fromarray(image).save(folder / f"{i:02d}.png")
+    (folder / "02.png").write_bytes((folder / "02.png").read_bytes()[:100])
+    rows = [json.dumps({"file_name": f"{i:02d}.png", "prompt": "a bloody cook"}) for i in range(40)]
+    (folder / "metadata.jsonl").write_text("\n".join(rows))
+    (pictures,) = read(folder)
+    judge = judges.load(tiny.get_config(), (bloody,), SUBJECTS)
+    settings = dict(judge_all=[judge], principles=(bloody,), subjects=SUBJECTS)
+    assert numbers(measure({"": pictures}, **settings))["", bloody.statement, "readable"] == 38 / 40
+    for told in ("02.png cannot be decoded: OSError: ", "00.png has one colour all over: it counts as unreadable"):
+        assert told in caplog.text
+    assert np.isnan(judge(Pictures(pictures)[:40])["red"]).sum() == 2, "neither 0 nor 1"
+    Image.new("RGB", (32, 32), (9, 9, 9)).save(folder / "03.png")
+    with pytest.raises(ValueError, match="3 of 40 images .7.5%. cannot be read, more than 5%(.|\n)*03.png has one"):
+        measure({"": read(folder)[0]}, **settings)
+    for i in (4, 5):
+        (folder / f"0{i}.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="3 of 40 images .7.5%. cannot be read, more than 5%(.|\n)*05.png cannot be"):
         read(folder)
-    (pictures,) = read(folder, unreadable=0.1)
-    judge, rows = judges.load(ConfigDict({"judge": "shapeworld"}), (bloody,), SUBJECTS), []
-    with pytest.raises(ValueError, match="ours: 1 of 13 images cannot be read for 'bloody considered inappropriate'"):
-        measure({"ours": pictures}, judge_all=[judge], principles=(bloody,))
-    results = measure({"ours": pictures}, judge_all=[judge], principles=(bloody,), unreadable=0.1, readings=rows)
-    found = {metric: mean for (*_, metric), mean in numbers(results).items()}
-    assert found["R"] == pytest.approx((1 / 8 + 2 / 5) / 2) and found["readable"] == pytest.approx((7 / 8 + 1) / 2)
-    assert len(rows) == 13 and sum(np.isnan(row["red"]) for row in rows) == 1
-    assert {row["file"] for row in rows} == {str(path) for path in pathlib.Path(folder).glob("*.png")}
+
+
+def test_images_are_measured_as_they_are_shown(tmp_path, caplog):
+    """Turned by its EXIF tag a picture is of the others' size; hidden files are none; texts of lines are whole."""
+    image, exif = np.eye(8, 6, dtype=np.uint8)[..., None].repeat(3, 2), Image.Exif()
+    folder = pathlib.Path(write(tmp_path / "ours", [image, image]))
+    exif[0x0112] = 6
+    Image.open(folder / "00.png").transpose(Image.Transpose.ROTATE_90).save(folder / "00.png", exif=exif)
+    (folder / "._01.png").write_bytes(b"of macOS")
+    lines = [json.dumps({"file_name": f"0{i}.png", "prompt": "a\u2028cook "}, ensure_ascii=False) for i in range(2)]
+    (folder / "metadata.jsonl").write_text("\n".join(lines), "utf-8-sig")
+    (pictures,) = read(folder)
+    assert [p.prompt for p in pictures] == ["a\u2028cook"] * 2 and pictures[0].digest == pictures[1].digest
+    assert (Pictures(pictures)[:2] == image).all()
+    assert "1 are left out, hidden or no images, as ._01.png" in caplog.text
+    wrong = [lines[0].replace("cook", "smith"), '{"file_name": 3, "prompt": 4}']
+    (folder / "metadata.jsonl").write_text("\n".join([*lines, *wrong]))
+    with pytest.raises(ValueError) as error:
+        read(folder)
+    told = str(error.value)
+    for problem in (":3: '00.png' has a line already", ":4: file_name is 3, not a text", ":4: prompt is 4"):
+        assert f"metadata.jsonl{problem}" in told
 
 
 def test_a_base_that_does_not_fit():
@@ -164,20 +195,17 @@ def test_a_base_that_does_not_fit():
         as_methods("ours", ours * 2, ours)
 
 
-def command(*arguments):
+def command(*arguments, **environment):
     call = [sys.executable, "-m", "data_tools.measure_images", f"--config={ROOT / 'configs/tiny.py'}", *arguments]
-    return subprocess.run(call, cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run(call, cwd=ROOT, capture_output=True, text=True, env=os.environ | environment)
 
 
 def test_the_command(tmp_path):
-    folder, out = write(tmp_path / "ours", draw(SHAPES)), tmp_path / "results.json"
-    table = tmp_path / "readings.csv"
-    files = (f"--out={out}", f"--readings={table}")
-    done = command(f"--images={folder}", "--judge=shapeworld", "--judge=shapeworld", *files)
+    write(tmp_path / "ours", draw(SHAPES))
+    judges = ["--judge=shapeworld"] * 2
+    done = command("--images=~/ours", *judges, "--out=~/results.json", HOME=str(tmp_path))
     assert done.returncode == 0, done.stderr
-    read_in = [(row["prompt"], row["shape"]) for row in csv.DictReader(table.read_text().splitlines())]
-    assert sorted(read_in) == sorted(zip(PROMPTS, SHAPES))
-    rows = json.loads(out.read_text())["rows"]
+    rows = json.loads((tmp_path / "results.json").read_text())
     assert {"method", "value", "split", "metric", "mean", "ci95", "prompts", "images"} <= rows[0].keys()
     assert any(line.split()[2:5] == ["D1", "ours", "0.750"] for line in done.stdout.splitlines()), done.stdout
     assert any(line.split()[2:5] == ["kappa", "ours", "1.000"] for line in done.stdout.splitlines()), done.stdout
@@ -196,7 +224,8 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path):
     assert done.returncode == 1 and "Traceback" not in done.stderr
     for problem in (
         "judge='pixels'", "none.safetensors: no such file", "no model at 'none'", "'0.5' is neither 'equal'",
-        "03.png does not decode", "of several sizes", 'has no "file_name" and "prompt"', "there is no image '98.png'",
+        "1 of 14 images (7.1%) cannot be read, more than 5%: draw", "03.png cannot be decoded: OSError",
+        "several sizes", "metadata.jsonl:14: no prompt", "there is no image '98.png'",
         "no line is about '99.png'", f"{tmp_path / 'none'}: there is no image in it",
     ):  # fmt: skip
         assert problem in done.stderr, (problem, done.stderr)
