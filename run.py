@@ -91,13 +91,13 @@ def main(argv):
         raise app.UsageError(f"--out={OUT.value} is not empty: remove it, or generate into another")
     if MODE.value == "generate":
         prompts = list(PROMPT.value)
+        problems = [f"--prompt {fault}" for prompt in prompts if (fault := files.text_fault(prompt))]
         if PROMPTS_FILE.value:
             if not pathlib.Path(PROMPTS_FILE.value).is_file():
                 raise app.UsageError(f"--prompts_file={PROMPTS_FILE.value}: there is no such file")
-            problems = []
             prompts += [prompt for (prompt,) in files.read_texts(PROMPTS_FILE.value, ["prompt"], problems)]
-            if problems:
-                raise app.UsageError("--prompts_file cannot be used:\n  " + "\n  ".join(problems))
+        if problems:
+            raise app.UsageError("these prompts cannot be used:\n  " + "\n  ".join(problems))
         if not prompts:
             raise app.UsageError("--mode=generate needs --prompt=TEXT or --prompts_file=FILE")
         known = values.load(config.principles)

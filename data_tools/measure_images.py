@@ -6,8 +6,8 @@
 DIR is what `run.py --mode=generate` wrote, the base's images and the aligned ones side by side: they are the methods
 "base" and "livo". Or it has images of one size (PNG, JPEG, WebP), and a metadata.jsonl whose lines are
 {"file_name": ..., "prompt": ...}; then --base=DIR can have images of the same names, to compare with. Hidden files are
-left out. A file that cannot be decoded, and an image of one colour all over, is unreadable for every judge; where more
-than 5% are, nothing is measured. To the networks the former is black.
+left out. A file that cannot be decoded, and an image of one colour all over, is unreadable for every judge; more than
+5% of them are an error: --unreadable=SHARE allows more. To the networks what cannot be decoded is black.
 
 --config: every value of config.principles is measured over all prompts, by config.judge or --judge=NAME:MODEL; a second
 --judge adds how far the two agree, Cohen's kappa. --inception: Inception Score; to --reference, real images, FID and
@@ -38,7 +38,7 @@ from livo_jax.report import GAP
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 METADATA = "metadata.jsonl"
 SPLIT = "all"
-MOST_UNREADABLE = 0.05  # the share of images above which nothing is measured
+UNREADABLE = 0.05  # the share of images from which what is measured is no method any more, but its faults
 
 
 class Picture(NamedTuple):
@@ -93,20 +93,20 @@ def read_prompts(metadata: pathlib.Path, problems: list[str]) -> dict[str, str]:
     return prompts
 
 
-def too_many(where, faults: list[str], total: int) -> str:
-    """What is wrong where more than MOST_UNREADABLE of the images have a fault; "" where they are fewer."""
-    if len(faults) <= MOST_UNREADABLE * total:
+def too_many(where, faults: list[str], total: int, unreadable: float) -> str:
+    """What is wrong where more than the share `unreadable` of the images have a fault; "" where they are fewer."""
+    if len(faults) <= unreadable * total:
         return ""
     told = f"{where}: {len(faults)} of {total} images ({len(faults) / total:.1%}) cannot be read, more than"
-    remedy = "draw or fetch them again, or take them out; weights that are not finite draw black"
-    return "\n  ".join([f"{told} {MOST_UNREADABLE:.0%}: {remedy}", *faults])
+    remedy = "draw or fetch them again (weights that are not finite draw black), or allow it by --unreadable=SHARE"
+    return "\n  ".join([f"{told} {unreadable:.0%}: {remedy}", *faults])
 
 
-def read(directory: str) -> list[list[Picture]]:
+def read(directory: str, unreadable: float = UNREADABLE) -> list[list[Picture]]:
     """The images of a folder, in the order of prompts and contents: one list, or two where it holds pairs.
 
     Raises:
-        ValueError: there is no image, more than MOST_UNREADABLE of the files cannot be decoded, they are of several
+        ValueError: there is no image, more than the share `unreadable` of them cannot be decoded, they are of several
             sizes, or metadata.jsonl does not fit them; all is listed.
     """
     root, problems = pathlib.Path(directory), []
@@ -131,11 +131,11 @@ def read(directory: str) -> list[list[Picture]]:
         sizes[len(images), *images[0].shape].append(path.name)
         for side, image in enumerate(images):
             digest = hashlib.sha256(image.tobytes()).hexdigest()
-            fault = f"{path} has one colour all over" if files.is_uniform(image[None])[0] else ""
+            fault = f"{path} has one colour all over" if judges.uniform(image[None])[0] else ""
             sides[side].append(Picture(prompts.get(path.name, prompt), digest, path, side, image.shape, fault))
     if not paths:
         problems.append(f"{directory}: there is no image in it ({', '.join(SUFFIXES)})")
-    if told := too_many(directory, [*undecodable.values()], len(paths)):
+    if told := too_many(directory, [*undecodable.values()], len(paths), unreadable):
         problems.append(told)
     if len(sizes) > 1:
         found = (f"{n} of {H} x {W} in {len(names)} files, as {names[0]}" for (n, H, W, _), names in sizes.items())
@@ -152,19 +152,19 @@ def read(directory: str) -> list[list[Picture]]:
 # ---------------------------------------------------------------------------- measuring
 
 
-def unreadable(methods: dict[str, list[Picture]]) -> list[str]:
-    """What is wrong with methods in more than MOST_UNREADABLE of whose images nothing can be read."""
+def spoilt(methods: dict[str, list[Picture]], unreadable: float) -> list[str]:
+    """What is wrong with methods in more than the share `unreadable` of whose images nothing can be read."""
     problems = []
     for method, pictures in methods.items():
         faults = [picture.fault for picture in pictures if picture.fault]
-        if told := too_many(method, faults, len(pictures)):
+        if told := too_many(method, faults, len(pictures), unreadable):
             problems.append(told)
     return problems
 
 
 def measure(
     methods: dict[str, list[Picture]], *, judge_all=(), principles=(), subjects=(), targets=None, inception=None,
-    reference=(), clip_score=None, lpips=None, batch_size: int = 32,
+    reference=(), clip_score=None, lpips=None, batch_size: int = 32, unreadable: float = UNREADABLE,
 ) -> list[dict]:  # fmt: skip
     """The rows of results.json, as metrics.rows makes them; ci95 is None where only a whole set has a number.
 
@@ -174,12 +174,13 @@ def measure(
         targets: {statement: {attribute: share}} of bias values, what is wanted of each: see ratio.targets.
         inception, clip_score, lpips: what quality.py makes. reference: a list that `read` made.
         batch_size: images that judges and networks get at once.
+        unreadable: the share of a method's images that may be unreadable. Such images count as that, and the log has
+            them.
 
     Raises:
-        ValueError: nothing can be read in more than MOST_UNREADABLE of a method's images. If they are fewer, the log
-            has them, and they count as unreadable.
+        ValueError: nothing can be read in more of them; all are listed.
     """
-    if problems := unreadable(methods):
+    if problems := spoilt(methods, unreadable):
         raise ValueError("\n".join(problems))
     for picture in itertools.chain(*methods.values(), reference):
         if picture.fault:
@@ -320,9 +321,10 @@ def main(_):
     makers = {"inception": quality.inception, "clip_score": quality.clip_score, "lpips": quality.lpips}
     for (name, make), file in zip(makers.items(), (INCEPTION.value, CLIP.value, LPIPS.value)):
         settings[name] = attempt(make, file) if file else None
-    sides, base, real = (attempt(read, d) if d else None for d in (IMAGES.value, BASE.value, REFERENCE.value))
+    folders = IMAGES.value, BASE.value, REFERENCE.value
+    sides, base, real = (attempt(read, folder, UNREAD.value) if folder else None for folder in folders)
     methods = attempt(as_methods, pathlib.Path(IMAGES.value).resolve().name, sides, base) if sides else None
-    problems += unreadable(methods or {})
+    problems += spoilt(methods or {}, UNREAD.value)
     everything = [picture for pictures in (methods or {}).values() for picture in pictures]
     if bare := [picture.path for picture in everything if not picture.prompt]:
         if config is not None or CLIP.value or LPIPS.value:
@@ -337,8 +339,9 @@ def main(_):
         problems.append(f"--out={OUT.value}: there is no such directory")
     if problems:
         sys.exit("\n".join(problems))
+    settings |= dict(batch_size=BATCH_SIZE.value, unreadable=UNREAD.value)
     try:
-        results = measure(methods, reference=real[0] if real else (), batch_size=BATCH_SIZE.value, **settings)
+        results = measure(methods, reference=real[0] if real else (), **settings)
     except ValueError as error:  # what judges say of images that they cannot read
         sys.exit(str(error))
     print(table(results))
@@ -357,6 +360,9 @@ if __name__ == "__main__":
     LPIPS = commands.define_path("lpips", "The weights of LPIPS on AlexNet, safetensors.")
     BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Images at once.", lower_bound=1)
     OUT = commands.define_path("out", "The file of the rows, as eval/results.json has them.")
+    UNREAD = flags.DEFINE_float(
+        "unreadable", UNREADABLE, "The share of images that may be unreadable.", lower_bound=0, upper_bound=1
+    )
     CONFIG = config_flags.DEFINE_config_file("config", None, "A config: values, judge, subjects.")
     flags.mark_flag_as_required("images")
     app.run(main, flags_parser=commands.parse)

@@ -18,7 +18,6 @@ import os
 import pathlib
 from collections.abc import Iterator, Sequence
 
-import numpy as np
 from absl import logging
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
@@ -260,9 +259,3 @@ def _in_srgb(image: Image.Image) -> Image.Image:
     elif image.mode == "1":
         image = image.convert("L")
     return ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
-
-
-def is_uniform(images: np.ndarray) -> np.ndarray:
-    """Which of images [B, H, W, 3] have one colour all over, [B] bool: nothing can be read in them."""
-    images = np.asarray(images)
-    return (images == images[:, :1, :1]).all((1, 2, 3))

@@ -279,9 +279,3 @@ def test_the_texts_of_a_png_are_kept(tmp_path):
     assert files.read_image(tmp_path / "x.png").info == {"prompt": "Zwölf Bäume"}
     with pytest.raises(FileNotFoundError):
         files.read_image(tmp_path / "y.png")
-
-
-def test_images_of_one_colour():
-    images = np.zeros((3, 4, 5, 3), np.uint8)
-    images[0], images[1], images[2, 3, 4] = 7, (1, 2, 3), (0, 0, 1)
-    assert files.is_uniform(images).tolist() == [True, True, False]

@@ -222,7 +222,8 @@ MISTAKES = {  # flags: what the answer holds
     ("--mode=evaluate",): "no checkpoint: train first",
     ("--mode=generate",): "generate needs --out=DIR",
     ("--mode=generate", "--out=DIR"): "needs --prompt=TEXT or --prompts_file=FILE",
-    ("--mode=generate", "--out=DIR", "--prompts_file=docs/demo.png"): "docs/demo.png:1: not UTF-8 .*: convert the file",
+    ("--mode=generate", "--out=DIR", "--prompt=a\udcff", "--prompts_file=docs/demo.png"):
+        "--prompt is 'a.udcff', which is no Unicode text(.|\n)*docs/demo.png:1: not UTF-8 .*: convert the file",
     ("--mode=generate", "--out=DIR", "--prompt=a cook", "--num_images=0"): "num_images=0",
     ("--mode=generate", "--out=DIR", "--prompt=a cook", "--value=shape", "--ratio=equal"):
         "a ratio needs .*rates.json, what the tokens show: run --mode=evaluate first",

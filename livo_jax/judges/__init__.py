@@ -5,17 +5,13 @@ import pkgutil
 
 import numpy as np
 
-from livo_jax import files
-
 
 def load(config, values, subjects):
     """The function judge(images [B, H, W, 3] uint8) -> {axis: array [B]} that make() of config.judge's module makes.
 
-    To every judge an image of one colour all over is unreadable, "" or NaN: black is what weights that are not finite
-    draw, and it shows no harm.
-
     Args:
-        config: its `judge`, and `judging` where the module says so.
+        config: its `judge`, and `judging` where the module says so. An image of one colour, as a black one, shows
+            nothing: whatever the judge makes of it, it cannot be read ("" or nan).
         values: the Values whose axes are to be read.
         subjects: what images may be of; the reading "subject" is one of them. There is none where
             config.judging.subject is False.
@@ -27,12 +23,18 @@ def load(config, values, subjects):
     known = [module.name for module in pkgutil.iter_modules(__path__)]
     if config.judge not in known:
         raise ValueError(f"judge={config.judge!r}: choose from {', '.join(known)}")
-    read = importlib.import_module(f"{__name__}.{config.judge}").make(config, values, subjects)
+    judge = importlib.import_module(f"{__name__}.{config.judge}").make(config, values, subjects)
 
-    def judge(images):
-        uniform = files.is_uniform(images)
-        unread = lambda column: np.where(uniform, "" if column.dtype.kind == "U" else np.nan, column)
-        reading = read(images)
-        return {axis: unread(column) for axis, column in reading.items()} if uniform.any() else reading
+    def read(images):
+        blank, reading = uniform(images), judge(images)
+        if not blank.any():
+            return reading
+        nothing = lambda column: "" if column.dtype.kind == "U" else np.nan
+        return {axis: np.where(blank, nothing(column), column) for axis, column in reading.items()}
 
-    return judge
+    return read
+
+
+def uniform(images) -> np.ndarray:
+    """[B] bool: whether an image of [B, H, W, 3] uint8 has one colour throughout."""
+    return (images == images[:, :1, :1]).all((1, 2, 3))
