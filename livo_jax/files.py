@@ -200,8 +200,8 @@ def read_image(source: bytes | str | os.PathLike) -> Image.Image:
     Raises:
         OSError: there is no such file.
         ValueError: it is no PNG, JPEG or WebP, is cut short or damaged, an animation, or larger than
-            Image.MAX_IMAGE_PIXELS; or it is a PNG of 16 bits with a transparent colour, or has a colour profile of
-            another kind than its pixels.
+            Image.MAX_IMAGE_PIXELS; or it is a PNG of 16 bits with a transparent colour, or has a colour profile that is
+            damaged or of another kind than its pixels.
     """
     data = source
     if not isinstance(source, bytes):
@@ -232,7 +232,7 @@ def read_image(source: bytes | str | os.PathLike) -> Image.Image:
     except ValueError:
         raise
     except Exception as error:  # OSError, SyntaxError, struct.error, and whatever else Pillow's plugins raise
-        raise ValueError(f"{type(error).__name__}: {error}") from error
+        raise ValueError(f"{type(error).__name__}: {error}: fetch or save it again") from error
     shown.info = dict(texts)
     return shown
 
@@ -253,9 +253,12 @@ def _in_srgb(image: Image.Image) -> Image.Image:
     """The colours of an image by its profile, in RGB; without one they are sRGB."""
     if not image.info.get("icc_profile"):
         return image.convert("RGB")
-    profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
-    if profile.profile.xcolor_space == "RGB ":
-        image = image.convert("RGB")
-    elif image.mode == "1":
-        image = image.convert("L")
-    return ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
+        if profile.profile.xcolor_space == "RGB ":
+            image = image.convert("RGB")
+        elif image.mode == "1":
+            image = image.convert("L")
+        return ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (OSError, ImageCms.PyCMSError) as error:
+        raise ValueError(f"its colour profile cannot be used ({error}): save it in sRGB") from error
