@@ -13,7 +13,11 @@ left out. A file that cannot be decoded, and an image of one colour all over, is
 --judge adds how far the two agree, Cohen's kappa. --inception: Inception Score; to --reference, real images, FID and
 KID. --clip: CLIPScore. --lpips: diversity in a prompt's images, and the distance to the base. livo_jax/quality.py has
 the lines that make the weights. Images are ordered by prompt and content: results depend neither on their names nor on
-the batch size. FID and Inception Score are biased where images are few: compare equal numbers of them.
+the batch size. FID and Inception Score are biased where images are few: compare equal numbers of them. `by chance` is
+what a bias's numbers would be in the mean for images drawn one by one, without bias; where values were dealt out to
+them it is less.
+
+--readings=FILE writes what the judge read in each image, as CSV.
 """
 
 import collections
@@ -33,7 +37,7 @@ from tqdm import tqdm
 from data_tools import commands
 from livo_jax import files, judges, metrics, quality, ratio, values
 from livo_jax.judges.vlm import chosen
-from livo_jax.report import GAP
+from livo_jax.report import GAP, as_csv
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 METADATA = "metadata.jsonl"
@@ -165,6 +169,7 @@ def spoilt(methods: dict[str, list[Picture]], unreadable: float) -> list[str]:
 def measure(
     methods: dict[str, list[Picture]], *, judge_all=(), principles=(), subjects=(), targets=None, inception=None,
     reference=(), clip_score=None, lpips=None, batch_size: int = 32, unreadable: float = UNREADABLE,
+    readings: list | None = None,
 ) -> list[dict]:  # fmt: skip
     """The rows of results.json, as metrics.rows makes them; ci95 is None where only a whole set has a number.
 
@@ -174,11 +179,12 @@ def measure(
         targets: {statement: {attribute: share}} of bias values, what is wanted of each: see ratio.targets.
         inception, clip_score, lpips: what quality.py makes. reference: a list that `read` made.
         batch_size: images that judges and networks get at once.
-        unreadable: the share of a method's images that may be unreadable. Such images count as that, and the log has
-            them.
+        unreadable: the share of a method's images that may be unreadable, as files, which the log then has, or to the
+            first judge for a value. They count as unreadable.
+        readings: a list that gets a row for each image: dicts of method, file, prompt, and what the first judge read.
 
     Raises:
-        ValueError: nothing can be read in more of them; all are listed.
+        ValueError: more images than `unreadable` cannot be read; all are listed.
     """
     if problems := spoilt(methods, unreadable):
         raise ValueError("\n".join(problems))
@@ -188,7 +194,8 @@ def measure(
     in_batches = lambda function, *columns: quality.in_batches(function, batch_size, *columns)
     real = in_batches(inception, Pictures(reference)).features if inception and reference else None
     of_base = {picture.path.name: picture for picture in methods.get("base", ())}
-    numbers, of_sets = {}, []
+    numbers, of_sets, problems = {}, [], []
+    floors = {value.statement: floors_of(value, targets or {}) for value in principles if value.kind == "bias"}
     for method, pictures in methods.items():
         images, prompts = Pictures(pictures), [picture.prompt for picture in pictures]
         counts = collections.Counter(prompts)
@@ -203,10 +210,15 @@ def measure(
                 beside = Pictures([of_base[picture.path.name] for picture in pictures])
                 per_prompt["", "LPIPS"] = means(in_batches(distance, images, beside), places)
         if judge_all:
-            readings = [in_batches(judge, images) for judge in judge_all]
-            per_prompt |= bias_and_harm(readings[0], places, principles, subjects, targets or {})
-            if len(readings) == 2:
-                whole |= {(v.statement, "kappa"): agreement(v, readings, places) for v in principles}
+            read_by = [in_batches(judge, images) for judge in judge_all]
+            if readings is not None:
+                for i, picture in enumerate(pictures):
+                    row = dict(method=method, file=str(picture.path), prompt=picture.prompt)
+                    readings.append(row | {axis: column[i].item() for axis, column in read_by[0].items()})
+            problems += [f"{method}: {problem}" for problem in faults(read_by[0], principles, pictures, unreadable)]
+            per_prompt |= bias_and_harm(read_by[0], places, principles, subjects, targets or {})
+            if len(read_by) == 2:
+                whole |= {(v.statement, "kappa"): agreement(v, read_by, places) for v in principles}
         if clip_score:
             score, tokenize = clip_score
             per_prompt["", "CLIPScore"] = means(in_batches(score, images, tokenize(prompts)), places)
@@ -217,11 +229,38 @@ def measure(
                 whole["", "FID"] = quality.frechet_distance(features, real), None
                 whole["", "KID"] = quality.kernel_distance(features, real), None
         for (value, metric), column in per_prompt.items():
-            numbers[method, value, SPLIT, metric] = {prompt: (x, counts[prompt]) for prompt, x in column.items()}
+            floor = lambda n, value=value, metric=metric: floors[value](n).get(metric) if value in floors else None
+            measured = {
+                prompt: metrics.Measured(x, counts[prompt], floor(counts[prompt])) for prompt, x in column.items()
+            }
+            numbers[method, value, SPLIT, metric] = measured
         for (value, metric), (mean, ci95) in whole.items():
             row = dict(method=method, value=value, split=SPLIT, metric=metric, mean=mean, ci95=ci95)
             of_sets.append(row | dict(prompts=len(places), images=len(images)))
+    if problems:
+        raise ValueError("\n".join(problems))
     return metrics.rows(numbers) + of_sets
+
+
+def floors_of(value, targets: dict):
+    """The function of a bias: images of a prompt -> their floors, as metrics.floor has them, drawn one by one."""
+    K, target = len(value.attributes), targets.get(value.statement)
+    shares = tuple(target[a] for a in value.attributes) if target else (1 / K,) * K
+    return lambda n: metrics.floor(((n, shares),), shares)
+
+
+def faults(reading: dict, principles, pictures, unreadable: float) -> list[str]:
+    """A line for each value of which more than a share of the pictures cannot be read."""
+    problems = []
+    for value in principles:
+        axis = reading[value.axis]
+        missing = np.flatnonzero(np.isnan(axis) if value.kind == "harm" else ~np.isin(axis, value.attributes))
+        if len(missing) > unreadable * len(axis):
+            problems.append(
+                f"{len(missing)} of {len(axis)} images cannot be read for {value.statement!r}, as"
+                f" {pictures[missing[0]].path}: look at them; --unreadable=SHARE measures so many, as the worst"
+            )
+    return problems
 
 
 def means(column: np.ndarray, places: dict) -> dict[str, float]:
@@ -253,14 +292,15 @@ def agreement(value, readings: list[dict], places: dict) -> tuple[float, list[fl
 
 
 def table(results: list[dict]) -> str:
-    """The results as text, a line for each; the methods of a value and metric stand together."""
+    """The results as text, a line for each; the methods of a value and metric stand together; p is p_holm."""
     order = list(dict.fromkeys((r["value"], r["metric"]) for r in results))
     header = f"{'value':34}{'metric':12}{'method':16}{'mean':>10} {'95% interval':20}"
-    lines = [f"{header}{'p':>8}{'prompts':>9}{'images':>8}"]
+    lines = [f"{header}{'by chance':>10}{'p, Holm':>8}{'prompts':>9}{'images':>8}"]
     for r in sorted(results, key=lambda r: order.index((r["value"], r["metric"]))):
         interval = "[{:.3f}, {:.3f}]".format(*r["ci95"]) if r["ci95"] else ""
-        p = f"{r['p_value']:.4f}" if "p_value" in r else ""
-        number = f"{r['mean']:>10.3f} {interval:20}{p:>8}{r['prompts']:>9}{r['images']:>8}"
+        p = f"{r['p_holm']:.4f}" if "p_holm" in r else ""
+        floor = f"{r['floor']:.3f}" if "floor" in r else ""
+        number = f"{r['mean']:>10.3f} {interval:20}{floor:>10}{p:>8}{r['prompts']:>9}{r['images']:>8}"
         lines.append(f"{r['value']:34}{r['metric']:12}{r['method']:16}{number}")
     return "\n".join(lines)
 
@@ -335,18 +375,23 @@ def main(_):
         )
     if config is None and not (INCEPTION.value or CLIP.value or LPIPS.value):
         problems.append("nothing to measure: give --config, --inception, --clip or --lpips")
-    if OUT.value and not pathlib.Path(OUT.value).parent.is_dir():
-        problems.append(f"--out={OUT.value}: there is no such directory")
+    for name, file in ("out", OUT.value), ("readings", READINGS.value):
+        if file and not pathlib.Path(file).parent.is_dir():
+            problems.append(f"--{name}={file}: there is no such directory")
+    if READINGS.value and config is None:
+        problems.append("--readings is of what the judge of a config reads: give --config too")
     if problems:
         sys.exit("\n".join(problems))
-    settings |= dict(batch_size=BATCH_SIZE.value, unreadable=UNREAD.value)
+    settings |= dict(batch_size=BATCH_SIZE.value, unreadable=UNREAD.value, readings=[])
     try:
         results = measure(methods, reference=real[0] if real else (), **settings)
-    except ValueError as error:  # what judges say of images that they cannot read
+    except ValueError as error:  # of images that cannot be read
         sys.exit(str(error))
     print(table(results))
     if OUT.value:
-        pathlib.Path(OUT.value).write_text(json.dumps(results, indent=2) + "\n")
+        pathlib.Path(OUT.value).write_text(json.dumps(metrics.document(results), indent=2) + "\n")
+    if READINGS.value:
+        pathlib.Path(READINGS.value).write_text(as_csv(settings["readings"]), encoding="utf-8")
 
 
 if __name__ == "__main__":
@@ -360,6 +405,7 @@ if __name__ == "__main__":
     LPIPS = commands.define_path("lpips", "The weights of LPIPS on AlexNet, safetensors.")
     BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Images at once.", lower_bound=1)
     OUT = commands.define_path("out", "The file of the rows, as eval/results.json has them.")
+    READINGS = commands.define_path("readings", "A CSV file of what the judge read in each image.")
     UNREAD = flags.DEFINE_float(
         "unreadable", UNREADABLE, "The share of images that may be unreadable.", lower_bound=0, upper_bound=1
     )

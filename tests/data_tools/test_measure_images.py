@@ -1,5 +1,6 @@
 """Pictures whose shapes, colours and blots are known are measured as what they are."""
 
+import csv
 import json
 import os
 import pathlib
@@ -10,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from ml_collections import ConfigDict
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.numpy import save_file
@@ -185,6 +187,26 @@ def test_images_are_measured_as_they_are_shown(tmp_path, caplog):
         assert f"metadata.jsonl{problem}" in told
 
 
+def test_pictures_that_show_nothing_are_no_harmless_ones(tmp_path):
+    """Black ones are refused as files; others that the judge cannot read as its readings are; both may be allowed."""
+    (bloody,) = values.load(("bloody",))
+    images = draw(SHAPES)
+    images[3] = np.zeros_like(images[3])
+    folder = write(tmp_path / "ours", images)
+    (pictures,) = read(folder)
+    judge, rows = judges.load(ConfigDict({"judge": "shapeworld"}), (bloody,), SUBJECTS), []
+    with pytest.raises(ValueError, match="ours: 1 of 13 images .7.7%. cannot be read, more than 5%"):
+        measure({"ours": pictures}, judge_all=[judge], principles=(bloody,))
+    blind = lambda images: {"red": np.full(len(images), np.nan)}
+    with pytest.raises(ValueError, match="ours: 13 of 13 images cannot be read for 'bloody considered inappropriate'"):
+        measure({"ours": pictures}, judge_all=[blind], principles=(bloody,), unreadable=0.1)
+    results = measure({"ours": pictures}, judge_all=[judge], principles=(bloody,), unreadable=0.1, readings=rows)
+    found = {metric: mean for (*_, metric), mean in numbers(results).items()}
+    assert found["R"] == pytest.approx((1 / 8 + 2 / 5) / 2) and found["readable"] == pytest.approx((7 / 8 + 1) / 2)
+    assert len(rows) == 13 and sum(np.isnan(row["red"]) for row in rows) == 1
+    assert {row["file"] for row in rows} == {str(path) for path in pathlib.Path(folder).glob("*.png")}
+
+
 def test_a_base_that_does_not_fit():
     picture = lambda name: Picture("", "", pathlib.Path(name), 0)
     ours, theirs = [[picture("1.png"), picture("2.png")]], [[picture("2.png"), picture("3.png")]]
@@ -202,10 +224,13 @@ def command(*arguments, **environment):
 
 def test_the_command(tmp_path):
     write(tmp_path / "ours", draw(SHAPES))
-    judges = ["--judge=shapeworld"] * 2
-    done = command("--images=~/ours", *judges, "--out=~/results.json", HOME=str(tmp_path))
+    judged = ["--judge=shapeworld"] * 2
+    outputs = "--out=~/results.json", "--readings=~/readings.csv"
+    done = command("--images=~/ours", *judged, *outputs, HOME=str(tmp_path))
     assert done.returncode == 0, done.stderr
-    rows = json.loads((tmp_path / "results.json").read_text())
+    read_in = csv.DictReader((tmp_path / "readings.csv").read_text().splitlines())
+    assert sorted((row["prompt"], row["shape"]) for row in read_in) == sorted(zip(PROMPTS, SHAPES))
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert {"method", "value", "split", "metric", "mean", "ci95", "prompts", "images"} <= rows[0].keys()
     assert any(line.split()[2:5] == ["D1", "ours", "0.750"] for line in done.stdout.splitlines()), done.stdout
     assert any(line.split()[2:5] == ["kappa", "ours", "1.000"] for line in done.stdout.splitlines()), done.stdout
