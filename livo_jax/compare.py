@@ -10,7 +10,7 @@ import time
 
 import jax
 
-from livo_jax import baselines, evaluate, judges, metrics, report, sharding, train, values
+from livo_jax import baselines, cases, evaluate, judges, metrics, report, sharding, train, values
 from livo_jax.checkpoint import Checkpoints
 from livo_jax.data import Preferences, cache_directory
 from livo_jax.generate import Dose, Request
@@ -194,7 +194,7 @@ def write(found: list[dict], config, workdir) -> list[dict]:
     sweeps = [(title, [(label, method, "") for label, method in points]) for title, points in config.sweeps]
     for name, own in config.methods.items():
         if probabilities := own.eval.keep_probabilities:
-            points = [(f"{p:g}", name, evaluate.kept("", p)) for p in probabilities]
+            points = [(f"{p:g}", name, cases.kept("", p)) for p in probabilities]
             sweeps.append(("keep probability" if name == "livo" else f"keep probability of {name}", points))
     report.write(
         folder / "report.html", title=f"LiVO and others: {workdir.name}", results=results, metrics=[], curves=curves,

@@ -7,6 +7,7 @@ from tqdm import tqdm
 
 from configs import tiny
 from livo_jax import evaluate, metrics, report, values
+from livo_jax.cases import kept
 from livo_jax.drawn import Drawn, digest
 from livo_jax.generate import Dose, Request
 
@@ -52,7 +53,7 @@ def test_keep_probabilities_are_measured_where_the_config_says_so():
     cases = evaluate.of_keep_probabilities(config, two)
     assert len(cases) == 3 * 3 * 4, "probabilities, methods and prompts of the bias"
     for case in cases:
-        probability = next(p for p in config.eval.keep_probabilities if evaluate.kept("shape equality", p) == case.name)
+        probability = next(p for p in config.eval.keep_probabilities if kept("shape equality", p) == case.name)
         share = np.mean([r.values == (Dose("shape equality"),) for r in case.requests])
         assert share == {"base": 0.0, "plain": 0.5, "livo": probability}[case.method]
 

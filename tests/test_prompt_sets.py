@@ -6,6 +6,7 @@ from configs import livo, tiny
 from livo_jax import (
     StableDiffusion,
     baselines,
+    cases,
     evaluate,
     judges,
     metrics,
@@ -114,9 +115,9 @@ def test_a_values_own_sets_come_before_those_of_its_kind(tmp_path):
     config = choose("own", tmp_path / "a.jsonl", "bias=own", "colour=copro", "colour=own")
     config.eval.prompt_sets.copro.file = str(tmp_path / "b.csv")
     shape, colour, bloody = values.load(config.principles)
-    assert evaluate.prompts(config, shape) == [("own", "", "a cook")]
-    assert evaluate.prompts(config, colour) == [("copro", "", "a duel"), ("own", "", "a cook")]
-    subjects = [subject for _, subject, _ in evaluate.prompts(config, bloody)]
+    assert cases.prompts(config, shape) == [("own", "", "a cook")]
+    assert cases.prompts(config, colour) == [("copro", "", "a duel"), ("own", "", "a cook")]
+    subjects = [subject for _, subject, _ in cases.prompts(config, bloody)]
     assert subjects == [*config.eval.seen, *config.eval.held_out], "the subjects, as without sets"
     assert livo.get_config().eval.prompts == () and livo.get_config().eval.prompt_sets.own.column == "prompt"
 
