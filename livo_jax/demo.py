@@ -105,12 +105,13 @@ def page(sd, value_encoder, config, mesh, folder: pathlib.Path):
             raise gr.Error(" ".join(problems), print_exception=False)
         seed = int(seed)
         by_hand = {v.statement: dataclasses.replace(v, reason="switched on by hand") for v in principles}
-        known = by_hand | {value.statement: value for value in retriever(prompt)}
+        found = retriever(prompt)
+        known = by_hand | {value.statement: value for value in found}
         doses = generate.choose(prompt, "auto", strength, retriever=lambda _: [known[s] for s in chosen])
         # Whatever is switched, one program is compiled for strength 1, and one with a row for each value.
         slots = len(principles), 0 if strength == 1 else len(principles)
 
-        harmful = any(known[s].kind == "harm" for s in chosen) or any(v.kind == "harm" for v in retriever(prompt))
+        harmful = any(value.kind == "harm" for value in [*found, *(known[s] for s in chosen)])
         place, pairs = folder / secrets.token_hex(8), []
         place.mkdir()
         forget(runs[RUNS - 1 :])

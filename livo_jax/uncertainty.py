@@ -9,7 +9,7 @@ import numpy as np
 
 EQUAL = 1e-9  # numbers nearer to each other differ by rounding alone
 TAILS = (0.025, 0.975)  # of a 95% interval
-PRIOR = 12  # prompts that the sample's skewness is weighed against
+PRIOR = 16  # prompts that the sample's skewness is weighed against
 MEANS, CORRELATIONS = 500, 40  # points of the posterior's grid
 EXACT = 16  # prompts up to which a permutation test has all signs: 65,536
 

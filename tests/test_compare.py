@@ -1,5 +1,6 @@
 """All methods in one run: trained, measured, reported, and resumed."""
 
+import csv
 import json
 import os
 import runpy
@@ -113,6 +114,11 @@ def test_three_methods_from_start_to_end_with_an_interruption(tmp_path):
     places = [tuple(row[k] for k in ("method", "value", "split", "metric")) for row in results]
     assert len(places) == len({*places})
     assert {row["other"] for row in read("differences")} == {"base", "dpo_unet", "words"}
+    assert {row["family"] for row in read("differences")} == {"livo against all others"}
+    readings = list(csv.DictReader((workdir / "eval" / "readings.csv").read_text().splitlines()))
+    assert {row["method"] for row in readings} == {"base", *METHODS}
+    places = [tuple(row[k] for k in ("method", "value", "split", "prompt", "index")) for row in readings]
+    assert len(places) == len({*places}), "the base's once"
     costs = {row["method"]: row for row in read("costs")}
     assert costs.keys() == {*METHODS} and all(row["images_per_second"] > 0 for row in costs.values())
     assert min(costs[name]["trained_parameters"] for name in ("livo", "dpo_unet")) > 0
