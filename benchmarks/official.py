@@ -8,8 +8,8 @@ import numpy as np
 import torch
 import transformers
 
+from livo_jax.model_files import read_json
 from livo_jax.models.weights import split, to_published
-from livo_jax.pretrained import read_json
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MODELS = {

@@ -24,7 +24,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import imagehash
-import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -35,7 +34,7 @@ from data_tools import commands, dataset, prompts
 from livo_jax import data, judges, sharding
 from livo_jax import values as principles
 from livo_jax.generate import Request, generate
-from livo_jax.pretrained import StableDiffusion
+from livo_jax.pretrained import StableDiffusion, read_dtype
 from livo_jax.values import phrase, text_hash
 
 # ---------------------------------------------------------------------------- what to draw
@@ -327,7 +326,7 @@ def build(config, directory, sd: StableDiffusion | None = None):
         c, favourite = config.preferences, {}
         if sd is None or c.model:
             model, variant = c.model or config.model, config.variant or None
-            sd = StableDiffusion.from_pretrained(model, jnp.dtype(config.dtype), variant=variant)
+            sd = StableDiffusion.from_pretrained(model, read_dtype(config.dtype, "config.dtype"), variant=variant)
         if neutral := [phrase(c.templates[0], scene) for scene in census(values, config)]:
             requests = [Request(prompt, i) for prompt in neutral for i in range(c.census_per_scene)]
             reading = draw(work / "census", requests, sd, judge, config).reading

@@ -23,7 +23,7 @@ from data_tools import commands
 from data_tools.dataset import barrier, held, my_share
 from livo_jax import data, sharding, values
 from livo_jax.models.weights import split
-from livo_jax.pretrained import StableDiffusion
+from livo_jax.pretrained import StableDiffusion, read_dtype
 
 
 def on_the_mesh(module, compute, at_once: int):
@@ -129,7 +129,8 @@ def main(_):
     if DISTRIBUTED.value is not None:
         sharding.join(DISTRIBUTED.value)
     preferences = data.Preferences(DATA.value)
-    sd = StableDiffusion.from_pretrained(config.model, jnp.dtype(config.dtype), variant=config.variant or None)
+    dtype = read_dtype(config.dtype, "config.dtype")
+    sd = StableDiffusion.from_pretrained(config.model, dtype, variant=config.variant or None)
     write(preferences, sd, config)
 
 

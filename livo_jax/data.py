@@ -20,6 +20,7 @@ import numpy as np
 
 from livo_jax import files, sharding, values
 from livo_jax.models.weights import split
+from livo_jax.pretrained import read_dtype
 from livo_jax.values import Value, attributed, phrase, value_prompt
 from livo_jax.workdir import is_remote
 
@@ -107,7 +108,7 @@ class Preferences:
 
 def cache_dtype(config) -> np.dtype:
     """Of a cache's moments and states: float32 where the models are, float16 else."""
-    return np.dtype("float32" if config.dtype == "float32" else "float16")
+    return np.dtype("float32" if read_dtype(config.dtype, "config.dtype") == np.float32 else "float16")
 
 
 def cache_made_of(preferences: Preferences, sd, config) -> dict:
@@ -122,7 +123,7 @@ def cache_made_of(preferences: Preferences, sd, config) -> dict:
         "random_flip": config.data.random_flip,
         "wordings": [[*v.wordings, v.aligned, *v.attributes] for v in values.load(config.principles)],
         "rewordings": [name for name in ("beside", "anchors") if config.data[name]],
-        "dtype": config.dtype,
+        "dtype": read_dtype(config.dtype, "config.dtype").name,
         "weights": digest.hexdigest(),
     }
 

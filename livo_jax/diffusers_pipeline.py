@@ -28,7 +28,7 @@ from .livo_ratio import deal
 from .livo_rules import Rules
 
 # How the value encoder was trained to be sampled; `livo_jax.export` fills this in.
-SETTINGS = dict(directory=".", xl=False, scheduler="DDIMScheduler", options={}, steps=25, guidance_scale=7.5)
+SETTINGS = dict(directory=".", xl=False, size=512, scheduler="DDIMScheduler", options={}, steps=25, guidance_scale=7.5)
 
 
 class Dose(NamedTuple):
@@ -98,9 +98,9 @@ class LiVO:
     trained with, and the rules by which "auto" finds them.
     """
 
-    def _sample_with(self, published: dict):
-        """Takes the scheduler that the value encoder was trained to be sampled with, on a published schedule."""
-        scheduler = getattr(diffusers, SETTINGS["scheduler"]).from_config(published, **SETTINGS["options"])
+    def _sample_as_trained(self):
+        """Takes the scheduler that the value encoder was trained to be sampled with, on the base's noise schedule."""
+        scheduler = getattr(diffusers, SETTINGS["scheduler"]).from_config(self.scheduler.config, **SETTINGS["options"])
         self.register_modules(scheduler=scheduler)
 
     def _tokenize(self, texts, tokenizer):
@@ -230,8 +230,7 @@ class LiVO:
         cond, mask, added = self._condition([*full, *[(negative_prompt or self._empty(), ())] * N, *extra])
         image_of = [*range(N), *range(N), *(n for n, _ in dosed)]
 
-        height = height or self.unet.config.sample_size * self.vae_scale_factor
-        width = width or self.unet.config.sample_size * self.vae_scale_factor
+        height, width = height or SETTINGS["size"], width or SETTINGS["size"]
         if added:
             sizes = torch.tensor([height, width, 0, 0, height, width], dtype=cond.dtype, device=cond.device)
             added["time_ids"] = sizes.expand(len(cond), -1)
@@ -275,7 +274,6 @@ if SETTINGS["xl"]:  # diffusers wants one pipeline in a file
             self, vae, text_encoder, text_encoder_2, tokenizer, tokenizer_2, unet, scheduler, image_encoder=None,
             feature_extractor=None, value_encoder=None, value_encoder_2=None, force_zeros_for_empty_prompt: bool = True,
         ):  # fmt: skip
-            published = dict(scheduler.config)  # before the superclass corrects what it thinks outdated
             super().__init__(
                 vae, text_encoder, text_encoder_2, tokenizer, tokenizer_2, unet, scheduler, image_encoder,
                 feature_extractor, force_zeros_for_empty_prompt, add_watermarker=False,
@@ -284,7 +282,7 @@ if SETTINGS["xl"]:  # diffusers wants one pipeline in a file
             if isinstance(value_encoder, CLIPTextModel):
                 value_encoder_2 = exported(value_encoder_2, "value_encoder_2")
             self.register_modules(value_encoder=value_encoder, value_encoder_2=value_encoder_2)
-            self._sample_with(published)
+            self._sample_as_trained()
 
         def _value_encoders(self):
             return (self.value_encoder, self.tokenizer), (self.value_encoder_2, self.tokenizer_2)
@@ -321,13 +319,12 @@ else:
             self, vae, text_encoder, tokenizer, unet, scheduler, safety_checker, feature_extractor, image_encoder=None,
             value_encoder=None, requires_safety_checker: bool = True,
         ):  # fmt: skip
-            published = dict(scheduler.config)  # before the superclass corrects what it thinks outdated
             super().__init__(
                 vae, text_encoder, tokenizer, unet, scheduler, safety_checker, feature_extractor, image_encoder,
                 requires_safety_checker,
             )  # fmt: skip
             self.register_modules(value_encoder=exported(value_encoder))
-            self._sample_with(published)
+            self._sample_as_trained()
 
         def _value_encoders(self):
             return ((self.value_encoder, self.tokenizer),)

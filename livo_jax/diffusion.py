@@ -2,7 +2,7 @@
 
 Notation: z_t = a_t z_0 + s_t eps with a_t = sqrt(alphas_cumprod[t]) and s_t = sqrt(1 - a_t^2). Schedules and
 samplers are built in numpy float64 from a published scheduler_config.json and agree with diffusers'
-schedulers of the same config.
+schedulers of the same config, but that nothing is clipped or thresholded: that is for models of pixels.
 """
 
 import dataclasses
@@ -14,6 +14,62 @@ import jax.numpy as jnp
 import numpy as np
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
+
+# The schedulers of diffusers whose files describe the noise schedule that our samplers read, with what an absent
+# beta_start, beta_end and beta_schedule mean in them.
+BETAS = (0.0001, 0.02, "linear")
+SCHEDULERS = {
+    **dict.fromkeys(
+        "DDIMScheduler DDIMParallelScheduler DDPMScheduler DDPMParallelScheduler DEISMultistepScheduler"
+        " DPMSolverMultistepScheduler DPMSolverSinglestepScheduler EulerAncestralDiscreteScheduler"
+        " EulerDiscreteScheduler LMSDiscreteScheduler PNDMScheduler SASolverScheduler UniPCMultistepScheduler".split(),
+        BETAS,
+    ),
+    **dict.fromkeys(
+        "DPMSolverSDEScheduler HeunDiscreteScheduler KDPM2AncestralDiscreteScheduler KDPM2DiscreteScheduler".split(),
+        (0.00085, 0.012, "linear"),
+    ),
+    **dict.fromkeys(("LCMScheduler", "TCDScheduler"), (0.00085, 0.012, "scaled_linear")),
+}
+# What dpm_solver_pp takes where the file is of another solver, whose own settings say nothing of ours.
+SOLVER = {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint"}
+
+
+def check_scheduler(name: str | None):
+    """Raises ValueError unless a scheduler_config.json of this _class_name describes a noise schedule that we read."""
+    if name in SCHEDULERS:
+        return
+    if "FlowMatch" in str(name) or "EDM" in str(name):
+        raise ValueError(
+            f"_class_name={name!r} is of {'flow matching' if 'Flow' in name else 'EDM'}: the model was trained on other"
+            " noise than Stable Diffusion's and cannot be drawn with here, whatever the file names: take a Stable"
+            " Diffusion 1.x, 2.x or XL"
+        )
+    raise ValueError(
+        f"_class_name={name!r} is an unknown scheduler; known are {', '.join(sorted(SCHEDULERS))}. If the model was"
+        " trained on the noise of the file's beta_start, beta_end and beta_schedule, name DDIMScheduler there"
+    )
+
+
+def for_latents(config: dict, is_xl: bool) -> tuple[dict, list[str]]:
+    """A published scheduler_config.json with what pipelines of latents set right, and words for what that changed.
+
+    As diffusers' StableDiffusionPipeline does, clip_sample is False, and but for XL steps_offset is 1. thresholding
+    is False too, which diffusers calls unsuitable for latents. Settings of another solver than ours give way to SOLVER.
+    """
+    name = config.get("_class_name") or ""
+    right, notes = dict(config), []
+    if config.get("clip_sample", name.startswith(("DDIM", "DDPM"))):  # whose default it is
+        notes.append("clip_sample is taken as false: latents are not clipped")
+    if config.get("thresholding"):
+        notes.append("thresholding is taken as false: it is for pixels")
+    right |= {"clip_sample": False, "thresholding": False}
+    if not is_xl and config.get("steps_offset", 0) != 1:
+        notes.append("steps_offset is taken as 1, as Stable Diffusion was published")
+        right["steps_offset"] = 1
+    if name != "DPMSolverMultistepScheduler":
+        right |= SOLVER
+    return right, notes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,11 +84,19 @@ class NoiseSchedule:
         """Reads a published scheduler_config.json; absent fields take diffusers' defaults.
 
         Raises:
-            ValueError: unknown beta_schedule or prediction_type.
+            ValueError: unknown beta_schedule or prediction_type, betas that are no variances, or noise of another
+                kind of model.
         """
         steps = config.get("num_train_timesteps", 1000)
-        start, end = config.get("beta_start", 0.0001), config.get("beta_end", 0.02)
-        kind = config.get("beta_schedule", "linear")
+        names = ("beta_start", "beta_end", "beta_schedule")
+        defaults = SCHEDULERS.get(config.get("_class_name"), BETAS)
+        start, end, kind = (config.get(name, default) for name, default in zip(names, defaults))
+        for name, usual in (("timestep_type", "discrete"), ("use_flow_sigmas", False)):
+            if config.get(name, usual) not in (usual, None):
+                raise ValueError(f"{name}={config[name]!r}: not Stable Diffusion's noise (only {usual!r})")
+        for name, number in (("beta_start", start), ("beta_end", end), ("num_train_timesteps", steps)):
+            if not isinstance(number, int | float):
+                raise ValueError(f"{name}={number!r}: a number is wanted")
         if config.get("trained_betas") is not None:
             betas = np.asarray(config["trained_betas"], np.float64)
         elif kind == "linear":
@@ -44,6 +108,8 @@ class NoiseSchedule:
             betas = np.minimum(1 - bar[1:] / bar[:-1], 0.999)
         else:
             raise ValueError(f"beta_schedule={kind!r}: choose from linear, scaled_linear, squaredcos_cap_v2")
+        if not ((betas > 0) & (betas < 1)).all():
+            raise ValueError(f"betas from {betas.min():g} to {betas.max():g}: all must be between 0 and 1")
         alphas_cumprod = np.cumprod(1 - betas)
         if config.get("rescale_betas_zero_snr"):
             # Lin et al. 2023, algorithm 1: shift and scale sqrt(alphas_cumprod) so that it ends at 0.
@@ -97,7 +163,7 @@ class SamplerTable(NamedTuple):
     [1 + K, B, h, w, C], the memory zero at first. A row turns it into the next by
 
         out    = unet(scale * z, t)
-        z_0    = clip(from_z * z + from_out * out)      the image that the UNet sees in z
+        z_0    = from_z * z + from_out * out            the image that the UNet sees in z
         state <- step @ [state, out, z_0]
     """
 
@@ -105,13 +171,15 @@ class SamplerTable(NamedTuple):
     scale: np.ndarray  # [n]
     from_z: np.ndarray  # [n]
     from_out: np.ndarray  # [n]
-    clip: np.ndarray  # [n] z_0 is clipped to [-clip, clip]; infinite for latents
     step: np.ndarray  # [n, 1 + K, 1 + K + 2]
 
 
 def _z_0(schedule: NoiseSchedule, a, s):
     """The coefficients (from_z, from_out) of z_0 where z = a z_0 + s eps."""
-    return (1 / a, -s / a) if schedule.prediction_type == "epsilon" else (a, -s)
+    if schedule.prediction_type != "epsilon":
+        return a, -s
+    with np.errstate(divide="ignore"):  # infinite at a zero terminal SNR, which sampler_table refuses
+        return 1 / a, -s / a
 
 
 def _eps(schedule: NoiseSchedule, a, s):
@@ -160,8 +228,7 @@ def ddim(schedule: NoiseSchedule, config: dict, steps: int) -> SamplerTable:
     a, s, a_before, s_before = np.sqrt(bar), np.sqrt(1 - bar), np.sqrt(bar_before), np.sqrt(1 - bar_before)
     eps_z, eps_out = _eps(schedule, a, s)
     step = np.stack([s_before * eps_z, s_before * eps_out, a_before], axis=-1)[:, None]
-    clip = config.get("clip_sample_range", 1.0) if config.get("clip_sample", True) else np.inf
-    return SamplerTable(t, np.ones(steps), *_z_0(schedule, a, s), np.full(steps, clip), step)
+    return SamplerTable(t, np.ones(steps), *_z_0(schedule, a, s), step)
 
 
 def dpm_solver_pp(schedule: NoiseSchedule, config: dict, steps: int) -> SamplerTable:
@@ -207,7 +274,7 @@ def dpm_solver_pp(schedule: NoiseSchedule, config: dict, steps: int) -> SamplerT
     step = np.zeros((steps, 2, 4))  # [z, z_0 before] <- [z, z_0 before, out, z_0]
     step[:, 0] = np.stack([s[1:] / s[:-1], -slope, np.zeros(steps), gain + slope], axis=-1)
     step[:, 1, 3] = 1
-    return SamplerTable(t.round(), np.ones(steps), *_z_0(schedule, a[:-1], s[:-1]), np.full(steps, np.inf), step)
+    return SamplerTable(t.round(), np.ones(steps), *_z_0(schedule, a[:-1], s[:-1]), step)
 
 
 def euler(schedule: NoiseSchedule, config: dict, steps: int) -> SamplerTable:
@@ -230,7 +297,7 @@ def euler(schedule: NoiseSchedule, config: dict, steps: int) -> SamplerTable:
     from_z, from_out = _z_0(schedule, a, sigma * a)
     step = np.stack([ratio, np.zeros(steps), (1 - ratio) / initial], axis=-1)[:, None]
     step[-1] *= initial
-    return SamplerTable(t, scale, from_z * scale, from_out, np.full(steps, np.inf), step)
+    return SamplerTable(t, scale, from_z * scale, from_out, step)
 
 
 def pndm(schedule: NoiseSchedule, config: dict, steps: int) -> SamplerTable:
@@ -282,7 +349,7 @@ def pndm(schedule: NoiseSchedule, config: dict, steps: int) -> SamplerTable:
     for t, order in zip(multisteps, orders):
         evaluate(t, t, t - stride, dict(zip((OUT, E1, E2, E3), adams_bashforth[order])))
     n = len(rows)
-    return SamplerTable(np.array(timesteps), np.ones(n), np.zeros(n), np.zeros(n), np.full(n, np.inf), np.stack(rows))
+    return SamplerTable(np.array(timesteps), np.ones(n), np.zeros(n), np.zeros(n), np.stack(rows))
 
 
 SAMPLERS = {
@@ -315,28 +382,31 @@ def sampler_table(config: dict, sampler: str, steps: int) -> SamplerTable:
     choices = {"timestep_spacing": ("linspace", "leading", "trailing")}
     if sampler.startswith("dpmsolver++"):
         choices |= {
-            "algorithm_type": ("dpmsolver++",),
+            "algorithm_type": ("dpmsolver++", "deis"),  # diffusers takes the second as the first
             "solver_order": (1, 2),
-            "solver_type": ("midpoint", "heun", "logrho", "bh1", "bh2"),  # diffusers takes the last three as midpoint
+            "solver_type": ("midpoint", "heun", "logrho", "bh1", "bh2"),  # and the last three as midpoint
             "final_sigmas_type": ("zero", "sigma_min"),
         }
     if sampler == "euler":
-        choices |= {
-            "final_sigmas_type": ("zero", "sigma_min"),
-            "interpolation_type": ("linear",),
-            "timestep_type": ("discrete",),
-        }
+        choices |= {"final_sigmas_type": ("zero", "sigma_min"), "interpolation_type": ("linear",)}
     for name, known in choices.items():
         if config.get(name, known[0]) not in known:
             problems.append(f"{name}={config[name]!r}: choose from {', '.join(map(str, known))}")
-    for name in ("thresholding", "use_lu_lambdas", "use_exponential_sigmas", "use_beta_sigmas", "use_flow_sigmas"):
-        if config.get(name):
-            problems.append(f"{name}: not supported")
+    if config.get("thresholding"):
+        problems.append("thresholding: not supported")
+    for name in ("use_lu_lambdas", "use_exponential_sigmas", "use_beta_sigmas"):
+        if config.get(name) and (sampler == "euler" or sampler.startswith("dpmsolver++")):
+            problems.append(f"{name}: not supported; set it to false, or choose ddim or pndm")
     if problems:
         raise ValueError("scheduler config: " + "; ".join(problems))
     table = SAMPLERS[sampler](schedule, config, steps)
     if not np.isfinite(table.step).all():
         raise ValueError(f"steps={steps}: so many that timesteps repeat, which {sampler} cannot step between")
+    if not (np.isfinite(table.from_z).all() and np.isfinite(table.from_out).all()):
+        raise ValueError(
+            "rescale_betas_zero_snr: from noise alone a model of prediction_type='epsilon' sees no image, so that"
+            f" {sampler} cannot start there: choose another sampler, or timestep_spacing='leading'"
+        )
     return SamplerTable(*(np.asarray(column, np.float32) for column in table))
 
 
@@ -359,7 +429,7 @@ def sample(predict, noise, table: SamplerTable, carried=None):
         z = state[0]
         out, carried = predict(row.scale * z, row.t, carried)
         out = out.astype(z.dtype)
-        z_0 = jnp.clip(row.from_z * z + row.from_out * out, -row.clip, row.clip)
+        z_0 = row.from_z * z + row.from_out * out
         known = jnp.concatenate([state, out[None], z_0[None]])
         return (jnp.einsum("ij,j...->i...", row.step, known, precision="highest"), carried), None
 

@@ -9,7 +9,9 @@ import shutil
 import tempfile
 
 from livo_jax.dealing import BLOCK
-from livo_jax.pretrained import read_json, save
+from livo_jax.diffusion import SOLVER
+from livo_jax.model_files import read_json
+from livo_jax.pretrained import read_dtype, save
 from livo_jax.retriever import lists
 from livo_jax.value_encoders import KINDS, LoRA, SoftTokens, ValueEncoder, copy_of
 from livo_jax.values import load as load_values
@@ -18,9 +20,9 @@ PIPELINE = pathlib.Path(__file__).with_name("diffusers_pipeline.py")
 CARRIED = ("name", "statement", "kind", "keep_probability", "keywords", "exceptions", "stated")  # of a Value
 CARRIED_FILES = ("dealing", "ratio", "rules")
 SCHEDULERS = {  # of diffusers, for diffusion.SAMPLERS
-    "ddim": ("DDIMScheduler", {}),
-    "dpmsolver++": ("DPMSolverMultistepScheduler", {}),
-    "dpmsolver++_karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    "ddim": ("DDIMScheduler", {"clip_sample": False, "thresholding": False}),
+    "dpmsolver++": ("DPMSolverMultistepScheduler", {"thresholding": False}),
+    "dpmsolver++_karras": ("DPMSolverMultistepScheduler", {"thresholding": False, "use_karras_sigmas": True}),
     "euler": ("EulerDiscreteScheduler", {}),
     "pndm": ("PNDMScheduler", {}),
 }
@@ -93,12 +95,14 @@ def export(directory: str | os.PathLike, sd, value_encoder, config, results: lis
         )
     directory = pathlib.Path(directory).absolute()
     scheduler, options = SCHEDULERS[config.sampling.sampler]
+    if scheduler == "DPMSolverMultistepScheduler":  # what the base's file says may be of another solver
+        options = options | {name: sd.scheduler_config[name] for name in SOLVER if name in sd.scheduler_config}
     settings = {
-        "directory": str(directory), "xl": sd.time_ids is not None, "scheduler": scheduler, "options": options,
-        "steps": config.sampling.steps, "guidance_scale": config.sampling.guidance_scale,
+        "directory": str(directory), "xl": sd.time_ids is not None, "size": sd.image_size, "scheduler": scheduler,
+        "options": options, "steps": config.sampling.steps, "guidance_scale": config.sampling.guidance_scale,
     }  # fmt: skip
     text_encoder = sd.text_encoder
-    if isinstance(value_encoder, LoRA) and config.dtype != "float32":  # what peft adds the adapter to is not rounded
+    if isinstance(value_encoder, LoRA) and read_dtype(config.dtype) != "float32":  # what peft adds to is not rounded
         text_encoder = ValueEncoder.from_pretrained(sd.root, subfolder="text_encoder", variant=config.variant or None)
     with whole_or_not_at_all(directory) as out:
         known = [{field: getattr(v, field) for field in CARRIED} for v in load_values(config.principles)]

@@ -17,8 +17,9 @@ from jax.sharding import AbstractMesh, AxisType
 
 from livo_jax import sharding, train, value_encoders
 from livo_jax.data import cache_dtype
+from livo_jax.model_files import find
 from livo_jax.models.weights import split
-from livo_jax.pretrained import DESCRIPTION, PARTS, StableDiffusion, find, skeleton
+from livo_jax.pretrained import DESCRIPTION, PARTS, StableDiffusion, read_dtype, skeleton
 from livo_jax.step import init_state, make_loss, make_optimizer, make_train_step
 
 
@@ -42,7 +43,7 @@ UTILISATION = 0.4  # share of the peak that the step is taken to reach; a matrix
 
 def abstract_model(config) -> StableDiffusion:
     """The StableDiffusion of config.model with shapes for weights; the hub is asked for its configs alone."""
-    dtype = jnp.dtype(config.dtype)
+    dtype = read_dtype(config.dtype, "config.dtype")
 
     def part(kind, place):
         graph, params = skeleton(kind, place)

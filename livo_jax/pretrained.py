@@ -1,29 +1,23 @@
 """Published models on disk or hub <-> modules: the diffusers directory layout, safetensors only."""
 
 import json
-import os
 import pathlib
+import re
 import warnings
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from livo_jax.diffusion import NoiseSchedule
+from livo_jax.diffusion import NoiseSchedule, check_scheduler, for_latents
 from livo_jax.generate import Images, generate, requests_of
+from livo_jax.model_files import describe, find, open_tensors, read_json, weight_files, weight_patterns
 from livo_jax.models.clip import CLIPTextConfigs, CLIPTextModel, CLIPTextModels, CLIPTextModelWithProjection
 from livo_jax.models.unet import UNet2DConditionModel
 from livo_jax.models.vae import AutoencoderKL
 from livo_jax.models.weights import for_each_leaf, from_published, one_key, put, split, to_published
 
-# Schedulers whose files describe the noise schedule that our samplers read.
-SCHEDULERS = frozenset(
-    "DDIMScheduler DDPMScheduler DPMSolverMultistepScheduler DPMSolverSinglestepScheduler"
-    " EulerAncestralDiscreteScheduler EulerDiscreteScheduler HeunDiscreteScheduler LMSDiscreteScheduler"
-    " PNDMScheduler UniPCMultistepScheduler".split()
-)
 # The parts of a Stable Diffusion, and what their weight files are called.
 PARTS = {
     "text_encoder": (CLIPTextModel, "model"),
@@ -36,104 +30,28 @@ PARTS = {
 DESCRIPTION = ["model_index.json", "tokenizer/*", "tokenizer_2/*", "scheduler/*.json"]
 
 
-def find(path_or_hub_id: str | os.PathLike, patterns: list[str]) -> pathlib.Path:
-    """The local directory of a model: itself, or a snapshot of a hub repository.
+# What config.dtype may say.
+DTYPES = {
+    "float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16,
+    "fp32": jnp.float32, "bf16": jnp.bfloat16, "fp16": jnp.float16, "half": jnp.float16,
+}  # fmt: skip
 
-    Args:
-        path_or_hub_id: a directory, or "owner/name" on the Hugging Face hub. HF_HOME, HF_ENDPOINT,
-            HF_TOKEN and HF_HUB_OFFLINE mean what they mean to huggingface_hub.
-        patterns: the files that are fetched from the hub.
-
-    Raises:
-        FileNotFoundError: it is neither; the message says how to fetch it.
-    """
-    local = pathlib.Path(path_or_hub_id)
-    if local.is_dir():
-        return local
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    try:
-        return pathlib.Path(snapshot_download(str(path_or_hub_id), allow_patterns=patterns))
-    except (HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError) as error:
-        raise FileNotFoundError(
-            f"no model at {str(path_or_hub_id)!r}: it is not a directory here, and not in the hub's cache or not"
-            f" reachable ({type(error).__name__}). Fetch it where there is a network, with\n"
-            f"  hf download {path_or_hub_id}\nor give the path of a copy in the diffusers layout."
-        ) from error
+# The layers of a text encoder, by their published names.
+TEXT_LAYER = re.compile(r"^(?:text_model\.)?encoder\.layers\.(\d+)\.")
 
 
-def read_json(path: pathlib.Path) -> dict:
-    """A JSON object. Raises FileNotFoundError or ValueError that name the file."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: a model directory has the diffusers layout")
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-
-
-# ---------------------------------------------------------------------------- weight files
-
-
-def weight_patterns(stem: str, variant: str | None) -> list[str]:
-    """The files of one set of weights: whole, or an index and its shards (both ways to name them)."""
-    dot = f".{variant}" if variant else ""
-    shard = "?????-of-?????"
-    names = (f"{stem}{dot}", f"{stem}{dot}-{shard}", f"{stem}-{shard}{dot}")
-    return [f"{name}.safetensors" for name in names] + [f"{stem}.safetensors.index{dot}.json"]
-
-
-def weight_files(directory: pathlib.Path, stem: str, variant: str | None) -> list[pathlib.Path]:
-    """The safetensors files of a component; without a variant asked for, half precision where it lies alone.
+def read_dtype(dtype, field: str = "dtype") -> np.dtype:
+    """The dtype of a model's weights by one of its usual names, or as it is.
 
     Raises:
-        FileNotFoundError: there are none, or a shard is missing.
+        ValueError: models do not compute in it, or not on a CPU; `field` is named.
     """
-    for dot in [f".{variant}"] if variant else ["", ".fp16"]:
-        index = directory / f"{stem}.safetensors.index{dot}.json"
-        if index.is_file():
-            shards = [directory / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
-            if missing := [shard.name for shard in shards if not shard.is_file()]:
-                raise FileNotFoundError(f"{directory} lacks the shards {', '.join(missing)} that {index.name} lists")
-            return shards
-        if (whole := directory / f"{stem}{dot}.safetensors").is_file():
-            return [whole]
-    others = sorted(p.name for p in directory.glob("*") if p.suffix in (".safetensors", ".bin", ".ckpt", ".msgpack"))
-    raise FileNotFoundError(
-        f"{directory} has no {stem}{f'.{variant}' if variant else ''}.safetensors (variant={variant!r}). There"
-        f" {'are ' + ', '.join(others) if others else 'is none'}. Formats other than safetensors can run code: not"
-        " read. Where the hub has half precision alone, ask for variant='fp16'"
-    )
-
-
-class Tensor(NamedTuple):
-    """A tensor in a safetensors file, which np.asarray reads."""
-
-    path: pathlib.Path
-    name: str
-    shape: tuple
-
-    def __array__(self, dtype=None, copy=None):
-        import safetensors
-
-        # Opened anew each time: a mapping that stays open keeps every page that was read in memory.
-        with safetensors.safe_open(self.path, framework="numpy") as file:
-            return np.asarray(file.get_tensor(self.name), dtype)
-
-
-def open_tensors(files: list[pathlib.Path]) -> dict[str, Tensor]:
-    """The tensors of safetensors files, by name. Raises ValueError for a damaged file."""
-    import safetensors
-
-    tensors = {}
-    for path in files:
-        try:
-            with safetensors.safe_open(path, framework="numpy") as file:
-                tensors |= {name: Tensor(path, name, tuple(file.get_slice(name).get_shape())) for name in file.keys()}
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{path} is damaged or cut short, fetch it again: {error}") from error
-    return tensors
+    known = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if known is None or jnp.dtype(known) not in map(jnp.dtype, DTYPES.values()):
+        raise ValueError(f"{field}={dtype!r}: choose float32, bfloat16 or float16 (fp32, bf16, fp16)")
+    if jnp.dtype(known) == jnp.float16 and jax.default_backend() == "cpu":
+        raise ValueError(f"{field}={dtype!r} wants a GPU or TPU: on a CPU choose float32 or bfloat16")
+    return jnp.dtype(known)
 
 
 # ---------------------------------------------------------------------------- components
@@ -141,10 +59,18 @@ def open_tensors(files: list[pathlib.Path]) -> dict[str, Tensor]:
 
 def read_config(model_class, directory: pathlib.Path):
     """The config of a component. Raises ValueError for what we do not compute, naming the directory."""
+    published = read_json(directory / "config.json")
+    if issubclass(model_class, CLIPTextModel) and "text_config" in published:
+        loader = "CLIPTextModelWithProjection" if model_class is CLIPTextModelWithProjection else "CLIPTextModel"
+        raise ValueError(
+            f"{directory} is a whole CLIP. Take its text encoder alone:\n"
+            f'  python -c "from transformers import {loader} as M;'
+            f" M.from_pretrained('{directory}').save_pretrained('DIR')\""
+        )
     try:
-        return model_class.Config.from_json(read_json(directory / "config.json"))
+        return model_class.Config.from_json(published)
     except ValueError as error:
-        raise ValueError(f"{directory}: {error}") from error
+        raise ValueError(f"{directory / 'config.json'}: {error}") from error
 
 
 def skeleton(model_class, directory: pathlib.Path):
@@ -167,17 +93,45 @@ def load(model_class, directory: pathlib.Path, dtype=jnp.float32, *, variant=Non
     # transformers calls the file of whatever it publishes "model".
     stem = next((stem for known, stem in PARTS.values() if issubclass(model_class, known)), "model")
     graph, abstract = skeleton(model_class, directory)
+    dtype = computing_dtype(model_class, directory, dtype)
     try:
         tensors = open_tensors(weight_files(directory, stem, variant))
+        if issubclass(model_class, CLIPTextModel):
+            tensors = without_skipped_layers(tensors, len(abstract["encoder"]["layers"]), directory)
         params = from_published(tensors, abstract, dtype, sharding)
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from error
     return nnx.merge(graph, params)
 
 
+def computing_dtype(model_class, directory: pathlib.Path, dtype):
+    """The dtype of a component where `dtype` is asked for: float16 overflows in a VAE that says force_upcast (XL's)."""
+    upcast = jnp.dtype(dtype) == jnp.float16 and getattr(read_config(model_class, directory), "force_upcast", False)
+    return jnp.float32 if upcast else dtype
+
+
+def without_skipped_layers(tensors: dict, layers: int, directory: pathlib.Path) -> dict:
+    """A text encoder's tensors without the last layers, where num_hidden_layers wants fewer ("clip skip")."""
+    kept, skipped = {}, set()
+    for name, tensor in tensors.items():
+        layer = TEXT_LAYER.match(name)
+        if layer and int(layer[1]) >= layers:
+            skipped.add(int(layer[1]))
+        else:
+            kept[name] = tensor
+    if skipped:
+        warnings.warn(
+            f"{directory}: config.json says num_hidden_layers={layers}, the weights have {max(skipped) + 1}: the last"
+            f" {len(skipped)} are not used, the final layer norm is",
+            stacklevel=3,
+        )
+    return kept
+
+
 def initialise(model_class, directory: pathlib.Path, dtype=jnp.float32, *, seed: int = 0, sharding=None):
     """A module of a component directory's config.json with random weights, the same in every dtype."""
     graph, abstract = skeleton(model_class, directory)
+    dtype = computing_dtype(model_class, directory, dtype)
     rng = np.random.default_rng(seed)
 
     def draw(path, leaf, sharding):  # on the host: hundreds of small draws on a device are as many compilations
@@ -202,6 +156,33 @@ def save(module, directory: pathlib.Path, config: dict, *, stem: str, prefix: st
     save_file(tensors, directory / f"{stem}.safetensors", metadata={"format": "pt"})
 
 
+def latent_size(root: pathlib.Path, is_xl: bool, levels: int) -> int:
+    """Height and width of the latents that a UNet was trained on, from sample_size in its config.json.
+
+    An absent one or null is 64, of XL 128. diffusers before 0.9 wrote 32 for Stable Diffusions of 64, which
+    StableDiffusionPipeline corrects.
+
+    Raises:
+        ValueError: it is no size of square latents that the UNet's levels can halve.
+    """
+    file = root / "unet" / "config.json"
+    published = read_json(file)
+    size = published.get("sample_size")
+    if size is None:
+        return 128 if is_xl else 64
+    side = size[0] if isinstance(size, list) and len(size) == 2 and size[0] == size[1] else size
+    if type(side) is not int or side < 1 or side % 2 ** (levels - 1):
+        raise ValueError(
+            f"{file}: sample_size={size!r}: square latents are drawn and trained on here, of one number, a multiple of"
+            f" {2 ** (levels - 1)}. Write there the side of an image in pixels over the VAE's factor (8)"
+        )
+    version = re.match(r"0\.(\d+)\.", str(published.get("_diffusers_version")))
+    if not is_xl and size == side < 64 and version and int(version[1]) < 9:
+        warnings.warn(f"{file}: sample_size={size} of diffusers before 0.9 is taken as 64", stacklevel=3)
+        return 64
+    return side
+
+
 class StableDiffusion:
     """A frozen Stable Diffusion 1.x, 2.x or XL.
 
@@ -209,7 +190,8 @@ class StableDiffusion:
         text_encoder, unet, vae: Flax modules, called as their classes say. The text encoder of XL is of two towers.
         name: what it was asked for by. root: its directory.
         tokenizers: a transformers.CLIPTokenizer of each tower, tokenizer the first of them.
-        scheduler_config: the published scheduler_config.json. schedule: its NoiseSchedule.
+        scheduler_config: the published scheduler_config.json, with what diffusion.for_latents sets right. schedule:
+            its NoiseSchedule.
         image_size: height and width in pixels for which the model was trained.
         latent_shape: (h, w, C) of such an image.
         time_ids: [6] int32, the sizes that the UNet of XL is told for such an image, whole; None of others.
@@ -219,14 +201,27 @@ class StableDiffusion:
     def __init__(self, root: pathlib.Path, make_part, name: str = ""):
         """Assembles the parts of a diffusers directory; make_part(model class, directory) makes each."""
         self.root, self.name = root, name or str(root)
-        scheduler_config = read_json(root / "scheduler" / "scheduler_config.json")
-        if (name := scheduler_config.get("_class_name")) not in SCHEDULERS:
-            raise ValueError(f"{root}: unknown scheduler {name!r}; known are {', '.join(sorted(SCHEDULERS))}")
-        self.scheduler_config, self.schedule = scheduler_config, NoiseSchedule.from_json(scheduler_config)
         index = read_json(root / "model_index.json") if (root / "model_index.json").is_file() else {}
-        is_xl = index.get("text_encoder_2", [None])[0] is not None
-        # All configs are checked before the first weights are read.
+        is_xl = (index.get("text_encoder_2") or [None])[0] is not None
         parts = {part: kind for part, (kind, _) in PARTS.items() if is_xl or part != "text_encoder_2"}
+        file = root / "scheduler" / "scheduler_config.json"
+        needed = [file, *(root / part / "config.json" for part in parts)]
+        if missing := [str(path.relative_to(root)) for path in needed if not path.is_file()]:
+            what = f"\nIts model_index.json calls it a {index.get('_class_name')}" if index else describe(root)
+            raise FileNotFoundError(
+                f"{root} is no text-to-image Stable Diffusion in the diffusers layout: {', '.join(missing)} is"
+                f" missing{what}"
+            )
+        published = read_json(file)
+        try:
+            check_scheduler(published.get("_class_name"))
+            self.scheduler_config, notes = for_latents(published, is_xl)
+            self.schedule = NoiseSchedule.from_json(self.scheduler_config)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
+        if notes:
+            warnings.warn(f"{file}: {'; '.join(notes)}", stacklevel=3)
+        # All configs are checked before the first weights are read.
         configs = {part: read_config(kind, root / part) for part, kind in parts.items()}
         text, unet, vae = (configs[part] for part in ("text_encoder", "unet", "vae"))
         problems, two = [], configs.get("text_encoder_2")
@@ -240,13 +235,16 @@ class StableDiffusion:
             given = two.projection_dim + 6 * unet.addition_time_embed_dim
             if given != (wanted := unet.projection_class_embeddings_input_dim):
                 problems.append(f"its pooled text and sizes are {given} wide, its UNet wants {wanted}")
+        if not vae.in_channels == vae.out_channels == 3:
+            problems.append(f"its VAE is of images of {vae.in_channels} channels, not red, green and blue")
         if not vae.latent_channels == unet.in_channels == unet.out_channels:
             problems.append(
                 f"its VAE has {vae.latent_channels} latent channels, its UNet {unet.in_channels} in and"
                 f" {unet.out_channels} out (inpainting and depth models have more in)"
             )
         if problems:
-            raise ValueError(f"{root} is no Stable Diffusion 1.x, 2.x or XL: {'; '.join(problems)}")
+            raise ValueError(f"{root} is no text-to-image Stable Diffusion 1.x, 2.x or XL: {'; '.join(problems)}")
+        side = latent_size(root, is_xl, len(unet.block_out_channels))
         from transformers import CLIPTokenizer
 
         places = [root / name for name in ("tokenizer", "tokenizer_2")[: len(text.towers)]]
@@ -255,13 +253,15 @@ class StableDiffusion:
         for place, tokenizer in zip(places, self.tokenizers):
             if len(tokenizer) < 256:  # the bytes alone are more; without its files transformers makes an empty one
                 raise ValueError(f"{place} has no vocabulary: are vocab.json and merges.txt there?")
+        for place, tokenizer, tower in zip(places, self.tokenizers, text.towers):
+            if len(tokenizer) > tower.vocab_size:  # an id past the last embedding would read another's
+                raise ValueError(f"{place} has {len(tokenizer)} tokens, its text encoder {tower.vocab_size} embeddings")
         made = {part: make_part(kind, root / part) for part, kind in parts.items()}
         self.text_encoder, self.unet, self.vae = made["text_encoder"], made["unet"], made["vae"]
         if two:
             self.text_encoder = CLIPTextModels(self.text_encoder, made["text_encoder_2"])
-        latent_size = read_json(root / "unet" / "config.json").get("sample_size", 64)
-        self.image_size = latent_size * 2 ** (len(vae.block_out_channels) - 1)
-        self.latent_shape = (latent_size, latent_size, vae.latent_channels)
+        self.image_size = side * 2 ** (len(vae.block_out_channels) - 1)
+        self.latent_shape = (side, side, vae.latent_channels)
         size = (self.image_size, self.image_size)
         self.time_ids = np.array([*size, 0, 0, *size], np.int32) if unet.addition_embed_type else None
         self.zeros_for_empty_prompt = is_xl and index.get("force_zeros_for_empty_prompt", True)
@@ -273,7 +273,8 @@ class StableDiffusion:
         """Loads a diffusers directory or hub repository.
 
         Args:
-            dtype: of the weights; modules compute in it.
+            dtype: of the weights; modules compute in it. float32, bfloat16, or on accelerators float16, in which a
+                VAE whose config says force_upcast is float32.
             variant: "fp16" for the published half-precision files, which are half to fetch.
             sharding: a jax.sharding.Sharding that every weight goes to, or a function that makes one for each
                 leaf of a part's tree (sharding.by_rules); the default device if None. Host memory holds one
@@ -288,6 +289,7 @@ class StableDiffusion:
             for part, (_, stem) in PARTS.items()
             for name in ("config.json", *weight_patterns(stem, variant))
         ]
+        dtype = read_dtype(dtype)
         root = find(path_or_hub_id, DESCRIPTION + files)
         make = lambda kind, place: load(kind, place, dtype, variant=variant, sharding=sharding)
         return cls(root, make, str(path_or_hub_id))
@@ -298,6 +300,7 @@ class StableDiffusion:
 
         For tests and benchmarks: pictures show nothing. Arguments and errors as in from_pretrained.
         """
+        dtype = read_dtype(dtype)
         root = find(path_or_hub_id, DESCRIPTION + [f"{part}/config.json" for part in PARTS])
         make = lambda kind, place: initialise(kind, place, dtype, seed=seed, sharding=sharding)
         return cls(root, make, str(path_or_hub_id))

@@ -18,11 +18,11 @@ import numpy as np
 from flax import nnx
 
 from livo_jax.judges import clip
+from livo_jax.model_files import open_tensors
 from livo_jax.models.clip import unit
 from livo_jax.models.inception import InceptionV3
 from livo_jax.models.lpips import LEAST, LPIPS
 from livo_jax.models.weights import from_published, one_key, split
-from livo_jax.pretrained import open_tensors
 
 KID_SUBSETS, KID_SUBSET_SIZE, SPLITS = 100, 1000, 10  # torch-fidelity's, and the papers'
 SEED = 2020  # torch-fidelity's, of KID's subsets and the Inception Score's splits, which NumPy's old generator draws

@@ -13,8 +13,8 @@ import numpy as np
 from flax import nnx
 
 from livo_jax.generate import check_value_encoder
+from livo_jax.model_files import find
 from livo_jax.models.clip import first_ids
-from livo_jax.pretrained import find
 from livo_jax.value_encoders import KINDS, WIDTHS, SoftTokens, beginnings, check_base
 
 INDEX = "shelf.json"

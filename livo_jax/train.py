@@ -22,7 +22,7 @@ from livo_jax.generate import PROMPT_LAYOUTS, check_value_encoder
 from livo_jax.log import Log, check_wandb
 from livo_jax.models.unet import REMAT
 from livo_jax.models.weights import put, split
-from livo_jax.pretrained import StableDiffusion
+from livo_jax.pretrained import StableDiffusion, read_dtype
 from livo_jax.report import table
 from livo_jax.step import (
     jit_step,
@@ -94,9 +94,9 @@ def check_config(config, sd, mesh, judge: bool = True):
 
 
 def load_base(config, mesh) -> StableDiffusion:
-    """The StableDiffusion of config.model on the mesh. Errors as from_pretrained has them."""
+    """The StableDiffusion of config.model on the mesh. Errors as read_dtype and from_pretrained have them."""
     where = functools.partial(sharding.by_rules, mesh=mesh) if config.shard_frozen else sharding.replicated(mesh)
-    dtype, variant = jnp.dtype(config.dtype), config.variant or None
+    dtype, variant = read_dtype(config.dtype, "config.dtype"), config.variant or None
     if config.random_weights:
         return StableDiffusion.from_config(config.model, dtype, seed=config.seed, sharding=where)
     return StableDiffusion.from_pretrained(config.model, dtype, variant=variant, sharding=where)
@@ -162,6 +162,11 @@ def train_and_evaluate(config, workdir, build_preferences=None, cache_latents=No
         raise ValueError(
             f"{directory} holds no preference pairs, and without config.judge none can be built:"
             " give config.data.directory, or a judge that reads the axes of config.principles"
+        )
+    if read_dtype(config.dtype, "config.dtype") == jnp.float16:
+        raise ValueError(
+            f"config.dtype={config.dtype!r}: small gradients are 0 in float16, and no scale of the loss keeps them:"
+            " train in bfloat16 or float32, and draw in float16 if you like"
         )
     check_wandb(config)
     with held(workdir, "trains in"):

@@ -23,10 +23,11 @@ import numpy as np
 from flax import nnx
 
 from livo_jax import seeds, sharding, values
+from livo_jax.model_files import describe, find, open_tensors, read_json, weight_patterns
 from livo_jax.models import low_rank
 from livo_jax.models.clip import CLIPTextConfig, CLIPTextConfigs, CLIPTextModel, CLIPTextModels, end_of_text, first_ids
 from livo_jax.models.weights import from_published, one_key, put, split, to_published
-from livo_jax.pretrained import find, load, open_tensors, read_json, weight_patterns
+from livo_jax.pretrained import load
 
 WIDTHS = ("hidden_size", "vocab_size", "max_position_embeddings")
 EXPORTED = "value_encoder/config.json"  # of any kind, in an export
@@ -77,7 +78,9 @@ class ValueEncoder(CLIPTextModel):
         """
         root = find(path_or_hub_id, cls.files(subfolder, variant))
         places = [subfolder] if subfolder else ["", "value_encoder"]
-        place = next((place for place in places if (root / place / "config.json").is_file()), places[0])
+        place = next((place for place in places if (root / place / "config.json").is_file()), None)
+        if place is None:
+            raise FileNotFoundError(f"{root / places[0]} has no config.json of a text encoder.{describe(root)}")
         if sd:
             check_base(root, read_json(root / place / "config.json").get("livo", {}).get("base"), sd)
         tower = functools.partial(load, dtype=dtype, variant=variant, sharding=sharding)
@@ -181,6 +184,8 @@ class LoRA(nnx.Module):
     @classmethod
     def _settings(cls, root: pathlib.Path) -> tuple[dict, str]:
         """Rank, alpha and targets of an adapter, and the model that it is of."""
+        if missing := [name for name in cls.FILES if not (root / name).is_file()]:
+            raise FileNotFoundError(f"{root} has no {' and no '.join(missing)}.{describe(root)}")
         published = read_json(root / cls.FILES[0])
         problems = [f"{name}={published[name]!r}" for name in cls.UNSUPPORTED if published.get(name)]
         targets, kind, bias = (published.get(name) for name in ("target_modules", "peft_type", "bias"))
@@ -188,9 +193,9 @@ class LoRA(nnx.Module):
             problems.append(f"peft_type={kind!r}, bias={bias!r}, target_modules={targets!r}")
         if problems:
             raise ValueError(f"{root / cls.FILES[0]}: not supported: {', '.join(problems)}")
-        if not (root / cls.FILES[1]).is_file():
-            raise FileNotFoundError(f"{root} has no {cls.FILES[1]}")
-        settings = dict(rank=published.get("r", 8), alpha=published.get("lora_alpha", 8), targets=sorted(targets))
+        # Each layer may be named alone, as diffusers names them: all of a kind must be there, or weights are missing.
+        targets = sorted({name.rpartition(".")[2] for name in targets})
+        settings = dict(rank=published.get("r", 8), alpha=published.get("lora_alpha", 8), targets=targets)
         return settings, published.get("base_model_name_or_path")
 
     def save(self, directory: pathlib.Path, base: str):
@@ -226,8 +231,7 @@ def _second(directory: pathlib.Path) -> pathlib.Path:
 
 def check_base(path, base: str | None, sd):
     """Warns where the model that a value encoder names as its own is another than the one that it is used on."""
-    same = lambda name: name in (sd.name, str(sd.root)) or pathlib.Path(name).resolve() == sd.root.resolve()
-    if base and not same(base):
+    if base and base not in (sd.name, str(sd.root)) and pathlib.Path(base).expanduser().resolve() != sd.root.resolve():
         warnings.warn(
             f"{path} was trained on {base!r} and is used on {sd.name!r}: it fits by its shapes, but is of use only if"
             " the one is a copy of the other",
@@ -319,7 +323,7 @@ class SoftTokens(nnx.Module):
         root = find(path_or_hub_id, cls.files())
         file = next((file for place in (root, root / "value_encoder") if (file := place / cls.FILE).is_file()), None)
         if file is None:
-            raise FileNotFoundError(f"{root} has no {cls.FILE}")
+            raise FileNotFoundError(f"{root} has no {cls.FILE}.{describe(root)}")
         tensors = open_tensors([file])
         with safetensors.safe_open(file, framework="numpy") as opened:
             metadata = opened.metadata() or {}

@@ -1,6 +1,7 @@
 """Schedules, targets and samplers agree with diffusers' for the same config."""
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +67,7 @@ def toy_unet(z, t, np=np):
 sample = jax.jit(functools.partial(diffusion.sample, lambda z, t, _: (toy_unet(z, t, jnp), None)))
 
 SAMPLERS = {
-    "ddim": ("DDIMScheduler", {}),
+    "ddim": ("DDIMScheduler", dict(clip_sample=False)),  # its default is for pixels
     "dpmsolver++": ("DPMSolverMultistepScheduler", {}),
     "dpmsolver++_karras": ("DPMSolverMultistepScheduler", dict(use_karras_sigmas=True)),
     "euler": ("EulerDiscreteScheduler", {}),
@@ -77,7 +78,7 @@ OPTIONS = [
     dict(timestep_spacing="linspace"),
     dict(timestep_spacing="leading", steps_offset=1),
     dict(timestep_spacing="trailing"),
-    dict(clip_sample=False, set_alpha_to_one=False, skip_prk_steps=True, steps_offset=1),  # as SD 1.5 is published
+    dict(set_alpha_to_one=False, skip_prk_steps=True, steps_offset=1),  # as SD 1.5 is published
     dict(skip_prk_steps=True, timestep_spacing="trailing", set_alpha_to_one=True),
     dict(final_sigmas_type="sigma_min"),
     dict(solver_type="heun"),
@@ -127,9 +128,7 @@ def test_trajectories(sampler, prediction_type, steps, options):
 @pytest.mark.parametrize("sampler", ["ddim", "dpmsolver++", "euler"])
 def test_zero_terminal_snr(sampler):
     """The zero that rescaling puts at T - 1 is what samplers start from."""
-    config = BASE | dict(
-        prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False
-    )
+    config = BASE | dict(prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing")
     noise = np.random.default_rng(0).normal(size=(1, 4, 4, 4)).astype(np.float32)
     _, expected = trajectory(sampler, config, 10, noise)
     assert relative_error(sample(noise, diffusion.sampler_table(config, sampler, 10)), expected) < 1e-4
@@ -146,8 +145,93 @@ def test_zero_terminal_snr(sampler):
         (dict(steps_offset=1), "ddim", 1000, "1000 steps with steps_offset=1 pass the last timestep"),
         (dict(timestep_spacing="linspace"), "dpmsolver++", 1000, "steps=1000: so many that timesteps repeat"),
         (dict(interpolation_type="log_linear"), "euler", 10, "interpolation_type='log_linear': choose from linear"),
+        (dict(use_beta_sigmas=True), "euler", 10, "use_beta_sigmas: not supported; set it to false, or choose ddim"),
+        (dict(use_flow_sigmas=True), "ddim", 10, "use_flow_sigmas=True: not Stable Diffusion's noise"),
+        (dict(timestep_type="continuous"), "ddim", 10, "timestep_type='continuous': not Stable Diffusion's noise"),
+        (dict(beta_end=None), "ddim", 10, "beta_end=None: a number is wanted"),
+        (dict(beta_schedule="linear", beta_end=1.5), "ddim", 10, "betas from .* to 1.5: all must be between 0 and 1"),
+        (
+            dict(rescale_betas_zero_snr=True, timestep_spacing="trailing"),
+            "ddim",
+            10,
+            "rescale_betas_zero_snr: .*ddim cannot start there",
+        ),
     ],
 )
 def test_what_we_cannot_sample_is_refused(config, sampler, steps, message):
     with pytest.raises(ValueError, match=message):
         diffusion.sampler_table(config, sampler, steps)
+
+
+@pytest.mark.parametrize("name", sorted(diffusion.SCHEDULERS))
+def test_every_known_scheduler_is_read_for_its_noise(name):
+    """The noise of a file that says nothing else is that of its class, and every sampler draws with its settings."""
+    import diffusers
+
+    # DPMSolverSDE's class wants torchsde; its defaults are Heun's.
+    theirs = diffusers.HeunDiscreteScheduler if "SDE" in name else getattr(diffusers, name)
+    parameters = inspect.signature(theirs.__init__).parameters.items()
+    defaults = {field: parameter.default for field, parameter in parameters if field not in ("self", "kwargs")}
+    diffusion.check_scheduler(name)
+    ours, named = (diffusion.NoiseSchedule.from_json(config) for config in ({"_class_name": name}, defaults))
+    np.testing.assert_array_equal(ours.alphas_cumprod, named.alphas_cumprod)
+    right, _ = diffusion.for_latents(defaults | {"_class_name": name}, is_xl=False)
+    for sampler in diffusion.SAMPLERS:
+        assert all(np.isfinite(column).all() for column in diffusion.sampler_table(right, sampler, 5))
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        (
+            "FlowMatchEulerDiscreteScheduler",
+            "is of flow matching: the model was .*take a Stable",
+        ),
+        ("EDMDPMSolverMultistepScheduler", "is of EDM: the model was trained on other noise .*take a Stable"),
+        ("MyScheduler", "is an unknown scheduler; known are DDIM.*name DDIMScheduler there"),
+        (None, "_class_name=None is an unknown scheduler"),
+    ],
+)
+def test_schedulers_of_other_noise_are_refused(name, message):
+    with pytest.raises(ValueError, match=message):
+        diffusion.check_scheduler(name)
+
+
+DEIS = BASE | {  # as published models have it
+    "_class_name": "DEISMultistepScheduler", "algorithm_type": "deis", "solver_type": "logrho", "solver_order": 2,
+    "lower_order_final": True, "clip_sample": False, "set_alpha_to_one": False, "skip_prk_steps": True,
+    "steps_offset": 1, "thresholding": False, "dynamic_thresholding_ratio": 0.995, "sample_max_value": 1.0,
+    "timestep_spacing": "leading", "trained_betas": None, "use_karras_sigmas": False, "prediction_type": "epsilon",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpmsolver++", "euler", "pndm"])
+def test_settings_of_another_solver_do_not_stop_ours(sampler):
+    noise = np.random.default_rng(0).normal(size=(1, 4, 4, 4)).astype(np.float32)
+    _, expected = trajectory(sampler, DEIS | diffusion.SOLVER, 10, noise)  # diffusers itself refuses "deis"
+    right, notes = diffusion.for_latents(DEIS | {"solver_order": 3}, is_xl=False)
+    assert not notes
+    for config in (DEIS, right):
+        assert relative_error(sample(noise, diffusion.sampler_table(config, sampler, 10)), expected) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "config, is_xl, notes",
+    [
+        (dict(_class_name="DDIMScheduler", steps_offset=1), False, ["clip_sample"]),
+        (dict(_class_name="PNDMScheduler", steps_offset=1), False, []),  # which never clips
+        (dict(_class_name="PNDMScheduler", clip_sample=True), False, ["clip_sample", "steps_offset"]),
+        (dict(_class_name="EulerDiscreteScheduler", steps_offset=0), True, []),
+        (dict(_class_name="DDIMScheduler", clip_sample=False, thresholding=True), True, ["thresholding"]),
+    ],
+    ids=str,
+)
+def test_what_pipelines_of_latents_set_right(config, is_xl, notes):
+    from diffusers import DDIMScheduler
+
+    right, said = diffusion.for_latents(BASE | config, is_xl)
+    assert [note.split()[0] for note in said] == notes
+    noise = np.random.default_rng(0).normal(size=(1, 4, 4, 4)).astype(np.float32)
+    offset = config.get("steps_offset", 0) if is_xl else 1
+    _, expected = trajectory("ddim", DDIMScheduler(**BASE, clip_sample=False, steps_offset=offset).config, 10, noise)
+    assert relative_error(sample(noise, diffusion.sampler_table(right, "ddim", 10)), expected) < 1e-4

@@ -22,8 +22,9 @@ from data_tools import cache_latents
 from livo_jax import StableDiffusion, ValueEncoder, export, generate, sharding, train, value_encoders
 from livo_jax.export import SCHEDULERS
 from livo_jax.generate import Dose, Request
+from livo_jax.model_files import read_json
 from livo_jax.models.weights import TO_PUBLISHED, published_name, split, to_published
-from livo_jax.pretrained import PARTS, read_json, skeleton
+from livo_jax.pretrained import PARTS, skeleton
 from livo_jax.shelf import Shelf
 from livo_jax.step import but_embeddings, draw, init_state, make_loss, make_train_step
 from livo_jax.value_encoders import LoRA, SoftTokens

@@ -7,9 +7,10 @@ import jax
 import numpy as np
 from flax import nnx
 
+from livo_jax.model_files import find, read_json, weight_patterns
 from livo_jax.models.clip import CLIPModel
 from livo_jax.models.weights import split
-from livo_jax.pretrained import find, load, read_json, weight_patterns
+from livo_jax.pretrained import load
 from livo_jax.values import phrase
 
 BATCH = 32  # images at once; the last batch is filled up, so that one size is compiled

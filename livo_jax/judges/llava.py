@@ -6,7 +6,7 @@ import importlib.util
 import numpy as np
 
 from livo_jax.judges.clip import SUBJECT
-from livo_jax.pretrained import find, weight_files, weight_patterns
+from livo_jax.model_files import find, weight_files, weight_patterns
 from livo_jax.values import phrase
 
 BATCH = 16  # images at once

@@ -11,7 +11,7 @@ from livo_jax.models.attention import attention
 from livo_jax.models.layers import ACTIVATIONS, PublishedConfig, all_but_gathered, gathered, layer_norm
 
 IGNORED = frozenset(  # published fields that do not change the computation
-    "architectures attention_dropout bos_token_id dropout dtype initializer_factor initializer_range model_type"
+    "architectures attention_dropout bos_token_id dropout dtype initializer_factor initializer_range"
     " pad_token_id projection_dim torch_dtype transformers_version chunk_size_feed_forward id2label label2id"
     " max_length min_length num_beams num_beam_groups num_return_sequences output_scores problem_type"
     " repetition_penalty length_penalty temperature top_k top_p typical_p tie_word_embeddings"
@@ -34,6 +34,7 @@ class CLIPTextConfig(PublishedConfig):
     eos_token_id: int = 49407
 
     CAUSAL = True  # a token sees itself and those before it
+    FIXED = {"model_type": "clip_text_model"}
     IGNORED = IGNORED
 
     def __post_init__(self):
@@ -82,6 +83,7 @@ class CLIPVisionConfig(PublishedConfig):
     layer_norm_eps: float = 1e-5
 
     CAUSAL = False
+    FIXED = {"model_type": "clip_vision_model"}
     IGNORED = IGNORED
     __post_init__ = CLIPTextConfig.__post_init__
 
@@ -94,6 +96,7 @@ class CLIPConfig(PublishedConfig):
     vision_config: CLIPVisionConfig = CLIPVisionConfig()
     projection_dim: int = 512
 
+    FIXED = {"model_type": "clip"}
     IGNORED = IGNORED | {"logit_scale_init_value"}
 
     @classmethod

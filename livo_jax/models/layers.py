@@ -41,20 +41,24 @@ class PublishedConfig:
 
         Raises:
             ValueError: a field asks for a computation that we do not have; all such fields are
-                listed. A field that we do not know passes only if it is null, false or empty.
+                listed. A field that we do not know passes only if it is null, false or empty, or a list of such.
         """
-        fields = {f.name for f in dataclasses.fields(cls)}
+        fields = {f.name: f.type for f in dataclasses.fields(cls)}
         supported, unsupported = {}, []
         for name, value in published.items():
             if name in fields:
                 supported[name] = tuple(value) if isinstance(value, list) else value
+                kind = int | float if fields[name] is float else fields[name]
+                if not isinstance(supported[name], kind):
+                    unsupported.append(f"{name}={value!r} (only {getattr(kind, '__name__', kind)})")
             elif name in cls.FIXED:
                 if value != cls.FIXED[name]:
                     unsupported.append(f"{name}={value!r} (only {cls.FIXED[name]!r})")
-            elif value and not name.startswith("_") and name not in cls.IGNORED:
-                unsupported.append(f"{name}={value!r}")
+            elif not name.startswith("_") and name not in cls.IGNORED:
+                if any(value) if isinstance(value, list) else value:
+                    unsupported.append(f"{name}={value!r}")
         if unsupported:
-            raise ValueError(f"{cls.__name__} does not support: " + ", ".join(unsupported))
+            raise ValueError(f"{cls.__name__} does not support: {', '.join(unsupported)}; take a model without")
         return cls(**supported)
 
 

@@ -57,6 +57,7 @@ class UNetConfig(PublishedConfig):
     projection_class_embeddings_input_dim: int | None = None
 
     FIXED = {
+        "_class_name": "UNet2DConditionModel",
         "act_fn": "silu",
         "attention_type": "default",
         "conv_in_kernel": 3,
@@ -68,8 +69,8 @@ class UNetConfig(PublishedConfig):
         "resnet_time_scale_shift": "default",
         "time_embedding_type": "positional",
     }
-    # upcast_attention asks for a float32 softmax, which ours always is.
-    IGNORED = frozenset({"sample_size", "upcast_attention", "addition_embed_type_num_heads"})
+    # upcast_attention asks for a float32 softmax, which ours always is; dropout is for training it.
+    IGNORED = frozenset({"sample_size", "upcast_attention", "addition_embed_type_num_heads", "dropout"})
 
     def __post_init__(self):
         for names, suffix in ((self.down_block_types, "DownBlock2D"), (self.up_block_types, "UpBlock2D")):
@@ -88,6 +89,9 @@ class UNetConfig(PublishedConfig):
             value = getattr(self, name)
             if isinstance(value, tuple) and len(value) != levels:
                 raise ValueError(f"{name} has {len(value)} entries for {levels} levels of block_out_channels")
+        for name in per_level.split():
+            if not all(type(entry) is int and entry > 0 for entry in self.per_level(name)):
+                raise ValueError(f"{name}={getattr(self, name)!r}: only one number, or one for each level, above 0")
 
     def per_level(self, name: str) -> tuple:
         """A field that is one number or one for each level, as one for each level."""

@@ -21,7 +21,10 @@ EPS = 1e-6  # of every group norm in the published autoencoders
 
 @dataclasses.dataclass(frozen=True)
 class VAEConfig(PublishedConfig):
-    """The fields of a published vae/config.json that change the computation."""
+    """The fields of a published vae/config.json that change the computation.
+
+    force_upcast: whether float16 overflows in it, so that float32 is to take its place.
+    """
 
     in_channels: int = 3
     out_channels: int = 3
@@ -30,10 +33,24 @@ class VAEConfig(PublishedConfig):
     layers_per_block: int = 1
     norm_num_groups: int = 32
     scaling_factor: float = 0.18215
+    down_block_types: tuple = ("DownEncoderBlock2D",)
+    up_block_types: tuple = ("UpDecoderBlock2D",)
+    force_upcast: bool = True
 
-    FIXED = {"act_fn": "silu", "mid_block_add_attention": True, "use_quant_conv": True, "use_post_quant_conv": True}
-    # The block types have one kind each; their number is that of block_out_channels.
-    IGNORED = frozenset({"sample_size", "force_upcast", "down_block_types", "up_block_types"})
+    FIXED = {
+        "_class_name": "AutoencoderKL",
+        "act_fn": "silu",
+        "mid_block_add_attention": True,
+        "use_post_quant_conv": True,
+        "use_quant_conv": True,
+    }
+    IGNORED = frozenset({"sample_size"})
+
+    def __post_init__(self):
+        # The block types have one kind each; their number is that of block_out_channels.
+        for name, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+            if set(getattr(self, name)) != {kind}:
+                raise ValueError(f"{name}={getattr(self, name)!r}: only {kind}")
 
 
 class VAEAttention(Attention):

@@ -70,7 +70,8 @@ def from_published(tensors: Mapping, abstract: dict, dtype=None, sharding=None) 
         The tree, of jax.Arrays.
 
     Raises:
-        ValueError: names are missing, unexpected or misshapen; all of them are listed.
+        ValueError: names are missing, unexpected or misshapen, and all of them are listed; or a weight is too large for
+            the dtype.
     """
     leaves = {published_name(path): (path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)}
     theirs = {}
@@ -94,7 +95,11 @@ def from_published(tensors: Mapping, abstract: dict, dtype=None, sharding=None) 
         array = np.asarray(tensors[theirs[published_name(path)]])
         if path[-1].key == "kernel":
             array = array.transpose(TO_OURS[array.ndim])
-        return put(array.astype(dtype or leaf.dtype), sharding)
+        with np.errstate(over="ignore"):
+            array = array.astype(dtype or leaf.dtype)
+        if array.dtype == np.float16 and not np.isfinite(array).all():
+            raise ValueError(f"{published_name(path)} is too large for float16: load it in bfloat16 or float32")
+        return put(array, sharding)
 
     return jax.tree_util.tree_map_with_path(fill, abstract, for_each_leaf(sharding, abstract))
 
