@@ -95,8 +95,9 @@ def export(directory: str | os.PathLike, sd, value_encoder, config, results: lis
         )
     directory = pathlib.Path(directory).absolute()
     scheduler, options = SCHEDULERS[config.sampling.sampler]
-    if scheduler == "DPMSolverMultistepScheduler":  # what the base's file says may be of another solver
-        options = options | {name: sd.scheduler_config[name] for name in SOLVER if name in sd.scheduler_config}
+    # What the base's own file may say otherwise, or not say.
+    right = ("steps_offset", *SOLVER) if scheduler == "DPMSolverMultistepScheduler" else ("steps_offset",)
+    options = options | {name: sd.scheduler_config[name] for name in right if name in sd.scheduler_config}
     settings = {
         "directory": str(directory), "xl": sd.time_ids is not None, "size": sd.image_size, "scheduler": scheduler,
         "options": options, "steps": config.sampling.steps, "guidance_scale": config.sampling.guidance_scale,

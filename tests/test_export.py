@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from livo_jax import ValueEncoder, generate, sharding, value_encoders
+from livo_jax import StableDiffusion, ValueEncoder, generate, sharding, value_encoders
 from livo_jax.export import export
 from livo_jax.models.weights import split
 from livo_jax.pretrained import initialise
@@ -117,6 +117,44 @@ def pipeline(exported, published):
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+@pytest.mark.parametrize(
+    "sampler, name, changes, expected",
+    [
+        ("ddim", "DDIMScheduler", {}, dict(clip_sample=False, steps_offset=1)),
+        (
+            "ddim", "DDIMScheduler", dict(clip_sample=True, thresholding=True),
+            dict(clip_sample=False, thresholding=False),
+        ),
+        (
+            "dpmsolver++", "DEISMultistepScheduler", dict(algorithm_type="deis", solver_type="logrho", solver_order=3),
+            dict(algorithm_type="dpmsolver++", solver_type="midpoint", solver_order=2, steps_offset=1),
+        ),
+    ],
+    ids=["old file", "file for pixels", "another solver"],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # the corrections, theirs and ours
+def test_the_pipeline_takes_the_scheduler_that_we_draw_with(
+    sampler, name, changes, expected, published, value_encoder, config, tmp_path
+):
+    from diffusers import DiffusionPipeline
+
+    base = shutil.copytree(published, tmp_path / "base")
+    for file, change in (
+        (base / "scheduler" / "scheduler_config.json", changes | {"_class_name": name}),
+        (base / "model_index.json", {"scheduler": ["diffusers", name]}),
+    ):
+        content = json.loads(file.read_text()) | change
+        dropped = {"clip_sample", "steps_offset"} - change.keys()
+        file.write_text(json.dumps({field: value for field, value in content.items() if field not in dropped}))
+    config = config.copy_and_resolve_references()
+    config.sampling.sampler = sampler
+    export(tmp_path / "out", StableDiffusion.from_pretrained(base), value_encoder, config)
+    pipeline = DiffusionPipeline.from_pretrained(
+        base, custom_pipeline=str(tmp_path / "out"), trust_remote_code=True, safety_checker=None
+    )
+    assert dict(pipeline.scheduler.config) | expected == dict(pipeline.scheduler.config)
 
 
 PROMPTS = ["a photo of a baker", "a bloody cook", "a photo of the sea"]
