@@ -52,6 +52,9 @@ def main(argv):
 
         sharding.join(DISTRIBUTED.value)
 
+    from livo_jax import fields
+
+    changed = config_flags.get_override_values(flags.FLAGS["config"])
     if "methods" in config:
         if MODE.value != "evaluate":
             raise app.UsageError(f"--config={name} compares methods: give --mode=evaluate, not {MODE.value}")
@@ -59,9 +62,15 @@ def main(argv):
         from livo_jax.compare import compare
         from livo_jax.workdir import find, held
 
+        for method, own in config.methods.items():
+            begin = f"methods.{method}."
+            own_changed = {name.removeprefix(begin): x for name, x in changed.items() if name.startswith(begin)}
+            fields.check(own, own_changed, comparing=True)
         with held(find(workdir), "compares methods in"):
             compare(config, workdir, build_preferences.build, cache_latents.write)
         return
+    fields.check_mode(config, MODE.value, VALUE.value)
+    fields.check(config, changed)
     if MODE.value == "plan":
         import jax
 

@@ -10,6 +10,7 @@ import transformers
 
 from livo_jax.model_files import read_json
 from livo_jax.models.weights import split, to_published
+from livo_jax.step import learning_rate
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MODELS = {
@@ -52,7 +53,7 @@ class TrainStep:
         self.scheduler = diffusers.DDPMScheduler.from_config(sd.scheduler_config)
         c = config.train
         self.optimizer = torch.optim.AdamW(
-            self.value_encoder.parameters(), c.learning_rate, (c.b1, c.b2), c.eps, c.weight_decay
+            self.value_encoder.parameters(), learning_rate(config), (c.b1, c.b2), c.eps, c.weight_decay
         )
         if compiled:
             for part in (self.unet, self.vae.encoder, self.text_encoder, self.value_encoder):

@@ -29,7 +29,7 @@ from flax import nnx
 from livo_jax import sharding, value_encoders
 from livo_jax.models.weights import split
 from livo_jax.pretrained import StableDiffusion
-from livo_jax.step import draw, jit_step, make_optimizer, make_train_step, state_on
+from livo_jax.step import draw, jit_step, learning_rate, make_optimizer, make_train_step, state_on
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The config whose step is timed.")
 PEERS = flags.DEFINE_list("peers", ["eager", "compile"], "Of eager, compile (PyTorch) and flax; empty for none.")
@@ -113,6 +113,7 @@ def flax_peer(sd, config, first: dict) -> dict:
 def main(_):
     logging.set_verbosity(logging.WARNING)
     config, rng = CONFIG.value, np.random.default_rng(0)
+    config.train.learning_rate = learning_rate(config)  # for those who do not know what 0 is
     if unknown := set(PEERS.value) - {"eager", "compile", "flax"}:
         raise app.UsageError(f"--peers={','.join(PEERS.value)}: {', '.join(unknown)} is none of eager, compile, flax")
     make = StableDiffusion.from_config if config.random_weights else StableDiffusion.from_pretrained

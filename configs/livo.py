@@ -82,7 +82,17 @@ def get_config(variant: str = "") -> ConfigDict:
     c.batch_size = 8  # pairs, over all devices
     c.accumulate = 1  # micro-batches in which a step works off its batch: less memory, the same numbers
     c.remat = "none"  # what the UNet's blocks keep for the backward pass: none recomputes nothing, or dots, full
-    c.learning_rate = 1e-6
+    c.learning_rate = 0.0  # AdamW moves a weight by about that in a step; 0: that of what is trained, which is
+    c.learning_rates = ConfigDict({
+        "full": 1e-6,  # the paper's
+        # Not measured on this model. As published for low-rank updates of it (diffusers' DreamBooth LoRA),
+        "lora": 1e-4,
+        # for Textual Inversion (diffusers' 5e-4 times its batch of 4; here tokens are text states, of size 1),
+        "token": 2e-3,
+        # and for Diffusion-DPO by low-rank updates (diffusers' research_projects/diffusion_dpo).
+        "dpo_unet": 1e-5,
+        "concept_ablation": 1.6e-5,  # 2e-6 times its batch of 8
+    })  # fmt: skip
     c.learning_rate_scaling = "none"  # "linear" or "sqrt" in batch_size / reference_batch_size
     c.reference_batch_size = 8
     c.warmup_steps = 0  # linear, from zero

@@ -97,7 +97,10 @@ def get_config(variant: str = "") -> ConfigDict:
     c.batch_size = 8  # pairs, over all devices
     c.accumulate = 1  # micro-batches in which a step works off its batch: less memory, the same numbers
     c.remat = "none"  # what the UNet's blocks keep for the backward pass: none recomputes nothing, or dots, full
-    c.learning_rate = 3e-3
+    c.learning_rate = 0.0  # AdamW moves a weight by about that in a step; 0: that of what is trained, which is
+    c.learning_rates = ConfigDict({
+        "full": 3e-3, "lora": 3e-3, "token": 3e-2, "dpo_unet": 3e-4, "concept_ablation": 3e-4
+    })  # fmt: skip
     c.learning_rate_scaling = "none"  # "linear" or "sqrt" in batch_size / reference_batch_size
     c.reference_batch_size = 8
     c.warmup_steps = 200  # linear, from zero: at full rate at once, the encoder would forget how to read prompts

@@ -41,9 +41,9 @@ def livo(l_w, l_l, r_w, r_l, *, alpha, beta, gamma_1, gamma_2):
     return jnp.mean(hinge_w + hinge_l), metrics
 
 
-def sft(l_w, r_w):
-    """Supervised fine-tuning on the aligned images: mean(l_w), the diffusion loss. It asks for no violating image."""
-    return jnp.mean(l_w), {"margin_w": jnp.mean(l_w - r_w)}
+def sft(l_w):
+    """Supervised fine-tuning: mean(l_w), the diffusion loss. It asks for no violating image, and for no reference."""
+    return jnp.mean(l_w), {}
 
 
 def dpo(l_w, l_l, r_w, r_l, *, beta, T):

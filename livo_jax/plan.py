@@ -15,10 +15,10 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType
 
-from livo_jax import sharding, train, value_encoders
+from livo_jax import baselines, sharding, train, value_encoders
 from livo_jax.data import cache_dtype
 from livo_jax.model_files import find
-from livo_jax.models.weights import split
+from livo_jax.models.weights import one_key, split
 from livo_jax.pretrained import DESCRIPTION, PARTS, StableDiffusion, read_dtype, skeleton
 from livo_jax.step import init_state, make_loss, make_optimizer, make_train_step
 
@@ -50,14 +50,21 @@ def abstract_model(config) -> StableDiffusion:
         return nnx.merge(graph, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), params))
 
     root = find(config.model, DESCRIPTION + [f"{name}/config.json" for name in PARTS])
-    sd = StableDiffusion(root, part, config.model)
-    sd.unet.remat = config.train.remat
-    return sd
+    return StableDiffusion(root, part, config.model)
 
 
 def value_encodings(config) -> int:
     """How often a step has the value encoder read: once, and once more where a second value stands beside."""
     return 2 if config.data.beside and len(config.principles) > 1 else 1
+
+
+def unet_passes(config) -> tuple[int, int, int]:
+    """Of how many images of a pair a step makes predictions, and how often it passes the UNet forward and backward."""
+    if config.method == "concept_ablation":  # the concept's prompt and the anchor's
+        return 1, 2, 2 if config.concept_ablation.prior else 1
+    if config.method not in baselines.UNET and config.loss.form == "sft":
+        return 1, 1, 1
+    return 2, 2, 1  # the policy's conditioning and the reference's
 
 
 def abstract_batch(sd, config, rows: int) -> dict:
@@ -125,10 +132,12 @@ def traffic(sd, params, frozen, mesh, config) -> dict[str, float]:
     """Bytes that a device sends in a step, by cause, with collectives as rings; docs/scaling.md says what is left out.
 
     Args:
-        params: the value encoder's shapes. frozen: those of the frozen models.
+        params: the shapes of what is trained. frozen: those of the frozen models.
     """
     data, fsdp, tensor = (mesh.shape[axis] for axis in sharding.AXES)
-    rules = sharding.RULES if config.value_encoder.kind == "full" else sharding.WHOLE
+    of_unet = config.method in baselines.UNET
+    rules = sharding.RULES if config.value_encoder.kind == "full" and not of_unet else sharding.WHOLE
+    images, forward, backward = unet_passes(config)
     lies, found = sharding.by_rules(params, mesh, rules), Counter()
     frozen_names = () if config.train.train_embeddings else ("embeddings",)
     on_device = size(without(params, *frozen_names), without(lies, *frozen_names))
@@ -145,15 +154,17 @@ def traffic(sd, params, frozen, mesh, config) -> dict[str, float]:
         found["gradient"] = config.train.accumulate * on_device * (2 * (data - 1) / data + fsdp - 1)
     if fsdp > 1 and rules is sharding.RULES:  # forward, and once backward
         found["value encoder's weights"] = (value_encodings(config) + 1) * config.train.accumulate * gathered(params)
-    if config.shard_frozen:  # the UNet with the policy's and the reference's conditioning and backward
-        uses = {"unet": 3, "text_encoder": 1, "vae": 1}
+    if config.shard_frozen:
+        texts = 2 if config.method == "concept_ablation" else 1
+        uses = {"unet": forward + backward, "text_encoder": texts, "vae": 1}
         found["frozen weights"] = config.train.accumulate * sum(uses[k] * gathered(v) for k, v in frozen.items())
     if tensor > 1:
         rows, L = config.train.batch_size // sharding.batch_parts(mesh), sd.text_encoder.config.max_position_embeddings
         sum_up = functools.partial(partial_sums, parts=tensor)
         if rules is sharding.RULES:
             found["activations"] += sum_up(params, lambda name: rows * L, value_encodings(config), 1)
-        if config.shard_frozen:  # of the UNet w and l, with the policy's and the reference's conditioning
+        if config.shard_frozen:
+            tokens = L if of_unet else L + 1
             levels, side = len(sd.unet.config.block_out_channels), sd.latent_shape[0]
 
             def positions(name):
@@ -161,9 +172,10 @@ def traffic(sd, params, frozen, mesh, config) -> dict[str, float]:
                 level = (
                     levels - 1 if block == "mid_block" else int(i) if block == "down_blocks" else levels - 1 - int(i)
                 )
-                return 2 * rows * (L + 1 if "attn2.to_k" in name or "attn2.to_v" in name else (side // 2**level) ** 2)
+                reads_text = "attn2.to_k" in name or "attn2.to_v" in name
+                return images * rows * (tokens if reads_text else (side // 2**level) ** 2)
 
-            found["activations"] += sum_up(frozen["unet"], positions, 2, 1)
+            found["activations"] += sum_up(frozen["unet"], positions, forward, backward)
             if "text_encoder" in frozen:
                 found["activations"] += sum_up(frozen["text_encoder"], lambda name: rows * L, 1, 0)
     return {cause: sent for cause, sent in found.items() if sent}
@@ -188,12 +200,20 @@ def plan(config, devices: int) -> dict:
     parts = sharding.batch_parts(mesh)
     rows = config.train.batch_size // parts // config.train.accumulate  # on a device at once
 
+    if of_unet := baselines.of_unet(config):
+        make = lambda unet: of_unet.Update(config, baselines.with_unet(sd, unet), one_key())
+        trained = nnx.eval_shape(make, sd.unet)
+        part, loss_of = "update", of_unet.make_loss
+        train.compute_on(mesh, config, sd)
+    else:
+        trained = nnx.eval_shape(lambda: value_encoders.make(config, sd))
+        part, loss_of = "value_encoder", make_loss
+        train.compute_on(mesh, config, sd, trained)
     modules = {"unet": sd.unet, "text_encoder": sd.text_encoder} | ({} if config.data.cache else {"vae": sd.vae})
     graphs, frozen = {}, {}
     for name, module in modules.items():
         graphs[name], frozen[name] = split(module)
-    value_encoder = nnx.eval_shape(lambda: value_encoders.make(config, sd))
-    graphs["value_encoder"], params = split(value_encoder)
+    graphs[part], params = split(trained)
     tx = make_optimizer(config)
     state = jax.eval_shape(functools.partial(init_state, tx=tx, ema_decay=config.train.ema_decay), params)
 
@@ -201,14 +221,14 @@ def plan(config, devices: int) -> dict:
     with micro.unlocked():
         micro.train.accumulate, micro.train.batch_size = 1, rows
     batch, scale = abstract_batch(sd, config, rows), sd.vae.config.scaling_factor
-    step = make_train_step(graphs, sd.schedule, tx, micro, scale, sd.time_ids)
+    step = make_train_step(graphs, sd.schedule, tx, micro, scale, sd.time_ids, loss_of)
     flops = jax.jit(step).lower(state, frozen, batch).cost_analysis()["flops"] / rows
 
     h, w, C = sd.latent_shape
     drawn = {name: jax.ShapeDtypeStruct((rows, h, w, C), jnp.float32) for name in ("noise_w", "noise_l", "eps")}
     drawn["t"] = jax.ShapeDtypeStruct((rows,), jnp.int32)
-    loss = make_loss(graphs, sd.schedule, micro, scale, sd.time_ids)
-    lies = sharding.by_rules(state, mesh, value_encoder.RULES)
+    loss = loss_of(graphs, sd.schedule, micro, scale, sd.time_ids)
+    lies = sharding.by_rules(state, mesh, trained.RULES)
     memory = {
         "state": size(state, lies),
         "gradient": size(params, lies["params"]),

@@ -10,6 +10,21 @@ from flax import nnx
 from livo_jax import diffusion, losses, seeds, sharding
 
 
+def learning_rate(config) -> float:
+    """config.train.learning_rate or, where that is 0, that of what is trained.
+
+    Raises:
+        ValueError: a method or kind of value encoder that has none.
+    """
+    c, kind = config.train, config.value_encoder.kind
+    if c.learning_rate:
+        return c.learning_rate
+    trained = config.method if config.method in c.learning_rates else kind
+    if trained not in c.learning_rates:
+        raise ValueError(f"config.value_encoder.kind={kind!r}: config.train.learning_rates has none for it")
+    return c.learning_rates[trained]
+
+
 def make_optimizer(config) -> optax.GradientTransformation:
     """AdamW on clipped gradients, after config.train.
 
@@ -23,7 +38,7 @@ def make_optimizer(config) -> optax.GradientTransformation:
         )
     ratio = c.batch_size / max(1, c.reference_batch_size)
     scales = {"none": 1.0, "linear": ratio, "sqrt": ratio**0.5}
-    peak = c.learning_rate * scales.get(c.learning_rate_scaling, 1.0)
+    peak = learning_rate(config) * scales.get(c.learning_rate_scaling, 1.0)
     schedules = {
         "constant": optax.constant_schedule(peak),
         "cosine": optax.cosine_decay_schedule(peak, max(1, c.steps - c.warmup_steps)),
@@ -34,8 +49,8 @@ def make_optimizer(config) -> optax.GradientTransformation:
     if problems:
         raise ValueError("\n  ".join(problems))
     warmup = optax.linear_schedule(0.0, peak, c.warmup_steps)
-    learning_rate = optax.join_schedules([warmup, schedules[c.schedule]], [c.warmup_steps])
-    adamw = optax.adamw(learning_rate, b1=c.b1, b2=c.b2, eps=c.eps, weight_decay=c.weight_decay)
+    rate = optax.join_schedules([warmup, schedules[c.schedule]], [c.warmup_steps])
+    adamw = optax.adamw(rate, b1=c.b1, b2=c.b2, eps=c.eps, weight_decay=c.weight_decay)
     clip = optax.clip_by_global_norm(c.grad_clip)
     if c.train_embeddings:
         return optax.chain(clip, adamw)
@@ -165,7 +180,7 @@ def make_loss(graphs: dict, schedule: diffusion.NoiseSchedule, config, scaling_f
             beside = jnp.broadcast_to(batch["beside"][:, None], u.shape[:2])
             mask = jnp.concatenate([beside, jnp.ones(c.shape[:2], bool)], axis=1)
             c = before(u_beside, c)
-        reference = errors(c, mask)
+        reference = errors(c, mask) if config.loss.form != "sft" else ()
         mask = mask if mask is None else jnp.concatenate([jnp.ones(u.shape[:2], bool), mask], axis=1)
         return preference(*errors(before(u, c), mask), *reference)
 

@@ -1,7 +1,6 @@
 """Training: train_and_evaluate(config, workdir) repeats the step of step.py; restore_run reads what it left."""
 
 import collections
-import copy
 import functools
 import json
 import math
@@ -14,7 +13,7 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from livo_jax import baselines, diffusion, judges, prompt_sets, seeds, sharding, value_encoders, values
+from livo_jax import baselines, diffusion, fields, judges, prompt_sets, seeds, sharding, value_encoders, values
 from livo_jax.checkpoint import Checkpoints, Termination
 from livo_jax.data import Cache, Preferences, batches, cache_directory
 from livo_jax.evaluate import evaluate_and_report, read_results, sample_sheet
@@ -26,6 +25,7 @@ from livo_jax.pretrained import StableDiffusion, read_dtype
 from livo_jax.report import table
 from livo_jax.step import (
     jit_step,
+    learning_rate,
     make_loss,
     make_optimizer,
     make_preference,
@@ -85,10 +85,7 @@ def check_config(config, sd, mesh, judge: bool = True):
             attempt()
         except ValueError as error:
             problems.append(str(error))
-    if found and (module := baselines.of_unet(config)) and not any(value.kind in module.KINDS for value in found):
-        problems.append(
-            f"config.principles={config.principles}: {config.method} is for values of kind {', '.join(module.KINDS)}"
-        )
+    problems += fields.problems(config) if found else []
     if problems:
         raise ValueError("the config cannot work:\n  " + "\n  ".join(problems))
 
@@ -115,21 +112,28 @@ def load_models(config, mesh, base: StableDiffusion | None = None):
             another model.
     """
     sd = base or load_base(config, mesh)
-    sd.unet.remat = config.train.remat
     if module := baselines.of_unet(config):
         graph, params = split(module.Update(config, sd, nnx.Rngs(seeds.key(config.seed))))
-        return sd, nnx.merge(graph, jax.tree.map(lambda x: put(np.asarray(x), sharding.replicated(mesh)), params))
+        update = nnx.merge(graph, jax.tree.map(lambda x: put(np.asarray(x), sharding.replicated(mesh)), params))
+        compute_on(mesh, config, sd)
+        return sd, update
     value_encoder = value_encoders.start(config, sd, mesh)
     check_value_encoder(sd, value_encoder)
+    compute_on(mesh, config, sd, value_encoder)
+    return sd, value_encoder
+
+
+def compute_on(mesh, config, sd: StableDiffusion, value_encoder=None):
+    """Has the modules that a step merges keep for the backward pass, and gather, what the config and the mesh want."""
+    sd.unet.remat = config.train.remat
     gather = functools.partial(sharding.gather, mesh=mesh)
     if config.shard_frozen:
         sd.unet.gather = gather
         for tower in sd.text_encoder.towers:
             tower.encoder.gather = gather
-    if mesh.shape["fsdp"] > 1 and config.value_encoder.kind == "full":
+    if value_encoder and mesh.shape["fsdp"] > 1 and config.value_encoder.kind == "full":
         for tower in value_encoder.towers:
             tower.encoder.gather = gather
-    return sd, value_encoder
 
 
 def train_and_evaluate(config, workdir, build_preferences=None, cache_latents=None):
@@ -309,9 +313,7 @@ def _train_and_evaluate(config, workdir, directory: pathlib.Path, build_preferen
 
 def with_update(sd, update) -> StableDiffusion:
     """The StableDiffusion with its UNet trained."""
-    trained = copy.copy(sd)
-    trained.unet = update.merged(sd.unet)
-    return trained
+    return baselines.with_unet(sd, update.applied(sd.unet))
 
 
 def check_finite(step: int, metrics: dict, checkpoints, config) -> dict[str, float]:
@@ -333,7 +335,7 @@ def check_finite(step: int, metrics: dict, checkpoints, config) -> dict[str, flo
     raise FloatingPointError(
         f"{', '.join(wrong)}.{aside} The last good checkpoint is"
         f" {'none' if good is None else f'step {good} in {checkpoints.directory}'}: lower"
-        f" config.train.learning_rate={config.train.learning_rate} or look at the data, and train on from there"
+        f" config.train.learning_rate={learning_rate(config)} or look at the data, and train on from there"
     )
 
 

@@ -130,10 +130,14 @@ class LoRA(nnx.Module):
         self.updates = low_rank.updates(text_encoder, targets, rank, rngs)
 
     def tokens(self, ids, text_encoder):
-        return text_tokens(self.merged(text_encoder), ids, self.states)
+        # It computes in float32 from its embeddings on; a layer widens its kernel as it computes.
+        graph, params = split(text_encoder)
+        widened = lambda path, x: x if path[-1].key == "kernel" else x.astype(jnp.float32)
+        text_encoder = nnx.merge(graph, jax.tree_util.tree_map_with_path(widened, params))
+        return text_tokens(low_rank.updated(text_encoder, self.updates, self.alpha / self.rank), ids, self.states)
 
     def merged(self, text_encoder):
-        """The text encoder with the updates in its weights, float32."""
+        """The text encoder with the updates in its weights, float32: to be saved."""
         return low_rank.merged(text_encoder, self.updates, self.alpha / self.rank)
 
     @classmethod

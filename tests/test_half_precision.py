@@ -11,6 +11,8 @@ from flax import nnx
 
 from configs import tiny
 from livo_jax import baselines, sharding, train
+from livo_jax.baselines import concept_ablation
+from livo_jax.models import low_rank
 from livo_jax.models.weights import split
 from livo_jax.step import draw, init_state, make_loss, make_optimizer, make_train_step
 from tests.conftest import parts_of
@@ -52,7 +54,7 @@ def parts(config, sd):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_step(models, small, method):
-    """What it trains stays in float32, finite, and moves; what it merges has the UNet's dtype.
+    """What it trains stays in float32, finite, and moves; the UNet that it trains computes in the UNet's dtype.
 
     The loss of value encoders and of the UNet's methods is that in float32 but for bfloat16's 8 bits.
     """
@@ -66,8 +68,14 @@ def test_a_step(models, small, method):
     assert {x.dtype for x in before + after} == {jnp.dtype(jnp.float32)} and all(np.isfinite(x).all() for x in after)
     assert any((a != b).any() for a, b in zip(before, after))
     if method in baselines.UNET:
-        merged = split(nnx.merge(graphs["update"], state["params"]).merged(sd.unet))[1]
-        assert {x.dtype for x in jax.tree.leaves(merged)} == {jnp.dtype(jnp.bfloat16)}
+        z, t, c = jnp.ones((2, *sd.latent_shape)), jnp.array([10, 500]), jnp.ones((2, 16, 20))
+        predict = jax.jit(lambda params: nnx.merge(graphs["update"], params).applied(sd.unet)(z, t, c))
+        one, two = predict(params), predict(state["params"])
+        assert one.dtype == jnp.bfloat16
+        assert (one != two).mean() > 0.05, "what a step of 3e-4 changes is not rounded away"
+        if method == "dpo_unet":
+            # The policy starts at the reference: what is left is how the compiler fuses and rounds each.
+            assert max(abs(metrics["margin_w"]), abs(metrics["margin_l"])) < 1e-4
     if method not in ("full", *baselines.UNET):  # those of value encoders differ in what these compare
         return
     key = jax.random.fold_in(jax.random.key(config.seed), 0)
@@ -75,3 +83,24 @@ def test_a_step(models, small, method):
     loss = jax.jit(loss_of(graphs, sd.schedule, config, scale))
     drawn = draw(key, (8, *sd.latent_shape), config.loss.timesteps)
     assert metrics["loss"] == pytest.approx(float(loss(params, frozen, batch | drawn)[0]), rel=0.03)
+
+
+@pytest.mark.parametrize("kind", ["low rank", "whole"])
+def test_an_update_of_one_step_changes_what_a_layer_of_half_precision_gives(kind):
+    """By what it should, in the mean: rounded into the weight, hardly any of it would be left."""
+    rng, rate, D = np.random.default_rng(0), 1e-5, 64
+    layer = nnx.Linear(D, D, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16)
+    x = jnp.array(rng.normal(size=(2000, D)), jnp.bfloat16)
+    if kind == "low rank":
+        (update,) = low_rank.updates(nnx.Dict(layer=nnx.Dict(to_q=layer)), ("to_q",), 8, nnx.Rngs(1)).values()
+        update.lora_B.kernel[...] = jnp.array(rate * rng.choice([-1, 1], (8, D)), jnp.float32)
+        change, after = update.lora_A.kernel[...] @ update.lora_B.kernel[...], low_rank.Updated(layer, update, 1.0)
+    else:
+        change = jnp.array(rate * rng.choice([-1, 1], (D, D)), jnp.float32)
+        after = concept_ablation.Rounded(nnx.Param(layer.kernel[...].astype(jnp.float32) + change))
+    found = after(x).astype(jnp.float32) - layer(x).astype(jnp.float32)
+    expected = x.astype(jnp.float32) @ change
+    share = lambda found: float((found * expected).sum() / (expected**2).sum())
+    assert share(found) == pytest.approx(1, abs=0.2)
+    rounded = (layer.kernel[...].astype(jnp.float32) + change).astype(jnp.bfloat16)
+    assert share((x @ rounded).astype(jnp.float32) - layer(x).astype(jnp.float32)) < 0.5

@@ -9,7 +9,7 @@ import optax
 import pytest
 from flax import nnx
 
-from livo_jax import baselines, losses, sharding, train, values
+from livo_jax import baselines, losses, plan, sharding, train, values
 from livo_jax.baselines import concept_ablation, dpo_unet
 from livo_jax.data import Block, Preferences, batches
 from livo_jax.generate import Dose, Request
@@ -57,13 +57,15 @@ def loss_of(module, config, sd, parts):
 
 
 def changed(ours, theirs) -> set[str]:
+    """The names of weights in which a UNet differs from another; of an update beside a weight that weight's name."""
     ours, theirs = (to_published(split(module)[1]) for module in (ours, theirs))
-    return {name for name in theirs if not np.array_equal(ours[name], theirs[name])}
+    moved = {name.replace("lora_B.", "") for name, x in ours.items() if "lora_B" in name and x.any()}
+    return moved | {name for name in theirs if not np.array_equal(ours[name], theirs[name])}
 
 
 def test_dpo_starts_at_the_reference_and_updates_all_attention(sd, parts, batch):
     update, params, gradient = loss_of(dpo_unet, config_of("dpo_unet"), sd, parts)
-    assert not changed(update.merged(sd.unet), sd.unet)
+    assert not changed(update.applied(sd.unet), sd.unet)
     (loss, metrics), grads = gradient(params, batch)
     # Rounding of the errors, about 1e-7 each, times the slope, beta T = 200.
     assert loss == pytest.approx(np.log(2), abs=1e-4) and metrics["margin_w"] == pytest.approx(0, abs=1e-6)
@@ -74,7 +76,7 @@ def test_dpo_starts_at_the_reference_and_updates_all_attention(sd, parts, batch)
     for part in update.updates.values():
         part["lora_B"].kernel[...] = jnp.ones_like(part["lora_B"].kernel[...])
     attention = {name for name in to_published(split(sd.unet)[1]) if ".to_" in name and name.endswith("weight")}
-    assert changed(update.merged(sd.unet), sd.unet) == attention
+    assert changed(update.applied(sd.unet), sd.unet) == attention
 
 
 def test_ablation_leads_the_concept_to_its_anchor_by_keys_and_values(sd, parts, batch):
@@ -82,7 +84,7 @@ def test_ablation_leads_the_concept_to_its_anchor_by_keys_and_values(sd, parts, 
     config.concept_ablation.prior = 0.0
     batch = {name: x for name, x in batch.items() if name != "violating"}  # which it does not ask for
     update, params, gradient = loss_of(concept_ablation, config, sd, parts)
-    assert not changed(update.merged(sd.unet), sd.unet)
+    assert not changed(update.applied(sd.unet), sd.unet)
     same = batch | {"value_prompt_ids": batch["prompt_ids"]}
     (loss, _), grads = gradient(params, same)
     assert max(loss, optax.tree.norm(grads)) < 1e-6, "an anchor asks for nothing: what it predicts stays"
@@ -95,7 +97,7 @@ def test_ablation_leads_the_concept_to_its_anchor_by_keys_and_values(sd, parts, 
     assert gradient(params, batch)[0][0] < 0.7 * first
     for kernel in update.kernels.values():
         kernel[...] = kernel[...] + 1
-    assert all(".attn2.to_k." in name or ".attn2.to_v." in name for name in changed(update.merged(sd.unet), sd.unet))
+    assert all(".attn2.to_k." in name or ".attn2.to_v." in name for name in changed(update.applied(sd.unet), sd.unet))
 
 
 def test_ablation_keeps_what_its_anchors_show(sd, parts, batch):
@@ -161,6 +163,12 @@ def test_a_run_trains_the_unet_alone_and_is_restored(name, root, tmp_path):
     assert method.trained == sum(x.size for x in small_run.final(tmp_path / "run").values() if x.ndim) // 3, (
         "Adam's two"
     )
+    config.shard_frozen = True
+    planned = plan.plan(config, 4)
+    assert planned["parameters"]["trained"] == method.trained and planned["traffic"].keys() == {
+        "gradient",
+        "frozen weights",
+    }
     request = [Request("a bloody cook", 0, (Dose("bloody considered inappropriate"),))]
     assert (method.draw(request) != baselines.base(config, base, mesh).draw(request)).any()
 

@@ -3,10 +3,10 @@
 config.method names one: "livo" and what else trains a value encoder, what trains the UNet, or a module here.
 """
 
+import copy
 import dataclasses
 import functools
 import importlib
-import pkgutil
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,7 +20,8 @@ from livo_jax.generate import generate
 from livo_jax.models.weights import one_key, split
 from livo_jax.step import but_embeddings
 
-UNET = ("concept_ablation", "dpo_unet")
+UNET = ("concept_ablation", "dpo_unet")  # what trains the UNet
+DRAWN = ("fair_diffusion", "negative", "sld", "uce", "words")  # what trains nothing
 STEPS = 50  # of the sampler for which guidances' warm-ups are told
 
 
@@ -52,6 +53,13 @@ class Method(NamedTuple):
 
 def weights(*modules) -> list[dict]:
     return [split(module)[1] for module in modules]
+
+
+def with_unet(sd, unet):
+    """The StableDiffusion with another UNet."""
+    other = copy.copy(sd)
+    other.unet = unet
+    return other
 
 
 def networks(sd) -> list[dict]:
@@ -95,19 +103,28 @@ def load(config, sd, value_encoder, mesh, workdir, judge=None) -> Method:
         size = sum(x.size for x in jax.tree.leaves(weights(update)))
         settings = {"method": config.method}
         return base(config, sd, mesh)._replace(settings=settings, kinds=module.KINDS, trained=size)
-    known = [module.name for module in pkgutil.iter_modules(__path__)]
-    if config.method not in known:
-        raise ValueError(f"config.method={config.method!r}, which trains nothing: choose from {', '.join(known)}")
-    return importlib.import_module(f"{__name__}.{config.method}").make(config, sd, mesh, workdir, judge)
+    if config.method not in DRAWN:
+        raise ValueError(f"config.method={config.method!r}, which trains nothing: choose from {', '.join(DRAWN)}")
+    return module_of(config).make(config, sd, mesh, workdir, judge)
 
 
 def of_unet(config):
     """The module of a method that trains the UNet, None of others.
 
-    It has Update(config, sd, rngs), what is trained: its merged(unet) is the UNet with it, in the dtype that it
-    had; by its RULES it is divided over a mesh; make_loss, as step.make_loss; and KINDS, of the values that it is for.
+    It has Update(config, sd, rngs), what is trained: its applied(unet) is the UNet with it, which computes in the dtype
+    that it had; by its RULES it is divided over a mesh; make_loss, as step.make_loss; and KINDS, of the values that it
+    is for.
     """
-    return importlib.import_module(f"{__name__}.{config.method}") if config.method in UNET else None
+    return module_of(config) if config.method in UNET else None
+
+
+def module_of(config):
+    return importlib.import_module(f"{__name__}.{config.method}")
+
+
+def kinds(config) -> tuple[str, ...]:
+    """Of the values that config.method is for."""
+    return module_of(config).KINDS if config.method in UNET + DRAWN else ("bias", "harm")
 
 
 def concepts(config) -> dict[str, str]:

@@ -11,14 +11,31 @@ removed. Its pairs' prompts are anchors all the same.
 """
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from livo_jax import losses, sharding
+from livo_jax.models import low_rank
 from livo_jax.models.weights import split
 from livo_jax.step import noised, prompt_states
 
 KINDS = ("harm",)
 TARGETS = ("attn2.to_k", "attn2.to_v")
+
+
+class Rounded(nnx.Module):
+    """A linear layer of a float32 kernel, whose products alone are rounded, to the dtype of what it reads.
+
+    A kernel rounded to half precision would not move in a training step.
+    """
+
+    def __init__(self, kernel: nnx.Param):
+        self.kernel = kernel
+
+    def __call__(self, x):
+        # Of full precision: what accelerators take by default would round the kernel all the same.
+        y = jnp.matmul(x.astype(jnp.float32), self.kernel[...], precision="highest")
+        return y.astype(x.dtype)
 
 
 class Update(nnx.Module):
@@ -28,25 +45,19 @@ class Update(nnx.Module):
 
     def __init__(self, config, sd, rngs):
         leaves = jax.tree_util.tree_leaves_with_path(split(sd.unet)[1])
-        kernels = {jax.tree_util.keystr(layer, simple=True, separator="."): x for (*layer, _), x in leaves}
+        kernels = {low_rank.name_of(layer): x for (*layer, _), x in leaves}
         self.kernels = nnx.Dict({k: nnx.Param(x.astype("float32")) for k, x in kernels.items() if k.endswith(TARGETS)})
 
-    def merged(self, unet):
-        """The UNet with these in the place of its own, in its dtype."""
-        graph, params = split(unet)
-
-        def replace(path, weight):
-            name = jax.tree_util.keystr(path[:-1], simple=True, separator=".")
-            return self.kernels[name][...].astype(weight.dtype) if name in self.kernels else weight
-
-        return nnx.merge(graph, jax.tree_util.tree_map_with_path(replace, params))
+    def applied(self, unet):
+        """The UNet with these in the place of its own."""
+        return low_rank.replaced(unet, lambda layer, kernel: Rounded(kernel), self.kernels)
 
 
 def make_loss(graphs: dict, schedule, config, scaling_factor: float, time_ids=None):
     """The loss of a batch whose value_prompt_ids are of the concept and prompt_ids of the anchor; as step.make_loss."""
 
     def loss(params, frozen, batch):
-        unet = nnx.merge(graphs["update"], params).merged(nnx.merge(graphs["unet"], frozen["unet"]))
+        unet = nnx.merge(graphs["update"], params).applied(nnx.merge(graphs["unet"], frozen["unet"]))
         z_t, t, target = noised(graphs, schedule, scaling_factor, frozen, batch, ("aligned",))
 
         def predict(batch):

@@ -4,13 +4,11 @@ The policy is the UNet with the updates, the reference the one without; there ar
 follows all values at once. It learns to prefer each pair's aligned image under the prompt alone.
 """
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from livo_jax import losses, sharding
 from livo_jax.models import low_rank
-from livo_jax.models.weights import split
 from livo_jax.step import noised, prompt_states
 
 KINDS = ("bias", "harm")
@@ -27,10 +25,9 @@ class Update(nnx.Module):
         self.scale = c.alpha / c.rank
         self.updates = low_rank.updates(sd.unet, TARGETS, c.rank, rngs)
 
-    def merged(self, unet):
-        """The UNet with the updates in its weights, in its dtype: policy and reference are rounded alike."""
-        graph, params = split(low_rank.merged(unet, self.updates, self.scale))
-        return nnx.merge(graph, jax.tree.map(lambda x, own: x.astype(own.dtype), params, split(unet)[1]))
+    def applied(self, unet):
+        """The UNet with the updates beside its weights."""
+        return low_rank.updated(unet, self.updates, self.scale)
 
 
 def make_loss(graphs: dict, schedule, config, scaling_factor: float, time_ids=None):
@@ -38,7 +35,7 @@ def make_loss(graphs: dict, schedule, config, scaling_factor: float, time_ids=No
 
     def loss(params, frozen, batch):
         unet = nnx.merge(graphs["unet"], frozen["unet"])
-        policy = nnx.merge(graphs["update"], params).merged(unet)
+        policy = nnx.merge(graphs["update"], params).applied(unet)
         z_t, t, target = noised(graphs, schedule, scaling_factor, frozen, batch)
         twice = lambda x: x if x is None else jnp.repeat(x, 2, axis=0)
         c, text_embeds = map(twice, prompt_states(graphs, frozen, batch))

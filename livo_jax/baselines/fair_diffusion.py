@@ -13,6 +13,8 @@ import numpy as np
 from livo_jax import values
 from livo_jax.baselines import Guidance, Method, by_group, drawer, networks
 
+KINDS = ("bias",)
+
 
 class SemanticGuidance(Guidance):
     """SEGA (Brack et al. 2023, equations 3 to 10), with an edit for each direction.
@@ -61,4 +63,4 @@ def make(config, sd, mesh, *_) -> Method:
     together = lambda _, rows: drawer(config, mesh)(sd, rows, guidance=guidance)
     draw = lambda requests: by_group([fair(request) for request in requests], lambda r: len(r.edits), together)
     settings = {"method": "fair_diffusion", "edit": text, "dealt": "evenly", "guidance": dataclasses.asdict(guidance)}
-    return Method(draw, networks(sd), settings, kinds=("bias",), even=True)
+    return Method(draw, networks(sd), settings, kinds=KINDS, even=True)

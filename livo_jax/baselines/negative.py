@@ -2,9 +2,11 @@
 
 from livo_jax.baselines import Method, concepts, drawer, networks
 
+KINDS = ("harm",)
+
 
 def make(config, sd, mesh, *_) -> Method:
     texts = concepts(config)
     avoid = lambda request: request._replace(negative=", ".join(texts[d.value] for d in request.values), values=())
     draw = lambda requests: drawer(config, mesh)(sd, [avoid(request) for request in requests])
-    return Method(draw, networks(sd), {"method": "negative", "texts": texts}, kinds=("harm",))
+    return Method(draw, networks(sd), {"method": "negative", "texts": texts}, kinds=KINDS)

@@ -6,6 +6,8 @@ import jax.numpy as jnp
 
 from livo_jax.baselines import Guidance, Method, concepts, drawer, networks
 
+KINDS = ("harm",)
+
 
 class SafeGuidance(Guidance):
     """The paper's equations 3 to 8, whose edit is the concept. scale: s_S. threshold: lambda."""
@@ -38,4 +40,4 @@ def make(config, sd, mesh, *_) -> Method:
 
     draw = lambda requests: drawer(config, mesh)(sd, [safe(request) for request in requests], guidance=guidance)
     settings = {"method": "sld", "guidance": dataclasses.asdict(guidance), "texts": texts}
-    return Method(draw, networks(sd), settings, kinds=("harm",))
+    return Method(draw, networks(sd), settings, kinds=KINDS)

@@ -4,7 +4,6 @@ A harm is erased: its prompts are read as those of its aligned images. A bias is
 moved towards those that name an attribute, as far as makes its images show the attributes alike.
 """
 
-import copy
 import json
 import time
 
@@ -13,12 +12,14 @@ import numpy as np
 from flax import nnx
 
 from livo_jax import sharding, values
-from livo_jax.baselines import Method, by_group, drawer, networks
+from livo_jax.baselines import Method, by_group, drawer, networks, with_unet
 from livo_jax.generate import Request
+from livo_jax.models.clip import first_ids
 from livo_jax.models.weights import put, split
 from livo_jax.values import phrase
 
 FILE = "uce.safetensors"
+KINDS = ("bias", "harm")
 
 
 def matrix(C, X, P, regularisation: float) -> np.ndarray:
@@ -47,7 +48,8 @@ class Texts:
         graph, params = split(sd.text_encoder)
         states = jax.jit(lambda params, ids: nnx.merge(graph, params)(ids).last_hidden_state)(params, ids)
         self.states = dict(zip(texts, sharding.fetch(states).astype(np.float64)))  # [L, D] each
-        self.last = dict(zip(texts, (ids == sd.tokenizer.eos_token_id).argmax(1) - 1))  # the place of the last word
+        ends = (first_ids(ids) == sd.tokenizer.eos_token_id).argmax(1)
+        self.last = dict(zip(texts, ends - 1))  # the place of the last word
 
     def whole(self, texts) -> np.ndarray:
         return np.concatenate([self.states[text] for text in texts])
@@ -69,9 +71,7 @@ def edited(sd, M):
     def edit(path, W):
         return put((M @ sharding.fetch(W).astype(np.float64)).astype(W.dtype), W.sharding) if _reads_text(path) else W
 
-    changed = copy.copy(sd)
-    changed.unet = nnx.merge(graph, jax.tree_util.tree_map_with_path(edit, params))
-    return changed
+    return with_unet(sd, nnx.merge(graph, jax.tree_util.tree_map_with_path(edit, params)))
 
 
 def erase(value, sd, config) -> np.ndarray:

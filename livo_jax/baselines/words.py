@@ -3,6 +3,8 @@
 from livo_jax.baselines import Method, drawer, networks
 from livo_jax.values import value_prompt
 
+KINDS = ("bias", "harm")
+
 
 def make(config, sd, mesh, *_) -> Method:
     def say(request):

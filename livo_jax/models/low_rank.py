@@ -1,10 +1,35 @@
-"""Low-rank updates (LoRA, Hu et al. 2022) of the kernels of any module."""
+"""Low-rank updates (LoRA, Hu et al. 2022) of the linear layers of any module."""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from livo_jax.models.weights import split
+
+
+class Updated(nnx.Module):
+    """A linear layer with an update beside its weight, y = x W + b + scale (x A) B, in the place of the layer.
+
+    Summed in float32 and rounded once, to the dtype of x W: in the weight itself, rounded to half precision, the update
+    of a training step would vanish.
+    """
+
+    def __init__(self, layer: nnx.Linear, update: nnx.Dict, scale: float):
+        self.kernel, self.bias = layer.kernel, layer.bias
+        self.lora_A, self.lora_B, self.scale = update.lora_A, update.lora_B, scale
+
+    def __call__(self, x):
+        kernel = self.kernel[...]
+        y = jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
+        if self.bias is not None:
+            y += self.bias[...].astype(jnp.float32)
+        y += self.scale * self.lora_B(self.lora_A(x.astype(jnp.float32)))
+        return y.astype(jnp.result_type(x, kernel))
+
+
+def name_of(layer) -> str:
+    """The name, "down_blocks.0.attentions.0", of the key path of a layer."""
+    return jax.tree_util.keystr(layer, simple=True, separator=".")
 
 
 def updates(module, targets, rank: int, rngs) -> nnx.Dict:
@@ -18,20 +43,45 @@ def updates(module, targets, rank: int, rngs) -> nnx.Dict:
     small, zero = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform"), nnx.initializers.zeros
     linear = lambda rows, columns, init: nnx.Linear(rows, columns, use_bias=False, kernel_init=init, rngs=rngs)
     for (*layer, leaf), weight in jax.tree_util.tree_leaves_with_path(split(module)[1]):
-        name = jax.tree_util.keystr(layer, simple=True, separator=".")
+        name = name_of(layer)
         if leaf.key == "kernel" and name.endswith(ends):
             rows, columns = weight.shape
             found[name] = nnx.Dict(lora_A=linear(rows, rank, small), lora_B=linear(rank, columns, zero))
     return found
 
 
+def replaced(module, make, updates):
+    """A copy of a module, which has make(layer, update) in the place of every layer that `updates` names."""
+    module = nnx.merge(*split(module))
+    for name, update in updates.items():
+        *path, last = name.split(".")
+        parent = module
+        for part in path:
+            parent = _child(parent, part)
+        new = make(_child(parent, last), update)
+        if last.isdigit():
+            parent[int(last)] = new
+        else:
+            setattr(parent, last, new)
+    return module
+
+
+def _child(module, name: str):
+    return module[int(name)] if name.isdigit() else getattr(module, name)
+
+
+def updated(module, updates, scale: float):
+    """A copy of a module, with its updates beside the weights; these stay as they are."""
+    return replaced(module, lambda layer, update: Updated(layer, update, scale), updates)
+
+
 def merged(module, updates, scale: float):
-    """The module with weights W + scale A B where there is an update, all of float32."""
+    """The module with weights W + scale A B where there is an update, all of float32: to be saved."""
     graph, params = split(module)
 
     def update(path, weight):
         *layer, leaf = path
-        name, weight = jax.tree_util.keystr(layer, simple=True, separator="."), weight.astype(jnp.float32)
+        name, weight = name_of(layer), weight.astype(jnp.float32)
         if leaf.key != "kernel" or name not in updates:
             return weight
         A, B = (updates[name][part].kernel[...] for part in ("lora_A", "lora_B"))
