@@ -253,12 +253,13 @@ def batches(
     attributes: float = 0.0,
     anchors: float = 0.0,
     concepts: bool = False,
+    paired: bool = False,
     reads_prompt: bool = True,
 ):
     """An endless, deterministic iterator over this process's share of each batch.
 
     Each epoch walks the aligned images in a new order; the violating partner of each is drawn at
-    random from the same value and scene. Both are flipped, or neither.
+    random from the same value and scene, perhaps of another prompt. Both are flipped, or neither.
 
     Args:
         tokenize: texts -> ids [N, L] int32, of XL [N, 2, L].
@@ -276,6 +277,8 @@ def batches(
             harmless, a bias's states the attribute of the aligned image, which may be exchanged as above.
         concepts: whether value_prompt_ids are of concepts: the prompts in a harm's wording, the prompts themselves
             being those of its aligned images (baselines/concept_ablation.py).
+        paired: whether the violating partner is of the aligned image's own prompt, as a loss wants it that compares
+            the two. The record's own violating image always is.
         reads_prompt: as the value encoder has it.
 
     Returns:
@@ -292,9 +295,16 @@ def batches(
     ids = functools.cache(lambda text: tokenize([text])[0])
     by_statement = {value.statement: value for value in principles}
 
+    @functools.cache
+    def prompts_in(block):
+        return [source[i]["prompt"] for i in range(block.start, block.start + block.count)]
+
     def pair(index, rng: np.random.Generator):
         block = blocks[np.searchsorted(starts, index, side="right") - 1]
-        record, partner = source[index], block.start + int(rng.integers(block.count))
+        record, partners = source[index], range(block.count)
+        if paired:
+            partners = [i for i, prompt in enumerate(prompts_in(block)) if prompt == record["prompt"]]
+        partner = block.start + int(partners[rng.integers(len(partners))])
         flip = random_flip and rng.random() < 0.5
         prompt, statement = record["prompt"].decode(), record["value"].decode()
         value, read, stands_beside = by_statement.get(statement), {}, ""

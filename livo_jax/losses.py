@@ -2,7 +2,8 @@
 
 All take [B] errors: l_w, l_l under the policy (value token and prompt) of the aligned and the violating image, r_w, r_l
 under the reference (prompt only), which no gradient passes. All return the scalar loss, and as metrics margin_w =
-mean(l_w - r_w) and margin_l = mean(r_l - l_l), both falling as training succeeds, and what else is said.
+mean(l_w - r_w) and margin_l = mean(r_l - l_l), both falling as training succeeds, and what else is said. sft takes
+l_w alone, and has no metrics.
 """
 
 import jax

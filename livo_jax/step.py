@@ -16,9 +16,10 @@ def learning_rate(config) -> float:
     Raises:
         ValueError: a method or kind of value encoder that has none.
     """
-    c, kind = config.train, config.value_encoder.kind
+    c = config.train
     if c.learning_rate:
         return c.learning_rate
+    kind = config.value_encoder.kind
     trained = config.method if config.method in c.learning_rates else kind
     if trained not in c.learning_rates:
         raise ValueError(f"config.value_encoder.kind={kind!r}: config.train.learning_rates has none for it")

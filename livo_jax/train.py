@@ -226,7 +226,8 @@ def _train_and_evaluate(config, workdir, directory: pathlib.Path, build_preferen
         preferences, sd.tokenize, cache, batch_size=config.train.batch_size, image_size=sd.image_size,
         random_flip=config.data.random_flip, seed=config.seed, start=start, principles=values.load(config.principles),
         **{name: config.data[name] for name in ("beside", "attributes", "anchors")},
-        concepts=config.method == "concept_ablation", reads_prompt=config.value_encoder.reads_prompt,
+        concepts=config.method == "concept_ablation", paired=baselines.compares_pairs(config),
+        reads_prompt=config.value_encoder.reads_prompt,
     )  # fmt: skip
 
     def trained():

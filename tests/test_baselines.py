@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import importlib
 import warnings
 
 import jax
@@ -226,7 +227,7 @@ def test_uce_is_kept_and_made_again_for_another_config(sd, config, tmp_path):
     both = [request, request._replace(values=(Dose("bloody considered inappropriate"),))]
     assert np.array_equal(first.draw(both[::-1])[1], first.draw(both)[0]), "the order does not matter"
     kernels = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(split(sd.unet)[1]) if uce._reads_text(path)]
-    assert first.trained == sum(leaf.size for leaf in kernels) > 0
+    assert first.trained == 2 * sum(leaf.size for leaf in kernels) > 0, "a model for each value"
     config.uce.regularisation = 0.2
     uce.make(config, sd, mesh, epath.Path(tmp_path), judge)
     assert len(asked) == 4
@@ -246,6 +247,13 @@ def test_words_and_negative_prompts_say_the_value_over_the_same_noise(sd, config
     against = Request("a bloody cook", 3, negative="bloody")
     for name, expected in (("words", said), ("negative", against)):
         assert np.array_equal(draw[name]([request]), generate.generate(sd, [expected], **settings))
+
+
+def test_losses_that_compare_the_images_of_a_pair(config):
+    compare = {"dpo", "ipo", "dpo_unet"}
+    for name in ("sft", "dpo", "ipo", "kto", *baselines.UNET):
+        own = importlib.import_module(f"configs.baselines.{name}").get_config()
+        assert baselines.compares_pairs(own) == (name in compare), name
 
 
 def test_unknown_methods_and_presets_are_refused(sd, config):

@@ -85,6 +85,22 @@ def test_an_epoch_walks_the_aligned_images_and_partners_share_their_scene(direct
     assert len(partners[2, 0]) == 5 and len(partners[3, 0]) == 1, "partners are drawn from all of the scene"
 
 
+@pytest.mark.parametrize("paired", [True, False])
+def test_a_loss_that_compares_pairs_gets_those_of_one_prompt(tmp_path, paired):
+    """Images tell their prompt: those of the n-th record are of value n."""
+    shades = [png(np.full((32, 32, 3), 10 * i, np.uint8)) for i in range(6)]
+    record = dict(value="shape equality", scene="cook", provenance="")
+    prompts = ["a cook", "the cook at work"] * 3
+    records = [record | dict(prompt=p, aligned=shades[i], violating=shades[i]) for i, p in enumerate(prompts)]
+    write(records, [data.Block("shape equality", "cook", 0, 6)], tmp_path / "pairs")
+    batches, met = iterate(tmp_path / "pairs", batch_size=6, paired=paired), set()
+    for _ in range(30):
+        batch = next(batches)
+        aligned, violating = (np.round((batch[side][:, 0, 0, 0] + 1) * 12.75).astype(int) for side in data.SIDES)
+        met |= {*zip(aligned.tolist(), violating.tolist())}
+    assert met == {(a, v) for a in range(6) for v in range(6) if not paired or a % 2 == v % 2}
+
+
 def test_order_depends_on_the_seed_and_survives_a_restart(directory):
     take = lambda batches, n: [(names(b, "aligned"), names(b, "violating")) for b, _ in zip(batches, range(n))]
     whole = take(iterate(directory), 12)

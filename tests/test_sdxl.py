@@ -1,7 +1,9 @@
 """Stable Diffusion XL: a tiny random one computes what diffusers does, in sampling and in a LiVO step."""
 
 import copy
+import dataclasses
 import functools
+import importlib
 import json
 import math
 import pathlib
@@ -19,14 +21,15 @@ from PIL import Image
 
 from configs import tiny
 from data_tools import cache_latents
-from livo_jax import StableDiffusion, ValueEncoder, export, generate, sharding, train, value_encoders
+from livo_jax import StableDiffusion, ValueEncoder, baselines, export, generate, sharding, train, value_encoders, values
+from livo_jax.baselines import uce
 from livo_jax.export import SCHEDULERS
 from livo_jax.generate import Dose, Request
 from livo_jax.model_files import read_json
-from livo_jax.models.weights import TO_PUBLISHED, published_name, split, to_published
+from livo_jax.models.weights import TO_PUBLISHED, one_key, published_name, split, to_published
 from livo_jax.pretrained import PARTS, skeleton
 from livo_jax.shelf import Shelf
-from livo_jax.step import but_embeddings, draw, init_state, make_loss, make_train_step
+from livo_jax.step import but_embeddings, draw, init_state, make_loss, make_optimizer, make_train_step
 from livo_jax.value_encoders import LoRA, SoftTokens
 from livo_jax.values import text_hash
 from tests import small_run, test_data
@@ -329,7 +332,8 @@ def batch(sd):
 
 def parts(sd, value_encoder):
     """Graphs and parameters, by name."""
-    modules = dict(text_encoder=sd.text_encoder, unet=sd.unet, vae=sd.vae, value_encoder=value_encoder)
+    modules = dict(text_encoder=sd.text_encoder, unet=sd.unet, vae=sd.vae)
+    modules |= {"value_encoder": value_encoder} if value_encoder else {}
     return [dict(zip(modules, column)) for column in zip(*map(split, modules.values()))]
 
 
@@ -386,6 +390,52 @@ def test_embeddings_of_both_towers_may_stay(made):
 
 
 # ---------------------------------------------------------------------------- a run
+
+
+# ---------------------------------------------------------------------------- other methods
+
+
+def test_uce_reads_a_harm_as_its_absence(sd):
+    """The states that it edits are of both towers side by side, at the places of a text's words."""
+    config = importlib.import_module("configs.baselines.uce").get_config("tiny:smoke")
+    texts = uce.Texts(sd, ["a bloody cook", "a cook"])
+    harm, plain = texts.tails(["a bloody cook", "a cook"])
+    assert harm.shape == plain.shape and harm.shape[1] == 44 and len(harm) > 1
+    (bloody,) = values.load(("bloody",))
+    M = uce.erase(bloody, sd, config)
+    assert np.linalg.norm(harm @ M - plain) < 0.6 * np.linalg.norm(harm - plain)
+    assert any(
+        (a != b).any() for a, b in zip(*map(jax.tree.leaves, baselines.weights(uce.edited(sd, M).unet, sd.unet)))
+    )
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("method", baselines.UNET)
+def test_methods_that_train_the_unet_take_a_step(sd, batch, method, prediction_type):
+    """On shapes alone."""
+    config = importlib.import_module(f"configs.baselines.{method}").get_config("tiny:smoke")
+    graphs, frozen = parts(sd, None)
+    graphs["update"], params = split(baselines.of_unet(config).Update(config, sd, one_key()))
+    tx, schedule = make_optimizer(config), dataclasses.replace(sd.schedule, prediction_type=prediction_type)
+    loss_of = baselines.of_unet(config).make_loss
+    step = make_train_step(graphs, schedule, tx, config, SCALE, sd.time_ids, loss_of)
+    state = jax.eval_shape(functools.partial(init_state, tx=tx), params)
+    after, _ = jax.eval_shape(step, state, frozen, batch)
+    assert jax.tree.map(lambda x: x.shape, after) == jax.tree.map(lambda x: x.shape, state)
+
+
+def test_safe_diffusion_draws_and_wants_predicted_noise(sd):
+    config = importlib.import_module("configs.baselines.sld").get_config("tiny:smoke")
+    config.sampling.update(steps=1, sampler="euler", batch_size=1)
+    request = Request("a bloody cook", 0, (Dose("bloody considered inappropriate"),))
+    draw = baselines.load(config, sd, None, SETTINGS["mesh"], None).draw
+    assert draw([request]).shape == (1, 16, 16, 3)
+    velocity = copy.copy(sd)
+    velocity.schedule = dataclasses.replace(sd.schedule, prediction_type="v_prediction")
+    with pytest.raises(
+        ValueError, match="prediction_type='v_prediction', and its scale and threshold are of predicted"
+    ):
+        baselines.load(config, velocity, None, SETTINGS["mesh"], None)
 
 
 @pytest.mark.slow

@@ -127,6 +127,11 @@ def kinds(config) -> tuple[str, ...]:
     return module_of(config).KINDS if config.method in UNET + DRAWN else ("bias", "harm")
 
 
+def compares_pairs(config) -> bool:
+    """Whether the loss compares the two images of a pair: a log-ratio of both, which is of one prompt."""
+    return config.method == "dpo_unet" or (config.method not in UNET and config.loss.form in ("dpo", "ipo"))
+
+
 def concepts(config) -> dict[str, str]:
     """The harms by their statements, in words: the negative prompt, or else what calls for it first."""
     harms = (value for value in values.load(config.principles) if value.kind == "harm")

@@ -33,6 +33,11 @@ def make(config, sd, mesh, *_) -> Method:
     """config.sld.preset is one of PRESETS; its warm-up is of STEPS steps, of fewer the same share."""
     if config.sld.preset not in PRESETS:
         raise ValueError(f"config.sld.preset={config.sld.preset!r}: choose from {', '.join(PRESETS)}")
+    if sd.schedule.prediction_type != "epsilon":
+        raise ValueError(
+            f"config.method='sld': {sd.name} has prediction_type={sd.schedule.prediction_type!r}, and its scale and"
+            " threshold are of predicted noise: compare with another method"
+        )
     guidance, texts = PRESETS[config.sld.preset].of_steps(config.sampling.steps), concepts(config)
 
     def safe(request):

@@ -125,6 +125,8 @@ def _prompts(config, wording: str) -> list[str]:
 def make(config, sd, mesh, workdir, judge) -> Method:
     """A model for each value, with W = M W_old; the matrices are kept in `workdir`, for the same config and model.
 
+    Its parameters are those that are edited in all of these models.
+
     config.uce has the subjects whose prompts are edited, the regularisation, and of a bias: how many rounds there are,
     of how many images of each prompt, the step of alpha, and the tolerance of a share.
     """
@@ -155,8 +157,8 @@ def make(config, sd, mesh, workdir, judge) -> Method:
         return drawer(config, mesh)(models[statement], [request._replace(values=()) for request in requests])
 
     draw = lambda requests: by_group(requests, lambda request: request.values[0].value, by_model)
-    trained = sum(
+    edited_in_each = sum(
         leaf.size for path, leaf in jax.tree_util.tree_leaves_with_path(split(sd.unet)[1]) if _reads_text(path)
     )
     state = [networks(sd), matrices]
-    return Method(draw, state, settings, together=False, trained=trained, seconds=seconds)
+    return Method(draw, state, settings, together=False, trained=len(models) * edited_in_each, seconds=seconds)
