@@ -93,6 +93,15 @@ def as_now(theirs: dict, ours: dict) -> dict:
     return {name: known[name] for name in names if name in known}
 
 
+def with_its_rate(fields: dict) -> dict:
+    """A flat config with the learning rate that it trains at in the place of the rates of all that can be trained."""
+    table, field = "train.learning_rates.", "train.learning_rate"
+    rates = {name.removeprefix(table): rate for name, rate in fields.items() if name.startswith(table)}
+    own = rates.get(fields.get("method"), rates.get(fields.get("value_encoder.kind")))
+    rest = {name: x for name, x in fields.items() if not name.startswith(table)}
+    return rest | {field: rest.get(field) or own}
+
+
 def claim(workdir: epath.Path, config):
     """Writes config.json, or checks that what is in the workdir was made with the same config.
 
@@ -107,6 +116,7 @@ def claim(workdir: epath.Path, config):
         # At a constant rate no step depends on how many follow.
         free = (*FREE, "train.steps") if schedule == "constant" else FREE
         both = as_now(json.loads(file.read_text()), ours), flatten(ours)
+        both = map(with_its_rate, both)
         found = differences(*({k: v for k, v in tree.items() if not k.startswith(free)} for tree in both))
         if any(line.startswith("config.train.steps:") for line in found):
             found.append(

@@ -116,8 +116,22 @@ def test_a_run_from_before_a_field_goes_on(tmp_path, caplog):
 @pytest.mark.parametrize("config", [tiny, livo, sdxl, concept_ablation, dpo_unet], ids=lambda module: module.__name__)
 def test_no_new_field_shuts_older_runs_out(config):
     config = config.get_config()
-    names = [name for name in workdir.flatten(config.to_dict()) if not name.startswith((*workdir.FREE, config.method))]
+    names = workdir.with_its_rate(workdir.flatten(config.to_dict()))
+    names = [name for name in names if not name.startswith((*workdir.FREE, config.method))]
     assert not set(names) - {*FIRST, *workdir.BEFORE}, "livo_jax/workdir.py: BEFORE needs what was done without it"
+
+
+def test_a_rate_is_the_same_by_itself_and_in_the_table_of_all(tmp_path):
+    """A run of before the table has its rate alone; what the table says of others changes nothing."""
+    config = tiny.get_config()
+    rates = {f"train.learning_rates.{trained}": None for trained in config.train.learning_rates}
+    place = begun(tmp_path, config, **rates, **{"train.learning_rate": 3e-3})
+    workdir.claim(place, config)
+    config.train.learning_rates.lora = 1.0
+    workdir.claim(place, config)
+    config.train.learning_rates.full = 1.0
+    with pytest.raises(ValueError, match="config.train.learning_rate: 0.003 there, 1.0 now$"):
+        workdir.claim(place, config)
 
 
 def test_more_steps(tmp_path):
