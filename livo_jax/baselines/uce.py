@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from livo_jax import sharding, values
+from livo_jax import seeds, sharding, values
 from livo_jax.baselines import Method, by_group, drawer, networks, with_unet
 from livo_jax.generate import Request
 from livo_jax.models.clip import first_ids
@@ -106,7 +106,8 @@ def debias(value, sd, config, mesh, judge) -> np.ndarray:
         X = np.concatenate([moved(tail, a) for tail, a in zip(tails, np.tile(alpha, (templates, 1)))])
         M = matrix(C, X, P, c.regularisation)
         requests = [Request(prompt, i) for prompt in plain for i in range(c.images)]
-        images = drawer(config, mesh)(edited(sd, M), requests, seed=config.seed + 1)  # not the evaluation's noise
+        other = (config.seed + 1) & seeds.MOST  # not the evaluation's noise
+        images = drawer(config, mesh)(edited(sd, M), requests, seed=other)
         read = judge(images)[value.axis].reshape(templates, len(c.subjects), -1)
         shown = np.stack([(read == attribute).sum((0, 2)) for attribute in value.attributes], axis=1)  # [S, K]
         gap = 1 / K - shown / np.maximum(1, shown.sum(1, keepdims=True))
