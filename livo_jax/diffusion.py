@@ -31,8 +31,12 @@ SCHEDULERS = {
     ),
     **dict.fromkeys(("LCMScheduler", "TCDScheduler"), (0.00085, 0.012, "scaled_linear")),
 }
-# What dpm_solver_pp takes where the file is of another solver, whose own settings say nothing of ours.
-SOLVER = {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint"}
+# What dpm_solver_pp computes; the first where the file is of another solver, whose settings say nothing of ours.
+SOLVER = {
+    "algorithm_type": ("dpmsolver++", "deis"),  # diffusers takes the second as the first
+    "solver_order": (2, 1),
+    "solver_type": ("midpoint", "heun", "logrho", "bh1", "bh2"),  # and the last three as midpoint
+}
 
 
 def check_scheduler(name: str | None):
@@ -55,7 +59,7 @@ def for_latents(config: dict, is_xl: bool) -> tuple[dict, list[str]]:
     """A published scheduler_config.json with what pipelines of latents set right, and words for what that changed.
 
     As diffusers' StableDiffusionPipeline does, clip_sample is False, and but for XL steps_offset is 1. thresholding
-    is False too, which diffusers calls unsuitable for latents. Settings of another solver than ours give way to SOLVER.
+    is False too, which diffusers calls unsuitable for latents. Another solver's settings give way to those of SOLVER.
     """
     name = config.get("_class_name") or ""
     right, notes = dict(config), []
@@ -67,8 +71,12 @@ def for_latents(config: dict, is_xl: bool) -> tuple[dict, list[str]]:
     if not is_xl and config.get("steps_offset", 0) != 1:
         notes.append("steps_offset is taken as 1, as Stable Diffusion was published")
         right["steps_offset"] = 1
-    if name != "DPMSolverMultistepScheduler":
-        right |= SOLVER
+    for field, known in SOLVER.items():
+        if name != "DPMSolverMultistepScheduler":
+            right[field] = known[0]
+        elif config.get(field, known[0]) not in known:
+            notes.append(f"{field}={config[field]!r} is taken as {known[0]!r}, which dpmsolver++ here computes")
+            right[field] = known[0]
     return right, notes
 
 
@@ -381,12 +389,7 @@ def sampler_table(config: dict, sampler: str, steps: int) -> SamplerTable:
         problems.append(f"steps={steps}: choose {fewest} to {schedule.num_timesteps}")
     choices = {"timestep_spacing": ("linspace", "leading", "trailing")}
     if sampler.startswith("dpmsolver++"):
-        choices |= {
-            "algorithm_type": ("dpmsolver++", "deis"),  # diffusers takes the second as the first
-            "solver_order": (1, 2),
-            "solver_type": ("midpoint", "heun", "logrho", "bh1", "bh2"),  # and the last three as midpoint
-            "final_sigmas_type": ("zero", "sigma_min"),
-        }
+        choices |= SOLVER | {"final_sigmas_type": ("zero", "sigma_min")}
     if sampler == "euler":
         choices |= {"final_sigmas_type": ("zero", "sigma_min"), "interpolation_type": ("linear",)}
     for name, known in choices.items():

@@ -18,6 +18,7 @@ FLOATS = {
 # Beside fp8 weights that must be multiplied by them.
 SCALES = re.compile(r"(^|\.)(scaled_fp8|scale_weight|scale_input|weight_scale(_inv)?|input_scale)$")
 POINTER = b"version https://git-lfs.github.com/spec"  # how the text begins that Git leaves for a large file
+LORA = "pytorch_lora_weights.safetensors"
 ONE_FILE = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")  # of a whole model, as web interfaces use it
 
 
@@ -41,7 +42,8 @@ def find(path_or_hub_id: str | os.PathLike, patterns: list[str]) -> pathlib.Path
         check_pointers(local, patterns)
         return local
     if local.is_file():
-        raise FileNotFoundError(f"{name!r} is a file, and a model is a directory here. {from_one_file(local)}")
+        what = describe(local.parent) if local.name == LORA else f" {from_one_file(local)}"
+        raise FileNotFoundError(f"{name!r} is a file, and a model is a directory here.{what}")
     is_path = local.is_absolute() or name.startswith((".", "~")) or "\\" in name or name.count("/") > 1
     if is_path or local.suffix in ONE_FILE:
         raise FileNotFoundError(
@@ -108,9 +110,9 @@ def describe(root: pathlib.Path) -> str:
         )
     if listed:
         return f"\nIts model_index.json calls it a {listed.get('_class_name')}"
-    if (root / "pytorch_lora_weights.safetensors").is_file():
+    if (root / LORA).is_file():
         return (
-            f"\n{root} is a LoRA as scripts of diffusers leave it (pytorch_lora_weights.safetensors). A value encoder"
+            f"\n{root} is a LoRA as scripts of diffusers leave it ({LORA}). A value encoder"
             " of kind lora has adapter_config.json and adapter_model.safetensors. Convert its text encoder's part with"
             " its base, by diffusers and a new peft:\n"
             "  python -c \"from diffusers import StableDiffusionPipeline as P; p = P.from_pretrained('BASE');"

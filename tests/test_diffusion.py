@@ -205,10 +205,13 @@ DEIS = BASE | {  # as published models have it
 }  # fmt: skip
 
 
+OURS = dict(algorithm_type="dpmsolver++", solver_order=2, solver_type="midpoint")
+
+
 @pytest.mark.parametrize("sampler", ["ddim", "dpmsolver++", "euler", "pndm"])
 def test_settings_of_another_solver_do_not_stop_ours(sampler):
     noise = np.random.default_rng(0).normal(size=(1, 4, 4, 4)).astype(np.float32)
-    _, expected = trajectory(sampler, DEIS | diffusion.SOLVER, 10, noise)  # diffusers itself refuses "deis"
+    _, expected = trajectory(sampler, DEIS | OURS, 10, noise)  # diffusers itself refuses "deis"
     right, notes = diffusion.for_latents(DEIS | {"solver_order": 3}, is_xl=False)
     assert not notes
     for config in (DEIS, right):
@@ -223,6 +226,11 @@ def test_settings_of_another_solver_do_not_stop_ours(sampler):
         (dict(_class_name="PNDMScheduler", clip_sample=True), False, ["clip_sample", "steps_offset"]),
         (dict(_class_name="EulerDiscreteScheduler", steps_offset=0), True, []),
         (dict(_class_name="DDIMScheduler", clip_sample=False, thresholding=True), True, ["thresholding"]),
+        (
+            dict(_class_name="DPMSolverMultistepScheduler", algorithm_type="sde-dpmsolver++", solver_order=3),
+            True,
+            ["algorithm_type='sde-dpmsolver++'", "solver_order=3"],
+        ),
     ],
     ids=str,
 )
@@ -235,3 +243,5 @@ def test_what_pipelines_of_latents_set_right(config, is_xl, notes):
     offset = config.get("steps_offset", 0) if is_xl else 1
     _, expected = trajectory("ddim", DDIMScheduler(**BASE, clip_sample=False, steps_offset=offset).config, 10, noise)
     assert relative_error(sample(noise, diffusion.sampler_table(right, "ddim", 10)), expected) < 1e-4
+    _, expected = trajectory("dpmsolver++", BASE | OURS, 10, noise)
+    assert relative_error(sample(noise, diffusion.sampler_table(right, "dpmsolver++", 10)), expected) < 1e-4

@@ -82,10 +82,11 @@ def test_what_is_no_value_encoder_is_told(sd, published, tmp_path):
     for kind in (ValueEncoder, LoRA, SoftTokens):
         with pytest.raises(FileNotFoundError, match="is a whole StableDiffusionPipeline.*subfolder='text_encoder'"):
             kind.from_pretrained(published, sd=sd)
-    (tmp_path / "pytorch_lora_weights.safetensors").touch()
-    for kind in (ValueEncoder, LoRA, SoftTokens):
+    lora = tmp_path / "pytorch_lora_weights.safetensors"
+    lora.touch()
+    for kind, place in ((ValueEncoder, tmp_path), (LoRA, tmp_path), (LoRA, lora), (SoftTokens, tmp_path)):
         with pytest.raises(FileNotFoundError, match="a LoRA as scripts of diffusers.*\n.*text_encoder.save_pretrained"):
-            kind.from_pretrained(tmp_path, sd=sd)
+            kind.from_pretrained(place, sd=sd)
     with pytest.raises(FileNotFoundError, match="a LoRA as scripts of diffusers"):
         StableDiffusion.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "clip", "text_config": {}, "vision_config": {}}')
