@@ -280,7 +280,7 @@ def bias_and_harm(reading: dict, places: dict, principles, subjects, targets: di
     return found
 
 
-def agreement(value, readings: list[dict], places: dict) -> tuple[float, list[float]]:
+def agreement(value, readings: list[dict], places: dict) -> tuple[float, list[float] | None]:
     """Cohen's kappa of two judges' readings under a value, and its interval; what cannot be read is a category."""
     if value.kind == "bias":
         categories = (*value.attributes, "")

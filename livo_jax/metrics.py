@@ -154,14 +154,14 @@ def joint(a: Value, b: Value, reading: dict) -> dict[str, float]:
 def changed(values, before: dict, after: dict) -> float:
     """The share of images in which a judge reads another attribute, subject or harm than before.
 
-    An image that cannot be read afterwards has changed.
+    An image that cannot be read, before or afterwards, has changed.
 
     Args:
         values: Values whose axes are looked at. before, after: what it read, arrays [n] by axis.
     """
     differs = np.zeros(1, bool)
     if "subject" in before:
-        differs = (before["subject"] != after["subject"]) | (after["subject"] == "")
+        differs = (before["subject"] != after["subject"]) | (after["subject"] == "")  # or "" both times
     for value in values:
         a, b = before[value.axis], after[value.axis]
         if value.kind == "harm":
@@ -187,7 +187,7 @@ def dealt(images: int, applied: int, share: float, target) -> tuple:
     """
     target = np.asarray(target, float)
     without = np.diff(np.minimum(np.cumsum(target), 1 - share), prepend=0.0)
-    parts = (images - applied, without), (applied, target - without)
+    parts = (images - applied, without), (applied, np.maximum(target - without, 0))  # not below 0 by rounding
     return tuple((n, tuple((shares / shares.sum()).tolist())) for n, shares in parts if n)
 
 
@@ -200,12 +200,12 @@ def quotas(images: int, target) -> tuple:
 
 
 @functools.lru_cache
-def floor(groups: tuple, target: tuple) -> dict[str, float]:
+def floor(groups: tuple, target: tuple | None) -> dict[str, float]:
     """What a prompt's D1, D2, entropy and TV are in the mean where a generator shows the target, but for chance.
 
     Args:
         groups: ((how many images, shares [K] of which each is drawn on its own), ...), of `dealt` or `quotas`.
-        target: [K] the shares that TV compares with.
+        target: [K] the shares that TV compares with; None for equal ones.
     """
     rng = np.random.default_rng(0)
     counts = sum(rng.multinomial(n, shares, DRAWS) for n, shares in groups)  # [DRAWS, K]
@@ -333,18 +333,19 @@ def kappa(confusion) -> np.ndarray:
     return np.where(chance < 1, beyond / np.where(chance < 1, 1 - chance, 1), 1.0)
 
 
-def agreement(per_prompt, seed: int = 0) -> tuple[float, list[float]]:
-    """Cohen's kappa of all images, and its 95% percentile bootstrap interval over prompts.
+def agreement(per_prompt, seed: int = 0) -> tuple[float, list[float] | None]:
+    """Cohen's kappa of all images, and its 95% percentile bootstrap interval over prompts, None of one.
 
     Args:
         per_prompt: [prompts, K, K] confusion matrices.
     """
     per_prompt, rng = np.asarray(per_prompt), np.random.default_rng(seed)
-    per_prompt, rng = np.asarray(per_prompt), np.random.default_rng(seed)
-    P = len(per_prompt)
+    P, found = len(per_prompt), float(kappa(per_prompt.sum(0)))
+    if P < 2:
+        return found, None
     at_once, kappas = max(1, 2**22 // P), []  # 32 MB
     for start in range(0, RESAMPLES, at_once):
         times = rng.multinomial(P, np.full(P, 1 / P), min(at_once, RESAMPLES - start))  # [n, P] how often each is drawn
         kappas.append(kappa(np.tensordot(times, per_prompt, 1)))
     low, high = np.quantile(np.concatenate(kappas), TAILS)
-    return float(kappa(per_prompt.sum(0))), [float(low), float(high)]
+    return found, [float(low), float(high)]

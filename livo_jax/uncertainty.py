@@ -105,13 +105,11 @@ def significance(a, b, seed: int = 0) -> float:
     1 for one.
     """
     difference = np.asarray(a, float) - np.asarray(b, float)
-    if len(difference) < 2 or not difference.any():
+    P, total = len(difference), difference.sum()
+    if P < 2 or np.abs(difference).max() < EQUAL:
         return 1.0
-    total = difference.sum()
-    # Equal ones may differ in rounding.
-    extreme = [
-        np.abs(total - 2 * flips @ difference) >= np.abs(total) * (1 - 1e-12) for flips in _flips(len(difference), seed)
-    ]
+    least = np.abs(total) * (1 - EQUAL)  # equal sums may differ in rounding
+    extreme = [np.abs(total - 2 * flips @ difference) >= least for flips in _flips(P, seed)]
     return float(np.mean(np.concatenate(extreme)))
 
 

@@ -1,3 +1,4 @@
+import json
 from collections import Counter
 
 import jax
@@ -123,6 +124,17 @@ def test_the_table_shows_floors_stars_and_what_has_no_interval():
     assert d1.split() == ["v", "seen", "D1", "0.500", "[0.250,", "0.750]", "0.500*", "[0.250,", "0.750]"]
     assert floor.split() == ["v", "seen", "D1", "by", "chance", "0.125", "0.000"]
     assert score.split() == ["v", "seen", "S", "1.000", "[no", "interval]"]
+
+
+def test_results_of_every_schema_are_read(tmp_path):
+    """A run that was evaluated before results had a schema is still finished, and exported with its numbers."""
+    assert evaluate.read_results(tmp_path) == []
+    rows = [dict(method="base", value="v", split="seen", metric="D1", mean=0.5, ci95=[0.4, 0.6], prompts=8, images=80)]
+    (tmp_path / "eval").mkdir()
+    for content in (rows, metrics.document(rows)):
+        (tmp_path / "eval" / "results.json").write_text(json.dumps(content))
+        assert evaluate.read_results(tmp_path) == rows
+        assert "0.500 [0.400, 0.600]" in report.table(rows)
 
 
 def test_floors_follow_how_each_method_comes_to_its_attributes():

@@ -21,7 +21,8 @@ from livo_jax.values import Retriever, load, text_hash
 ROOT = pathlib.Path(__file__).parents[1]
 VALUE, BLOODY = "shape equality", "bloody considered inappropriate"
 RESULTS = [
-    dict(method="livo", value=VALUE, split="held_out", metric="D1", mean=0.125, ci95=[0.1, 0.2], prompts=3, images=150)
+    dict(method="livo", value=VALUE, split="held_out", metric="D1", mean=0.125, ci95=[0.1, 0.2], prompts=3, images=150),
+    dict(method="livo", value=BLOODY, split="seen", metric="S", mean=0.5, ci95=None, prompts=1, images=10),
 ]
 RATES = {  # of an encoder whose tokens do what they are told
     VALUE: {
@@ -284,6 +285,7 @@ def test_a_moved_export_takes_its_value_encoder_from_the_caller(exported, publis
 def test_the_card_says_how_and_what(exported, config):
     card = (exported / "README.md").read_text()
     assert "| shape equality | held out | D1 | livo | 0.125 | 0.100 to 0.200 | 150 |" in card
+    assert f"| {BLOODY} | seen | S | livo | 0.500 | none | 10 |" in card
     assert f"base_model: {config.model}" in card and f"custom_pipeline={str(exported)!r}" in card
     recipe = json.loads(card.split("```json")[1].split("```")[0])
     assert recipe["loss"]["beta"] == config.loss.beta and recipe["train"]["steps"] == config.train.steps

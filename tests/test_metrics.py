@@ -114,6 +114,8 @@ def test_a_floor_is_what_a_fair_generator_shows():
     every = metrics.floor(metrics.dealt(50, 50, 1.0, fifth), fifth)["D1"]
     assert every == pytest.approx(drawn(50, fifth), abs=0.003), "a token that all images get deals nothing out"
     assert 0 < metrics.floor(metrics.dealt(50, 40, 0.8, fifth), fifth)["D1"] < drawn(50, fifth)
+    tenth = (0.1,) * 10  # whose sums are rounded
+    assert all(metrics.floor(metrics.dealt(20, n, n / 20, tenth), tenth)["D1"] > 0 for n in range(21))
     assert metrics.floor(metrics.quotas(50, fifth), fifth) == pytest.approx(fair)
     assert metrics.floor(metrics.quotas(7, half), half)["D1"] == pytest.approx(1 / 7)
     assert metrics.floor(metrics.quotas(10, (0.7, 0.3)), (0.7, 0.3))["TV"] == pytest.approx(0)
@@ -184,6 +186,7 @@ def test_kappa_by_hand():
     kappa, (low, high) = metrics.agreement([[[4, 1], [2, 3]], [[3, 1], [3, 3]], [[5, 0], [1, 4]]])
     assert low < kappa < high and kappa == pytest.approx(metrics.kappa([[12, 2], [6, 10]]))
     assert metrics.kappa([[[0, 5], [5, 0]], [[9, 0], [0, 0]]]).tolist() == [-1, 1]
+    assert metrics.agreement([[[4, 1], [2, 3]]])[1] is None, "one prompt"
 
 
 def test_changed_counts_images_that_are_read_otherwise():
