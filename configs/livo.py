@@ -74,6 +74,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.beta = 1000.0  # slope of the aligned hinge
     c.gamma_1 = 1.0  # margin of the aligned hinge
     c.gamma_2 = 0.5  # margin of the violating hinge
+    c.anchor = 0.0  # slope of how far the prediction moves where the value should leave a prompt alone; 0: as pairs
     c.timesteps = (0, 1000)  # t is uniform over first .. last - 1
     c.min_snr_gamma = 0.0  # weights the errors by min(snr, gamma) / snr (Hang et al. 2023: 5); 0 for none
 

@@ -89,6 +89,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.beta = 400.0  # slope of the aligned hinge
     c.gamma_1 = 10.0  # margin of the aligned hinge
     c.gamma_2 = 10.0  # margin of the violating hinge
+    c.anchor = 2000.0  # slope of how far the prediction moves where the value should leave a prompt alone; 0: as pairs
     c.timesteps = (100, 1000)  # t is uniform over first .. last - 1; below 100 pictures are made already
     c.min_snr_gamma = 0.0  # weights the errors by min(snr, gamma) / snr; 0 for none
 

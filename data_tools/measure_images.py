@@ -168,7 +168,7 @@ def spoilt(methods: dict[str, list[Picture]], unreadable: float) -> list[str]:
 
 def measure(
     methods: dict[str, list[Picture]], *, judge_all=(), principles=(), subjects=(), targets=None, inception=None,
-    reference=(), clip_score=None, lpips=None, batch_size: int = 32, unreadable: float = UNREADABLE,
+    reference=(), clip_score=None, lpips=None, batch_size: int = 32, unreadable: float = 1.0,
     readings: list | None = None,
 ) -> list[dict]:  # fmt: skip
     """The rows of results.json, as metrics.rows makes them; ci95 is None where only a whole set has a number.

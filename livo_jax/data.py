@@ -286,7 +286,8 @@ def batches(
         [b, L] int32, `aligned` and `violating` [b, H, W, 3] float32 in [-1, 1]; from a cache
         `prompt_states` [b, L, D] (of XL also `text_embeds` [b, P]), `aligned_moments` and `violating_moments`
         [b, h, w, 2C] in place of prompt_ids and the images. With `beside` also `beside_prompt_ids` [b, L], what the
-        value encoder reads of the second value, and `beside` [b] bool, whether there is one.
+        value encoder reads of the second value, and `beside` [b] bool, whether there is one. With `anchors` also
+        `anchor` [b] bool, whether the prompt is one that the value should leave alone.
     """
     import grain
 
@@ -319,6 +320,7 @@ def batches(
         images = {"aligned": (index, "aligned"), "violating": (partner, "violating")}
         anchored = anchors and rng.random() < anchors and prompt == record["prompt"].decode()
         named = attributes and not anchored and rng.random() < attributes
+        own_prompt = prompt
         if (anchored or named) and (shown := shows(record, source[partner])):
             exchanged = rng.random() < 1 / len(value.attributes)
             if exchanged:
@@ -329,6 +331,8 @@ def batches(
                 statement = attributed(statement, shown[exchanged])
         if anchored and value.kind == "harm":
             prompt = anchor(value, prompt, block.scene)
+        if anchors:
+            read["anchor"] = prompt != own_prompt
         text = value_prompt(statement, prompt if reads_prompt else "")
         if stands_beside:  # it reads the prompt as it is now, as where images are drawn
             read["beside_prompt_ids"] = ids(value_prompt(stands_beside, prompt if reads_prompt else ""))

@@ -17,7 +17,7 @@ READ = {  # (a field that chooses, its choice) -> the fields that it reads of th
         "value_encoder.reads_prompt",
     ),
     ("value_encoder.kind", "token"): ("value_encoder.tokens",),
-    ("loss.form", "livo"): ("loss.alpha", "loss.beta", "loss.gamma_1", "loss.gamma_2"),
+    ("loss.form", "livo"): ("loss.alpha", "loss.beta", "loss.gamma_1", "loss.gamma_2", "loss.anchor"),
     ("loss.form", "sft"): (),
     ("loss.form", "dpo"): ("loss.beta",),
     ("loss.form", "ipo"): ("loss.beta",),
@@ -29,7 +29,8 @@ READ = {  # (a field that chooses, its choice) -> the fields that it reads of th
     ("train.learning_rate_scaling", "none"): (),
 }  # fmt: skip
 OFF = {  # what a field says that asks for nothing: any other value is refused where it is not read, whoever set it
-    "loss.form": "livo", "loss.min_snr_gamma": 0.0, "data.beside": 0.0, "data.attributes": 0.0, "data.anchors": 0.0,
+    "loss.form": "livo", "loss.min_snr_gamma": 0.0, "loss.anchor": 0.0,
+    "data.beside": 0.0, "data.attributes": 0.0, "data.anchors": 0.0,
     "value_encoder.kind": "full", "value_encoder.start": "", "value_encoder.states": 1,
     "value_encoder.reads_prompt": True,
 }  # fmt: skip

@@ -76,6 +76,8 @@ def abstract_batch(sd, config, rows: int) -> dict:
     batch = {"value_prompt_ids": ids}
     if value_encodings(config) > 1:
         batch |= {"beside_prompt_ids": ids, "beside": array(dtype=jnp.bool_)}
+    if config.data.anchors:
+        batch["anchor"] = array(dtype=jnp.bool_)
     if config.data.cache:
         dtype = cache_dtype(config)
         moments = {f"{side}_moments": array(h, w, 2 * C, dtype=dtype) for side in ("aligned", "violating")}

@@ -18,7 +18,7 @@ LABELS = {"base": "base model", "livo": "LiVO", "plain": "the value alone, as it
 EFFECTS = {"D1": "imbalance", "R": "share of harmful images"}  # what a value is to lower
 TOLD = (*EFFECTS, "recognised", "readable")  # differences that the page has
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what begins so a spreadsheet may take for a formula
-LOWER_IS_BETTER = ("D1", "D2", "TV", "R", "S", "Max", "Prob")
+LOWER_IS_BETTER = ("D1", "D2", "TV", "R", "S", "Max", "Prob", "joint_TV", "joint_D1", "mutual_information")
 
 
 def blurred(images) -> list[np.ndarray]:

@@ -153,7 +153,8 @@ def make_loss(graphs: dict, schedule: diffusion.NoiseSchedule, config, scaling_f
     """
     min_snr_gamma, train_embeddings = config.loss.min_snr_gamma, config.train.train_embeddings
     preference = make_preference(config, schedule.num_timesteps)
-    sides = ("aligned",) if config.loss.form == "sft" else ("aligned", "violating")
+    form, anchor = config.loss.form, config.loss.get("anchor", 0.0)
+    sides = ("aligned",) if form == "sft" else ("aligned", "violating")
 
     def loss(params, frozen, batch):
         if not train_embeddings:
@@ -167,8 +168,10 @@ def make_loss(graphs: dict, schedule: diffusion.NoiseSchedule, config, scaling_f
         of_sides = lambda x: x if x is None else jnp.repeat(x, len(sides), axis=0)
         weight = diffusion.min_snr_weight(schedule, t, min_snr_gamma) if min_snr_gamma else 1.0
 
-        def errors(conditioning, mask):
-            eps_hat = unet(z_t, t, of_sides(conditioning), of_sides(mask), of_sides(text_embeds), time_ids)
+        def predict(conditioning, mask):
+            return unet(z_t, t, of_sides(conditioning), of_sides(mask), of_sides(text_embeds), time_ids)
+
+        def errors(eps_hat):  # of each side, [n, b]
             return (weight * losses.denoising_error(eps_hat, target)).reshape(-1, len(sides)).T
 
         c, text_embeds = prompt_states(graphs, frozen, batch)  # of the policy too
@@ -181,9 +184,18 @@ def make_loss(graphs: dict, schedule: diffusion.NoiseSchedule, config, scaling_f
             beside = jnp.broadcast_to(batch["beside"][:, None], u.shape[:2])
             mask = jnp.concatenate([beside, jnp.ones(c.shape[:2], bool)], axis=1)
             c = before(u_beside, c)
-        reference = errors(c, mask) if config.loss.form != "sft" else ()
+        reference = predict(c, mask) if form != "sft" else None
         mask = mask if mask is None else jnp.concatenate([jnp.ones(u.shape[:2], bool), mask], axis=1)
-        return preference(*errors(before(u, c), mask), *reference)
+        policy = predict(before(u, c), mask)
+        of_reference = () if reference is None else errors(reference)
+        if not (anchor and "anchor" in batch):
+            return preference(*errors(policy), *of_reference)
+        # What the value should leave alone has no hinges, but a prediction that is to stay.
+        is_anchor = batch["anchor"]
+        constants = {name: jnp.where(is_anchor, 0.0, x) for name, x in preference.keywords.items()}
+        loss, metrics = preference(*errors(policy), *of_reference, **constants)
+        moved = jnp.mean(jnp.where(of_sides(is_anchor), losses.denoising_error(policy, reference), 0.0))
+        return loss + anchor * moved, metrics | {"anchor_moved": moved}
 
     return loss
 

@@ -28,7 +28,7 @@ BEFORE = {
     "judging.model": "", "judging.subject": True,
     "preferences.model": "", "preferences.candidates_per_pair": 1.0, "preferences.least_distance": 0,
     "data.beside": 0.0, "data.attributes": 0.0, "data.anchors": 0.0,
-    "loss.form": "livo", "loss.min_snr_gamma": 0.0,
+    "loss.form": "livo", "loss.min_snr_gamma": 0.0, "loss.anchor": 0.0,
     "train.accumulate": 1, "train.remat": "none", "train.learning_rate_scaling": "none",
     "train.reference_batch_size": 8, "train.warmup_steps": 0, "train.train_embeddings": True, "train.ema_decay": 0.0,
     "sampling.prompt_layout": "padded",

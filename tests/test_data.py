@@ -164,6 +164,9 @@ def test_some_prompts_are_ones_that_the_value_should_leave_alone(directory, tmp_
     rows = list(texts(directory, anchors=0.3))
     stated = [(prompt, value, side) for prompt, value, side, _ in rows if len(prompt.split()) > 2]
     assert len(stated) / len(rows) == pytest.approx(0.3, abs=0.06)
+    batches = iterate(directory, batch_size=8, anchors=0.3, principles=values.load(("shape", "colour", "bloody")))
+    told = np.concatenate([next(batches)["anchor"] for _ in range(100)])
+    assert told.tolist() == [len(prompt.split()) > 2 for prompt, *_ in rows]
     for prompt, value, side in stated:
         _, attribute, scene = prompt.split()
         assert scene in COUNTS and value.split(", ")[1] == prompt

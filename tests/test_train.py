@@ -25,6 +25,7 @@ from livo_jax.step import (
     make_loss,
     make_optimizer,
     make_train_step,
+    noised,
     state_on,
     trained_params,
 )
@@ -217,6 +218,35 @@ def test_fine_tuning_asks_for_no_violating_image(parts, torch_models):
         torch_models, copy.deepcopy(torch_models["text_encoder"]), batch, CONFIG, sd.scheduler_config
     )
     assert metrics["loss"] == pytest.approx(errors["l", "aligned"].mean(), rel=1e-4)
+
+
+def test_an_anchor_asks_for_the_prediction_to_stay(small):
+    """In the place of its hinges: its row of the loss is a slope times how far the token moves the prediction."""
+    sd, graphs, frozen, batch = small
+    config, params = CONFIG.copy_and_resolve_references(), frozen["text_encoder"]
+    batch = batch | draw(jax.random.key(0), (8, *sd.latent_shape), (0, 1000))
+    plain, _ = jax.jit(make_loss(graphs, sd.schedule, config, SCALE))(params, frozen, batch)
+    config.loss.anchor = 300.0
+    loss_of = jax.jit(make_loss(graphs, sd.schedule, config, SCALE))
+    some = np.arange(8) % 3 == 0
+    loss = {}
+    for name, rows in {"none": some & False, "some": some, "others": ~some, "all": some | True}.items():
+        loss[name], metrics = loss_of(params, frozen, batch | {"anchor": rows})
+    assert loss["none"] == pytest.approx(float(plain), rel=1e-6)
+    assert loss["some"] + loss["others"] == pytest.approx(float(loss["none"] + loss["all"]), rel=1e-5), (
+        "each row on its own"
+    )
+    assert metrics["active_w"] == metrics["active_l"] == 0, "no hinge is left"
+
+    @jax.jit
+    def moved():
+        text_encoder, unet = (nnx.merge(graphs[name], frozen[name]) for name in ("text_encoder", "unet"))
+        z_t, t, _ = noised(graphs, sd.schedule, SCALE, frozen, batch)
+        c = jnp.repeat(text_encoder(batch["prompt_ids"]).last_hidden_state, 2, axis=0)
+        u = jnp.repeat(text_encoder(batch["value_prompt_ids"]).pooled[:, None], 2, axis=0)
+        return jnp.mean((unet(z_t, t, jnp.concatenate([u, c], axis=1)) - unet(z_t, t, c)) ** 2)
+
+    assert loss["all"] == pytest.approx(300.0 * float(moved()), rel=1e-4) and loss["all"] > 0.01
 
 
 def test_three_steps_are_pytorchs(parts, torch_models):

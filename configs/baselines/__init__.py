@@ -9,5 +9,5 @@ def start(arg: str, method: str):
     if name not in ("tiny", "livo"):
         raise ValueError(f"configs/baselines/{method}.py:{arg}: there is tiny and livo, and each with :smoke")
     config = {"tiny": tiny, "livo": livo}[name].get_config(variant)
-    config.method = method
+    config.method, config.loss.anchor = method, 0.0  # which LiVO's own loss reads alone
     return config

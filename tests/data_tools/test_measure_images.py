@@ -158,7 +158,7 @@ def test_an_image_that_cannot_be_read_is_not_harmless(tmp_path, caplog):
     assert np.isnan(judge(Pictures(pictures)[:40])["red"]).sum() == 2, "neither 0 nor 1"
     Image.new("RGB", (32, 32), (9, 9, 9)).save(folder / "03.png")
     with pytest.raises(ValueError, match="3 of 40 images .7.5%. cannot be read, more than 5%(.|\n)*03.png has one"):
-        measure({"": read(folder)[0]}, **settings)
+        measure({"": read(folder)[0]}, unreadable=0.05, **settings)
     for i in (4, 5):
         (folder / f"0{i}.png").write_bytes(b"")
     with pytest.raises(ValueError, match="3 of 40 images .7.5%. cannot be read, more than 5%(.|\n)*05.png cannot be"):
@@ -196,7 +196,7 @@ def test_pictures_that_show_nothing_are_no_harmless_ones(tmp_path):
     (pictures,) = read(folder)
     judge, rows = judges.load(ConfigDict({"judge": "shapeworld"}), (bloody,), SUBJECTS), []
     with pytest.raises(ValueError, match="ours: 1 of 13 images .7.7%. cannot be read, more than 5%"):
-        measure({"ours": pictures}, judge_all=[judge], principles=(bloody,))
+        measure({"ours": pictures}, judge_all=[judge], principles=(bloody,), unreadable=0.05)
     blind = lambda images: {"red": np.full(len(images), np.nan)}
     with pytest.raises(ValueError, match="ours: 13 of 13 images cannot be read for 'bloody considered inappropriate'"):
         measure({"ours": pictures}, judge_all=[blind], principles=(bloody,), unreadable=0.1)
