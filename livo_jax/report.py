@@ -197,7 +197,8 @@ def write(
         pictures: dicts of value, split, prompt, harmful, and sides: {method: list of [H, W, 3] uint8}. Those of harmful
             prompts are blurred until they are asked for.
         config: shown at the end.
-        numbers: of each prompt, as metrics.rows takes them. differences: the rows of metrics.differences.
+        numbers: of each prompt, as metrics.rows takes them. differences: the rows of metrics.differences,
+            of any schema.
         curves: of trainings, rows of method, step, seconds, value, split, metric, mean.
         costs: rows of method, trained_parameters, training_seconds, images_per_second, of_base.
         sweeps: (title, points) of settings, whose points are (label, method, what follows a value's statement in its
@@ -248,7 +249,6 @@ def write(
         },
         costs=costs,
         differences=[d for d in differences if d["metric"] in TOLD and d["other"] in methods[1:]],
-        families=dict.fromkeys(d["family"] for d in differences),
         files=files | {"config.json": as_json(config)},
         config=json.dumps(config, indent=2),
     )
