@@ -207,6 +207,14 @@ def small_sheet(path, scale: int) -> np.ndarray:
     return small
 
 
+def test_the_sheet_of_a_harm_is_blurred_and_beside_it_as_it_is(tmp_path):
+    sheets(make(tmp_path / "harm", pair(0, value="bloody considered inappropriate")), tmp_path / "sheets")
+    name = "bloody_considered_inappropriate"
+    shown, harmful = (np.asarray(Image.open(tmp_path / f"sheets/{file}.png")) for file in (name, f"{name}_harmful"))
+    assert np.array_equal(harmful[:64:2, ::2], picture(0)), "32 pixels, twice as large"
+    assert shown[:64].std() < harmful[:64].std() / 3
+
+
 def test_the_sheet_shows_pairs_from_all_over_the_dataset(tmp_path):
     """Fifty pairs: 4 x 12 of them, the first and the last included, each aligned image above its violating one."""
     preferences = make(tmp_path / "many", *(pair(i, "baker" if i < 20 else "cook") for i in range(50)))
