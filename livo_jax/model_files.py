@@ -95,6 +95,8 @@ def from_pickles(directory: pathlib.Path) -> str:
     root, loader = directory, f"transformers import {(config.get('architectures') or ['AutoModel'])[0]}"
     if (directory.parent / "model_index.json").is_file():
         root, loader = directory.parent, "diffusers import DiffusionPipeline"
+    if not any(file.suffix in ONE_FILE for file in directory.glob("*")):  # of the hub, from where they were not fetched
+        root = "OWNER/NAME"
     return f"  python -c \"from {loader} as M; M.from_pretrained('{root}').save_pretrained('DIR')\""
 
 

@@ -64,8 +64,12 @@ def test_other_formats_are_told_with_how_to_convert_them(copy, tmp_path):
     one.rename(tmp_path / "alone" / "one.ckpt")
     with pytest.raises(FileNotFoundError, match="scheduler_config.*vae/config.json is missing\n.*\n.*from_single_file"):
         StableDiffusion.from_pretrained(tmp_path / "alone")
-    (copy / UNET_FILE).rename((copy / UNET_FILE).with_suffix(".bin"))
-    with pytest.raises(FileNotFoundError, match="model.bin.*can run code.*\n.*DiffusionPipeline as M.*save_pretrained"):
+    pickle = (copy / UNET_FILE).rename((copy / UNET_FILE).with_suffix(".bin"))
+    convert = r"can run code.*\n.*DiffusionPipeline as M; M.from_pretrained\('{}'\).save_pretrained"
+    with pytest.raises(FileNotFoundError, match="There are .*model.bin.*" + convert.format(copy)):
+        StableDiffusion.from_pretrained(copy)
+    pickle.unlink()  # as the hub leaves it, from where none is fetched
+    with pytest.raises(FileNotFoundError, match="There is none.*" + convert.format("OWNER/NAME")):
         StableDiffusion.from_pretrained(copy)
 
 
