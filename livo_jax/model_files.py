@@ -1,5 +1,6 @@
 """The files of published models: directories, hub repositories, configs and safetensors, found, told apart and read."""
 
+import errno
 import json
 import math
 import os
@@ -36,6 +37,7 @@ def find(path_or_hub_id: str | os.PathLike, patterns: list[str]) -> pathlib.Path
     Raises:
         FileNotFoundError: it is neither; the message says what it is, and how to convert or fetch it.
         ValueError: files of the directory are pointers of Git LFS.
+        OSError: it is to be fetched, and the hub's cache cannot be written.
     """
     name, local = str(path_or_hub_id), pathlib.Path(path_or_hub_id).expanduser()
     if local.is_dir():
@@ -60,6 +62,13 @@ def find(path_or_hub_id: str | os.PathLike, patterns: list[str]) -> pathlib.Path
             f"no model at {name!r}: it is not a directory here, and not in the hub's cache or not"
             f" reachable ({type(error).__name__}). Fetch it where there is a network, with\n"
             f"  hf download {name}\nor give the path of a copy in the diffusers layout."
+        ) from error
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES):
+            raise
+        raise OSError(
+            f"{name!r} is not whole in the hub's cache, and that cannot be written: {error}. Set HF_HOME to a folder that"
+            " can"
         ) from error
 
 

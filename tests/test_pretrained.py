@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import errno
 import hashlib
 import http.server
 import json
@@ -14,6 +15,7 @@ import threading
 import urllib.parse
 import warnings
 
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -128,6 +130,15 @@ def test_unknown_schedulers(copy, change, message):
 def test_a_missing_model_says_how_to_fetch_it(name):
     with pytest.raises(FileNotFoundError, match=f"hf download {name}"):
         StableDiffusion.from_pretrained(name)
+
+
+def test_a_hub_cache_that_cannot_be_written(monkeypatch):
+    def snapshot_download(*_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), "/cache")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.raises(OSError, match="'owner/model' is not whole in the hub's cache, .*Read-only.*Set HF_HOME"):
+        StableDiffusion.from_pretrained("owner/model")
 
 
 def test_half_precision_variant_is_read_when_alone(copy, sd):
