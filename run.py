@@ -60,14 +60,12 @@ def main(argv):
             raise app.UsageError(f"--config={name} compares methods: give --mode=evaluate, not {MODE.value}")
         from data_tools import build_preferences, cache_latents
         from livo_jax.compare import compare
-        from livo_jax.workdir import find, held
 
         for method, own in config.methods.items():
             begin = f"methods.{method}."
             own_changed = {name.removeprefix(begin): x for name, x in changed.items() if name.startswith(begin)}
             fields.check(own, own_changed, comparing=True)
-        with held(find(workdir), "compares methods in"):
-            compare(config, workdir, build_preferences.build, cache_latents.write)
+        compare(config, workdir, build_preferences.build, cache_latents.write)
         return
     fields.check_mode(config, MODE.value, VALUE.value)
     fields.check(config, changed)

@@ -15,7 +15,7 @@ from livo_jax.checkpoint import Checkpoints
 from livo_jax.data import Preferences, cache_directory
 from livo_jax.generate import Dose, Request
 from livo_jax.log import read_metrics
-from livo_jax.workdir import find
+from livo_jax.workdir import find, held
 
 SAME = ("model", "variant", "dtype", "random_weights", "principles", "judge", "judging", "sampling", "eval")
 TIMED = 2  # times that tell how fast a method draws
@@ -35,6 +35,7 @@ def compare(config, workdir, build_preferences, cache_latents=None) -> list[dict
 
     Raises:
         ValueError: there are no methods, or they would not be measured alike; and what training raises.
+        FileExistsError: another process compares in `workdir`.
     """
     workdir = find(workdir)
     methods = {name: copy.deepcopy(config.methods[name]) for name in sorted(config.methods, key=_livo_first)}
@@ -46,7 +47,13 @@ def compare(config, workdir, build_preferences, cache_latents=None) -> list[dict
         raise ValueError(
             f"methods to compare: {', '.join(methods) or 'none'}; they differ in {', '.join(sorted(apart))}"
         )
-    points = config.curve.points
+    with held(workdir, "compares methods in"):
+        return _compare(methods, config, workdir, build_preferences, cache_latents)
+
+
+def _compare(methods: dict, config, workdir, build_preferences, cache_latents) -> list[dict]:
+    """That of methods that are alike, in a workdir that is held."""
+    points, first = config.curve.points, next(iter(methods.values()))
     for own in methods.values():
         own.eval.drawn, own.eval.rate_images = str(workdir / "drawn"), 0
         own.data.directory = own.data.directory or str(workdir / "preferences")

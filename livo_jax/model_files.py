@@ -67,8 +67,8 @@ def find(path_or_hub_id: str | os.PathLike, patterns: list[str]) -> pathlib.Path
         if error.errno not in (errno.EROFS, errno.EACCES):
             raise
         raise OSError(
-            f"{name!r} is not whole in the hub's cache, and that cannot be written: {error}. Set HF_HOME to a folder that"
-            " can"
+            f"{name!r} is not whole in the hub's cache, and that cannot be written: {error}. Set HF_HOME to a folder"
+            " that can"
         ) from error
 
 

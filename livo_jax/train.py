@@ -78,7 +78,7 @@ def check_config(config, sd, mesh, judge: bool = True):
         lambda: diffusion.sampler_table(sd.scheduler_config, config.sampling.sampler, config.sampling.steps),
         lambda: found.extend(values.load(config.principles)),
         lambda: prompt_sets.check(config),
-        lambda: find(config.eval.drawn),
+        lambda: config.eval.drawn and find(config.eval.drawn),
         lambda: config.judge and judge and judges.load(config, found, config.eval.seen),
     ):
         try:
