@@ -84,11 +84,11 @@ def trained_params(state: dict) -> dict:
 
 
 def norms(state: dict) -> dict:
-    """The norm of each part of a state but its step, float32 scalars: finite where all of its numbers are.
+    """params_norm, opt_state_norm, perhaps ema_norm, float32 scalars: finite where all numbers of that part are.
 
     A number whose square is not finite counts with those: nothing trains on from there either.
     """
-    return {name: optax.tree.norm(part) for name, part in state.items() if name != "step"}
+    return {f"{name}_norm": optax.tree.norm(part) for name, part in state.items() if name != "step"}
 
 
 def moments(graphs: dict, frozen: dict, batch: dict, side: str):
@@ -225,8 +225,8 @@ def make_train_step(
     The step takes `state` (step, params, opt_state, perhaps ema), `frozen` (parameters of text_encoder,
     unet and vae) and a batch of data.batches: value_prompt_ids, and either prompt_ids and images or, from a
     cache, prompt_states (of XL also text_embeds) and moments; then `frozen` needs no vae. Its metrics are
-    float32 scalars: loss, those of the form's function in losses.py, grad_norm, and in `after` the norms of the
-    state that it returns.
+    float32 scalars: loss, those of the form's function in losses.py, grad_norm, and the norms of the state that it
+    returns.
     """
     loss = make_loss(graphs, schedule, config, scaling_factor, time_ids)
     timesteps = config.loss.timesteps
@@ -253,7 +253,7 @@ def make_train_step(
         if ema_decay:  # which follows closely at first
             decay = jnp.minimum(ema_decay, after["step"] / (after["step"] + 9))
             after["ema"] = optax.incremental_update(params, state["ema"], 1 - decay)
-        return after, {"loss": value, **metrics, "grad_norm": optax.tree.norm(grads), "after": norms(after)}
+        return after, {"loss": value, **metrics, "grad_norm": optax.tree.norm(grads), **norms(after)}
 
     return train_step
 

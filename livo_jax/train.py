@@ -319,12 +319,14 @@ def with_update(sd, update) -> StableDiffusion:
 
 def check_finite(step: int, metrics: dict, checkpoints, config) -> dict[str, float]:
     """Fetches a step's metrics. Raises FloatingPointError if its loss, or what came of it, is not finite."""
-    norms = {name: float(norm) for name, norm in metrics["after"].items()}
-    metrics = {name: float(value) for name, value in metrics.items() if name != "after"}
-    numbers = {f"the loss of step {step}": metrics["loss"], "the norm of its gradients": metrics["grad_norm"]}
-    parts = {"params": "parameters", "opt_state": "optimizer's state", "ema": "moving average"}
-    numbers |= {f"the norm of the {parts[name]} after it": norm for name, norm in norms.items()}
-    wrong = [f"{what} is {number}" for what, number in numbers.items() if not math.isfinite(number)]
+    metrics = {name: float(value) for name, value in metrics.items()}
+    names = {
+        "loss": f"the loss of step {step}", "grad_norm": f"the norm of the gradients of step {step}",
+        "params_norm": f"the norm of the parameters after step {step}",
+        "opt_state_norm": f"the norm of the optimizer's state after step {step}",
+        "ema_norm": f"the norm of the moving average after step {step}",
+    }  # fmt: skip
+    wrong = [f"{names[name]} is {metrics[name]}" for name in names if not math.isfinite(metrics.get(name, 0.0))]
     if not wrong:
         return metrics
     checkpoints.wait()
