@@ -50,7 +50,9 @@ def abstract_model(config) -> StableDiffusion:
         return nnx.merge(graph, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), params))
 
     root = find(config.model, DESCRIPTION + [f"{name}/config.json" for name in PARTS])
-    return StableDiffusion(root, part, config.model)
+    sd = StableDiffusion(root, part, config.model)
+    sd.unet.remat = config.train.remat
+    return sd
 
 
 def value_encodings(config) -> int:
@@ -204,18 +206,16 @@ def plan(config, devices: int) -> dict:
 
     if of_unet := baselines.of_unet(config):
         make = lambda unet: of_unet.Update(config, baselines.with_unet(sd, unet), one_key())
-        trained = nnx.eval_shape(make, sd.unet)
-        part, loss_of = "update", of_unet.make_loss
-        train.compute_on(mesh, config, sd)
+        trained, part, loss_of = nnx.eval_shape(make, sd.unet), "update", of_unet.make_loss
     else:
-        trained = nnx.eval_shape(lambda: value_encoders.make(config, sd))
-        part, loss_of = "value_encoder", make_loss
-        train.compute_on(mesh, config, sd, trained)
-    modules = {"unet": sd.unet, "text_encoder": sd.text_encoder} | ({} if config.data.cache else {"vae": sd.vae})
+        trained, part, loss_of = nnx.eval_shape(lambda: value_encoders.make(config, sd)), "value_encoder", make_loss
+    modules = {"unet": sd.unet, "text_encoder": sd.text_encoder, part: trained}
+    if not config.data.cache:
+        modules["vae"] = sd.vae
     graphs, frozen = {}, {}
     for name, module in modules.items():
         graphs[name], frozen[name] = split(module)
-    graphs[part], params = split(trained)
+    params = frozen.pop(part)
     tx = make_optimizer(config)
     state = jax.eval_shape(functools.partial(init_state, tx=tx, ema_decay=config.train.ema_decay), params)
 
@@ -223,12 +223,15 @@ def plan(config, devices: int) -> dict:
     with micro.unlocked():
         micro.train.accumulate, micro.train.batch_size = 1, rows
     batch, scale = abstract_batch(sd, config, rows), sd.vae.config.scaling_factor
+    # Without gathering: the zero tangents of gathered weights are multiplied as traced, and not as compiled.
     step = make_train_step(graphs, sd.schedule, tx, micro, scale, sd.time_ids, loss_of)
     flops = jax.jit(step).lower(state, frozen, batch).cost_analysis()["flops"] / rows
 
     h, w, C = sd.latent_shape
     drawn = {name: jax.ShapeDtypeStruct((rows, h, w, C), jnp.float32) for name in ("noise_w", "noise_l", "eps")}
     drawn["t"] = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    train.compute_on(mesh, config, sd, None if of_unet else trained)
+    graphs = {name: split(module)[0] for name, module in modules.items()}
     loss = loss_of(graphs, sd.schedule, micro, scale, sd.time_ids)
     lies = sharding.by_rules(state, mesh, trained.RULES)
     memory = {
