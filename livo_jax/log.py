@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import json
 import pathlib
+import sys
 import tempfile
 import time
 
@@ -52,6 +53,18 @@ def read_metrics(workdir) -> list[dict]:
     return rows
 
 
+def without_torch(module: str):
+    """Imports a module that would import PyTorch wherever it is installed: seconds, and memory, for nothing here."""
+    if "torch" in sys.modules:
+        importlib.import_module(module)
+        return
+    sys.modules["torch"] = None  # so that importing it fails
+    try:
+        importlib.import_module(module)
+    finally:
+        del sys.modules["torch"]
+
+
 class Log:
     """The logs of a run, written by process 0, and the averages that go into them; a context manager."""
 
@@ -67,6 +80,7 @@ class Log:
         self.local = pathlib.Path(local) / "tensorboard"
         if not self.active:
             return
+        without_torch("tensorboardX")
         # In this thread: SummaryWriter's own dies of a full disk without a word, and then the run waits for it.
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import SessionLog
