@@ -11,10 +11,12 @@ import pytest
 
 # What follows is set before jax is imported.
 QUICK = "--xla_backend_optimization_level=0"  # compiles in half of the time
+if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones do not know the flag
+    QUICK += " --xla_cpu_use_fusion_emitters=false"  # in a third
 if "xla_backend_optimization_level" in os.environ.get("XLA_FLAGS", ""):
     QUICK = ""  # who starts the tests has chosen
-elif importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones do not know the flag
-    QUICK += " --xla_cpu_use_fusion_emitters=false"  # in a third
+# pytest-xdist's workers find XLA_FLAGS as they are set here: what was chosen goes on beside them.
+QUICK = os.environ.setdefault("LIVO_JAX_TESTS_QUICK", QUICK)
 DEVICES = "--xla_force_host_platform_device_count={}"  # virtual ones: one mesh can be compared with another
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES.format(8)} {QUICK}"
 os.environ["JAX_PLATFORMS"] = "cpu"
