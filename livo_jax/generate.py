@@ -148,9 +148,8 @@ def generate(
             padded prompt, as in training. "official": as the authors of LiVO sample, the value token
             and the n tokens of the prompt alone, against n + 1 tokens of the negative prompt.
         batch_size: images at once on each device of the mesh. Images depend on neither, but for rounding.
-        mesh: the devices. By default those that divide the weights, or else all; for few images no more devices, and
-            no larger batches, than they need. Weights that lie on the mesh stay as they are, others are copied to each
-            device and stay there.
+        mesh: the devices, to which weights are copied that do not lie on it. By default those that divide the weights,
+            or else all, where the models keep a copy; of them few images take as few, and smaller batches.
         slots: room for so many values of full strength and of another, though no image has them: calls of equal
             slots share one compiled program.
         guidance: of livo_jax.baselines, in the place of classifier-free guidance alone; hashable. For requests without
@@ -187,14 +186,17 @@ def generate(
             raise ValueError(f"{ascii(text)} is no Unicode text: {error.reason} at {error.start}") from error
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: choose at least 1")
+    modules = (sd.text_encoder, sd.unet, sd.vae, value_encoder)
     if mesh is None:
-        mesh = sharding.mesh_for(sd.unet, len(requests))
+        home = sharding.home_of(sd.unet)
+        for module in filter(None, modules):
+            sharding.settle(module, home)
+        mesh = sharding.part_of(home, len(requests))
         of_device = -(-len(requests) // sharding.batch_parts(mesh))
         batch_size = min(batch_size, 1 << (of_device - 1).bit_length())  # by powers of two: few programs
     table = diffusion.sampler_table(sd.scheduler_config, sampler, steps)
-    modules = (sd.text_encoder, sd.unet, sd.vae, value_encoder)
-    graphs, params = zip(*(sharding.placed(module, mesh) if module is not None else (None, None) for module in modules))
-
+    graphs, params = zip(*(split(module) if module else (None, None) for module in modules))
+    params = sharding.on_mesh(params, mesh)
     at_once = batch_size * sharding.batch_parts(mesh)
     low, high = seeds.words(seeds.check(seed))
     padded = list(requests) + [requests[-1]] * (-len(requests) % at_once)
@@ -230,7 +232,7 @@ def generate(
         if not finite.all():
             spoilt = [request for request, good in zip(padded[start : start + at_once], finite) if not good]
             settings = dict(steps=steps, guidance_scale=guidance_scale, sampler=sampler)
-            raise FloatingPointError(why_not_finite(list(dict.fromkeys(spoilt)), modules, settings))
+            raise FloatingPointError(why_not_finite([*dict.fromkeys(spoilt)], modules, settings))
         images.append(drawn)
     return np.concatenate(images)[: len(requests)]
 
@@ -239,20 +241,18 @@ def why_not_finite(requests: list[Request], modules, settings: dict) -> str:
     """Says which images are not finite, and whether the weights are why, or what they were drawn with."""
     arrays = {
         f"{type(module).__name__}: {jax.tree_util.keystr(path, simple=True, separator='.')}": x
-        for module in modules
-        if module is not None
+        for module in filter(None, modules)
         for path, x in jax.tree.leaves_with_path(split(module)[1])
     }
     weights = [name for name, x in arrays.items() if not jnp.isfinite(x).all()]
-    dtypes = sorted({str(x.dtype) for x in arrays.values()})
-    strengths = sorted({dose.strength for request in requests for dose in request.values})
-    settings = settings | {"strengths": strengths, "dtype": ", ".join(dtypes)}
+    settings["dtypes"] = sorted({str(x.dtype) for x in arrays.values()})
+    settings["strengths"] = sorted({dose.strength for request in requests for dose in request.values})
     if weights:
         why = f"{len(weights)} weights are not finite, fetch or train them anew: {', '.join(weights[:5])}"
     else:
         why = f"the weights are finite; they overflow with {settings}: choose a wider dtype or gentler settings"
-    first = requests[0]
-    return f"{len(requests)} images are not finite, the first of prompt {first.prompt!r}, image {first.index}: {why}"
+    one = requests[0]
+    return f"{len(requests)} images are not finite, as that of prompt {one.prompt!r}, image {one.index}: {why}"
 
 
 def _texts(request: Request) -> list[str]:

@@ -122,26 +122,29 @@ def batch_parts(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def mesh_for(module, images: int) -> Mesh:
-    """The mesh that a module's weights are divided over, or as many devices as there are images, at most all."""
-    for x in jax.tree.leaves(split(module)[1]):
-        if not x.is_fully_replicated:
-            return x.sharding.mesh
-    fewer = images < jax.device_count() and jax.process_count() == 1
-    return make_mesh(data=images if fewer else -1)
+def home_of(module) -> Mesh:
+    """The mesh that a module's weights are divided over, or else all devices."""
+    divided = (x.sharding.mesh for x in jax.tree.leaves(split(module)[1]) if not x.is_fully_replicated)
+    return next(divided, None) or make_mesh()
 
 
-def placed(module, mesh: Mesh) -> tuple:
-    """The graph of a module, and its weights on the mesh.
+def part_of(home: Mesh, images: int) -> Mesh:
+    """The mesh, or of one on which each device has all weights as many of its devices as there are images."""
+    few = images < home.shape["data"] == home.size and jax.process_count() == 1
+    return make_mesh(data=images) if few else home
 
-    Weights that some device of the mesh lacks are copied to each, and the module keeps them there for the next call.
-    """
-    graph, params = split(module)
+
+def settle(module, home: Mesh):
+    """Copies weights that some device of home lacks to each of its devices, where the module keeps them."""
+    _, params = split(module)
+    if not all(x.sharding.device_set >= set(home.devices.flat) for x in jax.tree.leaves(params)):
+        nnx.update(module, on_mesh(params, home))
+
+
+def on_mesh(params: dict, mesh: Mesh) -> dict:
+    """Weights that lie on the mesh as they are, others on each of its devices: without a copy where they lie there."""
     there = lambda x: getattr(x.sharding, "mesh", None) == mesh
-    on_mesh = jax.tree.map(lambda x: x if there(x) else jax.device_put(x, replicated(mesh)), params)
-    if not all(x.sharding.device_set >= set(mesh.devices.flat) for x in jax.tree.leaves(params)):
-        nnx.update(module, on_mesh)
-    return graph, on_mesh
+    return jax.tree.map(lambda x: x if there(x) else jax.device_put(x, replicated(mesh)), params)
 
 
 def rule(path, rules=RULES) -> tuple[str | None, tuple]:
