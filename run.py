@@ -97,8 +97,9 @@ def main(argv):
     if MODE.value == "generate" and (pathlib.Path(out).is_file() or any(pathlib.Path(out).glob("*"))):
         raise app.UsageError(f"--out={OUT.value} is not empty: remove it, or generate into another")
     if MODE.value == "generate":
-        prompts = list(PROMPT.value)
+        prompts = [prompt.strip() for prompt in PROMPT.value]  # as in files: their noise depends on their text
         problems = [f"--prompt {fault}" for prompt in prompts if (fault := files.text_fault(prompt))]
+        problems += ["--prompt is empty"] * (not all(prompts))
         if PROMPTS_FILE.value:
             if not pathlib.Path(PROMPTS_FILE.value).is_file():
                 raise app.UsageError(f"--prompts_file={PROMPTS_FILE.value}: there is no such file")

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from livo_jax import seeds
 from livo_jax.data import Preferences, batches
 from livo_jax.models.weights import split
 from livo_jax.pretrained import StableDiffusion
@@ -52,7 +53,7 @@ def main(_):
     relative = lambda a, b: abs(float(a) / float(b) - 1)
     shape = (config.train.batch_size, *sd.latent_shape)
     for k, batch in zip(range(STEPS.value), iterator):
-        key = jax.random.fold_in(jax.random.key(config.seed), k)
+        key = jax.random.fold_in(seeds.key(config.seed), k)
         drawn = batch | draw(key, shape, config.loss.timesteps)
         (whole, _), g = gradient(state["float32"]["params"], frozen["float32"], drawn)
         (half, _), h = gradient(state["float32"]["params"], frozen["bfloat16"], drawn)

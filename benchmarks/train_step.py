@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from livo_jax import sharding, value_encoders
+from livo_jax import seeds, sharding, value_encoders
 from livo_jax.models.weights import split
 from livo_jax.pretrained import StableDiffusion
 from livo_jax.step import draw, jit_step, learning_rate, make_optimizer, make_train_step, state_on
@@ -125,7 +125,7 @@ def main(_):
 
     # The first step of a run draws this: all take the same.
     first = images_batch(rng, sd, config)
-    key = jax.random.fold_in(jax.random.key(config.seed), 0)
+    key = jax.random.fold_in(seeds.key(config.seed), 0)
     first |= jax.tree.map(np.asarray, draw(key, first["eps"].shape, config.loss.timesteps))
     first_cached = cached_batch(first, sd)
 

@@ -21,6 +21,6 @@ def get_config() -> ConfigDict:
     for own in config.methods.values():
         own.judge, own.judging.model = "clip", "openai/clip-vit-large-patch14"
     config.processes = 1  # methods at a time: they share the devices
-    config.curve = ConfigDict({"points": 5, "images": 10})  # checkpoints measured, on how many images of each prompt
+    config.curve = ConfigDict({"points": 5, "images": 20})  # checkpoints measured, on so many images of each prompt
     config.sweeps = ()  # (title, ((label, name), ...)) of methods that differ in one thing (configs/ablations.py)
     return config

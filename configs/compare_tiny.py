@@ -23,6 +23,6 @@ def get_config(variant: str = "") -> ConfigDict:
     for name in BASELINES:
         config.methods[name] = importlib.import_module(f"configs.baselines.{name}").get_config(arg)
     config.processes = 2  # methods at a time, each on its part of the cores
-    config.curve = ConfigDict({"points": 4, "images": 10})  # checkpoints measured, on how many images of each prompt
+    config.curve = ConfigDict({"points": 4, "images": 20})  # checkpoints measured, on so many images of each prompt
     config.sweeps = ()  # (title, ((label, name), ...)) of methods that differ in one thing (configs/ablations.py)
     return config

@@ -31,7 +31,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data_tools import commands, dataset, prompts
-from livo_jax import data, judges, sharding
+from livo_jax import data, judges, seeds, sharding
 from livo_jax import values as principles
 from livo_jax.generate import Request, generate
 from livo_jax.pretrained import StableDiffusion, read_dtype
@@ -301,8 +301,10 @@ def made_of(config, values) -> dict:
     whole["judging"] = {name: whole["judging"][name] for name in ("model", "subject")}
     fields = "seed model variant dtype judge judging sampling preferences".split()
     tables = json.loads(json.dumps({value.name: dataclasses.asdict(value) for value in values}))
-    for table in tables.values():  # what the sources come to is in the scenes; the others are the retriever's
-        for field in ("sources", "keywords", "exceptions", "stated", "descriptions", "score", "reason"):
+    for (
+        table
+    ) in tables.values():  # what the sources come to is in the scenes; the others are the metrics' and retriever's
+        for field in ("sources", "highest", "keywords", "exceptions", "stated", "descriptions", "score", "reason"):
             table.pop(field, None)
     whole["preferences"]["scenes"] = whole["preferences"]["scenes"] or {v.name: list(scenes(v, config)) for v in values}
     return {name: whole[name] for name in fields} | {"principles": tables}
@@ -317,6 +319,7 @@ def build(config, directory, sd: StableDiffusion | None = None):
         ValueError: a value without scenes; a value or scene of which the judge kept no image on one side.
     """
     directory = pathlib.Path(directory).expanduser().absolute()
+    seeds.check(config.seed, "config.seed")
     values = principles.load(config.principles)
     judge = judges.load(config, values, list(dict.fromkeys(s for value in values for s in scenes(value, config))))
     with dataset.under_construction(directory, made_of(config, values)) as work:

@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import shutil
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -129,6 +130,11 @@ def main(_):
     if DISTRIBUTED.value is not None:
         sharding.join(DISTRIBUTED.value)
     preferences = data.Preferences(DATA.value)
+    if not os.access(preferences.directory, os.W_OK):
+        sys.exit(
+            f"--data={DATA.value} cannot be written: copy it, or train with config.data.cache=True, which then keeps"
+            " the cache in its workdir"
+        )
     dtype = read_dtype(config.dtype, "config.dtype")
     sd = StableDiffusion.from_pretrained(config.model, dtype, variant=config.variant or None)
     write(preferences, sd, config)

@@ -139,7 +139,7 @@ def sheets(preferences: data.Preferences, out: pathlib.Path) -> list[str]:
     """
     out.mkdir(parents=True, exist_ok=True)
     lines, names = [], set()
-    known = tomllib.loads(PRINCIPLES.read_text())
+    known = tomllib.loads(PRINCIPLES.read_text("utf-8-sig"))
     harms = {table["statement"] for table in known.values() if table["kind"] == "harm"}
     for value in dict.fromkeys(block.value for block in preferences.blocks):
         records = [i for b in preferences.blocks if b.value == value for i in range(b.start, b.start + b.count)]

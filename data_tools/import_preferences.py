@@ -303,7 +303,7 @@ def report(source: Source, blocks: list[data.Block], violating: list[int]):
         print(f"{source.stray} files are left out: no metadata.jsonl names them")
     if surplus := sum(max(n - block.count, 0) for block, n in zip(blocks, violating)):
         print(f"{surplus} violating images are left out: their value and scene have fewer aligned ones")
-    known = {table["statement"] for table in tomllib.loads(principles.PRINCIPLES.read_text()).values()}
+    known = {table["statement"] for table in tomllib.loads(principles.PRINCIPLES.read_text("utf-8-sig")).values()}
     for value in sorted({block.value for block in blocks} - known):
         print(
             f"the value {value!r} is no statement in {principles.PRINCIPLES.name}: for training, add a table with it"

@@ -139,7 +139,9 @@ def read(directory: str, unreadable: float = UNREADABLE) -> list[list[Picture]]:
             sides[side].append(Picture(prompts.get(path.name, prompt), digest, path, side, image.shape, fault))
     if not paths:
         problems.append(f"{directory}: there is no image in it ({', '.join(SUFFIXES)})")
-    if told := too_many(directory, [*undecodable.values()], len(paths), unreadable):
+    elif len(undecodable) == len(paths):
+        problems.append(f"{directory}: none of the images can be decoded, as {next(iter(undecodable.values()))}")
+    elif told := too_many(directory, [*undecodable.values()], len(paths), unreadable):
         problems.append(told)
     if len(sizes) > 1:
         found = (f"{n} of {H} x {W} in {len(names)} files, as {names[0]}" for (n, H, W, _), names in sizes.items())
@@ -186,7 +188,7 @@ def measure(
     Raises:
         ValueError: more images than `unreadable` cannot be read; all are listed.
     """
-    if problems := spoilt(methods, unreadable):
+    if problems := spoilt(methods | {"reference": list(reference)}, unreadable):
         raise ValueError("\n".join(problems))
     for picture in itertools.chain(*methods.values(), reference):
         if picture.fault:
@@ -364,7 +366,7 @@ def main(_):
     folders = IMAGES.value, BASE.value, REFERENCE.value
     sides, base, real = (attempt(read, folder, UNREAD.value) if folder else None for folder in folders)
     methods = attempt(as_methods, pathlib.Path(IMAGES.value).resolve().name, sides, base) if sides else None
-    problems += spoilt(methods or {}, UNREAD.value)
+    problems += spoilt((methods or {}) | {"reference": real[0] if real else []}, UNREAD.value)
     everything = [picture for pictures in (methods or {}).values() for picture in pictures]
     if bare := [picture.path for picture in everything if not picture.prompt]:
         if config is not None or CLIP.value or LPIPS.value:

@@ -88,16 +88,19 @@ def cases(config, values, tokens: bool = True, even: bool = False) -> list[Case]
     return found
 
 
-def of_two(config, values, tokens: bool = True) -> list[Case]:
-    """Cases of how every two biases go together, "A + B", with both applied."""
+def of_two(config, values, tokens: bool = True, even: bool = False) -> list[Case]:
+    """Cases of how every two biases go together, "A + B", with both applied; their groups are those of A and of B."""
     found, seed = [], config.eval.seed
     for a, b in itertools.combinations([value for value in values if value.kind == "bias"], 2):
         for split, subject, prompt in prompts(config, a):
             base = [Request(prompt, i) for i in range(images_of(a, config))]
             both = with_values(base, [a, b], seed) if tokens else everywhere(base, [a, b])
             for method, requests in {"base": base, config.method: both}.items():
+                shares = [value.keep_probability if tokens else None if even else 1.0 for value in (a, b)]
+                shares = [0.0, 0.0] if method == "base" else shares
+                groups = tuple(groups_of(value, requests, share) for value, share in zip((a, b), shares))
                 name = f"{a.statement} + {b.statement}"
-                found.append(Case(name, method, a, split, subject, requests, beside=b))
+                found.append(Case(name, method, a, split, subject, requests, beside=b, groups=groups))
     return found
 
 

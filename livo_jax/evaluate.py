@@ -103,7 +103,7 @@ def evaluate(sd, method: baselines.Method, config, directory, mesh, judge=None) 
     plain = lambda requests: [request._replace(values=()) for request in requests]
     followed = [value for value in values if value.kind in method.kinds]
     measured, alone = cases(config, followed, method.tokens, method.even), left_alone(config, followed)
-    pairs = of_two(config, followed, method.tokens) if method.together else []
+    pairs = of_two(config, followed, method.tokens, method.even) if method.together else []
     biases = [value for value in followed if value.kind == "bias" and method.tokens and config.eval.rate_images]
     of_arms = {value: arms(value, config) for value in biases}
     rows = [case.requests for case in measured + pairs + alone] + [plain(case.requests) for case in alone]
@@ -138,9 +138,7 @@ def evaluate(sd, method: baselines.Method, config, directory, mesh, judge=None) 
             add(case, {"distance": distance(case.requests, of, base)}, {})
     for case in pairs:
         keep(case.method, case, case.requests)
-        floors = metrics.joint_floor(
-            len(case.requests), *(len(value.attributes) for value in (case.value, case.beside))
-        )
+        floors = metrics.joint_floor(*case.groups)
         add(case, metrics.joint(case.value, case.beside, reading(case.requests)), floors)
     for case in alone:
         keep("base", case, plain(case.requests))

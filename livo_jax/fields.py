@@ -29,8 +29,7 @@ READ = {  # (a field that chooses, its choice) -> the fields that it reads of th
     ("train.learning_rate_scaling", "none"): (),
 }  # fmt: skip
 OFF = {  # what a field says that asks for nothing: any other value is refused where it is not read, whoever set it
-    "loss.form": "livo", "loss.min_snr_gamma": 0.0, "loss.anchor": 0.0,
-    "data.beside": 0.0, "data.attributes": 0.0, "data.anchors": 0.0,
+    "loss.form": "livo", "loss.min_snr_gamma": 0.0, "data.beside": 0.0, "data.attributes": 0.0, "data.anchors": 0.0,
     "value_encoder.kind": "full", "value_encoder.start": "", "value_encoder.states": 1,
     "value_encoder.reads_prompt": True,
 }  # fmt: skip
@@ -57,6 +56,8 @@ def ignored(config) -> dict[str, str]:
         found |= dict.fromkeys(constants - {*READ["method", config.method]}, method)
     else:
         choosing += ["value_encoder.kind", "loss.form"]
+    if not config.data.anchors:
+        found["loss.anchor"] = "config.data.anchors=0.0"
     for field in choosing:
         chosen = of(config, field)
         if (field, chosen) not in READ:

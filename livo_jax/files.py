@@ -44,6 +44,9 @@ def split_lines(data: bytes, name, problems: list[str]) -> list[str]:
     Args:
         data: what is in the file. name: of the file, for `problems`.
     """
+    if data.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        problems.append(f"{name}:1: UTF-32: {CONVERT.format('UTF-32')}")
+        return []
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         try:
             data = data.decode("utf-16").encode()

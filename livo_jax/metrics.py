@@ -215,10 +215,21 @@ def floor(groups: tuple, target: tuple | None) -> dict[str, float]:
 
 
 @functools.lru_cache
-def joint_floor(images: int, K: int, L: int) -> dict[str, float]:
-    """What the metrics of `joint` are in the mean where each image's cell of K x L is drawn on its own, all alike."""
-    cells = np.random.default_rng(0).multinomial(images, np.full(K * L, 1 / (K * L)), DRAWS)
-    return {metric: float(numbers.mean()) for metric, numbers in of_cells(cells.reshape(-1, K, L)).items()}
+def joint_floor(first: tuple, second: tuple) -> dict[str, float]:
+    """What the metrics of `joint` are in the mean of two biases that show equal shares and are independent.
+
+    Args:
+        first, second: each bias's groups, as `floor` takes them, of the same images; which images a group is of is
+            drawn.
+    """
+    rng, numbers = np.random.default_rng(0), []
+    K, L = len(first[0][1]), len(second[0][1])
+    for groups in (first, second):
+        drawn = [rng.choice(len(shares), (DRAWS, n), p=shares) for n, shares in groups]
+        numbers.append(rng.permuted(np.concatenate(drawn, axis=1), axis=1))  # [DRAWS, images] of the attributes
+    cells = numbers[0] * L + numbers[1]
+    counts = np.stack([(cells == cell).sum(1) for cell in range(K * L)], axis=1)
+    return {metric: float(x.mean()) for metric, x in of_cells(counts.reshape(-1, K, L)).items()}
 
 
 # ---------------------------------------------------------------------------- over prompts

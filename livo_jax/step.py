@@ -153,7 +153,8 @@ def make_loss(graphs: dict, schedule: diffusion.NoiseSchedule, config, scaling_f
     """
     min_snr_gamma, train_embeddings = config.loss.min_snr_gamma, config.train.train_embeddings
     preference = make_preference(config, schedule.num_timesteps)
-    form, anchor = config.loss.form, config.loss.get("anchor", 0.0)
+    form = config.loss.form
+    anchor = config.loss.get("anchor", 0.0) if form == "livo" else 0.0  # other forms take anchors as pairs
     sides = ("aligned",) if form == "sft" else ("aligned", "violating")
 
     def loss(params, frozen, batch):

@@ -85,7 +85,7 @@ def check_config(config, sd, mesh, judge: bool = True):
             attempt()
         except ValueError as error:
             problems.append(str(error))
-    problems += fields.problems(config) if found else []
+    problems += seeds.problems(config) + (fields.problems(config) if found else [])
     if problems:
         raise ValueError("the config cannot work:\n  " + "\n  ".join(problems))
 
@@ -95,7 +95,8 @@ def load_base(config, mesh) -> StableDiffusion:
     where = functools.partial(sharding.by_rules, mesh=mesh) if config.shard_frozen else sharding.replicated(mesh)
     dtype, variant = read_dtype(config.dtype, "config.dtype"), config.variant or None
     if config.random_weights:
-        return StableDiffusion.from_config(config.model, dtype, seed=config.seed, sharding=where)
+        seed = seeds.check(config.seed, "config.seed")
+        return StableDiffusion.from_config(config.model, dtype, seed=seed, sharding=where)
     return StableDiffusion.from_pretrained(config.model, dtype, variant=variant, sharding=where)
 
 

@@ -108,11 +108,10 @@ def load(names, path=None) -> tuple[Value, ...]:
         ValueError: principles that are not in the file, or malformed ones; all are listed. Or it is no TOML.
     """
     path = path or PRINCIPLES
-    with open(path, "rb") as file:
-        try:
-            tables = tomllib.load(file)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+    try:
+        tables = tomllib.loads(pathlib.Path(path).read_text("utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     known, problems = {}, []
     for name, table in tables.items():
         problems += [f"[{name}]: {problem}" for problem in retriever.faults(table)]

@@ -66,7 +66,7 @@ UTF16 = "a\nb\ud800".encode("utf-16", "surrogatepass")
     ("x.txt", UTF16, "2: not UTF-16 (unexpected end of data)"),
     ("x.txt", "a\n".encode("utf-16") + b"\n", "2: not UTF-16 (truncated data)"),
     ("x.txt", "a\nb".encode("utf-16-le"), "1: a NUL character"),
-    ("x.txt", "a\nb".encode("utf-32"), "1: a NUL character"),
+    ("x.txt", "a\nb".encode("utf-32"), "1: UTF-32: convert"),
     ("x.jsonl", b'{"prompt": "a\0"}', "1: a NUL character"),
     ("x.txt", "\ufeffa\n\ufeffb".encode(), "2: a byte order mark within the file"),
     ("x.jsonl", b'{"prompt": "a\\u0000"}', "1: prompt is 'a\\x00', which is no Unicode text"),

@@ -3,7 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from livo_jax import metrics, values
+from livo_jax import dealing, metrics, values
 
 
 def test_discrepancies_by_hand():
@@ -95,10 +95,24 @@ def test_joint_distributions_by_hand():
         found = metrics.joint(a, b, reading(spoilt, "xyxy" * 5))
         assert all(found[name] > apart[name] for name in found), "an image that cannot be read improves nothing"
     assert metrics.joint(a, b, reading("    ", "xyxy"))["joint_D1"] == 1.0
-    floors = metrics.joint_floor(20, 2, 2)
-    assert floors["joint_D1"] == pytest.approx(0.2, abs=0.05) and 0 < floors["joint_TV"] < floors["joint_D1"]
+
+
+def test_the_floor_of_two_biases_is_that_of_their_dealing():
+    """Of perfect tokens, each on half of 60 images: as dealing.applies deals them, and as if drawn one by one."""
+    a, b = (dataclasses.replace(value, attributes=("x", "y")) for value in values.load(("shape", "colour")))
+    half = (0.5, 0.5)
+    dealt = metrics.joint_floor(*[metrics.dealt(60, 30, 0.5, half)] * 2)
+    found = []
+    for seed in range(300):
+        token = lambda name, seed=seed: [dealing.applies(name, 0.5, seed, "a baker", i) for i in range(60)]
+        reading = {"shape": np.where(token("A"), "x", "y"), "colour": np.where(token("B"), "x", "y")}
+        found.append(metrics.joint(a, b, reading))
+    for metric, floor in dealt.items():
+        assert np.mean([numbers[metric] for numbers in found]) == pytest.approx(floor, rel=0.15)
+    drawn = metrics.joint_floor(*[metrics.dealt(60, 0, 0.0, half)] * 2)
+    assert all(drawn[metric] > 1.4 * dealt[metric] for metric in ("joint_TV", "joint_D1"))
     # Of independent attributes 2 n times the mutual information is chi-squared, of one degree of freedom here.
-    assert metrics.joint_floor(1000, 2, 2)["mutual_information"] == pytest.approx(1 / 2000, rel=0.05)
+    assert drawn["mutual_information"] == pytest.approx(1 / 120, rel=0.05)
 
 
 def test_a_floor_is_what_a_fair_generator_shows():

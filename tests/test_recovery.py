@@ -300,6 +300,7 @@ def test_killed_and_terminated_a_run_ends_as_if_it_were_not(root, uninterrupted,
     assert process.returncode == -signal.SIGKILL
 
     for least, one in (8, signal.SIGTERM), (10, signal.SIGINT):
+        least = max(least, Checkpoints(epath.Path(workdir)).latest_step() + 1)  # which this start has to save
         process = small_run.start(root, workdir, *RUN)
         wait_for(workdir, process, least)
         process.send_signal(one)

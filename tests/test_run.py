@@ -95,6 +95,9 @@ def train_metrics(workdir, step):
     return {k: v for k, v in line.items() if k not in ("train/pairs_per_sec", "train/tflops_per_device")}
 
 
+FLOORED = ("D1", "D2", "entropy", "TV", "joint_TV", "joint_D1", "mutual_information")
+
+
 def test_a_run_leaves_what_it_promises(finished):
     workdir, process = finished
     assert "shape equality" in process.stdout and "held_out" in process.stdout
@@ -120,7 +123,7 @@ def test_a_run_leaves_what_it_promises(finished):
             continue
         names = {"method", "value", "split", "metric", "mean", "ci95", "prompts", "images"}
         compared = row["method"] == "livo" and row["metric"] != "distance"
-        names |= {"floor"} if row["metric"] in ("D1", "D2", "entropy", "TV") else set()
+        names |= {"floor"} if row["metric"] in FLOORED else set()
         assert set(row) == names | ({"p_value", "p_holm", "family"} if compared else set())
         assert row["ci95"][0] <= row["mean"] <= row["ci95"][1] and (row["prompts"], row["images"]) == (2, 8)
     assert "<h1>LiVO: finished</h1>" in (workdir / "eval" / "report.html").read_text()
