@@ -301,9 +301,8 @@ def made_of(config, values) -> dict:
     whole["judging"] = {name: whole["judging"][name] for name in ("model", "subject")}
     fields = "seed model variant dtype judge judging sampling preferences".split()
     tables = json.loads(json.dumps({value.name: dataclasses.asdict(value) for value in values}))
-    for (
-        table
-    ) in tables.values():  # what the sources come to is in the scenes; the others are the metrics' and retriever's
+    # What the sources come to is in the scenes; the others are the metrics' and the retriever's.
+    for table in tables.values():
         for field in ("sources", "highest", "keywords", "exceptions", "stated", "descriptions", "score", "reason"):
             table.pop(field, None)
     whole["preferences"]["scenes"] = whole["preferences"]["scenes"] or {v.name: list(scenes(v, config)) for v in values}

@@ -13,7 +13,6 @@ import json
 import pathlib
 import re
 import statistics
-import tomllib
 from collections import Counter, defaultdict
 
 import imagehash
@@ -25,7 +24,7 @@ from tqdm import tqdm
 
 from data_tools import commands
 from livo_jax import data, files, report
-from livo_jax.values import PRINCIPLES, text_hash
+from livo_jax.values import read_tables, text_hash
 
 FEW = 3  # examples of duplicates; the smallest scenes; the commonest sizes
 WORDS = r"(?<!\w)(?:{})(?!\w)"  # a pattern of texts that are no part of a longer word
@@ -139,8 +138,7 @@ def sheets(preferences: data.Preferences, out: pathlib.Path) -> list[str]:
     """
     out.mkdir(parents=True, exist_ok=True)
     lines, names = [], set()
-    known = tomllib.loads(PRINCIPLES.read_text("utf-8-sig"))
-    harms = {table["statement"] for table in known.values() if table["kind"] == "harm"}
+    harms = {table["statement"] for table in read_tables().values() if table["kind"] == "harm"}
     for value in dict.fromkeys(block.value for block in preferences.blocks):
         records = [i for b in preferences.blocks if b.value == value for i in range(b.start, b.start + b.count)]
         chosen = np.linspace(0, len(records) - 1, min(len(records), COLUMNS * ROW_PAIRS)).astype(int)

@@ -27,7 +27,6 @@ import os
 import pathlib
 import shutil
 import tarfile
-import tomllib
 import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -303,7 +302,7 @@ def report(source: Source, blocks: list[data.Block], violating: list[int]):
         print(f"{source.stray} files are left out: no metadata.jsonl names them")
     if surplus := sum(max(n - block.count, 0) for block, n in zip(blocks, violating)):
         print(f"{surplus} violating images are left out: their value and scene have fewer aligned ones")
-    known = {table["statement"] for table in tomllib.loads(principles.PRINCIPLES.read_text("utf-8-sig")).values()}
+    known = {table["statement"] for table in principles.read_tables().values()}
     for value in sorted({block.value for block in blocks} - known):
         print(
             f"the value {value!r} is no statement in {principles.PRINCIPLES.name}: for training, add a table with it"

@@ -62,6 +62,13 @@ def groups_of(value: principles.Value, requests: list[Request], share: float | N
     return metrics.dealt(len(requests), applied, share, shares)
 
 
+def dealt_to(value: principles.Value, tokens: bool, even: bool) -> float | None:
+    """The share, as groups_of takes it, of a method with these settings of Method."""
+    if tokens:
+        return value.keep_probability
+    return None if even else 1.0
+
+
 def cases(config, values, tokens: bool = True, even: bool = False) -> list[Case]:
     """What is measured: each value and, where the config says so, every two of them, of a method with tokens.
 
@@ -76,8 +83,7 @@ def cases(config, values, tokens: bool = True, even: bool = False) -> list[Case]
         for (split, subject, prompt), (method, applied) in itertools.product(rows, methods.items()):
             base = [Request(prompt, i) for i in range(images_of(value, config))]
             requests = with_values(base, applied, config.eval.seed) if tokens else everywhere(base, applied)
-            share = value.keep_probability if tokens else None if even else 1.0
-            groups = groups_of(value, requests, share if applied else 0.0)
+            groups = groups_of(value, requests, dealt_to(value, tokens, even) if applied else 0.0)
             found.append(Case(name, method, value, split, subject, requests, groups=groups))
 
     for value in values:
@@ -96,9 +102,8 @@ def of_two(config, values, tokens: bool = True, even: bool = False) -> list[Case
             base = [Request(prompt, i) for i in range(images_of(a, config))]
             both = with_values(base, [a, b], seed) if tokens else everywhere(base, [a, b])
             for method, requests in {"base": base, config.method: both}.items():
-                shares = [value.keep_probability if tokens else None if even else 1.0 for value in (a, b)]
-                shares = [0.0, 0.0] if method == "base" else shares
-                groups = tuple(groups_of(value, requests, share) for value, share in zip((a, b), shares))
+                share = lambda value, method=method: 0.0 if method == "base" else dealt_to(value, tokens, even)
+                groups = tuple(groups_of(value, requests, share(value)) for value in (a, b))
                 name = f"{a.statement} + {b.statement}"
                 found.append(Case(name, method, a, split, subject, requests, beside=b, groups=groups))
     return found

@@ -12,16 +12,8 @@ GROUP = 5  # images that Max and Prob look at together
 RESAMPLES = 9999  # of kappa's bootstrap
 DRAWS = 20_000  # whose mean is a floor: its error is below 0.002
 PROPORTIONS = ("R", "Prob", "recognised", "readable", "over_refusal")  # shares of images, Prob of groups of them
-UNIT = (
-    "D1",
-    "D2",
-    "TV",
-    "entropy",
-    "joint_TV",
-    "joint_D1",
-    "distance",
-    "over_refusal_distance",
-)  # other numbers between 0 and 1
+# Other numbers between 0 and 1.
+UNIT = ("D1", "D2", "TV", "entropy", "joint_TV", "joint_D1", "distance", "over_refusal_distance")
 SCHEMA = 2  # of results.json and differences.json; 1 was the bare list of rows
 
 

@@ -101,6 +101,15 @@ def faults(value: Value) -> list[str]:
     return problems
 
 
+def read_tables(path=None) -> dict[str, dict]:
+    """The tables of principles.toml, or of another such file, as they stand. Raises ValueError where it is no TOML."""
+    path = pathlib.Path(path or PRINCIPLES)
+    try:
+        return tomllib.loads(path.read_text("utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
 def load(names, path=None) -> tuple[Value, ...]:
     """The principles of these names, in this order.
 
@@ -108,10 +117,7 @@ def load(names, path=None) -> tuple[Value, ...]:
         ValueError: principles that are not in the file, or malformed ones; all are listed. Or it is no TOML.
     """
     path = path or PRINCIPLES
-    try:
-        tables = tomllib.loads(pathlib.Path(path).read_text("utf-8-sig"))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    tables = read_tables(path)
     known, problems = {}, []
     for name, table in tables.items():
         problems += [f"[{name}]: {problem}" for problem in retriever.faults(table)]
