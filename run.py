@@ -9,7 +9,7 @@ import pathlib
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from data_tools import commands
+from livo_jax import commands
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The config file, FILE or FILE:VARIANT.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives. Default: runs/<config file's name>.")
@@ -52,39 +52,44 @@ def main(argv):
 
         sharding.join(DISTRIBUTED.value)
 
-    from livo_jax import fields
+    from livo_jax.runs import fields
 
     changed = config_flags.get_override_values(flags.FLAGS["config"])
     if "methods" in config:
         if MODE.value != "evaluate":
             raise app.UsageError(f"--config={name} compares methods: give --mode=evaluate, not {MODE.value}")
-        from data_tools import build_preferences, cache_latents
-        from livo_jax.compare import compare
+        from livo_jax.runs.compare import compare
 
         for method, own in config.methods.items():
             begin = f"methods.{method}."
             own_changed = {name.removeprefix(begin): x for name, x in changed.items() if name.startswith(begin)}
             fields.check(own, own_changed, comparing=True)
-        compare(config, workdir, build_preferences.build, cache_latents.write)
+        compare(config, workdir)
         return
     fields.check_mode(config, MODE.value, VALUE.value)
     fields.check(config, changed)
     if MODE.value == "plan":
         import jax
 
-        from livo_jax import plan
+        from livo_jax.runs import plan
 
         print(plan.text(plan.plan(config, DEVICES.value or jax.device_count()), config))
         return
     if MODE.value == "train":
-        from data_tools import build_preferences, cache_latents
-        from livo_jax.train import train_and_evaluate
+        from livo_jax.runs.train import train_and_evaluate
 
-        train_and_evaluate(config, workdir, build_preferences.build, cache_latents.write)
+        train_and_evaluate(config, workdir)
         return
 
-    from livo_jax import demo, evaluate, export, files, generate, sharding, shelf, train, values
-    from livo_jax.workdir import find, held, recipe
+    from livo_jax import files, sharding, values
+    from livo_jax.demo import demo
+    from livo_jax.export import export
+    from livo_jax.files.directories import find, held
+    from livo_jax.retrieval.retriever import Retriever
+    from livo_jax.runs import evaluate, restore
+    from livo_jax.runs.workdir import recipe
+    from livo_jax.sampling import pairs
+    from livo_jax.value_encoders import shelf
 
     workdir, out = find(workdir), os.path.expanduser(OUT.value or "")
     mesh = sharding.make_mesh(**config.mesh)
@@ -116,24 +121,24 @@ def main(argv):
         several = dict(zip(chosen, STRENGTH.value)) if len(STRENGTH.value) > 1 else None
         options = {
             "strength": several or (STRENGTH.value or [1.0])[0], "keep_probability": KEEP.value,
-            "retriever": values.Retriever(known) if chosen == "auto" else None,
+            "retriever": Retriever(known) if chosen == "auto" else None,
             "ratio": RATIO.value, "rates": evaluate.read_rates(workdir) if RATIO.value else None,
         }  # fmt: skip
     if MODE.value == "generate" and SHELF.value:
-        sd = train.load_base(config, mesh)
+        sd = restore.load_base(config, mesh)
         chosen, options["strength"], value_encoder = shelf.Shelf(SHELF.value, sd).take(chosen, options["strength"])
     else:
-        sd, value_encoder = train.restore_run(config, workdir, mesh)
+        sd, value_encoder = restore.restore_run(config, workdir, mesh)
     if MODE.value == "evaluate":
         # Of a method that trains the UNet, the base is another.
         own = value_encoder is None and config.train.steps
-        base, trained = (train.load_base(config, mesh), sd) if own else (sd, None)
+        base, trained = (restore.load_base(config, mesh), sd) if own else (sd, None)
         with held(workdir / "eval", "evaluates in"):  # also while the run trains
             evaluate.evaluate_and_report(base, value_encoder, config, mesh, workdir, trained)
     elif MODE.value == "demo":
         demo.serve(sd, value_encoder, config, mesh, PORT.value)
     elif MODE.value == "generate":
-        generate.write_pairs(
+        pairs.write_pairs(
             out, sd, value_encoder, prompts, chosen, NUM_IMAGES.value,
             seed=SEED.value, mesh=mesh, options=options, **config.sampling.to_dict(),
         )  # fmt: skip

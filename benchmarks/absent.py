@@ -18,7 +18,7 @@ os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # nor a cloud to ask
 os.environ["XLA_FLAGS"] = "--xla_gpu_enable_triton_gemm=false"  # nor a GPU to try tiles on: cuBLAS for all products
 
 from benchmarks import common  # sets what jax reads when it is imported
-from data_tools import commands
+from livo_jax import commands
 
 # isort: split
 import jax
@@ -26,9 +26,10 @@ from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import AxisType
 
-from livo_jax import plan, sharding, value_encoders
+from livo_jax import sharding, value_encoders
 from livo_jax.models.weights import split
-from livo_jax.step import init_state, jit_step, make_optimizer, make_train_step
+from livo_jax.runs import plan
+from livo_jax.training.step import init_state, jit_step, make_optimizer, make_train_step
 
 # What XLA's compiler asks of a GPU.
 H200 = """

@@ -1,4 +1,4 @@
-"""How often the 95% intervals of livo_jax/uncertainty.py hold the mean that numbers were drawn with.
+"""How often the 95% intervals of livo_jax/evaluation/uncertainty.py hold the mean that numbers were drawn with.
 
     python -m benchmarks.coverage
 
@@ -11,7 +11,7 @@ import math
 import numpy as np
 from absl import app, flags
 
-from livo_jax.uncertainty import confidence
+from livo_jax.evaluation.uncertainty import confidence
 
 PROMPTS, IMAGES, RATES = (8, 16), (10, 20), (0.005, 0.01, 0.02, 0.05)
 TOSSES = 60  # of a fair coin, of which D1 = |heads - tails| / TOSSES is one prompt's

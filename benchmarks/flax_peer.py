@@ -25,7 +25,8 @@ from flax.traverse_util import unflatten_dict
 from transformers import CLIPTextConfig
 from transformers.models.clip.modeling_flax_clip import FlaxCLIPTextModule
 
-from livo_jax import diffusion, losses
+from livo_jax import diffusion
+from livo_jax.training import losses
 
 directory = pathlib.Path(sys.argv[1])
 settings = json.loads((directory / "settings.json").read_text())

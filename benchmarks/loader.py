@@ -15,15 +15,16 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from benchmarks import common  # sets what jax reads when it is imported
-from data_tools import commands
+from livo_jax import commands
 
 # isort: split
 import numpy as np
 from PIL import Image
 
-from data_tools import dataset
-from data_tools.build_preferences import png
-from livo_jax import data, plan
+from livo_jax import data
+from livo_jax.data import dataset
+from livo_jax.runs import plan
+from livo_jax.runs.build_preferences import png
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The config whose batches are timed.")
 PAIRS = flags.DEFINE_integer("pairs", 512, "In the dataset.", lower_bound=1)

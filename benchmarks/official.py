@@ -8,9 +8,9 @@ import numpy as np
 import torch
 import transformers
 
-from livo_jax.model_files import read_json
+from livo_jax.files.repositories import read_json
 from livo_jax.models.weights import split, to_published
-from livo_jax.step import learning_rate
+from livo_jax.training.step import learning_rate
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MODELS = {

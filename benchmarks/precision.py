@@ -10,7 +10,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from benchmarks import common  # sets what jax reads when it is imported
-from data_tools import commands
+from livo_jax import commands
 
 # isort: split
 import jax
@@ -19,11 +19,12 @@ import numpy as np
 import optax
 
 from livo_jax import seeds
-from livo_jax.data import Preferences, batches
+from livo_jax.data.batches import batches
+from livo_jax.data.preferences import Preferences
 from livo_jax.models.weights import split
-from livo_jax.pretrained import StableDiffusion
-from livo_jax.step import draw, init_state, make_loss, make_optimizer, make_train_step
-from livo_jax.value_encoders import ValueEncoder
+from livo_jax.sampling.stable_diffusion import StableDiffusion
+from livo_jax.training.step import draw, init_state, make_loss, make_optimizer, make_train_step
+from livo_jax.value_encoders.full import ValueEncoder
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The config that is trained.")
 STEPS = flags.DEFINE_integer("steps", 100, "Of training.", lower_bound=1)

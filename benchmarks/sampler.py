@@ -13,16 +13,17 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from benchmarks import common  # sets what jax reads when it is imported
-from data_tools import commands
+from livo_jax import commands
 
 # isort: split
 import jax.numpy as jnp
 import numpy as np
 
 from livo_jax import sharding
-from livo_jax.generate import Request, generate, initial_noise
-from livo_jax.pretrained import StableDiffusion
-from livo_jax.values import text_hash
+from livo_jax.sampling.generate import generate, initial_noise
+from livo_jax.sampling.requests import Request
+from livo_jax.sampling.stable_diffusion import StableDiffusion
+from livo_jax.values.principles import text_hash
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The config whose sampler is timed.")
 PEERS = flags.DEFINE_list("peers", ["eager", "compile"], "Of eager and compile (PyTorch); empty for none.")

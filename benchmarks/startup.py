@@ -20,7 +20,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from benchmarks import common
-from data_tools import commands
+from livo_jax import commands
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The config whose step is compiled.")
 IMAGE_SIZE = flags.DEFINE_integer("image_size", None, "In pixels. Default: the model's.")
@@ -28,7 +28,7 @@ IMPORTS = {
     "import livo_jax": "import livo_jax",
     "import run": "import run",
     "from livo_jax import StableDiffusion": "from livo_jax import StableDiffusion",
-    "what training imports": "import livo_jax.train, data_tools.build_preferences, data_tools.cache_latents",
+    "what training imports": "import livo_jax.runs.train",
 }
 
 

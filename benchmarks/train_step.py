@@ -18,7 +18,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from benchmarks import common  # sets what jax reads when it is imported
-from data_tools import commands
+from livo_jax import commands
 
 # isort: split
 import jax
@@ -28,8 +28,8 @@ from flax import nnx
 
 from livo_jax import seeds, sharding, value_encoders
 from livo_jax.models.weights import split
-from livo_jax.pretrained import StableDiffusion
-from livo_jax.step import draw, jit_step, learning_rate, make_optimizer, make_train_step, state_on
+from livo_jax.sampling.stable_diffusion import StableDiffusion
+from livo_jax.training.step import draw, jit_step, learning_rate, make_optimizer, make_train_step, state_on
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The config whose step is timed.")
 PEERS = flags.DEFINE_list("peers", ["eager", "compile"], "Of eager, compile (PyTorch) and flax; empty for none.")
@@ -63,7 +63,7 @@ def cached_batch(batch: dict, sd) -> dict:
 
 
 class Ours:
-    """step(batch) -> (loss, gradient norm) by livo_jax.step, compiled; `row` tells what compilation knows."""
+    """step(batch) -> (loss, gradient norm) by livo_jax.training.step, compiled; `row` tells what compilation knows."""
 
     def __init__(self, sd, config, batch: dict):
         graphs, frozen = {}, {}

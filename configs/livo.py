@@ -11,7 +11,7 @@ import pathlib
 from ml_collections import ConfigDict
 
 from configs import prompt_sets
-from data_tools import prompts
+from livo_jax.data import word_lists
 
 EMBEDDED = pathlib.Path(__file__).resolve().parents[1] / "data_tools" / "shapeworld_model"
 
@@ -26,14 +26,14 @@ def get_config(variant: str = "") -> ConfigDict:
     config.variant = ""  # of the weight files; "fp16": half to fetch
     config.random_weights = False  # the architecture of config.model alone, untrained
     config.dtype = "bfloat16"  # of the frozen models; the value encoder, its optimizer and the errors are float32
-    config.principles = ("gender", "race", "nudity", "gore", "zombie")  # names in livo_jax/principles.toml
+    config.principles = ("gender", "race", "nudity", "gore", "zombie")  # names in livo_jax/values/principles.toml
     config.judge = ""  # a module of livo_jax/judges; empty: train without evaluation
     # Devices: rows of a batch are divided over data and fsdp, weights over fsdp and tensor; -1 takes the rest.
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
     config.cpu_devices = 1  # as so many a CPU counts, at most one a core: a small model on one leaves cores idle
     config.shard_frozen = False  # whether the frozen models are divided as the value encoder is: more traffic
 
-    config.value_encoder = c = ConfigDict()  # livo_jax/value_encoders.py
+    config.value_encoder = c = ConfigDict()  # livo_jax/value_encoders/
     c.kind = "full"  # a text encoder of its own; "lora": low-rank updates of the model's; "token": soft tokens alone
     c.start = ""  # directory or hub id of one of this kind to start from; empty: the model's text encoder
     c.rank, c.alpha = 8, 8.0  # lora: kernels are W + alpha / rank * A B
@@ -51,7 +51,7 @@ def get_config(variant: str = "") -> ConfigDict:
 
     config.preferences = c = ConfigDict()  # how pairs are built (data_tools/build_preferences.py)
     c.model = ""  # that draws them; empty: config.model
-    c.scenes = ()  # of all values; empty: each one's own, the seen words of its sources (data_tools/words.toml)
+    c.scenes = ()  # of all values; empty: each one's own, the seen words of its sources (livo_jax/data/words.toml)
     c.templates = ("a photo of a(n) {}", "a portrait of a(n) {}", "a picture of a(n) {}")
     c.pairs_per_scene = 8  # at most, of each bias and scene
     c.harm_pairs_per_scene = 8
@@ -68,7 +68,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.attributes = 0.0  # share of a bias's pairs whose value names the attribute to show: what --ratio mixes
     c.anchors = 0.0  # share of the pairs whose prompt the value should leave alone; not in the paper
 
-    config.loss = c = ConfigDict()  # livo_jax/losses.py
+    config.loss = c = ConfigDict()  # livo_jax/training/losses.py
     c.form = "livo"  # or sft, dpo, ipo, kto: of these the last three read beta, sft none of the constants
     c.alpha = 500.0  # slope of the violating hinge
     c.beta = 1000.0  # slope of the aligned hinge
@@ -113,7 +113,9 @@ def get_config(variant: str = "") -> ConfigDict:
     config.eval = c = ConfigDict()
     c.seed = 0
     c.template = "a photo of a(n) {}"
-    seen, held_out = prompts.split(prompts.words(("careers", "people", "places")))  # held out: in no value's pairs
+    seen, held_out = word_lists.split(
+        word_lists.words(("careers", "people", "places"))
+    )  # held out: in no value's pairs
     c.seen, c.held_out = tuple(seen[::9]), tuple(held_out[::3])  # 17 of each, for time
     c.images_per_prompt = 60  # bias; of a multiple of 20 a value gets exactly its share
     c.harm_images_per_prompt = 60

@@ -1,4 +1,4 @@
-"""Prompts of others for an evaluation; config.eval.prompts chooses among them (livo_jax/prompt_sets.py).
+"""Prompts of others for an evaluation; config.eval.prompts chooses among them (livo_jax/evaluation/prompt_sets.py).
 
 "As read" below: the header was seen in the public file; where it was not, that is said. Licences are the publishers'.
 """

@@ -32,14 +32,14 @@ def get_config(variant: str = "") -> ConfigDict:
     config.variant = ""  # of the weight files; "fp16" where they are published in half precision
     config.random_weights = False  # the architecture of config.model alone, untrained
     config.dtype = "float32"  # of the frozen models; bfloat16 on accelerators
-    config.principles = ("shape", "colour", "bloody")  # names in livo_jax/principles.toml
+    config.principles = ("shape", "colour", "bloody")  # names in livo_jax/values/principles.toml
     config.judge = "shapeworld"  # a module of livo_jax/judges
     # Devices: rows of a batch are divided over data and fsdp, weights over fsdp and tensor; -1 takes the rest.
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
     config.cpu_devices = 2  # as so many a CPU counts, at most one a core: a small model on one leaves cores idle
     config.shard_frozen = False  # whether the frozen models are divided as the value encoder is: more traffic
 
-    config.value_encoder = c = ConfigDict()  # livo_jax/value_encoders.py
+    config.value_encoder = c = ConfigDict()  # livo_jax/value_encoders/
     c.kind = "full"  # a text encoder of its own; "lora": low-rank updates of the model's; "token": soft tokens alone
     c.start = ""  # directory or hub id of one of this kind to start from; empty: the model's text encoder
     c.rank, c.alpha = 8, 8.0  # lora: kernels are W + alpha / rank * A B
@@ -81,7 +81,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.attributes = 0.25  # share of a bias's pairs whose value names the attribute to show: what --ratio mixes
     c.anchors = 0.3  # share of the pairs whose prompt the value should leave alone: it states an attribute, or no harm
 
-    config.loss = c = ConfigDict()  # livo_jax/losses.py
+    config.loss = c = ConfigDict()  # livo_jax/training/losses.py
     c.form = "livo"  # or sft, dpo, ipo, kto: of these the last three read beta, sft none of the constants
     # While both hinges pull, the best prediction is (beta w - alpha l) / (beta - alpha): a steeper violating
     # hinge pushes further past what the aligned images show, and the five colours out of balance.

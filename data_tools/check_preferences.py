@@ -22,9 +22,9 @@ from ml_collections import config_flags
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from data_tools import commands
-from livo_jax import data, files, report
-from livo_jax.values import read_tables, text_hash
+from livo_jax import commands, data, files
+from livo_jax.files.images import blurred, sheet
+from livo_jax.values.principles import read_tables, text_hash
 
 FEW = 3  # examples of duplicates; the smallest scenes; the commonest sizes
 WORDS = r"(?<!\w)(?:{})(?!\w)"  # a pattern of texts that are no part of a longer word
@@ -160,9 +160,9 @@ def sheets(preferences: data.Preferences, out: pathlib.Path) -> list[str]:
         names.add(name)
         scale = max(1, 64 // size)
         if value in harms:
-            report.sheet(rows, scale).save(out / f"{name}_harmful.png")
-            rows = [report.blurred(row) for row in rows]
-        report.sheet(rows, scale).save(out / f"{name}.png")
+            sheet(rows, scale).save(out / f"{name}_harmful.png")
+            rows = [blurred(row) for row in rows]
+        sheet(rows, scale).save(out / f"{name}.png")
         lines.append(f"{out / name}.png: {len(chosen)} pairs of {value}, aligned above violating")
     return lines
 

@@ -1,4 +1,4 @@
-"""Measures the retriever's backends on the labelled prompts of livo_jax/retriever_prompts.toml.
+"""Measures the retriever's backends on the labelled prompts of livo_jax/retrieval/retriever_prompts.toml.
 
     python -m data_tools.evaluate_retriever [--model=DIR_OR_HUB_ID] [--endpoint=URL --llm=NAME [--cache=DIR]]
 
@@ -13,6 +13,7 @@ import warnings
 from absl import app, flags, logging
 
 from livo_jax import values
+from livo_jax.retrieval.retriever import PAPERS, Retriever, labelled
 
 
 def score(rows: list[tuple[set, set]]) -> dict[str, float]:
@@ -54,12 +55,10 @@ def main(_):
         if ENDPOINT.value or LLM.value:
             settings |= {"endpoint": ENDPOINT.value or "", "model": LLM.value or "", "cache": CACHE.value}
             backends += [("llm",), ("keywords", "llm")]
-        retrievers = {
-            " + ".join(names): values.Retriever(values.load(values.PAPERS), names, **settings) for names in backends
-        }
+        retrievers = {" + ".join(names): Retriever(values.load(PAPERS), names, **settings) for names in backends}
     except (ValueError, OSError) as error:
         sys.exit(str(error))
-    categories = values.labelled(PART.value)
+    categories = labelled(PART.value)
     print("| backends | prompts | number | precision | recall | macro-F1 | over-trigger |")
     print("|---|---|---|---|---|---|---|")
     for name, retriever in retrievers.items():

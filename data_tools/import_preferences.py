@@ -35,9 +35,9 @@ from typing import NamedTuple
 from absl import app, flags, logging
 from tqdm import tqdm
 
-from data_tools import commands, dataset
-from livo_jax import data, files
+from livo_jax import commands, data, files
 from livo_jax import values as principles
+from livo_jax.data import dataset
 
 LABELS = {  # to the authors 1 is aligned and every other number violating
     "aligned": ("positive", "pos", "aligned", "chosen", 1, True),

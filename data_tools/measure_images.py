@@ -11,11 +11,11 @@ left out. A file that cannot be decoded, and an image of one colour all over, is
 
 --config: every value of config.principles is measured over all prompts, by config.judge or --judge=NAME:MODEL; a second
 --judge adds how far the two agree, Cohen's kappa. --inception: Inception Score; to --reference, real images, FID and
-KID. --clip: CLIPScore. --lpips: diversity in a prompt's images, and the distance to the base. livo_jax/quality.py has
-the lines that make the weights. Images are ordered by prompt and content: results depend neither on their names nor on
-the batch size. FID and Inception Score are biased where images are few: compare equal numbers of them. `by chance` is
-what a bias's numbers would be in the mean for images drawn one by one, without bias; where values were dealt out to
-them it is less.
+KID. --clip: CLIPScore. --lpips: diversity in a prompt's images, and the distance to the base. The lines that make the
+weights are in livo_jax/evaluation/quality.py. Images are ordered by prompt and content: results depend neither on their
+names nor on the batch size. FID and Inception Score are biased where images are few: compare equal numbers of them.
+`by chance` is what a bias's numbers would be in the mean for images drawn one by one, without bias; where values were
+dealt out to them it is less.
 
 --readings=FILE writes what the judge read in each image, as CSV.
 """
@@ -34,10 +34,12 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from data_tools import commands
-from livo_jax import files, judges, metrics, quality, ratio, values
+from livo_jax import commands, files, judges, values
+from livo_jax.evaluation import metrics, quality
+from livo_jax.evaluation.report import as_csv
+from livo_jax.files.images import GAP
 from livo_jax.judges.vlm import chosen
-from livo_jax.report import GAP, as_csv
+from livo_jax.values import ratio
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 METADATA = "metadata.jsonl"

@@ -18,7 +18,8 @@ from absl import app, flags
 from flax import nnx
 from tqdm import trange
 
-from livo_jax import diffusion, losses, pretrained
+from livo_jax import diffusion
+from livo_jax.files import modules
 from livo_jax.judges.shapeworld import (
     CENTRE,
     COLOURS,
@@ -38,6 +39,7 @@ from livo_jax.models.clip import CLIPTextModel
 from livo_jax.models.unet import UNet2DConditionModel
 from livo_jax.models.vae import AutoencoderKL
 from livo_jax.models.weights import split
+from livo_jax.training import losses
 
 TEMPLATES = ("a {}", "a photo of a {}", "a picture of a {}", "a portrait of a {}", "a {} at work", "the {} at work")
 BLOODY = ("bloody {}", "{} on a bloody day")
@@ -242,9 +244,9 @@ def build(out: pathlib.Path, pictures: int = 16_000):
 
     half = np.float16
     weights = "diffusion_pytorch_model"
-    pretrained.save(vae, out / "vae", VAE, stem=weights, dtype=half)
-    pretrained.save(unet, out / "unet", UNET, stem=weights, dtype=half)
-    pretrained.save(text_encoder, out / "text_encoder", TEXT_ENCODER, stem="model", prefix="text_model.", dtype=half)
+    modules.save(vae, out / "vae", VAE, stem=weights, dtype=half)
+    modules.save(unet, out / "unet", UNET, stem=weights, dtype=half)
+    modules.save(text_encoder, out / "text_encoder", TEXT_ENCODER, stem="model", prefix="text_model.", dtype=half)
     (out / "scheduler").mkdir(exist_ok=True)
     (out / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER, indent=2) + "\n")
     (out / "model_index.json").write_text(json.dumps(PIPELINE, indent=2) + "\n")

@@ -2,12 +2,16 @@
 
     from livo_jax import StableDiffusion, ValueEncoder, losses
 
-livo_jax.generate, evaluate and train hold the functions that work on them.
+A folder is a room, and uses only those before it in this list: models, diffusion, sharding, files, values,
+value_encoders, retrieval, sampling, judges, data, training, methods, evaluation, runs, export, demo.
 """
 
 import importlib
 
-_HOMES = {"StableDiffusion": "livo_jax.pretrained", "ValueEncoder": "livo_jax.value_encoders"}
+_HOMES = {
+    "StableDiffusion": "livo_jax.sampling.stable_diffusion",
+    "ValueEncoder": "livo_jax.value_encoders.full",
+}
 __all__ = ["StableDiffusion", "ValueEncoder", "losses"]
 
 
@@ -16,5 +20,5 @@ def __getattr__(name: str):
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     if name == "losses":
-        return importlib.import_module("livo_jax.losses")
+        return importlib.import_module("livo_jax.training.losses")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -184,8 +184,8 @@ def little_memory():
 def parts_of(sd) -> tuple[dict, dict]:
     """Graphs and parameters that make_train_step and its step take; the value encoder is one of the text encoder's."""
     from livo_jax import ValueEncoder
+    from livo_jax.files.modules import skeleton
     from livo_jax.models.weights import split
-    from livo_jax.pretrained import skeleton
 
     graphs, params = {}, {}
     for name in ("text_encoder", "unet", "vae"):

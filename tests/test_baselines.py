@@ -13,12 +13,13 @@ from etils import epath
 
 from configs.baselines import fair_diffusion as fair_config
 from configs.baselines import uce as uce_config
-from livo_jax import baselines, generate, sharding, values
-from livo_jax.baselines import fair_diffusion, sld, uce
-from livo_jax.generate import Dose, Request
+from livo_jax import methods, sharding, values
+from livo_jax.files.modules import load
+from livo_jax.methods import fair_diffusion, sld, uce
 from livo_jax.models.weights import split
-from livo_jax.pretrained import load
-from livo_jax.values import text_hash
+from livo_jax.sampling import generate
+from livo_jax.sampling.requests import Dose, Request
+from livo_jax.values.principles import text_hash
 from tests.conftest import text_model
 from tests.test_generate import published_pipeline
 
@@ -222,7 +223,7 @@ def test_uce_is_kept_and_made_again_for_another_config(sd, config, tmp_path):
     again = uce.make(config, sd, mesh, epath.Path(tmp_path), judge)
     assert len(asked) == 2 and again.seconds == first.seconds
     assert np.array_equal(first.draw([request]), again.draw([request]))
-    base = baselines.base(config, sd, mesh)
+    base = methods.base(config, sd, mesh)
     assert not np.array_equal(first.draw([request]), base.draw([request])), "towards what is never read: square"
     both = [request, request._replace(values=(Dose("bloody considered inappropriate"),))]
     assert np.array_equal(first.draw(both[::-1])[1], first.draw(both)[0]), "the order does not matter"
@@ -240,7 +241,7 @@ def test_uce_is_kept_and_made_again_for_another_config(sd, config, tmp_path):
 def test_words_and_negative_prompts_say_the_value_over_the_same_noise(sd, config):
     mesh, draw = sharding.make_mesh(data=1), {}
     for config.method in ("words", "negative"):
-        draw[config.method] = baselines.load(config, sd, None, mesh, None).draw
+        draw[config.method] = methods.load(config, sd, None, mesh, None).draw
     settings = dict(mesh=mesh, seed=config.eval.seed, **config.sampling.to_dict())
     request = Request("a bloody cook", 3, (Dose("bloody considered inappropriate"),))
     said = Request("bloody considered inappropriate, a bloody cook", 3, noise="a bloody cook")
@@ -251,14 +252,14 @@ def test_words_and_negative_prompts_say_the_value_over_the_same_noise(sd, config
 
 def test_losses_that_compare_the_images_of_a_pair(config):
     compare = {"dpo", "ipo", "dpo_unet"}
-    for name in ("sft", "dpo", "ipo", "kto", *baselines.UNET):
+    for name in ("sft", "dpo", "ipo", "kto", *methods.UNET):
         own = importlib.import_module(f"configs.baselines.{name}").get_config()
-        assert baselines.compares_pairs(own) == (name in compare), name
+        assert methods.compares_pairs(own) == (name in compare), name
 
 
 def test_unknown_methods_and_presets_are_refused(sd, config):
     config.method = "magic"
     with pytest.raises(ValueError, match="'magic'.*fair_diffusion, negative, sld, uce, words"):
-        baselines.load(config, sd, None, None, None)
+        methods.load(config, sd, None, None, None)
     with pytest.raises(ValueError, match="there is tiny and livo"):
         fair_config.get_config("large")

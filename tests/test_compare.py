@@ -12,9 +12,8 @@ import time
 import pytest
 
 from configs import ablations, compare, compare_tiny
-from data_tools import build_preferences, cache_latents
-from livo_jax.compare import compare as compare_methods
-from livo_jax.metrics import rows_of
+from livo_jax.evaluation.metrics import rows_of
+from livo_jax.runs.compare import compare as compare_methods
 from tests import small_run
 from tests.small_run import ROOT
 
@@ -102,10 +101,10 @@ def test_three_methods_from_start_to_end_with_an_interruption(tmp_path):
 
     config = runpy.run_path(str(file))["get_config"]()
     config.processes = 1
-    results = compare_methods(config, workdir, build_preferences.build, cache_latents.write)
+    results = compare_methods(config, workdir)
     after = drawn()
     assert before.items() <= after.items() and len(before) < len(after), "what was there is not drawn again"
-    assert compare_methods(config, workdir, build_preferences.build, cache_latents.write) == results
+    assert compare_methods(config, workdir) == results
     assert drawn() == after
 
     read = lambda name: rows_of(json.loads((workdir / "eval" / f"{name}.json").read_text()), name)

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from configs import tiny
-from data_tools import dataset
-from data_tools.build_preferences import png
 from livo_jax import data, values
-from livo_jax.values import text_hash
+from livo_jax.data import dataset
+from livo_jax.runs.build_preferences import png
+from livo_jax.values.principles import text_hash
 
 COUNTS = {"baker": 3, "cook": 5, "smith": 1}
 

@@ -7,7 +7,8 @@ import sys
 import numpy as np
 import pytest
 
-from livo_jax import dealing, values
+from livo_jax import values
+from livo_jax.values import dealing
 
 PROMPTS = [f"a photo of a {word}" for word in "doctor nurse baker cook tailor guard CEO teacher".split()]
 

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from livo_jax import demo
+from livo_jax.demo import demo
 from tests import small_run
 from tests.small_run import ROOT
 

@@ -7,10 +7,12 @@ import pytest
 from tqdm import tqdm
 
 from configs import tiny
-from livo_jax import evaluate, metrics, report, values
-from livo_jax.cases import kept
-from livo_jax.drawn import Drawn, digest
-from livo_jax.generate import Dose, Request
+from livo_jax import values
+from livo_jax.evaluation import metrics, report
+from livo_jax.evaluation.cases import kept
+from livo_jax.evaluation.drawn import Drawn, digest
+from livo_jax.runs import evaluate
+from livo_jax.sampling.requests import Dose, Request
 
 
 def test_combinations_are_measured_where_the_config_says_so():

@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from livo_jax import StableDiffusion, ValueEncoder, generate, sharding, value_encoders
-from livo_jax.export import export
+from livo_jax import StableDiffusion, ValueEncoder, sharding, value_encoders
+from livo_jax.export.export import export
+from livo_jax.files.modules import initialise
 from livo_jax.models.weights import split
-from livo_jax.pretrained import initialise
-from livo_jax.values import Retriever, load, text_hash
+from livo_jax.retrieval.retriever import Retriever
+from livo_jax.sampling import generate
+from livo_jax.values.principles import load, text_hash
 
 ROOT = pathlib.Path(__file__).parents[1]
 VALUE, BLOODY = "shape equality", "bloody considered inappropriate"

@@ -6,9 +6,10 @@ import pytest
 
 from configs import livo, sdxl, tiny
 from configs.compare_tiny import BASELINES
-from livo_jax import baselines, fields
-from livo_jax.step import learning_rate
-from livo_jax.workdir import flatten
+from livo_jax import methods
+from livo_jax.files.settings import flatten
+from livo_jax.runs import fields
+from livo_jax.training.step import learning_rate
 
 FORMS = ("sft", "dpo", "ipo", "kto")
 
@@ -34,7 +35,7 @@ def test_every_field_of_the_table_is_one_and_every_method_is_known():
     named |= {field for field, _ in fields.READ}
     for name in named:
         assert any(f"{field}.".startswith(f"{name}.") for field in known), name
-    assert {*BASELINES} == {*FORMS, *baselines.UNET, *baselines.DRAWN}
+    assert {*BASELINES} == {*FORMS, *methods.UNET, *methods.DRAWN}
 
 
 # (method, field, a value that is not its own, what is said to not read it)
@@ -80,7 +81,7 @@ def test_a_field_that_is_not_read_is_refused(method, field, value, by):
     with pytest.raises(ValueError, match="the config cannot work:\n") as error:
         fields.check(config, {field: value})
     assert told in str(error.value)
-    if field in fields.OFF and method not in baselines.DRAWN:
+    if field in fields.OFF and method not in methods.DRAWN:
         assert any(told in line for line in fields.problems(config))
 
 
@@ -108,7 +109,7 @@ def test_each_kind_has_a_learning_rate_of_its_own(method, rate):
 
 def test_the_rates_of_other_configs():
     assert [learning_rate(config_of(kind)) for kind in ("livo", "lora", "token")] == [3e-3, 3e-3, 3e-2]
-    assert [learning_rate(config_of(kind)) for kind in FORMS + baselines.UNET] == [3e-3] * 4 + [3e-4] * 2
+    assert [learning_rate(config_of(kind)) for kind in FORMS + methods.UNET] == [3e-3] * 4 + [3e-4] * 2
     assert learning_rate(sdxl.get_config()) == 1e-6
     config = config_of("livo")
     config.value_encoder.kind = "tokens"

@@ -19,8 +19,8 @@ import pytest
 import torch
 
 from livo_jax import StableDiffusion
+from livo_jax.files.modules import load
 from livo_jax.models.unet import UNet2DConditionModel
-from livo_jax.pretrained import load
 from tests.conftest import parts_of, randomised, relative_error
 from tests.small_run import ROOT
 from tests.test_train import compare_training, torch_training

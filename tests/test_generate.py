@@ -16,12 +16,14 @@ from flax import nnx
 from PIL import Image
 
 from data_tools import measure_images
-from livo_jax import ValueEncoder, diffusion, generate, sharding, values
-from livo_jax.export import SCHEDULERS
-from livo_jax.generate import Dose, Request
+from livo_jax import ValueEncoder, diffusion, sharding, values
+from livo_jax.export.export import SCHEDULERS
+from livo_jax.files.modules import initialise
 from livo_jax.models.weights import split
-from livo_jax.pretrained import initialise
-from livo_jax.values import text_hash
+from livo_jax.retrieval.retriever import Retriever
+from livo_jax.sampling import generate, pairs
+from livo_jax.sampling.requests import Dose, Request, requests_of
+from livo_jax.values.principles import text_hash
 
 # One device and one image at once: what is compared here depends on neither, as one test shows.
 SETTINGS = dict(steps=4, guidance_scale=3.0, batch_size=1, mesh=sharding.make_mesh(1))
@@ -211,7 +213,7 @@ def test_strength_is_a_dial_for_each_value(sd, value_encoder):
 
 
 def test_the_retriever_chooses_and_says_why(sd, value_encoder):
-    retriever = values.Retriever(values.load(("shape", "bloody")))
+    retriever = Retriever(values.load(("shape", "bloody")))
     prompts = ["a bloody baker", "a bloody baker", "an orange", "a round baker"]
     images = sd.generate(prompts, "auto", value_encoder, retriever=retriever, **SETTINGS)
     bloody = "bloody considered inappropriate"
@@ -243,20 +245,20 @@ def test_the_negative_prompt_and_the_noise_of_another(sd):
 
 
 def test_requests_number_the_images_of_a_prompt():
-    assert generate.requests_of(["a", "b", "a"], VALUE) == [
+    assert requests_of(["a", "b", "a"], VALUE) == [
         Request("a", 0, DOSE),
         Request("b", 0, DOSE),
         Request("a", 1, DOSE),
     ]
-    assert generate.requests_of(["a", "b"], [None, VALUE]) == [Request("a"), Request("b", 0, DOSE)]
-    several = generate.requests_of(["a", "b"], [[VALUE, OTHER], None], strength={OTHER: 0.5})
+    assert requests_of(["a", "b"], [None, VALUE]) == [Request("a"), Request("b", 0, DOSE)]
+    several = requests_of(["a", "b"], [[VALUE, OTHER], None], strength={OTHER: 0.5})
     assert several == [Request("a", 0, (Dose(VALUE), Dose(OTHER, 0.5))), Request("b")]
-    half = generate.requests_of(["a"] * 20 + ["b"] * 20, VALUE, keep_probability=0.5, seed=1)
+    half = requests_of(["a"] * 20 + ["b"] * 20, VALUE, keep_probability=0.5, seed=1)
     (shape,) = values.load(("shape",))
     assert [r.values == DOSE for r in half] == [shape.applies(1, r.prompt, r.index) for r in half]
     assert sum(r.values == DOSE for r in half) == 20
     with pytest.raises(ValueError, match="3 values for 2 prompts"):
-        generate.requests_of(["a", "b"], [VALUE] * 3)
+        requests_of(["a", "b"], [VALUE] * 3)
 
 
 RATES = {
@@ -274,31 +276,29 @@ def test_a_ratio_deals_out_tokens():
     """Over all images and each prompt's, in the place of the keep probability, with strengths as they are."""
     counts = lambda requests: Counter(tuple(dose.value for dose in r.values) for r in requests)
     ratio = {"round": 0.7, "square": 0.3}
-    requests = generate.requests_of(
-        ["a", "b"] * 10, VALUE, keep_probability=0.1, ratio=ratio, rates=RATES, strength=0.5
-    )
+    requests = requests_of(["a", "b"] * 10, VALUE, keep_probability=0.1, ratio=ratio, rates=RATES, strength=0.5)
     for group, share in ((requests[::2], 10), (requests[1::2], 10), (requests, 20)):
         expected = {(f"{VALUE}: round",): round(0.7 * share), (f"{VALUE}: square",): round(0.3 * share)}
         assert counts(group) == expected
     assert {dose.strength for r in requests for dose in r.values} == {0.5} and requests[3].index == 1
-    mixed = generate.requests_of(["a"] * 10, [[VALUE, OTHER]] * 10, ratio={"round": 1.0}, rates=RATES)
+    mixed = requests_of(["a"] * 10, [[VALUE, OTHER]] * 10, ratio={"round": 1.0}, rates=RATES)
     assert counts(mixed) == {(f"{VALUE}: round", OTHER): 10}, "a value that the ratio does not name goes on as before"
-    retrieved = generate.requests_of(
+    retrieved = requests_of(
         ["a baker"] * 6 + ["an orange"], "auto", ratio="equal", rates=RATES,
-        retriever=values.Retriever(values.load(("shape",))),
+        retriever=Retriever(values.load(("shape",))),
     )  # fmt: skip
     assert counts(retrieved) == {(f"{VALUE}: round",): 3, (f"{VALUE}: square",): 3, (): 1}
 
 
 def test_a_ratio_that_cannot_be_is_told():
     with pytest.raises(ValueError, match="ratio='equal' needs rates.*eval/rates.json"):
-        generate.requests_of(["a"], VALUE, ratio="equal")
+        requests_of(["a"], VALUE, ratio="equal")
     with pytest.raises(
         ValueError, match="for none of the values \\['bloody considered inappropriate'\\], but for biases"
     ):
-        generate.requests_of(["a"], "bloody considered inappropriate", ratio="equal", rates=RATES)
+        requests_of(["a"], "bloody considered inappropriate", ratio="equal", rates=RATES)
     with pytest.raises(ValueError, match="'oval' is no attribute"):
-        generate.requests_of(["a"], VALUE, ratio={"oval": 1.0}, rates=RATES)
+        requests_of(["a"], VALUE, ratio={"oval": 1.0}, rates=RATES)
 
 
 def test_images_tell_which_attribute_they_were_dealt(sd, value_encoder):
@@ -334,7 +334,7 @@ def test_what_cannot_be_drawn_is_said(sd, value_encoder, tmp_path):
     with pytest.raises(ValueError, match="another model:(.|\n)*hidden_size: 24 in the value(.|\n)*vocab_size: 7 in"):
         sd.generate(["a baker"], values=VALUE, value_encoder=narrow)
     with pytest.raises(ValueError, match="odd"):
-        generate.write_pairs(
+        pairs.write_pairs(
             tmp_path / "out", sd, None, ["a baker"], None, 1, seed=0, batch_size=8, options={}, sampler="odd"
         )
     assert not (tmp_path / "out").exists(), "nothing is left of what failed"
@@ -351,7 +351,7 @@ def test_odd_texts_are_drawn(sd, value_encoder):
 
 def test_pairs_are_written_with_their_settings(sd, value_encoder, tmp_path):
     (value,) = values.load(("shape",))
-    generate.write_pairs(tmp_path, sd, value_encoder, ["a baker", "a cook"], [VALUE], 5, seed=3, options={}, **SETTINGS)
+    pairs.write_pairs(tmp_path, sd, value_encoder, ["a baker", "a cook"], [VALUE], 5, seed=3, options={}, **SETTINGS)
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"00{p}_00{i}.png" for p in (0, 1) for i in range(5)]
     with Image.open(tmp_path / "001_001.png") as picture:
         assert picture.size == (2 * sd.image_size + 2, sd.image_size)
@@ -372,7 +372,7 @@ def test_pairs_are_written_with_their_settings(sd, value_encoder, tmp_path):
 
 def test_a_share_of_the_pairs_has_the_value(sd, value_encoder, tmp_path):
     options = {"keep_probability": 0.5}
-    generate.write_pairs(tmp_path, sd, value_encoder, ["a baker"], [VALUE], 8, seed=0, options=options, **SETTINGS)
+    pairs.write_pairs(tmp_path, sd, value_encoder, ["a baker"], [VALUE], 8, seed=0, options=options, **SETTINGS)
     applied = 0
     for path in tmp_path.iterdir():
         with Image.open(path) as picture:

@@ -10,11 +10,12 @@ import pytest
 from flax import nnx
 
 from configs import tiny
-from livo_jax import baselines, sharding, train
-from livo_jax.baselines import concept_ablation
+from livo_jax import methods, sharding
+from livo_jax.methods import concept_ablation
 from livo_jax.models import low_rank
 from livo_jax.models.weights import split
-from livo_jax.step import draw, init_state, make_loss, make_optimizer, make_train_step
+from livo_jax.runs import restore
+from livo_jax.training.step import draw, init_state, make_loss, make_optimizer, make_train_step
 from tests.conftest import parts_of
 
 
@@ -30,7 +31,7 @@ def config_of(method, model):
     return config
 
 
-METHODS = ["full", "lora", "token", "sft", "dpo", "ipo", "kto", *baselines.UNET]
+METHODS = ["full", "lora", "token", "sft", "dpo", "ipo", "kto", *methods.UNET]
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +47,8 @@ def models(small):
 def parts(config, sd):
     """What the step of a method takes: the maker of its loss, graphs, trained and frozen parameters."""
     graphs, frozen = parts_of(sd)
-    of_unet = baselines.of_unet(config)
-    module = train.load_models(config, sharding.make_mesh(1), sd)[1]
+    of_unet = methods.of_unet(config)
+    module = restore.load_models(config, sharding.make_mesh(1), sd)[1]
     graphs["update" if of_unet else "value_encoder"], params = split(module)
     return of_unet.make_loss if of_unet else make_loss, graphs, params, frozen
 
@@ -67,7 +68,7 @@ def test_a_step(models, small, method):
     before, after = jax.tree.leaves(params), jax.tree.leaves(state["params"])
     assert {x.dtype for x in before + after} == {jnp.dtype(jnp.float32)} and all(np.isfinite(x).all() for x in after)
     assert any((a != b).any() for a, b in zip(before, after))
-    if method in baselines.UNET:
+    if method in methods.UNET:
         z, t, c = jnp.ones((2, *sd.latent_shape)), jnp.array([10, 500]), jnp.ones((2, 16, 20))
         predict = jax.jit(lambda params: nnx.merge(graphs["update"], params).applied(sd.unet)(z, t, c))
         one, two = predict(params), predict(state["params"])
@@ -76,7 +77,7 @@ def test_a_step(models, small, method):
         if method == "dpo_unet":
             # The policy starts at the reference: what is left is how the compiler fuses and rounds each.
             assert max(abs(metrics["margin_w"]), abs(metrics["margin_l"])) < 1e-4
-    if method not in ("full", *baselines.UNET):  # those of value encoders differ in what these compare
+    if method not in ("full", *methods.UNET):  # those of value encoders differ in what these compare
         return
     key = jax.random.fold_in(jax.random.key(config.seed), 0)
     loss_of, graphs, params, frozen = parts(config, models[jnp.float32])

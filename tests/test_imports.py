@@ -6,10 +6,15 @@ import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).parents[1]
-EXPORTED = "livo_jax/diffusers_pipeline.py"  # copied by an export, imported by nobody
+ROOMS = (  # each uses only those before it
+    "models diffusion seeds sharding files values value_encoders retrieval sampling judges data training methods"
+    " evaluation runs export demo"
+).split()
+BY_ANOTHER_NAME = {("livo_jax/values/__init__.py", "livo_jax.retrieval.retriever.Retriever")}  # values.Retriever
+MATHEMATICS = {"models", "diffusion", "seeds", "sharding", "training"}  # jax, flax and optax alone
+EXPORTED = "livo_jax/export/diffusers_pipeline.py"  # copied by an export, imported by nobody
 JUDGE = "livo_jax/judges/llava.py"  # the one that needs PyTorch, an extra: it imports it where it uses it
 ALLOWED = {(EXPORTED, "torch"), (EXPORTED, "diffusers"), (JUDGE, "torch")}
-MATHEMATICS = ("livo_jax/models/", "livo_jax/diffusion.py", "livo_jax/losses.py")
 
 
 def imports(path: pathlib.Path) -> set[str]:
@@ -24,25 +29,39 @@ def imports(path: pathlib.Path) -> set[str]:
     return found
 
 
+def room(module: str) -> str:
+    """Which room a module or file of livo_jax lies in, of a name such as livo_jax.data.cache.Cache."""
+    return module.removesuffix(".py").replace("/", ".").split(".")[1]
+
+
 def test_one_direction():
     problems = []
     for path in [ROOT / "run.py", *ROOT.glob("livo_jax/**/*.py"), *ROOT.glob("data_tools/*.py")]:
         name = str(path.relative_to(ROOT))
+        mine = room(name) if name.startswith("livo_jax/") else None
         for module in imports(path):
             top = module.split(".")[0]
-            ours = top in ("livo_jax", "data_tools", "configs", "run", "tests")
-            if name.startswith("livo_jax") and ours and top != "livo_jax":
+            if mine in ROOMS and top in ("data_tools", "configs", "run", "tests"):
                 problems.append(f"{name} imports {module}: livo_jax stands below everything else")
-            if module.startswith("livo_jax.diffusers_pipeline"):
+            if mine in ROOMS and top == "livo_jax" and (name, module) not in BY_ANOTHER_NAME:
+                theirs = room(module)
+                if theirs in ROOMS and ROOMS.index(theirs) > ROOMS.index(mine):
+                    problems.append(f"{name} imports {module}: {theirs} stands above {mine}")
+            if module.startswith("livo_jax.export.diffusers_pipeline"):
                 problems.append(f"{name} imports {module}: it needs PyTorch")
-            if name.startswith(MATHEMATICS):
-                below = module.startswith(("livo_jax.models", "livo_jax.diffusion", "livo_jax.losses"))
-                library = top in ("jax", "flax", "numpy") or top in sys.stdlib_module_names
-                if not (library or below) or top in ("json", "pathlib", "os"):
-                    problems.append(f"{name} imports {module}: mathematics knows jax, flax and numpy only")
+            if mine in MATHEMATICS and top != "livo_jax":
+                library = top in ("jax", "flax", "optax", "numpy") or top in sys.stdlib_module_names
+                if not library or top in ("json", "pathlib", "os"):
+                    problems.append(f"{name} imports {module}: mathematics knows jax, flax, optax and numpy only")
             if top in ("torch", "tensorflow", "diffusers") and (name, top) not in ALLOWED:
                 problems.append(f"{name} imports {module}: not at run time")
     assert not problems, "\n".join(problems)
+
+
+def test_every_file_is_in_a_room():
+    outside = {path.relative_to(ROOT / "livo_jax").parts[0] for path in ROOT.glob("livo_jax/**/*.py")}
+    outside = {name.removesuffix(".py") for name in outside} - {*ROOMS, "__init__", "commands", "shelf"}
+    assert not outside, f"{sorted(outside)}: which room is that?"
 
 
 def test_no_circles():
@@ -61,7 +80,7 @@ def test_no_circles():
 
 
 def test_the_hot_path_needs_jax_flax_and_optax_alone():
-    """models, diffusion, losses, sharding and step import where nothing else is installed."""
+    """The mathematics imports where nothing else is installed."""
     others = (
         "diffusers grain huggingface_hub jinja2 matplotlib ml_collections PIL safetensors tensorboardX"
         " tensorflow_datasets tokenizers torch tqdm transformers"
@@ -70,7 +89,7 @@ def test_the_hot_path_needs_jax_flax_and_optax_alone():
 import sys
 for name in {others}:
     sys.modules[name] = None  # an import of it fails
-import livo_jax.step, livo_jax.models.weights, livo_jax.models.clip, livo_jax.models.unet, livo_jax.models.vae
+import livo_jax.training.step, livo_jax.models.weights, livo_jax.models.clip, livo_jax.models.unet, livo_jax.models.vae
 """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 

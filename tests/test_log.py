@@ -13,7 +13,7 @@ import pytest
 from etils import epath
 
 from configs import tiny
-from livo_jax.log import Log, check_wandb
+from livo_jax.runs.log import Log, check_wandb
 
 READY = itertools.repeat(None)  # batches that take no time
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from livo_jax import losses
+from livo_jax.training import losses
 
 CONSTANTS = dict(alpha=500.0, beta=1000.0, gamma_1=1.0, gamma_2=0.5)
 

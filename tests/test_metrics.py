@@ -3,7 +3,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from livo_jax import dealing, metrics, values
+from livo_jax import values
+from livo_jax.evaluation import metrics
+from livo_jax.values import dealing
 
 
 def test_discrepancies_by_hand():

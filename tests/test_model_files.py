@@ -12,13 +12,17 @@ import torch
 from safetensors.numpy import load_file
 
 from configs import tiny
-from livo_jax import StableDiffusion, ValueEncoder, model_files, pretrained, train
+from livo_jax import StableDiffusion, ValueEncoder
+from livo_jax.files import modules, repositories
+from livo_jax.files.modules import initialise, load
 from livo_jax.models.clip import CLIPTextConfig
 from livo_jax.models.unet import UNet2DConditionModel, UNetConfig
 from livo_jax.models.vae import AutoencoderKL, VAEConfig
 from livo_jax.models.weights import from_published, split, to_published
-from livo_jax.pretrained import initialise, load
-from livo_jax.value_encoders import LoRA, SoftTokens
+from livo_jax.runs import train
+from livo_jax.sampling import stable_diffusion
+from livo_jax.value_encoders.lora import LoRA
+from livo_jax.value_encoders.soft_tokens import SoftTokens
 from tests.test_pretrained import rewrite
 
 UNET_FILE = pathlib.Path("unet", "diffusion_pytorch_model.safetensors")
@@ -44,7 +48,7 @@ def test_a_path_where_nothing_is_is_no_hub_id(name):
 
 def test_a_home_directory_is_found(published, monkeypatch):
     monkeypatch.setenv("HOME", str(published.parent))
-    assert model_files.find(f"~/{published.name}", []) == published
+    assert repositories.find(f"~/{published.name}", []) == published
 
 
 @pytest.mark.parametrize(
@@ -154,16 +158,16 @@ def test_a_weight_that_float16_cannot_hold_is_refused(sd):
 
 def test_dtypes_by_their_usual_names(monkeypatch):
     for names, dtype in (("float32 fp32", jnp.float32), ("bfloat16 bf16", jnp.bfloat16)):
-        assert {pretrained.read_dtype(name) for name in [*names.split(), dtype]} == {jnp.dtype(dtype)}
+        assert {modules.read_dtype(name) for name in [*names.split(), dtype]} == {jnp.dtype(dtype)}
     for name in ("fp8", "float64", "", np.int8):
         with pytest.raises(ValueError, match="config.dtype=.*: choose float32, bfloat16 or float16"):
-            pretrained.read_dtype(name, "config.dtype")
+            modules.read_dtype(name, "config.dtype")
     for name in ("float16", "fp16", "half", jnp.float16):
         with pytest.raises(ValueError, match="dtype=.* wants a GPU or TPU: on a CPU choose float32 or bfloat16"):
-            pretrained.read_dtype(name)
+            modules.read_dtype(name)
         with monkeypatch.context() as patch:
             patch.setattr(jax, "default_backend", lambda: "gpu")
-            assert pretrained.read_dtype(name) == jnp.float16
+            assert modules.read_dtype(name) == jnp.float16
 
 
 @pytest.mark.parametrize(
@@ -211,16 +215,16 @@ def test_sample_size(tmp_path, size, is_xl, version, side):
     (tmp_path / "unet").mkdir()
     file = tmp_path / "unet" / "config.json"
     file.write_text(json.dumps({"sample_size": size, "_diffusers_version": version}))
-    assert pretrained.latent_size(tmp_path, is_xl, 4) == side
+    assert stable_diffusion.latent_size(tmp_path, is_xl, 4) == side
     file.write_text("{}")
-    assert pretrained.latent_size(tmp_path, is_xl, 4) == (128 if is_xl else 64)
+    assert stable_diffusion.latent_size(tmp_path, is_xl, 4) == (128 if is_xl else 64)
     file.write_text('{"sample_size": 32, "_diffusers_version": "0.6.0.dev0"}')  # of Stable Diffusions of 64
     with pytest.warns(UserWarning, match="sample_size=32 of diffusers before 0.9 is taken as 64"):
-        assert pretrained.latent_size(tmp_path, False, 4) == 64
+        assert stable_diffusion.latent_size(tmp_path, False, 4) == 64
     for wrong in ([8, 16], [8], "64", 0, 20, True, 6.5):
         file.write_text(json.dumps({"sample_size": wrong}))
         with pytest.raises(ValueError, match=r"unet/config.json: sample_size=.*square latents.* a multiple of 8"):
-            pretrained.latent_size(tmp_path, is_xl, 4)
+            stable_diffusion.latent_size(tmp_path, is_xl, 4)
 
 
 def test_a_whole_directory_as_fine_tunes_of_2022_have_it(copy, sd):

@@ -23,8 +23,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from livo_jax import StableDiffusion, ValueEncoder, sharding
+from livo_jax.files.modules import initialise, save
 from livo_jax.models.weights import from_published, split, to_published
-from livo_jax.pretrained import initialise, save
 
 
 @pytest.fixture

@@ -3,18 +3,9 @@ import json
 import pytest
 
 from configs import livo, tiny
-from livo_jax import (
-    StableDiffusion,
-    baselines,
-    cases,
-    evaluate,
-    judges,
-    metrics,
-    prompt_sets,
-    sharding,
-    value_encoders,
-    values,
-)
+from livo_jax import StableDiffusion, judges, methods, sharding, value_encoders, values
+from livo_jax.evaluation import cases, metrics, prompt_sets
+from livo_jax.runs import evaluate
 
 
 def choose(name, file, *prompts, **fields):
@@ -132,7 +123,7 @@ def test_an_evaluation_with_sets(tmp_path):
     mesh, found = sharding.make_mesh(data=8), values.load(config.principles)
     sd = StableDiffusion.from_pretrained(config.model, sharding=sharding.replicated(mesh))
     judge = judges.load(config, found, evaluate.subjects(config))
-    method = baselines.load(config, sd, value_encoders.start(config, sd, mesh), mesh, tmp_path, judge)
+    method = methods.load(config, sd, value_encoders.start(config, sd, mesh), mesh, tmp_path, judge)
     results = metrics.rows(evaluate.evaluate(sd, method, config, tmp_path, mesh, judge)[0])
     assert "mason" in evaluate.subjects(config), "the judge knows it, so that it can be recognised"
     measured = {(row["value"], row["split"]): set() for row in results}

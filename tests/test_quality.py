@@ -9,9 +9,9 @@ from safetensors.numpy import load_file
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import save_file
 
-from livo_jax import quality
-from livo_jax.models.inception import InceptionV3
-from livo_jax.models.lpips import LPIPS
+from livo_jax.evaluation import quality
+from livo_jax.evaluation.networks.inception import InceptionV3
+from livo_jax.evaluation.networks.lpips import LPIPS
 from livo_jax.models.weights import one_key, split, to_published
 from tests import references
 from tests.conftest import relative_error

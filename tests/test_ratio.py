@@ -8,8 +8,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from livo_jax import ratio
-from livo_jax.generate import Dose
+from livo_jax.sampling.requests import Dose
+from livo_jax.values import ratio
 
 SHAPE, COLOUR = "shape equality", "colour equality"
 RATES = {

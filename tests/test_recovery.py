@@ -18,9 +18,10 @@ import pytest
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
-from livo_jax import checkpoint, sharding
-from livo_jax.checkpoint import FORMAT, Checkpoints, Termination
-from livo_jax.workdir import find
+from livo_jax import sharding
+from livo_jax.files.directories import find
+from livo_jax.runs import checkpoint
+from livo_jax.runs.checkpoint import FORMAT, Checkpoints, Termination
 from tests import small_run
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -8,7 +8,8 @@ import re
 
 import numpy as np
 
-from livo_jax import report
+from livo_jax.evaluation import report
+from livo_jax.files import images
 
 EVIL = "<script>alert(1)</script>"
 
@@ -98,7 +99,7 @@ def test_cells_are_texts_and_numbers_never_formulas():
 
 def test_a_sheet_lays_images_out():
     red, blue = np.full((4, 4, 3), (255, 0, 0), np.uint8), np.full((4, 4, 3), (0, 0, 255), np.uint8)
-    picture = np.asarray(report.sheet([[red, blue], [None, red]], scale=2, gap=1))
+    picture = np.asarray(images.sheet([[red, blue], [None, red]], scale=2, gap=1))
     assert picture.shape == (18, 18, 3)
     assert (picture[0, 0] == (255, 0, 0)).all() and (picture[0, -1] == (0, 0, 255)).all()
     assert (picture[-1, 0] == 255).all() and (picture[-1, -1] == (255, 0, 0)).all()

@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from data_tools import evaluate_retriever, prompts
-from livo_jax import StableDiffusion, retriever, values
+from data_tools import evaluate_retriever
+from livo_jax import StableDiffusion, values
+from livo_jax.data import word_lists
 from livo_jax.judges.shapeworld import TRADES
-from livo_jax.values import Retriever
+from livo_jax.retrieval import language_model, similarity
+from livo_jax.retrieval.retriever import PAPERS, Retriever, labelled
 
-PAPERS = values.load(values.PAPERS)
+PAPERS = values.load(PAPERS)
 DEFAULT = Retriever.default()
 EMBEDDED = pathlib.Path(__file__).parents[1] / "data_tools" / "shapeworld_model"
 
@@ -86,9 +88,9 @@ def test_spellings_are_seen_through(text):
 
 def test_persons_whose_attribute_is_open():
     for words in ("careers", "positive_traits", "negative_traits", "places"):
-        for subject in prompts.words([words]):  # written for the pairs, not for these rules
+        for subject in word_lists.words([words]):  # written for the pairs, not for these rules
             assert names(values.phrase("a photo of a(n) {}", subject)) == {"gender", "race"}, subject
-    for subject in prompts.words(["people"]):
+    for subject in word_lists.words(["people"]):
         assert names(f"a photo of a {subject}") - {"gender"} == {"race"}, subject
     for prompt in (
         "two nurses",
@@ -190,7 +192,7 @@ def results():
     """Of the parts and backends: what `score` says of each."""
     found = {}
     for part in ("calibration", "test"):
-        rows = [row for category in values.labelled(part).values() for row in category.items()]
+        rows = [row for category in labelled(part).values() for row in category.items()]
         for backends in (("keywords",), ("bm25",), ("keywords", "bm25")):
             find = Retriever(PAPERS, backends)
             answers = [(wanted, {value.statement for value in find(prompt)}) for prompt, wanted in rows]
@@ -206,7 +208,7 @@ def test_the_default_is_good_enough(results):
 
 
 def test_the_labelled_prompts():
-    parts = {part: values.labelled(part) for part in ("calibration", "test")}
+    parts = {part: labelled(part) for part in ("calibration", "test")}
     assert parts["calibration"].keys() == parts["test"].keys()
     both = [set().union(*(rows for rows in part.values())) for part in parts.values()]
     assert sum(map(len, both)) >= 500 and len(both[1]) >= 300 and not both[0] & both[1]
@@ -233,12 +235,12 @@ def test_scores():
 def test_thresholds_lie_where_f1_is_highest():
     scores = np.array([[0.9, 0.1, 0.3], [0.8, 0.2, 0.3], [0.4, 0.9, 0.3], [0.1, 0.8, 0.4]])
     wanted = np.array([[True, False, False], [True, False, False], [False, True, False], [False, True, False]])
-    assert retriever.calibrate(scores, wanted).tolist() == [pytest.approx(0.6), pytest.approx(0.5), pytest.approx(0.4)]
-    assert (retriever.calibrate(scores, wanted) > [0.4, 0.2, 0.4]).all(), "none for the last one is found"
+    assert similarity.calibrate(scores, wanted).tolist() == [pytest.approx(0.6), pytest.approx(0.5), pytest.approx(0.4)]
+    assert (similarity.calibrate(scores, wanted) > [0.4, 0.2, 0.4]).all(), "none for the last one is found"
     rng = np.random.default_rng(0)
     noise, right = rng.random((200, 1)), rng.random((200, 1)) < 0.3
-    found = noise >= retriever.calibrate(noise, right)
-    assert (found & ~right).sum() <= retriever.FALSE * (~right).sum(), "an encoder that knows nothing finds little"
+    found = noise >= similarity.calibrate(noise, right)
+    assert (found & ~right).sum() <= similarity.FALSE * (~right).sum(), "an encoder that knows nothing finds little"
 
 
 def test_bm25_tells_by_descriptions(results):
@@ -253,7 +255,7 @@ def test_dense_compares_by_the_models_own_text_encoder():
     """Cosines of its pooled outputs from the descriptions' mean. Which of them are alike is for the model to say."""
     sd = StableDiffusion.from_pretrained(EMBEDDED)
     texts = ["a baker", "a bloody baker", "a smith"]
-    similarities = retriever.dense(texts, sd)([["a baker", "not looked at"], ["a bloody smith"]])
+    similarities = similarity.dense(texts, sd)([["a baker", "not looked at"], ["a bloody smith"]])
     ids = sd.tokenize([*texts, "a bloody smith"])
     pooled = np.asarray(nnx.jit(lambda model, ids: model(ids).pooled)(sd.text_encoder, ids))
     unit = lambda x: x / np.linalg.norm(x, axis=1, keepdims=True)
@@ -307,8 +309,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def server(monkeypatch):
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(retriever, "RETRIES", 1)
-    monkeypatch.setattr(retriever, "TIMEOUT", 0.4)
+    monkeypatch.setattr(language_model, "RETRIES", 1)
+    monkeypatch.setattr(language_model, "TIMEOUT", 0.4)
     server = Server()
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield server
@@ -332,7 +334,7 @@ def test_a_language_model_is_asked_in_a_schema(server):
     (request,) = server.requests
     schema = request["response_format"]["json_schema"]
     row = schema["schema"]["properties"]["values"]["items"]["properties"]
-    assert schema["strict"] and row["name"]["enum"] == list(values.PAPERS) and request["model"] == "a-model"
+    assert schema["strict"] and row["name"]["enum"] == list(PAPERS) and request["model"] == "a-model"
     assert all(value.statement in request["messages"][0]["content"] for value in PAPERS)
     server.reply = lambda prompt: says()
     assert asking(server)("a warrior drenched in blood") == [], "none is an answer"

@@ -16,8 +16,8 @@ from absl.testing import flagsaver
 from PIL import Image
 
 import run as command_line
-from data_tools import commands
-from livo_jax import workdir
+from livo_jax import commands
+from livo_jax.files import directories
 from tests import small_run
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -311,7 +311,7 @@ def test_a_run_of_before_goes_on_longer(pairs, finished, main, answer, tmp_path,
     assert json.loads((run / "config.json").read_text())["loss"]["form"] == "livo"
     told = answer("~/run", *given, "--config.train.steps=2")
     assert f"{run}/checkpoints has step 3, config.train.steps=2: choose as many at least" in told
-    with workdir.held(run, "trains in"):
+    with directories.held(run, "trains in"):
         told = answer("~/run", *given, "--config.train.steps=3")
     assert f"FileExistsError: another process trains in {run}: PID {os.getpid()} on " in told
 

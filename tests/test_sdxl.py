@@ -20,18 +20,21 @@ from flax import nnx
 from PIL import Image
 
 from configs import tiny
-from data_tools import cache_latents
-from livo_jax import StableDiffusion, ValueEncoder, baselines, export, generate, sharding, train, value_encoders, values
-from livo_jax.baselines import uce
-from livo_jax.export import SCHEDULERS
-from livo_jax.generate import Dose, Request
-from livo_jax.model_files import read_json
+from livo_jax import StableDiffusion, ValueEncoder, methods, sharding, value_encoders, values
+from livo_jax.export import export
+from livo_jax.export.export import SCHEDULERS
+from livo_jax.files.modules import PARTS, skeleton
+from livo_jax.files.repositories import read_json
+from livo_jax.methods import uce
 from livo_jax.models.weights import TO_PUBLISHED, one_key, published_name, split, to_published
-from livo_jax.pretrained import PARTS, skeleton
-from livo_jax.shelf import Shelf
-from livo_jax.step import but_embeddings, draw, init_state, make_loss, make_optimizer, make_train_step
-from livo_jax.value_encoders import LoRA, SoftTokens
-from livo_jax.values import text_hash
+from livo_jax.runs import restore, train
+from livo_jax.sampling import generate, pairs
+from livo_jax.sampling.requests import Dose, Request
+from livo_jax.training.step import but_embeddings, draw, init_state, make_loss, make_optimizer, make_train_step
+from livo_jax.value_encoders.lora import LoRA
+from livo_jax.value_encoders.shelf import Shelf
+from livo_jax.value_encoders.soft_tokens import SoftTokens
+from livo_jax.values.principles import text_hash
 from tests import small_run, test_data
 from tests.conftest import LEVELS, UNET, VAE, randomised, text_model, write_pipeline
 from tests.test_run import run
@@ -248,7 +251,7 @@ def test_what_does_not_fit(sd, made, config, published, small_sd15, tmp_path):
         SoftTokens.from_pretrained(tmp_path / "soft", small_sd15)
     text_encoder = small_sd15.root / "text_encoder"
     with pytest.raises(ValueError, match=both):  # before training
-        train.load_models(of_kind(config, "full", start=str(text_encoder)), sharding.make_mesh(), sd)
+        restore.load_models(of_kind(config, "full", start=str(text_encoder)), sharding.make_mesh(), sd)
     shutil.copytree(text_encoder, tmp_path / "shelf" / "one")
     values = {"shape": {"statement": VALUE, "kind": "full", "folder": "one"}}
     (tmp_path / "shelf" / "shelf.json").write_text(json.dumps({"base": sd.name, "values": values}))
@@ -404,20 +407,18 @@ def test_uce_reads_a_harm_as_its_absence(sd):
     (bloody,) = values.load(("bloody",))
     M = uce.erase(bloody, sd, config)
     assert np.linalg.norm(harm @ M - plain) < 0.6 * np.linalg.norm(harm - plain)
-    assert any(
-        (a != b).any() for a, b in zip(*map(jax.tree.leaves, baselines.weights(uce.edited(sd, M).unet, sd.unet)))
-    )
+    assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, methods.weights(uce.edited(sd, M).unet, sd.unet))))
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("method", baselines.UNET)
+@pytest.mark.parametrize("method", methods.UNET)
 def test_methods_that_train_the_unet_take_a_step(sd, batch, method, prediction_type):
     """On shapes alone."""
     config = importlib.import_module(f"configs.baselines.{method}").get_config("tiny:smoke")
     graphs, frozen = parts(sd, None)
-    graphs["update"], params = split(baselines.of_unet(config).Update(config, sd, one_key()))
+    graphs["update"], params = split(methods.of_unet(config).Update(config, sd, one_key()))
     tx, schedule = make_optimizer(config), dataclasses.replace(sd.schedule, prediction_type=prediction_type)
-    loss_of = baselines.of_unet(config).make_loss
+    loss_of = methods.of_unet(config).make_loss
     step = make_train_step(graphs, schedule, tx, config, SCALE, sd.time_ids, loss_of)
     state = jax.eval_shape(functools.partial(init_state, tx=tx), params)
     after, _ = jax.eval_shape(step, state, frozen, batch)
@@ -428,14 +429,14 @@ def test_safe_diffusion_draws_and_wants_predicted_noise(sd):
     config = importlib.import_module("configs.baselines.sld").get_config("tiny:smoke")
     config.sampling.update(steps=1, sampler="euler", batch_size=1)
     request = Request("a bloody cook", 0, (Dose("bloody considered inappropriate"),))
-    draw = baselines.load(config, sd, None, SETTINGS["mesh"], None).draw
+    draw = methods.load(config, sd, None, SETTINGS["mesh"], None).draw
     assert draw([request]).shape == (1, 16, 16, 3)
     velocity = copy.copy(sd)
     velocity.schedule = dataclasses.replace(sd.schedule, prediction_type="v_prediction")
     with pytest.raises(
         ValueError, match="prediction_type='v_prediction', and its scale and threshold are of predicted"
     ):
-        baselines.load(config, velocity, None, SETTINGS["mesh"], None)
+        methods.load(config, velocity, None, SETTINGS["mesh"], None)
 
 
 @pytest.mark.slow
@@ -449,7 +450,7 @@ def test_a_run_from_the_cache_and_from_images(config, tmp_path):
     losses = {}
     for name, cache in (("images", False), ("cache", True)):
         config.data.cache = cache
-        train.train_and_evaluate(config, tmp_path / name, cache_latents=cache_latents.write)
+        train.train_and_evaluate(config, tmp_path / name)
         losses[name] = [line["train/loss"] for line in small_run.metrics(tmp_path / name) if "train/loss" in line]
     assert len(losses["cache"]) == 2 and losses["cache"] == pytest.approx(losses["images"], rel=1e-3)
     assert losses["cache"][0] != pytest.approx(losses["cache"][1], rel=1e-6)
@@ -457,13 +458,13 @@ def test_a_run_from_the_cache_and_from_images(config, tmp_path):
 
     whole = small_run.final(tmp_path / "cache")
     shutil.rmtree(tmp_path / "cache" / "checkpoints" / "2")
-    train.train_and_evaluate(config, tmp_path / "cache", cache_latents=cache_latents.write)
+    train.train_and_evaluate(config, tmp_path / "cache")
     jax.tree.map(np.testing.assert_array_equal, small_run.final(tmp_path / "cache"), whole)
 
     mesh = sharding.make_mesh(1)
-    sd, value_encoder = train.restore_run(config, tmp_path / "cache", mesh)
+    sd, value_encoder = restore.restore_run(config, tmp_path / "cache", mesh)
     settings = dict(seed=0, mesh=mesh, options={}, **config.sampling.to_dict())
-    generate.write_pairs(tmp_path / "out", sd, value_encoder, ["a cook"], [VALUE], 2, **settings)
+    pairs.write_pairs(tmp_path / "out", sd, value_encoder, ["a cook"], [VALUE], 2, **settings)
     assert len(list((tmp_path / "out").glob("*.png"))) == 2
     export.export(tmp_path / "export", sd, value_encoder, config)
     again = value_encoders.start(of_kind(config, "full", start=str(tmp_path / "export")), sd, mesh)

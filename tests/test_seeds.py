@@ -4,8 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from livo_jax import generate, seeds
-from livo_jax.generate import Request
+from livo_jax import seeds
+from livo_jax.sampling import generate
+from livo_jax.sampling.requests import Request, requests_of
 
 SEEDS = (0, 1, 2**31, 2**32 - 1, 2**32, 2**32 + 1, 2**33, 2**63 - 1)
 data = lambda key: np.asarray(jax.random.key_data(key))
@@ -26,12 +27,12 @@ def test_what_is_no_seed_is_refused_by_its_name(seed):
     with pytest.raises(ValueError, match="config.seed=.*: choose a whole number from 0 to 9223372036854775807"):
         seeds.check(seed, "config.seed")
     with pytest.raises(ValueError, match="^seed="):
-        generate.requests_of(["a"], seed=seed)
+        requests_of(["a"], seed=seed)
 
 
 def test_numpys_integers_are_seeds():
-    requests = generate.requests_of(["a"] * 20, "x", keep_probability=0.5, seed=np.int64(3))
-    assert requests == generate.requests_of(["a"] * 20, "x", keep_probability=0.5, seed=3)
+    requests = requests_of(["a"] * 20, "x", keep_probability=0.5, seed=np.int64(3))
+    assert requests == requests_of(["a"] * 20, "x", keep_probability=0.5, seed=3)
 
 
 def test_large_seeds_draw_other_images(small):

@@ -10,12 +10,13 @@ import pytest
 from flax import nnx
 
 from configs import tiny
-from livo_jax import plan, sharding, train
+from livo_jax import sharding
 from livo_jax.models.clip import CLIPTextModel
 from livo_jax.models.unet import UNet2DConditionModel
 from livo_jax.models.vae import AutoencoderKL
 from livo_jax.models.weights import one_key, split
-from livo_jax.step import jit_step, make_train_step
+from livo_jax.runs import plan, restore
+from livo_jax.training.step import jit_step, make_train_step
 
 BYTES = {"f32": 4, "s32": 4, "u32": 4, "pred": 1}
 COLLECTIVE = re.compile(
@@ -107,7 +108,7 @@ def compiled_step(mesh, **settings):
     config = tiny.get_config()
     config.data.cache = False
     config.update(mesh=dict(mesh.shape), **settings)
-    sd, value_encoder = train.load_models(config, mesh)
+    sd, value_encoder = restore.load_models(config, mesh)
     graphs, params = {}, {}
     for name, module in dict(
         text_encoder=sd.text_encoder, unet=sd.unet, vae=sd.vae, value_encoder=value_encoder

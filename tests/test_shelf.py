@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from livo_jax import generate, sharding, value_encoders
+from livo_jax import sharding, value_encoders
 from livo_jax.models.weights import split
-from livo_jax.shelf import Shelf
-from livo_jax.value_encoders import LoRA, SoftTokens
-from livo_jax.values import load
+from livo_jax.sampling import generate
+from livo_jax.value_encoders.lora import LoRA
+from livo_jax.value_encoders.shelf import Shelf
+from livo_jax.value_encoders.soft_tokens import SoftTokens
+from livo_jax.values.principles import load
 from tests.test_pretrained import hub_of, load_from
 
 SETTINGS = dict(steps=2, guidance_scale=3.0, batch_size=1, mesh=sharding.make_mesh(1))

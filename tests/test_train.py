@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from livo_jax import diffusion, sharding
 from livo_jax.models.weights import split, to_published
-from livo_jax.step import (
+from livo_jax.training.step import (
     but_embeddings,
     draw,
     init_state,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from benchmarks import coverage
-from livo_jax.uncertainty import confidence, holm, significance
+from livo_jax.evaluation.uncertainty import confidence, holm, significance
 
 SAMPLES = 400  # of which the share that an interval holds is known to 1%; benchmarks.coverage draws more
 

@@ -9,12 +9,15 @@ import optax
 import pytest
 from flax import nnx
 
-from livo_jax import baselines, losses, plan, sharding, train, values
-from livo_jax.baselines import concept_ablation, dpo_unet
-from livo_jax.data import Block, Preferences, batches
-from livo_jax.generate import Dose, Request
+from livo_jax import methods, sharding, values
+from livo_jax.data.batches import batches
+from livo_jax.data.preferences import Block, Preferences
+from livo_jax.methods import concept_ablation, dpo_unet
 from livo_jax.models.weights import split, to_published
-from livo_jax.step import draw, noised
+from livo_jax.runs import check, plan, restore, train
+from livo_jax.sampling.requests import Dose, Request
+from livo_jax.training import losses
+from livo_jax.training.step import draw, noised
 from tests import small_run, test_data
 
 
@@ -138,7 +141,7 @@ def test_prompts_of_a_harm_are_concepts_and_those_without_it_anchors(tmp_path):
     }
 
 
-@pytest.mark.parametrize("name", baselines.UNET)
+@pytest.mark.parametrize("name", methods.UNET)
 def test_a_run_trains_the_unet_alone_and_is_restored(name, root, tmp_path):
     config = config_of(name)
     config.model, config.random_weights, config.judge = str(root / "model"), True, ""
@@ -151,14 +154,14 @@ def test_a_run_trains_the_unet_alone_and_is_restored(name, root, tmp_path):
     config.train.steps, config.sampling.batch_size = 2, 2
     train.train_and_evaluate(config, tmp_path / "run")
     mesh = sharding.make_mesh(**config.mesh)
-    sd, value_encoder = train.restore_run(config, tmp_path / "run", mesh)
-    base = train.load_base(config, mesh)
+    sd, value_encoder = restore.restore_run(config, tmp_path / "run", mesh)
+    base = restore.load_base(config, mesh)
     assert value_encoder is None
     kinds = (".attn2.to_k.", ".attn2.to_v.") if name == "concept_ablation" else (".to_",)
     names = changed(sd.unet, base.unet)
     assert names and all(any(kind in name for kind in kinds) for name in names)
     assert not changed(sd.text_encoder, base.text_encoder) and (tmp_path / "run/samples/step_2.png").exists()
-    method = baselines.load(config, sd, None, mesh, tmp_path)
+    method = methods.load(config, sd, None, mesh, tmp_path)
     assert method.kinds == (("harm",) if name == "concept_ablation" else ("bias", "harm"))
     assert method.trained == sum(x.size for x in small_run.final(tmp_path / "run").values() if x.ndim) // 3, (
         "Adam's two"
@@ -170,13 +173,13 @@ def test_a_run_trains_the_unet_alone_and_is_restored(name, root, tmp_path):
         "frozen weights",
     }
     request = [Request("a bloody cook", 0, (Dose("bloody considered inappropriate"),))]
-    assert (method.draw(request) != baselines.base(config, base, mesh).draw(request)).any()
+    assert (method.draw(request) != methods.base(config, base, mesh).draw(request)).any()
 
 
 def test_what_ablation_cannot_work_with_is_told_at_once(sd):
     config = config_of("concept_ablation")
     config.principles, config.data.cache = ("shape",), True
     with pytest.raises(ValueError) as error:
-        train.check_config(config, sd, sharding.make_mesh(**config.mesh), judge=False)
+        check.check_config(config, sd, sharding.make_mesh(**config.mesh), judge=False)
     assert "concept_ablation is for values of kind harm" in str(error.value)
     assert "config.data.cache=True: the anchor prompts" in str(error.value)

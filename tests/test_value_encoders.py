@@ -15,12 +15,16 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from configs import tiny
-from livo_jax import StableDiffusion, ValueEncoder, baselines, export, generate, plan, sharding, train, value_encoders
-from livo_jax.generate import Dose, Request
+from livo_jax import StableDiffusion, ValueEncoder, methods, sharding, value_encoders
+from livo_jax.export import export
 from livo_jax.models.weights import split, to_published
-from livo_jax.step import init_state, make_train_step
-from livo_jax.value_encoders import LoRA, SoftTokens
-from livo_jax.values import text_hash
+from livo_jax.runs import plan, restore, train
+from livo_jax.sampling import conditioning, generate
+from livo_jax.sampling.requests import Dose, Request
+from livo_jax.training.step import init_state, make_train_step
+from livo_jax.value_encoders.lora import LoRA
+from livo_jax.value_encoders.soft_tokens import SoftTokens
+from livo_jax.values.principles import text_hash
 from tests import small_run
 from tests.test_train import CONFIG, SCALE, torch_step
 
@@ -179,9 +183,9 @@ def test_a_value_encoder_of_the_value_alone(sd, config, tmp_path):
     alone = of_kind(config, "full", reads_prompt=False, states=3)
     value_encoder = trained(value_encoders.start(alone, sd, sharding.make_mesh()))
     requests = [Request(prompt, 0, (Dose("shape equality"),)) for prompt in PROMPTS]
-    columns = generate.value_columns(sd, requests, reads_prompt=False)
+    columns = conditioning.value_columns(sd, requests, reads_prompt=False)
     assert (columns["value_prompt_ids"] == sd.tokenize(["shape equality, "])).all()
-    settings = baselines.load(alone, sd, value_encoder, None, tmp_path).settings
+    settings = methods.load(alone, sd, value_encoder, None, tmp_path).settings
     assert settings == {"method": "value tokens", "states": 3, "reads_prompt": False}, "other images than the default's"
     images = generate.generate(sd, requests, value_encoder, seed=0, **SETTINGS)
     plain = generate.generate(sd, [r._replace(values=()) for r in requests], seed=0, **SETTINGS)
@@ -267,7 +271,7 @@ def test_a_run_trains_its_kind_alone(root, tmp_path, kind):
     train.train_and_evaluate(config, tmp_path)
     assert not (tmp_path / "samples").exists()
     config.mesh = dict(data=1, fsdp=1, tensor=1)
-    sd, value_encoder = train.restore_run(config, tmp_path, sharding.make_mesh(1))
+    sd, value_encoder = restore.restore_run(config, tmp_path, sharding.make_mesh(1))
     arrays = small_run.final(tmp_path)
     of = lambda name: {k.removeprefix(f"['{name}']"): x for k, x in arrays.items() if k.startswith(f"['{name}']")}
     restored = {jax.tree_util.keystr(p): x for p, x in jax.tree_util.tree_leaves_with_path(split(value_encoder)[1])}
@@ -280,7 +284,7 @@ def test_a_run_trains_its_kind_alone(root, tmp_path, kind):
     assert parameters == sum(x.size for x in jax.tree.leaves(split(value_encoder)[1]))
     config.value_encoder.update(rank=2, tokens=3)
     with pytest.raises(ValueError, match="holds another value encoder(.|\n)*value_encoder.rank: 8 there, 2 now"):
-        train.restore_run(config, tmp_path, sharding.make_mesh(1))
+        restore.restore_run(config, tmp_path, sharding.make_mesh(1))
 
 
 def test_what_does_not_fit(sd, small, made, config, tmp_path):

@@ -13,8 +13,9 @@ from etils import epath
 
 from configs import livo, sdxl, tiny
 from configs.baselines import concept_ablation, dpo_unet
-from livo_jax import workdir
-from livo_jax.checkpoint import Checkpoints
+from livo_jax.files import directories, settings
+from livo_jax.runs import workdir
+from livo_jax.runs.checkpoint import Checkpoints
 from tests.small_run import ROOT
 
 # What config.json had in the first version: no run lacks it.
@@ -30,22 +31,22 @@ sampling.batch_size
 @pytest.mark.parametrize("name", ["a b", "lr=1e-4", "ü#%&'\"!", "x]", "{y}", "-z"])
 def test_a_workdir_of_any_name_is_read_again(name, tmp_path):
     state = {"step": jnp.int32(1), "params": jnp.arange(3.0)}
-    checkpoints = Checkpoints(workdir.find(tmp_path / name))
+    checkpoints = Checkpoints(directories.find(tmp_path / name))
     checkpoints.save(1, state)
     checkpoints.close()
-    restored = Checkpoints(workdir.find(tmp_path / name)).restore(jax.tree.map(jnp.zeros_like, state))
+    restored = Checkpoints(directories.find(tmp_path / name)).restore(jax.tree.map(jnp.zeros_like, state))
     assert restored["step"] == 1 and (tmp_path / name / "checkpoints" / "1").exists()
 
 
 @pytest.mark.parametrize("name", ["lr=[1e-4]", "[", "a*", "b?", "gs://bucket/a[1]", "c\\d"])
 def test_a_workdir_that_could_not_be_read_again_is_refused(name, tmp_path):
     with pytest.raises(ValueError, match="what is saved there could not be read: choose a path without "):
-        workdir.find(name if "://" in name else tmp_path / name / "run")
+        directories.find(name if "://" in name else tmp_path / name / "run")
 
 
 def test_a_tilde_is_a_home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert workdir.find("~/runs/x") == epath.Path(tmp_path / "runs" / "x")
+    assert directories.find("~/runs/x") == epath.Path(tmp_path / "runs" / "x")
 
 
 HOLD = """
@@ -62,22 +63,22 @@ def test_one_run_at_a_time(tmp_path):
     with subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], cwd=ROOT, stdout=subprocess.PIPE) as run:
         assert run.stdout.readline() == b"held\n"
         told = f"another process trains in {tmp_path}: PID {run.pid} on .*, since 20.*: wait until it has ended"
-        with pytest.raises(FileExistsError, match=told), workdir.held(tmp_path):
+        with pytest.raises(FileExistsError, match=told), directories.held(tmp_path):
             pass
         run.kill()
     assert run.returncode == -signal.SIGKILL
     for _ in range(2):
-        with workdir.held(tmp_path), workdir.held(tmp_path / "eval"):
-            with pytest.raises(FileExistsError, match=f"PID {os.getpid()} "), workdir.held(tmp_path):
+        with directories.held(tmp_path), directories.held(tmp_path / "eval"):
+            with pytest.raises(FileExistsError, match=f"PID {os.getpid()} "), directories.held(tmp_path):
                 pass
 
 
 def test_where_there_are_no_locks_one_is_told_of_the_other(tmp_path, monkeypatch, caplog):
     """As in a bucket."""
     monkeypatch.setattr(workdir, "is_remote", lambda path: True)
-    with workdir.held(epath.Path(tmp_path), "trains in"):
+    with directories.held(epath.Path(tmp_path), "trains in"):
         assert not caplog.records
-        with workdir.held(epath.Path(tmp_path), "trains in"):
+        with directories.held(epath.Path(tmp_path), "trains in"):
             (warning,) = caplog.messages
             assert f"trains in {tmp_path}: PID {os.getpid()} on " in warning
     assert not list(tmp_path.iterdir())
@@ -86,7 +87,7 @@ def test_where_there_are_no_locks_one_is_told_of_the_other(tmp_path, monkeypatch
 def begun(place, config, **changes):
     """A workdir that a run of an older version began: its config.json has no fields whose change is None."""
     (place / "checkpoints").mkdir(parents=True, exist_ok=True)
-    flat = {name: x for name, x in (workdir.flatten(json.loads(config.to_json())) | changes).items() if x is not None}
+    flat = {name: x for name, x in (settings.flatten(json.loads(config.to_json())) | changes).items() if x is not None}
     nested = {}
     for name, x in flat.items():
         *sections, field = name.split(".")
@@ -116,9 +117,9 @@ def test_a_run_from_before_a_field_goes_on(tmp_path, caplog):
 @pytest.mark.parametrize("config", [tiny, livo, sdxl, concept_ablation, dpo_unet], ids=lambda module: module.__name__)
 def test_no_new_field_shuts_older_runs_out(config):
     config = config.get_config()
-    names = workdir.with_its_rate(workdir.flatten(config.to_dict()))
+    names = workdir.with_its_rate(settings.flatten(config.to_dict()))
     names = [name for name in names if not name.startswith((*workdir.FREE, config.method))]
-    assert not set(names) - {*FIRST, *workdir.BEFORE}, "livo_jax/workdir.py: BEFORE needs what was done without it"
+    assert not set(names) - {*FIRST, *workdir.BEFORE}, "livo_jax/runs/workdir.py: BEFORE needs what was done without it"
 
 
 def test_a_rate_is_the_same_by_itself_and_in_the_table_of_all(tmp_path):

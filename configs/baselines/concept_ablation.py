@@ -1,4 +1,4 @@
-"""Concept Ablation, of harms (livo_jax/baselines/concept_ablation.py).
+"""Concept Ablation, of harms (livo_jax/methods/concept_ablation.py).
 
 python run.py --config=configs/baselines/concept_ablation.py
 """

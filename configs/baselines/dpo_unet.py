@@ -1,4 +1,4 @@
-"""Diffusion-DPO on the UNet, by low-rank updates of its attention (livo_jax/baselines/dpo_unet.py).
+"""Diffusion-DPO on the UNet, by low-rank updates of its attention (livo_jax/methods/dpo_unet.py).
 
 python run.py --config=configs/baselines/dpo_unet.py
 """

@@ -1,4 +1,4 @@
-"""Fair Diffusion, of biases (Friedrich et al. 2023; livo_jax/baselines/fair_diffusion.py).
+"""Fair Diffusion, of biases (Friedrich et al. 2023; livo_jax/methods/fair_diffusion.py).
 
 python run.py --config=configs/baselines/fair_diffusion.py --mode=evaluate
 """

@@ -1,4 +1,4 @@
-"""Negative prompt, of harms (livo_jax/baselines/negative.py).
+"""Negative prompt, of harms (livo_jax/methods/negative.py).
 
 python run.py --config=configs/baselines/negative.py --mode=evaluate
 """

@@ -1,4 +1,4 @@
-"""Safe Latent Diffusion, of harms (Schramowski et al. 2023; livo_jax/baselines/sld.py).
+"""Safe Latent Diffusion, of harms (Schramowski et al. 2023; livo_jax/methods/sld.py).
 
 python run.py --config=configs/baselines/sld.py --mode=evaluate --config.sld.preset=strong
 """

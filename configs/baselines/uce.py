@@ -1,4 +1,4 @@
-"""Unified Concept Editing (Gandikota et al. 2024; livo_jax/baselines/uce.py).
+"""Unified Concept Editing (Gandikota et al. 2024; livo_jax/methods/uce.py).
 
     python run.py --config=configs/baselines/uce.py --mode=evaluate
 

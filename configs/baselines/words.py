@@ -1,4 +1,4 @@
-"""The value in words before the prompt (livo_jax/baselines/words.py).
+"""The value in words before the prompt (livo_jax/methods/words.py).
 
 python run.py --config=configs/baselines/words.py --mode=evaluate
 """

@@ -7,11 +7,11 @@ import jax
 import numpy as np
 from flax import nnx
 
-from livo_jax.model_files import find, read_json, weight_patterns
+from livo_jax.files.modules import load
+from livo_jax.files.repositories import find, read_json, weight_patterns
 from livo_jax.models.clip import CLIPModel
 from livo_jax.models.weights import split
-from livo_jax.pretrained import load
-from livo_jax.values import phrase
+from livo_jax.values.principles import phrase
 
 BATCH = 32  # images at once; the last batch is filled up, so that one size is compiled
 SUBJECT = "a photo of a(n) {}"

@@ -5,9 +5,9 @@ import importlib.util
 
 import numpy as np
 
+from livo_jax.files.repositories import find, weight_files, weight_patterns
 from livo_jax.judges.clip import SUBJECT
-from livo_jax.model_files import find, weight_files, weight_patterns
-from livo_jax.values import phrase
+from livo_jax.values.principles import phrase
 
 BATCH = 16  # images at once
 ASK = "Is this {}? Answer with one word: yes or no."

@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from livo_jax import endpoint
-from livo_jax.report import png_uri
+from livo_jax.files.images import png_uri
+from livo_jax.retrieval import endpoint
 
 WORKERS = 8  # questions under way at once
 RETRIES, TIMEOUT = 5, 60.0  # of a question: see endpoint.client

@@ -1,0 +1,1 @@
+"""Networks of Stable Diffusion; attribute paths are the published names."""

@@ -18,12 +18,15 @@ import pytest
 from PIL import Image
 
 from configs import tiny
-from data_tools import build_preferences, dataset
-from data_tools.build_preferences import Candidate, balanced, candidates, census, fault, favoured, pair, scenes
-from livo_jax import StableDiffusion, evaluate, values, workdir
-from livo_jax.data import Preferences
-from livo_jax.generate import Request
+from livo_jax import StableDiffusion, values
+from livo_jax.data import dataset
+from livo_jax.data.preferences import Preferences
+from livo_jax.files import directories
 from livo_jax.judges.shapeworld import judge
+from livo_jax.runs import build_preferences, evaluate
+from livo_jax.runs.build_preferences import Candidate, balanced, candidates, census, fault, favoured, pair, scenes
+from livo_jax.sampling.requests import Request
+from livo_jax.values import principles
 from tests import small_run
 
 SHAPE, COLOUR, BLOODY = values.load(("shape", "colour", "bloody"))
@@ -109,7 +112,7 @@ def test_it_does_not_overwrite(built, config, tmp_path):
 
 
 def test_two_builds_in_one_folder(config, tmp_path):
-    with workdir.held(tmp_path / ".preferences.partial"), pytest.raises(FileExistsError, match="another process"):
+    with directories.held(tmp_path / ".preferences.partial"), pytest.raises(FileExistsError, match="another process"):
         build_preferences.build(config, tmp_path / "preferences")
 
 
@@ -291,7 +294,7 @@ wordings = ["{attribute} {subject}"]
 """
     file = tmp_path / "principles.toml"
     file.write_text(values.PRINCIPLES.read_text() + table)
-    monkeypatch.setattr(values, "PRINCIPLES", file)
+    monkeypatch.setattr(principles, "PRINCIPLES", file)
     config = config.copy_and_resolve_references()
     config.principles = ("warmth",)
     build_preferences.build(config, tmp_path / "preferences")

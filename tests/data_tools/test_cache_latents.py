@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from configs import tiny
-from data_tools import build_preferences, cache_latents
-from livo_jax import StableDiffusion, workdir
-from livo_jax.data import Cache, Preferences
-from livo_jax.train import train_and_evaluate
+from livo_jax import StableDiffusion, data
+from livo_jax.data.cache import Cache
+from livo_jax.data.preferences import Preferences
+from livo_jax.files import directories
+from livo_jax.runs import build_preferences, cache_latents
+from livo_jax.runs.train import train_and_evaluate
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +69,7 @@ def test_a_stale_cache_is_refused(config):
 def test_an_interrupted_cache_is_none_and_neither_is_one_on_a_full_disk(config, monkeypatch):
     sd, preferences = StableDiffusion.from_pretrained(config.model), Preferences(config.data.directory)
     shutil.rmtree(preferences.directory / "cache", ignore_errors=True)
-    decode, calls = cache_latents.data.decode, []
+    decode, calls = data.decode, []
 
     def stop(*arguments):
         if calls:
@@ -75,12 +77,12 @@ def test_an_interrupted_cache_is_none_and_neither_is_one_on_a_full_disk(config, 
         calls.append(arguments)
         return decode(*arguments)
 
-    monkeypatch.setattr(cache_latents.data, "decode", stop)
+    monkeypatch.setattr(data, "decode", stop)
     with pytest.raises(KeyboardInterrupt):
         cache_latents.write(preferences, sd, config)
     with pytest.raises(FileNotFoundError):
         Cache(preferences, sd, config)
-    monkeypatch.setattr(cache_latents.data, "decode", decode)
+    monkeypatch.setattr(data, "decode", decode)
 
     def full(*_):
         raise OSError(28, os.strerror(28))
@@ -88,7 +90,7 @@ def test_an_interrupted_cache_is_none_and_neither_is_one_on_a_full_disk(config, 
     with monkeypatch.context() as patch, pytest.raises(OSError, match=r"^no space left for .*/\.cache\.partial: "):
         patch.setattr(os, "posix_fallocate", full)
         cache_latents.write(preferences, sd, config)
-    lock = workdir.held(preferences.directory / ".cache.partial")
+    lock = directories.held(preferences.directory / ".cache.partial")
     with lock, pytest.raises(FileExistsError, match="another process writes to .*partial: PID [0-9]+ on .*: wait"):
         cache_latents.write(preferences, sd, config)
     cache_latents.write(preferences, sd, config)

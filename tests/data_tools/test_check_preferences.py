@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_tools import dataset
-from data_tools.build_preferences import png
 from data_tools.check_preferences import check, sheets
-from livo_jax.data import Block, Preferences
+from livo_jax.data import dataset
+from livo_jax.data.preferences import Block, Preferences
+from livo_jax.runs.build_preferences import png
 
 ROOT = pathlib.Path(__file__).parents[2]
 

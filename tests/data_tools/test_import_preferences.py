@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_tools import dataset, import_preferences
+from data_tools import import_preferences
 from data_tools.import_preferences import build
 from livo_jax import data, values
-from livo_jax.values import text_hash
+from livo_jax.data import dataset
+from livo_jax.values.principles import text_hash
 
 GENDER, RACE, GORE = (value.statement for value in values.load(("gender", "race", "gore")))
 

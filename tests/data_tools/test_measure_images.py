@@ -19,12 +19,13 @@ from safetensors.numpy import save_file
 from configs import tiny
 from data_tools.measure_images import Picture, Pictures, as_methods, measure, read
 from data_tools.shapeworld import render
-from livo_jax import judges, quality, values
+from livo_jax import judges, values
+from livo_jax.evaluation import quality
+from livo_jax.evaluation.networks.inception import InceptionV3
+from livo_jax.evaluation.networks.lpips import LPIPS
+from livo_jax.files.images import sheet
 from livo_jax.judges import shapeworld
-from livo_jax.models.inception import InceptionV3
-from livo_jax.models.lpips import LPIPS
 from livo_jax.models.weights import one_key, split, to_published
-from livo_jax.report import sheet
 
 ROOT = pathlib.Path(__file__).parents[2]
 PROMPTS = ["a photo of a baker"] * 8 + ["a photo of a bloody cook"] * 5

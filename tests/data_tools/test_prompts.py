@@ -13,8 +13,10 @@ import time
 import pytest
 
 from configs import livo
-from data_tools import build_preferences, prompts
-from livo_jax import evaluate, values
+from data_tools import prompts
+from livo_jax import values
+from livo_jax.data import word_lists
+from livo_jax.runs import build_preferences, evaluate
 
 LISTS = ["careers", "positive_traits", "negative_traits", "people", "places"]
 PAPERS = ("gender", "race", "nudity", "gore", "zombie")
@@ -23,13 +25,13 @@ PAPERS = ("gender", "race", "nudity", "gore", "zombie")
 
 
 def test_the_lists_are_whole():
-    tables = prompts.load(LISTS)
+    tables = word_lists.load(LISTS)
     assert {name: len(table["words"]) for name, table in tables.items()} == {
         "careers": 120, "positive_traits": 60, "negative_traits": 60, "people": 21, "places": 60,
     }  # fmt: skip
     assert {source for value in values.load(PAPERS) for source in value.sources} == set(LISTS)
     assert not any(value.sources for value in values.load(("shape", "colour", "bloody")))
-    subjects = prompts.words(LISTS)
+    subjects = word_lists.words(LISTS)
     assert len(subjects) == 321, "no word is in two lists"
     assert {"data scientist", "honest person", "person in an art gallery", "person in a library"} <= set(subjects)
 
@@ -45,8 +47,8 @@ def table(*words, name="a", subject="{}") -> str:
 
 def test_subjects_keep_their_order_and_are_there_once(tmp_path):
     path = file(tmp_path, table("Nurse", "cook") + table("baker", "nurse", "Cook", name="b"))
-    assert prompts.words(["a", "b"], path) == ["Nurse", "cook", "baker"]
-    assert prompts.words(["b", "a"], path) == ["baker", "nurse", "Cook"]
+    assert word_lists.words(["a", "b"], path) == ["Nurse", "cook", "baker"]
+    assert word_lists.words(["b", "a"], path) == ["baker", "nurse", "Cook"]
 
 
 def test_everything_that_is_wrong_is_told_at_once(tmp_path):
@@ -58,7 +60,7 @@ def test_everything_that_is_wrong_is_told_at_once(tmp_path):
         + '[e]\nsource = " "\nsubject = "{x}"\nwords = ["a"]\n',
     )
     with pytest.raises(ValueError) as error:
-        prompts.words(["a", "x", "y"], path)
+        word_lists.words(["a", "x", "y"], path)
     for problem in (
         "words.toml", "[a]: 'nurse' 2 times", "'b4ker': not letters", "'little boys': a minor", "five': more than four",
         "'a  b': not letters", "3: not letters", "[b]: subject='{} and {}': one {} stands", "[b]: words is empty",
@@ -67,30 +69,30 @@ def test_everything_that_is_wrong_is_told_at_once(tmp_path):
     ):  # fmt: skip
         assert problem in str(error.value)
     with pytest.raises(ValueError, match="no list is named: there are careers, "):
-        prompts.words(())
+        word_lists.words(())
     with pytest.raises(ValueError, match="words.toml: Expected ']'"):
-        prompts.words(["a"], file(tmp_path, "[a"))
+        word_lists.words(["a"], file(tmp_path, "[a"))
     with pytest.raises(ValueError, match="a table has"):
-        prompts.words(["a"], file(tmp_path, "a = 1"))
+        word_lists.words(["a"], file(tmp_path, "a = 1"))
 
 
 # ---------------------------------------------------------------------------- held out
 
 
 def test_a_side_hangs_on_the_word_alone():
-    subjects = prompts.words(LISTS)
-    seen, held_out = prompts.split(subjects)
+    subjects = word_lists.words(LISTS)
+    seen, held_out = word_lists.split(subjects)
     assert [s for s in subjects if s in seen] == seen and [s for s in subjects if s in held_out] == held_out
     assert len(seen) + len(held_out) == len(subjects) and not set(seen) & set(held_out)
     shuffled = random.Random(0).sample(subjects, len(subjects))
     for some in (shuffled, subjects[:100], subjects[1::3]):
-        assert set(prompts.split(some)[1]) == set(held_out) & set(some)
+        assert set(word_lists.split(some)[1]) == set(held_out) & set(some)
     assert 0.15 < len(held_out) / len(subjects) < 0.25
-    assert prompts.split(subjects, held_out_share=0.0) == (subjects, [])
-    assert set(prompts.split(subjects, held_out_share=0.4)[1]) > set(held_out)
-    assert set(prompts.split(subjects, seed=1)[1]) != set(held_out)
+    assert word_lists.split(subjects, held_out_share=0.0) == (subjects, [])
+    assert set(word_lists.split(subjects, held_out_share=0.4)[1]) > set(held_out)
+    assert set(word_lists.split(subjects, seed=1)[1]) != set(held_out)
     with pytest.raises(ValueError, match="all of cook, baker are held out: give more subjects"):
-        prompts.split(["cook", "baker"], held_out_share=1.0)
+        word_lists.split(["cook", "baker"], held_out_share=1.0)
 
 
 @pytest.mark.parametrize(
@@ -113,21 +115,21 @@ def test_a_side_hangs_on_the_word_alone():
 )
 def test_forms_of_a_word_are_on_one_side(same):
     for seed in range(20):
-        sides = prompts.split([*same, *prompts.words(["careers"])], held_out_share=0.5, seed=seed)
+        sides = word_lists.split([*same, *word_lists.words(["careers"])], held_out_share=0.5, seed=seed)
         assert sum(bool(set(side) & set(same)) for side in sides) == 1
 
 
 def test_words_are_compared_whatever_their_form_and_order():
-    assert prompts.forms("Truck drivers") == prompts.forms("truck-driver") == prompts.forms("driver truck")
-    assert prompts.forms("truck driver") != prompts.forms("driver")
+    assert word_lists.forms("Truck drivers") == word_lists.forms("truck-driver") == word_lists.forms("driver truck")
+    assert word_lists.forms("truck driver") != word_lists.forms("driver")
     stems = collections.Counter(
-        prompts.forms(word) for table in prompts.load(LISTS).values() for word in table["words"]
+        word_lists.forms(word) for table in word_lists.load(LISTS).values() for word in table["words"]
     )
     assert max(stems.values()) == 1, "no word is in the lists in two forms"
     assert all(
-        prompts.fault(word) for word in ("child", "Children", "baby-faced man", "teenagers", "boy", "school boys")
+        word_lists.fault(word) for word in ("child", "Children", "baby-faced man", "teenagers", "boy", "school boys")
     )
-    assert not any(prompts.fault(word) for word in ("boilermaker", "kindergarten teacher", "CEO", "tree surgeon"))
+    assert not any(word_lists.fault(word) for word in ("boilermaker", "kindergarten teacher", "CEO", "tree surgeon"))
 
 
 def test_the_papers_config_holds_out_whole_words_and_writes_its_articles():
@@ -136,7 +138,7 @@ def test_the_papers_config_holds_out_whole_words_and_writes_its_articles():
     scenes = {value.name: build_preferences.scenes(value, config) for value in five}
     assert scenes["gender"] == scenes["race"] and scenes["nudity"] == scenes["gore"] == scenes["zombie"]
     assert "analyst" in scenes["gender"] and "honest person" in scenes["gender"] and "wife" in scenes["nudity"]
-    last = lambda subjects: {prompts.stem(subject.removesuffix(" person").split()[-1]) for subject in subjects}
+    last = lambda subjects: {word_lists.stem(subject.removesuffix(" person").split()[-1]) for subject in subjects}
     for subjects in (config.eval.seen, *scenes.values()):
         assert subjects and not last(subjects) & last(config.eval.held_out)
     favourite = {(v.name, s): v.attributes[0] for v in five if v.kind == "bias" for s in scenes[v.name]}
@@ -314,8 +316,8 @@ def test_the_command(tmp_path):
         assert "dropped 'nurses': it is there" in short.stderr
         done = command()
         assert done.returncode == 0 and "with 2 further words, after 1 requests" in done.stdout, done.stderr
-        assert prompts.words(["careers"], more) == [*prompts.words(["careers"]), "astronaut", "glassblower"]
-        source = prompts.load(["careers"], more)["careers"]["source"]
+        assert word_lists.words(["careers"], more) == [*word_lists.words(["careers"]), "astronaut", "glassblower"]
+        source = word_lists.load(["careers"], more)["careers"]["source"]
         assert "WinoBias" in source and source.endswith('the last 2 named by the language model m "1"')
         assert "is the file of the list itself" in command(f"--words={more}").stderr
         other = file(tmp_path, table("x", name="b"))

@@ -12,7 +12,7 @@ from configs import tiny
 from data_tools import shapeworld
 from livo_jax import StableDiffusion, judges, sharding
 from livo_jax.judges.shapeworld import COLOURS, SHAPES, TRADES, judge
-from livo_jax.values import Value
+from livo_jax.values.principles import Value
 
 MODEL = pathlib.Path(shapeworld.__file__).with_name("shapeworld_model")
 
@@ -129,8 +129,8 @@ def test_diffusers_loads_the_model_and_draws_the_same(base):
     import diffusers
     import torch
 
-    from livo_jax.generate import initial_noise
-    from livo_jax.values import text_hash
+    from livo_jax.sampling.generate import initial_noise
+    from livo_jax.values.principles import text_hash
 
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(MODEL, dtype=torch.float32, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)

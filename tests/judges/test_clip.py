@@ -11,7 +11,7 @@ from PIL import Image
 
 from livo_jax import judges
 from livo_jax.judges.clip import BATCH, FILES, preprocess, read_processor
-from livo_jax.values import Value
+from livo_jax.values.principles import Value
 from tests.models.test_clip_vision import clip
 
 SHAPE = Value(

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from data_tools.measure_images import measure, read
 from livo_jax import judges
 from livo_jax.judges import llava
-from livo_jax.values import Value
+from livo_jax.values.principles import Value
 
 BLOOD = Value("gore", "gore", "harm", "blood", (), harmful_from=0.5, question="Is there blood? Answer yes or no.")
 GENDER = Value(

@@ -15,10 +15,10 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from configs import tiny
-from data_tools import build_preferences
 from livo_jax import judges, values
 from livo_jax.judges import shapeworld, vlm
-from livo_jax.values import Value
+from livo_jax.runs import build_preferences
+from livo_jax.values.principles import Value
 
 GENDER = Value("gender", "", "bias", "gender", (), ("male", "female"), question="Male or female?")
 BLOOD = Value("gore", "", "harm", "blood", (), harmful_from=0.5, question="Is there blood?")

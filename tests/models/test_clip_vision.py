@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 
+from livo_jax.files.modules import load
 from livo_jax.models.clip import CLIPModel
 from livo_jax.models.weights import split, to_published
-from livo_jax.pretrained import load
 from tests.conftest import randomised, relative_error
 
 

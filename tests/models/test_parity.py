@@ -7,11 +7,11 @@ import pytest
 import torch
 from flax import nnx
 
+from livo_jax.files.modules import load
 from livo_jax.models.clip import CLIPTextModel, CLIPTextModels, CLIPTextModelWithProjection
 from livo_jax.models.unet import UNet2DConditionModel
 from livo_jax.models.vae import AutoencoderKL
 from livo_jax.models.weights import split
-from livo_jax.pretrained import load
 from tests.conftest import randomised, relative_error, text_model
 
 # Four levels, as published.

@@ -1,0 +1,69 @@
+"""What the command lines have in common."""
+
+import os
+import sys
+
+from absl import app, flags
+
+flags.disclaim_key_flags()  # --help lists what is defined here for the command that asks for it
+
+
+def define_distributed() -> flags.FlagHolder:
+    """Defines --distributed, which is for livo_jax.sharding.join."""
+    return flags.DEFINE_string(
+        "distributed", None, "One of several processes: 'auto' on a cluster, or HOST:PORT,PROCESSES,NUMBER."
+    )
+
+
+class PathParser(flags.ArgumentParser):
+    def parse(self, argument: str) -> str:
+        return os.path.expanduser(argument)
+
+
+def define_path(name: str, help: str) -> flags.FlagHolder:
+    """Defines a flag for a path. Shells do not expand the ~ of --name=~/x: here it is."""
+    return flags.DEFINE(PathParser(), name, None, help)
+
+
+def divide_cpu(devices: int):
+    """Has a CPU count as so many devices, at most one a core, unless XLA_FLAGS or JAX_NUM_CPU_DEVICES tell how many."""
+    import jax
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    told = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    told = told or jax.config.jax_num_cpu_devices != -1
+    if (devices := min(devices, cores)) > 1 and not told:
+        jax.config.update("jax_num_cpu_devices", devices)
+
+
+def parse(argv):
+    """absl's parser, which here answers misspelt overrides of --config with what can be overridden.
+
+    What is compiled is kept for the next start, in JAX_COMPILATION_CACHE_DIR or ~/.cache/livo_jax. A CPU is divided as
+    config.cpu_devices says.
+    """
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch, which nothing needs, is not there
+    import jax  # here: imports of a command line's module stay quick
+
+    if not jax.config.jax_compilation_cache_dir:
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        jax.config.update("jax_compilation_cache_dir", os.path.join(home, "livo_jax"))
+    try:
+        rest = app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError):
+        from livo_jax.files.settings import flatten
+
+        override = lambda arg: arg.lstrip("-").startswith("config.")
+        given = [arg.lstrip("-").split("=")[0] for arg in argv if override(arg)]
+        sys.argv[:] = [arg for arg in argv if not override(arg)]  # where config_flags looks for overrides
+        app.parse_flags_with_usage(sys.argv)
+        fields = [f"config.{name}" for name in flatten(flags.FLAGS.config.to_dict())]
+        unknown = [name for name in given if name not in fields]
+        sys.exit(f"the config has no {', '.join(unknown)}. It has\n  " + "\n  ".join(fields))
+    if "config" in flags.FLAGS and (config := flags.FLAGS.config):
+        from livo_jax import seeds
+
+        if problems := [text for own in config.get("methods", {"": config}).values() for text in seeds.problems(own)]:
+            sys.exit("; ".join(dict.fromkeys(problems)))
+        divide_cpu(config.get("cpu_devices", 1))
+    return rest

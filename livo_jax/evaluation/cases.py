@@ -1,0 +1,209 @@
+"""What an evaluation measures: the prompts, and for each the images of the base and of a method."""
+
+import itertools
+from typing import NamedTuple
+
+from livo_jax import values as principles
+from livo_jax.evaluation import metrics, prompt_sets
+from livo_jax.sampling.requests import Dose, Request, requests_of, with_doses, with_values
+from livo_jax.values import ratio as ratios
+
+
+def prompts(config, value=None) -> list[tuple[str, str, str]]:
+    """The (split, subject, prompt) of the evaluation: of the value's prompt sets, if the config chooses any.
+
+    Otherwise of its subjects, in the wordings of a harm or, without one, neutral.
+    """
+    if value and (found := prompt_sets.rows(config, value)):
+        return found
+    wordings = value.wordings if value and value.kind == "harm" else ("{subject}",)
+    return [
+        (split, subject, principles.phrase(config.eval.template, wordings[i % len(wordings)].format(subject=subject)))
+        for split in ("seen", "held_out")
+        for i, subject in enumerate(config.eval[split])
+    ]
+
+
+def plan(config, values) -> list[tuple]:
+    """What is evaluated: (value, split, subject, prompt), for each wording of a harm."""
+    return [(value, *row) for value in values for row in prompts(config, value)]
+
+
+class Case(NamedTuple):
+    """A prompt's images, to be measured under a value."""
+
+    name: str  # under which the results have it: the value's statement, or that with what is studied of it
+    method: str  # "base", config.method, or "plain": as the method, without what is studied
+    value: principles.Value
+    split: str
+    subject: str
+    requests: list[Request]
+    target: dict[str, float] | None = None
+    groups: tuple = ()  # of a bias, the images by how attributes come to them: see metrics.floor; () for no floor
+    beside: principles.Value | None = None  # another bias, whose attributes are measured together with the value's
+
+
+def images_of(value: principles.Value, config) -> int:
+    return config.eval.images_per_prompt if value.kind == "bias" else config.eval.harm_images_per_prompt
+
+
+def groups_of(value: principles.Value, requests: list[Request], share: float | None, target=None) -> tuple:
+    """A Case's groups; () for a harm.
+
+    Args:
+        share: of the images to which the value's token is dealt; None where the attributes themselves are.
+    """
+    if value.kind == "harm":
+        return ()
+    shares = [*target.values()] if target else [1 / len(value.attributes)] * len(value.attributes)
+    if share is None:
+        return metrics.quotas(len(requests), shares)
+    applied = sum(any(dose.value == value.statement for dose in request.values) for request in requests)
+    return metrics.dealt(len(requests), applied, share, shares)
+
+
+def dealt_to(value: principles.Value, tokens: bool, even: bool) -> float | None:
+    """The share, as groups_of takes it, of a method with these settings of Method."""
+    if tokens:
+        return value.keep_probability
+    return None if even else 1.0
+
+
+def cases(config, values, tokens: bool = True, even: bool = False) -> list[Case]:
+    """What is measured: each value and, where the config says so, every two of them, of a method with tokens.
+
+    "A + B" is measured under A, on prompts in the wordings of the one that is a harm; "plain" is A alone.
+
+    Args:
+        tokens, even: as Method has them.
+    """
+    found = []
+
+    def add(name, value, rows, **methods):
+        for (split, subject, prompt), (method, applied) in itertools.product(rows, methods.items()):
+            base = [Request(prompt, i) for i in range(images_of(value, config))]
+            requests = with_values(base, applied, config.eval.seed) if tokens else everywhere(base, applied)
+            groups = groups_of(value, requests, dealt_to(value, tokens, even) if applied else 0.0)
+            found.append(Case(name, method, value, split, subject, requests, groups=groups))
+
+    for value in values:
+        add(value.statement, value, prompts(config, value), **{"base": [], config.method: [value]})
+    for a, b in itertools.permutations(values, 2) if config.eval.combinations and tokens else ():
+        rows = prompts(config, b if (a.kind, b.kind) == ("bias", "harm") else a)
+        add(f"{a.statement} + {b.statement}", a, rows, **{"base": [], "plain": [a], config.method: [a, b]})
+    return found
+
+
+def of_two(config, values, tokens: bool = True, even: bool = False) -> list[Case]:
+    """Cases of how every two biases go together, "A + B", with both applied; their groups are those of A and of B."""
+    found, seed = [], config.eval.seed
+    for a, b in itertools.combinations([value for value in values if value.kind == "bias"], 2):
+        for split, subject, prompt in prompts(config, a):
+            base = [Request(prompt, i) for i in range(images_of(a, config))]
+            both = with_values(base, [a, b], seed) if tokens else everywhere(base, [a, b])
+            for method, requests in {"base": base, config.method: both}.items():
+                share = lambda value, method=method: 0.0 if method == "base" else dealt_to(value, tokens, even)
+                groups = tuple(groups_of(value, requests, share(value)) for value in (a, b))
+                name = f"{a.statement} + {b.statement}"
+                found.append(Case(name, method, a, split, subject, requests, beside=b, groups=groups))
+    return found
+
+
+def everywhere(requests: list[Request], values) -> list[Request]:
+    """The requests, with every value in all of them."""
+    return [request._replace(values=tuple(Dose(value.statement) for value in values)) for request in requests]
+
+
+def left_alone(config, values) -> list[Case]:
+    """Cases of over-refusal: prompts that a value should leave alone, with the value on every image.
+
+    Of a harm these are neutral ones, of a bias those that state an attribute, each subject another.
+    """
+    found, n = [], config.eval.left_alone_images
+    for value in values if n else ():
+        attributes = value.attributes or ("",)
+        wording = value.wordings[0] if value.kind == "bias" else "{subject}"
+        for k, (split, subject, _) in enumerate(prompts(config)):
+            stated = wording.format(attribute=attributes[k % len(attributes)], subject=subject)
+            prompt = principles.phrase(config.eval.template, stated)
+            requests = everywhere([Request(prompt, i) for i in range(n)], [value])
+            found.append(Case(value.statement, config.method, value, split, subject, requests))
+    return found
+
+
+def of_strengths(config, values, shares) -> list[Case]:
+    """Cases of config.eval.strengths, with the value on every image; "plain" is the strength 1.
+
+    Args:
+        shares: shares(value, requests) -> {attribute: share}: a bias's TV is the distance from the base's.
+    """
+    found = []
+    for strength, value in itertools.product(config.eval.strengths, values):
+        for split, subject, prompt in prompts(config, value):
+            base = [Request(prompt, i) for i in range(images_of(value, config))]
+            target = shares(value, base) if value.kind == "bias" else None
+            for method, dose in {"base": 0.0, "plain": 1.0, config.method: strength}.items():
+                requests = [r._replace(values=(Dose(value.statement, dose),) if dose else ()) for r in base]
+                name = f"{value.statement} x {strength:g}"
+                found.append(Case(name, method, value, split, subject, requests, target))
+    return found
+
+
+def kept(statement: str, probability: float) -> str:
+    """The name under which the results have a value that is applied to another share of the images than its own."""
+    return f"{statement}, applied to {100 * probability:g}%"
+
+
+def of_keep_probabilities(config, values) -> list[Case]:
+    """Cases of config.eval.keep_probabilities of biases; "plain" is the value's own."""
+    found = []
+    biases = [value for value in values if value.kind == "bias"]
+    for probability, value in itertools.product(config.eval.keep_probabilities, biases):
+        for split, subject, prompt in prompts(config, value):
+            base = [Request(prompt, i) for i in range(images_of(value, config))]
+            dealt = [with_doses(r, [(Dose(value.statement), probability)], config.eval.seed) for r in base]
+            plain = with_values(base, [value], config.eval.seed)
+            sides = {"base": (base, 0.0), "plain": (plain, value.keep_probability), config.method: (dealt, probability)}
+            for method, (requests, share) in sides.items():
+                groups = groups_of(value, requests, share)
+                name = kept(value.statement, probability)
+                found.append(Case(name, method, value, split, subject, requests, groups=groups))
+    return found
+
+
+def rows_of_ratios(config) -> list[tuple[str, str, str]]:
+    """The (split, subject, prompt) of each image of a ratio."""
+    return [row for row in prompts(config) for _ in range(config.eval.images_per_prompt)]
+
+
+def of_ratios(config, values, rates: dict) -> list[Case]:
+    """Cases of config.eval.ratios, all values of a ratio applied at once; "plain" is each alone by keep probability."""
+    found, n, seed = [], config.eval.images_per_prompt, config.eval.seed
+    rows = rows_of_ratios(config)
+    base = requests_of([prompt for *_, prompt in rows])
+    for ratio in config.eval.ratios:
+        targets = ratios.targets(ratio, rates, list(rates))
+        dealt = requests_of([r.prompt for r in base], [[*targets]] * len(base), seed, ratio, rates)
+        for statement, target in targets.items():
+            value = principles.find(statement, values)
+            plain = with_values(base, [value], seed)
+            sides = {"base": (base, 0.0), "plain": (plain, value.keep_probability), config.method: (dealt, None)}
+            for k, (method, (requests, share)) in itertools.product(range(0, len(rows), n), sides.items()):
+                name, (split, subject, _) = f"{statement}, ratio {ratio}", rows[k]
+                own = requests[k : k + n]
+                groups = groups_of(value, own, share, target)
+                found.append(Case(name, method, value, split, subject, own, target, groups))
+    return found
+
+
+def arms(value: principles.Value, config) -> dict[str, list[Request]]:
+    """The requests that tell what each arm of a bias (ratio.py) shows, of the seen prompts."""
+    texts = ["", value.statement]
+    if config.data.attributes:
+        texts += [principles.attributed(value.statement, attribute) for attribute in value.attributes]
+    seen = [prompt for split, _, prompt in prompts(config) if split == "seen"]
+    doses = {text: (Dose(text),) if text else () for text in texts}
+    return {
+        text: [Request(prompt, i, doses[text]) for prompt in seen for i in range(config.eval.rate_images)]
+        for text in texts
+    }

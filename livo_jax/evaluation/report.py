@@ -1,0 +1,226 @@
+"""eval/report.html: one self-contained page; and the picture sheets of a run."""
+
+import csv
+import io
+import json
+import pathlib
+import types
+
+import numpy as np
+
+from livo_jax.evaluation import charts
+from livo_jax.evaluation.metrics import document
+from livo_jax.files.images import _uri, png_uri, sheet
+
+TEMPLATE = pathlib.Path(__file__).with_name("report.html.j2")
+
+LABELS = {"base": "base model", "livo": "LiVO", "plain": "the value alone, as it is"}  # others are called as they are
+
+EFFECTS = {"D1": "imbalance", "R": "share of harmful images"}  # what a value is to lower
+
+TOLD = (*EFFECTS, "recognised", "readable")  # differences that the page has
+
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what begins so a spreadsheet may take for a formula
+
+LOWER_IS_BETTER = ("D1", "D2", "TV", "R", "S", "Max", "Prob", "joint_TV", "joint_D1", "mutual_information")
+
+
+def table(results: list[dict]) -> str:
+    """The results as text: a line for each value, split and metric, a column for each method; below a bias's its floor.
+
+    A star is beside a mean that differs from the base's, p_holm below 0.05.
+    """
+    cells = {(r["value"], r["split"], r["metric"], r["method"]): r for r in results}
+    columns = list(dict.fromkeys(method for *_, method in cells))
+    width = max(len(value) for value, *_ in cells) + 2
+    line = lambda value, split, metric, shown: (
+        f"{value:{width}}{split:10}{metric:23}" + "".join(f"{cell:>25}" for cell in shown)
+    )
+
+    def mean(r):
+        interval = "[{:.3f}, {:.3f}]".format(*r["ci95"]) if r["ci95"] else "[no interval]"
+        return f"{r['mean']:.3f}{'*' if r.get('p_holm', 1) < 0.05 else ''} {interval}"
+
+    lines = [line("value", "split", "metric", columns)]
+    for value, split, metric in dict.fromkeys(what[:-1] for what in cells):
+        found = [cells.get((value, split, metric, column)) for column in columns]
+        lines.append(line(value, split, metric, [mean(r) if r else "" for r in found]))
+        if any("floor" in r for r in found if r):
+            floors = [f"{r['floor']:.3f}" if r and "floor" in r else "" for r in found]
+            lines.append(line(value, split, f"{metric} by chance", floors))
+    return "\n".join(lines)
+
+
+def _label(name: str) -> str:
+    return LABELS.get(name, name.replace("_", " "))
+
+
+def as_csv(rows: list[dict]) -> str:
+    """Rows as CSV with a header; where a row lacks a column, or has None or nan, its cell is empty.
+
+    A text that a spreadsheet would take for a formula gets an apostrophe before it, as these write it themselves.
+    """
+
+    def cell(x):
+        if isinstance(x, str) and x.startswith(FORMULA):
+            return f"'{x}"
+        return "" if isinstance(x, float) and np.isnan(x) else x
+
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: cell(x) for name, x in row.items()} for row in rows)
+    return stream.getvalue()
+
+
+def _csv(results: list[dict]) -> bytes:
+    """The rows of results.json, a column for each end of the interval."""
+    ends = lambda r: dict(zip(("ci95_low", "ci95_high"), r["ci95"] or (None, None)))
+    return as_csv([{k: v for k, v in r.items() if k != "ci95"} | ends(r) for r in results]).encode()
+
+
+def _of_prompts(numbers: dict) -> list[dict]:
+    names = ("method", "value", "split", "metric", "prompt", "number", "images", "floor")
+    rows = ((*what, prompt, *measured) for what, of in numbers.items() for prompt, measured in of.items())
+    return [dict(zip(names, row)) for row in rows]
+
+
+def _headline(value: str, metric: str, split: str, cells: dict, methods: list[str]) -> str:
+    """What happened to a value's metric on a split, in words; `cells`: (value, split, metric) -> {method: row}."""
+    effect, known = cells[value, split, metric], cells.get((value, split, "recognised"), {})
+    readable = cells.get((value, split, "readable"), {})
+    number = lambda r: f"{r['mean']:.0%}" if metric == "R" else f"{r['mean']:.2f}"
+    shown = [m for m in methods if m in effect and m != "plain"]
+    text = f"{EFFECTS[metric]} {number(effect[shown[0]])} in images of the {_label(shown[0])}"
+    for m in shown[1:] if len(shown) < 4 else [m for m in shown if m == "livo"]:
+        text += f", {number(effect[m])} with {_label(m)}"
+        text += f", whose subjects are recognised in {known[m]['mean']:.1%}" if m in known else ""
+        text += f" ({1 - readable[m]['mean']:.1%} cannot be read)" if m in readable and readable[m]["mean"] < 1 else ""
+    if len(shown) > 3:
+        best = min(shown, key=lambda m: effect[m]["mean"])
+        text += f"; the lowest is {_label(best)}'s, {number(effect[best])}"
+        text += f" at {known[best]['mean']:.1%} recognised" if best in known else ""
+    return text + "."
+
+
+def _sweeps(results: list[dict], values: list[str], sweeps) -> dict[str, bytes]:
+    """A plot of each sweep, as `write` has them, on the last split of each value: effects, and the worst quality."""
+    cells = {(r["method"], r["value"], r["metric"]): r for r in results}
+    plots, base = {}, results[0]["method"] if results else None
+    for title, points in sweeps if values else ():
+        settings = [("", base, ""), *points]
+        found = lambda v, metric, of=settings: [cells.get((method, v + suffix, metric)) for _, method, suffix in of]
+        lines = {f"{value}: {metric}": found(value, metric) for value in values for metric in EFFECTS}
+        known = [filter(None, rows) for rows in zip(*(found(value, "recognised") for value in values))]
+        lines["subjects recognised, the lowest"] = [min(rows, key=lambda r: r["mean"], default=None) for rows in known]
+        of_base = {name: row["mean"] for name, (row, *_) in lines.items() if row}
+        lines = {name: rows for name, (row, *rows) in lines.items() if row and any(rows)}
+        if lines:
+            plots[title] = charts.sweep(title, [label for label, *_ in points], lines, of_base)
+    return plots
+
+
+def _plots(results: list[dict], values: list[str], curves, metrics: list[dict], sweeps) -> dict:
+    """{heading: {what it shows: SVG}}."""
+    labels = {m: _label(m) for m in dict.fromkeys(r["method"] for r in results if r["value"] in values)}
+    splits = {s: s.replace("_", " ") for s in dict.fromkeys(r["split"] for r in results if r["metric"] in EFFECTS)}
+    plots = {"Ablations": _sweeps(results, values, sweeps), "Effect": {}, "Quality against effect": {}}
+    plots |= {"Convergence": {}, "Training": charts.training(metrics)}
+    for value, metric in ((v, m) for v in values for m in EFFECTS):
+        of_value = [r for r in results if r["value"] == value]
+        if not (rows := [r for r in of_value if r["metric"] == metric]):
+            continue
+        title, last = f"{value}\n{EFFECTS[metric]}, {metric}", rows[-1]["split"]
+        shown = {split: splits[split] for split in dict.fromkeys(r["split"] for r in rows)}
+        plots["Effect"][title] = charts.effects(title, rows, labels, shown)
+        on_last = {(r["method"], r["metric"]): r["mean"] for r in of_value if r["split"] == last}
+        points = {m: (on_last[m, metric], on_last[m, "recognised"]) for m in labels if (m, "recognised") in on_last}
+        if len(points) > 2:
+            axes = f"{metric}, {splits[last]}", "subjects recognised"
+            plots["Quality against effect"][title] = charts.tradeoff(title, points, labels, *axes)
+        for split in dict.fromkeys(r["split"] for r in curves if (r["value"], r["metric"]) == (value, metric)):
+            line = [r for r in curves if (r["value"], r["metric"], r["split"]) == (value, metric, split)]
+            title = f"{value}\n{EFFECTS[metric]}, {metric}, {splits[split]}"
+            for against, unit in {"step": "steps", "seconds": "seconds of training"}.items():
+                svg = charts.convergence(title, line, labels, against, unit)
+                plots["Convergence"][f"{title}, against {unit}"] = svg
+    return {heading: shown for heading, shown in plots.items() if shown}
+
+
+def write(
+    path,
+    *,
+    title: str,
+    results: list[dict],
+    metrics: list[dict],
+    pictures: list[dict],
+    config: dict,
+    numbers: dict = types.MappingProxyType({}),
+    differences=(),
+    curves=(),
+    costs=(),
+    sweeps=(),
+):
+    """Writes the page. It escapes all that it shows, runs no script, and fetches nothing.
+
+    Args:
+        results: the rows of results.json; the first method is the base. metrics: the lines of metrics.jsonl.
+        pictures: dicts of value, split, prompt, harmful, and sides: {method: list of [H, W, 3] uint8}. Those of harmful
+            prompts are blurred until they are asked for.
+        config: shown at the end.
+        numbers: of each prompt, as metrics.rows takes them. differences: the rows of metrics.differences,
+            of any schema.
+        curves: of trainings, rows of method, step, seconds, value, split, metric, mean.
+        costs: rows of method, trained_parameters, training_seconds, images_per_second, of_base.
+        sweeps: (title, points) of settings, whose points are (label, method, what follows a value's statement in its
+            rows).
+    """
+    import jinja2
+
+    cells, methods = {}, list(dict.fromkeys(r["method"] for r in results))
+    for r in results:
+        cells.setdefault((r["value"], r["split"], r["metric"]), {})[r["method"]] = r
+    rows = [
+        dict(value=v, split=s, metric=m, cells=[of.get(name) for name in methods]) for (v, s, m), of in cells.items()
+    ]
+    values = list(dict.fromkeys(p["value"] for p in pictures))
+    headlines = {}
+    for value, split, metric in cells:
+        if metric in EFFECTS and value in values:
+            text = _headline(value, metric, split, cells, methods)
+            headlines.setdefault(value, []).append(f"{split.replace('_', ' ')}: {text}")
+    draw = lambda images: png_uri(sheet([images], max(1, 64 // images[0].shape[0])))
+    shown = [p | {"sides": {side: draw(images) for side, images in p["sides"].items() if images}} for p in pictures]
+    as_json = lambda content: _uri("application/json", json.dumps(content, indent=2).encode())
+    files = {"results.csv": _uri("text/csv", _csv(results)), "results.json": as_json(document(results))}
+    if differences:
+        files["differences.json"] = as_json(document(differences))
+    files |= {
+        name: as_json(list(content))
+        for name, content in (
+            ("prompts.json", _of_prompts(numbers)), ("curves.json", curves), ("costs.json", costs),
+            ("training.json", metrics),
+        )
+        if content
+    }  # fmt: skip
+    plots = _plots(results, values, curves, metrics, sweeps)
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["label"] = _label
+    page = environment.from_string(TEMPLATE.read_text()).render(
+        title=title,
+        methods=methods,
+        lower_is_better=LOWER_IS_BETTER,
+        rows=rows,
+        headlines=headlines,
+        images=max((r["images"] for r in results), default=0),
+        pictures=shown,
+        plots={
+            heading: {name.replace("\n", ": "): _uri("image/svg+xml", svg) for name, svg in of.items()}
+            for heading, of in plots.items()
+        },
+        costs=costs,
+        differences=[d for d in differences if d["metric"] in TOLD and d["other"] in methods[1:]],
+        files=files | {"config.json": as_json(config)},
+        config=json.dumps(config, indent=2),
+    )
+    path.write_text(page)

@@ -1,0 +1,1 @@
+"""To PyTorch: a value encoder and a pipeline that diffusers and transformers load."""

@@ -1,0 +1,339 @@
+"""Stable Diffusion 1.x, 2.x or XL with a LiVO value encoder, in PyTorch: a diffusers custom pipeline.
+
+    from diffusers import DiffusionPipeline
+
+    pipe = DiffusionPipeline.from_pretrained(BASE, custom_pipeline=DIRECTORY, trust_remote_code=True)
+    out = pipe("a photo of a doctor", values="auto", num_images_per_prompt=8)
+    out.images, out.applied
+
+Written by livo_jax, whose images it gives from the same noise (`latents`). Imported by diffusers alone.
+"""
+
+import dataclasses
+import math
+import numbers
+import pathlib
+from collections import Counter
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import diffusers
+import torch
+from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
+from safetensors import safe_open
+from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedModel
+
+from .livo_dealing import applies
+from .livo_ratio import deal
+from .livo_rules import Rules
+
+# How the value encoder was trained to be sampled; `livo_jax.export.export` fills this in.
+SETTINGS = dict(directory=".", xl=False, size=512, scheduler="DDIMScheduler", options={}, steps=25, guidance_scale=7.5)
+
+
+class Dose(NamedTuple):
+    """A value that is applied to an image."""
+
+    value: str  # the statement that the value encoder reads
+    strength: float  # 1 is LiVO; below and past it the effect is scaled
+    reason: str  # why it was chosen, for values="auto"
+
+
+@dataclasses.dataclass
+class LiVOPipelineOutput(StableDiffusionPipelineOutput):
+    """`applied` has for each image the Doses of the values applied to it."""
+
+    applied: list[tuple[Dose, ...]]
+
+
+def faults(prompts, values, strength, keep_probability, known) -> list[str]:
+    """What is wrong with the arguments of a call; `values` has an entry for each prompt."""
+    number = lambda x: isinstance(x, numbers.Real) and math.isfinite(x)
+    problems = [f"prompt {prompt!r} is no text" for prompt in prompts if not isinstance(prompt, str)]
+    if len(values) != len(prompts) or not prompts:
+        problems.append(
+            f"{len(values)} values for {len(prompts)} prompts: give one for all, or a list with an entry for each"
+            " prompt, which is None, a value or a list of values"
+        )
+    for entry in values:
+        texts = entry if isinstance(entry, list | tuple) else [] if entry is None else [entry]
+        problems += [f"value {text!r} is no text" for text in texts if not (isinstance(text, str) and text)]
+        if entry != "auto" and "auto" in texts:
+            problems.append(f"values={entry!r}: 'auto' stands alone, outside of lists")
+    if "auto" in values and not (known and all(value.keywords for value in known)):
+        problems.append(
+            "values='auto' needs values with keywords in the value encoder's config, as livo_jax exports it"
+        )
+    strengths = strength if isinstance(strength, dict) else {"all values": strength}
+    problems += [f"strength={x!r} of {text} is no number" for text, x in strengths.items() if not number(x)]
+    if not (keep_probability is None or number(keep_probability) and 0 <= keep_probability <= 1):
+        problems.append(f"keep_probability={keep_probability!r} is not 0 to 1")
+    return problems
+
+
+class SoftTokens(PreTrainedModel):
+    """A value encoder of kind "token": learned tokens [V, n, D] of the values that it knows."""
+
+    def __init__(self, directory: pathlib.Path):
+        super().__init__(CLIPTextConfig.from_pretrained(directory))
+        with safe_open(directory / "value_tokens.safetensors", "pt") as file:
+            self.statements = file.metadata()["statements"].split("\n")
+            self.table = torch.nn.Parameter(file.get_tensor("table"))
+
+
+def exported(value_encoder, name: str = "value_encoder"):
+    """The value encoder that is given, or that of this name in the export."""
+    directory = pathlib.Path(SETTINGS["directory"], name)
+    if value_encoder is not None:
+        return value_encoder
+    soft = (directory / "value_tokens.safetensors").exists()
+    return SoftTokens(directory) if soft else CLIPTextModel.from_pretrained(directory)
+
+
+class LiVO:
+    """What makes the images of a Stable Diffusion pipeline follow values.
+
+    `value_encoder` is the CLIPTextModel beside this file's original; give it where that was moved:
+    from_pretrained(..., value_encoder=CLIPTextModel.from_pretrained(...)). Its config has the values that it was
+    trained with, and the rules by which "auto" finds them.
+    """
+
+    def _sample_as_trained(self):
+        """Takes the scheduler that the value encoder was trained to be sampled with, on the base's noise schedule."""
+        scheduler = getattr(diffusers, SETTINGS["scheduler"]).from_config(self.scheduler.config, **SETTINGS["options"])
+        self.register_modules(scheduler=scheduler)
+
+    def _tokenize(self, texts, tokenizer):
+        return tokenizer(
+            texts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+        ).input_ids.to(self._execution_device)
+
+    def _choose(self, prompts, values, strength, keep_probability) -> list[list[tuple[Dose, float]]]:
+        """For each prompt its values, each with the share of the prompt's images that it is for."""
+        livo = getattr(self.value_encoder.config, "livo", {"values": [], "lists": {}})
+        known = sorted((SimpleNamespace(**value) for value in livo["values"]), key=lambda value: value.kind != "harm")
+        if problems := faults(prompts, values, strength, keep_probability, known):
+            raise ValueError("; ".join(problems))
+        statements = {value.name: value.statement for value in known}
+        named = lambda text: statements.get(text, text)
+        others = 1.0 if isinstance(strength, dict) else strength
+        strengths = {named(text): x for text, x in strength.items()} if isinstance(strength, dict) else {}
+        rules = Rules(known, livo["lists"]) if "auto" in values else None
+        override = lambda share: share if keep_probability is None else keep_probability
+        chosen = []
+        for prompt, entry in zip(prompts, values):
+            if entry == "auto":
+                found = {name: f"keywords: {reason}" for name, (_, reason) in rules(prompt).items()}
+                rows = [(v.statement, v.keep_probability, found[v.name]) for v in known if v.name in found]
+            else:
+                rows = [(named(text), 1.0, "") for text in ([entry] if isinstance(entry, str) else entry or ())]
+            doses = [(Dose(text, float(strengths.get(text, others)), reason), share) for text, share, reason in rows]
+            chosen.append([(dose, override(share)) for dose, share in doses if dose.strength])
+        return chosen
+
+    def _condition(self, rows: list[tuple[str | None, tuple[Dose, ...]]]) -> tuple[torch.Tensor, torch.Tensor, dict]:
+        """What the UNet reads for texts with values: [u; c], [R, V + L, D], the mask of what each row has, and more."""
+        dtype = self.unet.dtype  # parts may come in different ones: transformers keeps a file's, diffusers casts it
+        c, added = self._encode([text for text, _ in rows])
+        c, added = c.to(dtype), {name: x.to(dtype) for name, x in added.items()}
+        slots = max(len(doses) for _, doses in rows)
+        if not slots:
+            return c, torch.ones(c.shape[:2], dtype=torch.bool, device=c.device), added
+        places = [(row, slot) for row, (_, doses) in enumerate(rows) for slot in range(len(doses))]
+        at = torch.tensor(places).unbind(1)
+        tokens = self._value_tokens([(dose.value, text) for text, doses in rows for dose in doses]).to(dtype)
+        u = c.new_zeros(len(rows), slots, *tokens.shape[1:])  # [R, V, n, D]
+        sees = torch.zeros(u.shape[:3], dtype=torch.bool, device=c.device)
+        u[at], sees[at] = tokens, True
+        cond = torch.cat([u.flatten(1, 2), c], dim=1)
+        return cond, torch.cat([sees.flatten(1), sees.new_ones(c.shape[:2])], dim=1), added
+
+    def _value_tokens(self, read: list[tuple[str, str]]) -> torch.Tensor:
+        """The tokens [P, n, D] of pairs of a statement and a prompt."""
+        if not hasattr(self.value_encoder, "table"):
+            texts, towers = [f"{statement}, {prompt}" for statement, prompt in read], self._value_encoders()
+            pooled = [tower(self._tokenize(texts, tokenizer)).pooler_output for tower, tokenizer in towers]
+            return torch.cat(pooled, dim=-1)[:, None]
+        known = self.value_encoder.statements
+        if unknown := sorted({statement for statement, _ in read} - set(known)):
+            raise ValueError(f"the value encoder knows {', '.join(known)}, not {', '.join(unknown)}")
+        return self.value_encoder.table[[known.index(statement) for statement, _ in read]]
+
+    def _decode(self, z):
+        return self.vae.decode(z.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str],
+        values: str | list | None = None,
+        strength: float | dict[str, float] = 1.0,
+        keep_probability: float | None = None,
+        ratio: str | dict[str, float] | None = None,
+        negative_prompt: str = "",
+        num_images_per_prompt: int = 1,
+        num_inference_steps: int = SETTINGS["steps"],
+        guidance_scale: float = SETTINGS["guidance_scale"],
+        seed: int = 0,
+        generator: torch.Generator | None = None,
+        latents: torch.Tensor | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        output_type: str = "pil",
+    ) -> LiVOPipelineOutput:
+        """Images of prompts, all images of the first, then all of the second, ...
+
+        Args:
+            values: what the images are to follow, by name or statement ("gender equality"), one or a list, whose values
+                work together; "auto" for those that a prompt is for, by the rules of livo_jax; None for the base's
+                images. For a list of prompts: one for all, or a list with such an entry for each.
+            strength: how much of a value's effect: 0 is the base model, 1 LiVO. A number, or a dict of value -> number.
+                Each value of another strength costs its images one UNet evaluation more.
+            keep_probability: the share of each prompt's images that the values are applied to: 0.5 for a bias
+                between two attributes, 1 for a harm. None for all, and with "auto" for what suits the value.
+            ratio: which attributes the images of bias values should show, in the place of keep_probability: "equal", a
+                table as {"female": 0.7, "male": 0.3}, or a JSON file of one. Reached over all images of the call, and
+                over those of each prompt, as nearly as their number allows. It needs scipy.
+            seed: decides which images these are.
+            latents: [N, C, h, w] standard normal noise of all images; drawn from `generator` if None.
+            output_type: "pil", "np" or "pt".
+
+        Returns:
+            images, and `applied`: for each image the values applied to it, with strength and reason.
+
+        Raises:
+            ValueError: prompts or values that are no texts or not equally many, "auto" with a value encoder that has no
+                rules, a strength that is no number, a keep_probability that is not 0 to 1; all are listed. Or a ratio
+                that is unknown, for no value, out of reach, or without rates.
+        """
+        if isinstance(prompt, str):
+            prompt, values = [prompt], [values]
+        elif values is None or isinstance(values, str):
+            values = [values] * len(prompt)
+        chosen = self._choose(prompt, values, strength, keep_probability)
+        each = lambda rows: [row for row in rows for _ in range(num_images_per_prompt)]
+        texts, chosen = each(prompt), each(chosen)
+        if ratio is not None:
+            chosen = deal(chosen, texts, ratio, getattr(self.value_encoder.config, "livo", {}).get("rates"), seed)
+        seen, images = Counter(), []
+        for text, doses in zip(texts, chosen):
+            kept = (dose for dose, share in doses if applies(dose.value, share, seed, text, seen[text]))
+            images.append((text, tuple(kept)))
+            seen[text] += 1
+
+        # The UNet's rows: prompts with the values of full strength, negative prompts, and the first once more with each
+        # of the other values.
+        N = len(images)
+        full = [(text, tuple(dose for dose in doses if dose.strength == 1)) for text, doses in images]
+        dosed = [(n, dose) for n, (_, doses) in enumerate(images) for dose in doses if dose.strength != 1]
+        extra = [(full[n][0], (*full[n][1], dose)) for n, dose in dosed]
+        cond, mask, added = self._condition([*full, *[(negative_prompt or self._empty(), ())] * N, *extra])
+        image_of = [*range(N), *range(N), *(n for n, _ in dosed)]
+
+        height, width = height or SETTINGS["size"], width or SETTINGS["size"]
+        if added:
+            sizes = torch.tensor([height, width, 0, 0, height, width], dtype=cond.dtype, device=cond.device)
+            added["time_ids"] = sizes.expand(len(cond), -1)
+        self.scheduler.set_timesteps(num_inference_steps, device=cond.device)
+        channels = self.unet.config.in_channels
+        z = self.prepare_latents(N, channels, height, width, torch.float32, cond.device, generator, latents).float()
+        for t in self.progress_bar(self.scheduler.timesteps):
+            model_input = self.scheduler.scale_model_input(z, t)[image_of].to(cond.dtype)
+            eps = self.unet(
+                model_input, t, encoder_hidden_states=cond, encoder_attention_mask=mask, added_cond_kwargs=added
+            ).sample.float()
+            with_prompt, with_negative, with_value = eps.split([N, N, len(dosed)])
+            guided = with_negative + guidance_scale * (with_prompt - with_negative)
+            for (n, dose), eps_v in zip(dosed, with_value):
+                guided[n] += dose.strength * guidance_scale * (eps_v - with_prompt[n])
+            z = self.scheduler.step(guided, t, z).prev_sample
+        decoded = self._decode(z)
+        if not (torch.isfinite(z).all() and torch.isfinite(decoded).all()):
+            raise FloatingPointError(
+                f"images are not finite: weights are not, or they overflow in {self.unet.dtype} at guidance_scale="
+                f"{guidance_scale}, strength={strength}: choose a wider torch_dtype or gentler settings"
+            )
+        decoded, unsafe = self._check_safety(decoded)
+        shown = [not bad for bad in unsafe] if unsafe is not None else [True] * N
+        decoded = self.image_processor.postprocess(decoded, output_type=output_type, do_denormalize=shown)
+        self.maybe_free_model_hooks()
+        return LiVOPipelineOutput(decoded, unsafe, [doses for _, doses in images])
+
+
+if SETTINGS["xl"]:  # diffusers wants one pipeline in a file
+
+    class LiVOPipeline(LiVO, diffusers.StableDiffusionXLPipeline):
+        """Stable Diffusion XL whose images follow values; `value_encoder_2` is beside its second text encoder."""
+
+        _optional_components = [
+            *diffusers.StableDiffusionXLPipeline._optional_components, "value_encoder", "value_encoder_2"
+        ]  # fmt: skip
+        model_cpu_offload_seq = "text_encoder->text_encoder_2->value_encoder->value_encoder_2->unet->vae"
+
+        def __init__(
+            self, vae, text_encoder, text_encoder_2, tokenizer, tokenizer_2, unet, scheduler, image_encoder=None,
+            feature_extractor=None, value_encoder=None, value_encoder_2=None, force_zeros_for_empty_prompt: bool = True,
+        ):  # fmt: skip
+            super().__init__(
+                vae, text_encoder, text_encoder_2, tokenizer, tokenizer_2, unet, scheduler, image_encoder,
+                feature_extractor, force_zeros_for_empty_prompt, add_watermarker=False,
+            )  # fmt: skip
+            value_encoder = exported(value_encoder)
+            if isinstance(value_encoder, CLIPTextModel):
+                value_encoder_2 = exported(value_encoder_2, "value_encoder_2")
+            self.register_modules(value_encoder=value_encoder, value_encoder_2=value_encoder_2)
+            self._sample_as_trained()
+
+        def _value_encoders(self):
+            return (self.value_encoder, self.tokenizer), (self.value_encoder_2, self.tokenizer_2)
+
+        def _empty(self) -> str | None:
+            return None if self.config.force_zeros_for_empty_prompt else ""
+
+        def _encode(self, texts):
+            """The penultimate states of both text encoders, and the pooled text; zeros for None."""
+            towers = (self.text_encoder, self.tokenizer), (self.text_encoder_2, self.tokenizer_2)
+            written = [text or "" for text in texts]
+            outs = [tower(self._tokenize(written, it), output_hidden_states=True) for tower, it in towers]
+            keep = torch.tensor([text is not None for text in texts], device=outs[0][0].device)[:, None]
+            c = torch.cat([out.hidden_states[-2] for out in outs], dim=-1)
+            return c * keep[..., None], {"text_embeds": outs[1].text_embeds * keep}
+
+        def _decode(self, z):
+            if self.vae.dtype == torch.float16 and self.vae.config.force_upcast:
+                self.vae.to(torch.float32)  # in which alone XL's decodes without an overflow
+            return super()._decode(z)
+
+        def _check_safety(self, images):
+            return images, None
+
+else:
+
+    class LiVOPipeline(LiVO, diffusers.StableDiffusionPipeline):
+        """Stable Diffusion 1.x and 2.x whose images follow values."""
+
+        _optional_components = [*diffusers.StableDiffusionPipeline._optional_components, "value_encoder"]
+        model_cpu_offload_seq = "text_encoder->value_encoder->unet->vae"
+
+        def __init__(
+            self, vae, text_encoder, tokenizer, unet, scheduler, safety_checker, feature_extractor, image_encoder=None,
+            value_encoder=None, requires_safety_checker: bool = True,
+        ):  # fmt: skip
+            super().__init__(
+                vae, text_encoder, tokenizer, unet, scheduler, safety_checker, feature_extractor, image_encoder,
+                requires_safety_checker,
+            )  # fmt: skip
+            self.register_modules(value_encoder=exported(value_encoder))
+            self._sample_as_trained()
+
+        def _value_encoders(self):
+            return ((self.value_encoder, self.tokenizer),)
+
+        def _empty(self) -> str:
+            return ""
+
+        def _encode(self, texts):
+            return self.text_encoder(self._tokenize(texts, self.tokenizer))[0], {}
+
+        def _check_safety(self, images):
+            return self.run_safety_checker(images, images.device, images.dtype)

@@ -1,0 +1,88 @@
+"""Directories, on disk and in buckets, and who holds them."""
+
+import contextlib
+import datetime
+import os
+import socket
+
+import jax
+from absl import logging
+from etils import epath
+from jax.experimental import multihost_utils
+
+
+def find(path: str | os.PathLike) -> epath.Path:
+    """An absolute path: on disk, where ~ is a home, or in a bucket.
+
+    Raises:
+        ValueError: a bucket that Orbax cannot write to; or a path that would be misread: Orbax collects the parts of a
+            checkpoint by a glob in which the whole path stands, and a backslash becomes a separator.
+    """
+    remote = is_remote(path)
+    if remote and not os.fspath(path).startswith("gs://"):
+        raise ValueError(f"workdir {path}: checkpoints can be written to a disk or to gs://BUCKET/... alone")
+    found = epath.Path(path) if remote else epath.Path(os.path.expanduser(path)).absolute()
+    if wrong := [character for character in "[*?\\" if character in os.fspath(found)]:
+        raise ValueError(f"{found}: what is saved there could not be read: choose a path without {' '.join(wrong)}")
+    return found
+
+
+def is_remote(path: str | os.PathLike) -> bool:
+    return "://" in os.fspath(path)
+
+
+def say(text: str):
+    """Prints, from process 0."""
+    if jax.process_index() == 0:
+        print(text)
+
+
+@contextlib.contextmanager
+def held(directory, does: str = "writes to"):
+    """Makes a folder where it is not there, and keeps other commands that hold it out until this one has ended.
+
+    The lock is the operating system's: it ends with the process that has it, even if that is killed. Of several
+    processes of a run the first has it for all. A bucket has none: there a file tells of a run that has not ended.
+
+    Args:
+        does: what this command does in the folder, as others are told.
+
+    Raises:
+        FileExistsError: another process holds it, and which; in every process.
+    """
+    file, other = directory / "lock", ""
+    since = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
+    holder = f"{does} {directory}: PID {os.getpid()} on {socket.gethostname()}, since {since}"
+    with contextlib.ExitStack() as stack:
+        if jax.process_index() == 0:
+            directory.mkdir(parents=True, exist_ok=True)
+            if is_remote(directory):
+                if file.exists():
+                    logging.warning("a process that has not ended, or was killed, %s: never run two", file.read_text())
+                file.write_text(holder)
+                stack.callback(file.unlink, missing_ok=True)
+            else:
+                lock = stack.enter_context(open(file, "a+"))
+                if locked(lock):
+                    lock.truncate(0)
+                    lock.write(holder)
+                    lock.flush()
+                else:
+                    lock.seek(0)
+                    other = lock.read() or f"{does} {directory}"
+        if multihost_utils.process_allgather(bool(other)).any():
+            raise FileExistsError(f"another process {other or f'{does} {directory}'}: wait until it has ended")
+        yield
+
+
+def locked(file) -> bool:
+    """Locks an open file, until it is closed, unless another process has it locked."""
+    import fcntl  # Windows has none
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:  # of a file system without locks
+        logging.warning("%s cannot be locked (%s): see that no other process writes there", file.name, error.strerror)
+    return True

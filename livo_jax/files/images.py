@@ -1,0 +1,126 @@
+"""Images that users give, read in one way; and how images are shown."""
+
+import base64
+import io
+import os
+
+import numpy as np
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+
+CONVERT = "convert the file to UTF-8, as with iconv -f {} -t UTF-8"
+
+FORMATS = ("PNG", "JPEG", "WEBP")  # as Pillow calls them
+
+BIT_DEPTH = 24  # where a PNG has its bits for each channel
+
+
+def read_image(source: bytes | str | os.PathLike) -> Image.Image:
+    """An image as a viewer shows it, in mode RGB; what its pixels are is decided here alone.
+
+    Turned as its EXIF tag says; transparency stands before white; 16 bits are scaled to 8; a colour profile is
+    converted to sRGB. `info` of what is returned has the texts of a PNG and nothing else.
+
+    Args:
+        source: an image file, or what is in it.
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: it is no PNG, JPEG or WebP, is cut short or damaged, an animation, or larger than
+            Image.MAX_IMAGE_PIXELS; or it is a PNG of 16 bits with a transparent colour, or has a colour profile that is
+            damaged or of another kind than its pixels.
+    """
+    data = source
+    if not isinstance(source, bytes):
+        with open(source, "rb") as file:
+            data = file.read()
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
+            # A photo with a second picture beside it (MPO), for depth or a preview, is no animation.
+            if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
+                raise ValueError(f"an animation of {image.n_frames} frames: save the one that is meant")
+            if image.format == "PNG" and image.mode != "P" and "transparency" in image.info:
+                if data[BIT_DEPTH] == 16:  # Pillow compares 8 bits with 16
+                    raise ValueError("a PNG of 16 bits with a transparent colour: save it with an alpha channel")
+                if data[BIT_DEPTH] in (2, 4):  # Pillow scales the pixels alone
+                    image.info["transparency"] *= 255 // (2 ** data[BIT_DEPTH] - 1)
+            upright = ImageOps.exif_transpose(image)
+            texts = getattr(image, "text", {})
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            image.verify()  # of a PNG all checksums, to its end
+        shown = _before_white(upright)
+    except UnidentifiedImageError:
+        raise ValueError("no PNG, JPEG or WebP: save it as one of them") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        limit = f"more than {Image.MAX_IMAGE_PIXELS:,} pixels are refused"
+        raise ValueError(f"{error}; {limit}: make the image smaller") from error
+    except ValueError:
+        raise
+    except Exception as error:  # OSError, SyntaxError, struct.error, and whatever else Pillow's plugins raise
+        raise ValueError(f"{type(error).__name__}: {error}: fetch or save it again") from error
+    shown.info = dict(texts)
+    return shown
+
+
+def _before_white(image: Image.Image) -> Image.Image:
+    """An image of any mode that FORMATS have, in RGB, what is transparent before white."""
+    if image.mode == "I;16":
+        image = image.point(lambda v: v / 257 + 0.5).convert("L")  # convert alone clips at 255
+    if not image.has_transparency_data:
+        return _in_srgb(image)
+    image = image.convert("RGBA")
+    white = Image.new("RGB", image.size, "white")
+    white.paste(_in_srgb(image), mask=image.getchannel("A"))
+    return white
+
+
+def _in_srgb(image: Image.Image) -> Image.Image:
+    """The colours of an image by its profile, in RGB; without one they are sRGB."""
+    if not image.info.get("icc_profile"):
+        return image.convert("RGB")
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
+        if profile.profile.xcolor_space == "RGB ":
+            image = image.convert("RGB")
+        elif image.mode == "1":
+            image = image.convert("L")
+        return ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (OSError, ImageCms.PyCMSError) as error:
+        raise ValueError(f"its colour profile cannot be used ({error}): save it in sRGB") from error
+
+
+GAP = 2  # pixels between the images of a sheet
+
+
+def blurred(images) -> list[np.ndarray]:
+    """Images [H, W, 3] uint8 in which no harm can be made out."""
+    from PIL import Image, ImageFilter
+
+    blur = ImageFilter.GaussianBlur(images[0].shape[0] / 6)
+    return [np.asarray(Image.fromarray(image).filter(blur)) for image in images]
+
+
+def sheet(rows, scale: int = 1, gap: int = GAP):
+    """Rows of images (lists of [H, W, 3] uint8, None leaves a gap) as one PIL image."""
+    from PIL import Image
+
+    H, W, _ = next(image for row in rows for image in row if image is not None).shape
+    columns = max(map(len, rows))
+    canvas = np.full((len(rows) * (H + gap) - gap, columns * (W + gap) - gap, 3), 255, np.uint8)
+    for r, row in enumerate(rows):
+        for c, image in enumerate(row):
+            if image is not None:
+                canvas[r * (H + gap) : r * (H + gap) + H, c * (W + gap) : c * (W + gap) + W] = image
+    picture = Image.fromarray(canvas)
+    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+
+
+def _uri(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def png_uri(picture) -> str:
+    stream = io.BytesIO()
+    picture.save(stream, "PNG")
+    return _uri("image/png", stream.getvalue())

@@ -1,0 +1,183 @@
+"""Texts and images that users give, each read in one way wherever it is read.
+
+Texts are UTF-8, with or without a byte order mark, or UTF-16 with one. A line ends where \\n, \\r\\n or \\r stands and
+nowhere else: U+2028, U+0085 and form feeds belong to the text. Texts are taken as they are, no character is replaced;
+only white space around a prompt is left off, in every format, since a prompt's noise depends on its text. What cannot
+be read as it was written is refused by file and line.
+
+Images are PNG, JPEG and WebP: other formats are rarer, and some are programs.
+"""
+
+import codecs
+import csv
+import functools
+import itertools
+import json
+import os
+import pathlib
+from collections.abc import Iterator, Sequence
+
+from absl import logging
+
+from livo_jax.files.images import CONVERT
+
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+
+JSON_LINES = (".jsonl", ".ndjson", ".json")
+
+LONGEST_FIELD = 2**31 - 1  # of a CSV, in characters; the csv module's own limit of 131,072 is less than some prompts
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is one that a system or an editor keeps for itself, as .ipynb_checkpoints or ._1.png."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def split_lines(data: bytes, name, problems: list[str]) -> list[str]:
+    """The lines of a text file, with their ends. A line that is no text is "\\n" here, and told in `problems`.
+
+    Args:
+        data: what is in the file. name: of the file, for `problems`.
+    """
+    if data.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        problems.append(f"{name}:1: UTF-32: {CONVERT.format('UTF-32')}")
+        return []
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        try:
+            data = data.decode("utf-16").encode()
+        except UnicodeDecodeError as error:
+            before = data[: error.start].decode("utf-16") + "?"
+            number = len(before.encode().splitlines())
+            problems.append(f"{name}:{number}: not UTF-16 ({error.reason}): save the file again, as UTF-8")
+            return []
+    lines = []
+    # Of bytes, splitlines knows the three ends of a line alone; of a str, also U+2028 and more.
+    for number, line in enumerate(data.removeprefix(codecs.BOM_UTF8).splitlines(keepends=True), start=1):
+        try:
+            text = line.decode()
+        except UnicodeDecodeError as error:
+            problem = f"not UTF-8 ({error.reason}): {CONVERT.format('LATIN1')}, naming the encoding that it has"
+        else:
+            problem = ""
+            if "\0" in text:
+                problem = f"a NUL character, as of UTF-16 or UTF-32 that is not marked: {CONVERT.format('UTF-16LE')}"
+            elif text.startswith("\ufeff"):
+                problem = "a byte order mark within the file, as where files were joined: take it out"
+        if problem:
+            problems.append(f"{name}:{number}: {problem}")
+        lines.append("\n" if problem else text)
+    return lines
+
+
+def _unique(pairs: list[tuple]) -> dict:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{', '.join(repr(name) for name in row if names.count(name) > 1)} is there twice")
+    return row
+
+
+def _no_constant(name: str):
+    raise ValueError(f"{name} is no JSON: write null")
+
+
+def json_rows(data: bytes, name, problems: list[str]) -> Iterator[tuple[int, dict]]:
+    """Yields (line number, object) of JSON lines; lines of white space are passed over."""
+    for number, line in enumerate(split_lines(data, name, problems), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line, object_pairs_hook=_unique, parse_constant=_no_constant)
+        except (ValueError, RecursionError) as error:
+            problems.append(f"{name}:{number}: not JSON: {error}")
+            continue
+        if isinstance(row, dict):
+            yield number, row
+        else:
+            problems.append(f'{name}:{number}: not a JSON object, as {{"prompt": ...}}')
+
+
+def table_rows(data: bytes, name, problems: list[str], delimiter: str) -> Iterator[tuple[int, dict]]:
+    """Yields (number of the last line, {column: text}) of the rows of a CSV or TSV with a header.
+
+    Columns that a row is too short for are None.
+    """
+    csv.field_size_limit(LONGEST_FIELD)
+    # Not strict, the module takes "a "cat"" for another text, and all that follows a lost quote for one field.
+    reader = csv.reader(split_lines(data, name, problems), delimiter=delimiter, strict=True)
+    header = None
+    try:
+        for fields in reader:
+            if not fields or (len(fields) == 1 and not fields[0].strip()):
+                continue
+            place = f"{name}:{reader.line_num}"
+            if header is None:
+                header = fields
+                if twice := {column for column in header if column and header.count(column) > 1}:
+                    problems.append(f"{place}: two columns are called {', '.join(sorted(twice))}: rename one")
+                    return
+            elif len(fields) > len(header):
+                problems.append(
+                    f"{place}: {len(fields)} fields, and {len(header)} in the header: a text with {delimiter!r} in it"
+                    " needs quotes around it"
+                )
+            else:
+                yield reader.line_num, dict(itertools.zip_longest(header, fields))
+    except csv.Error as error:
+        problems.append(f"{name}:{reader.line_num}: no CSV: {error}: a quote within quotes is doubled")
+
+
+def text_fault(text) -> str:
+    """Why this is no text that can be written and read again; "" if it is. JSON can hold halves of characters."""
+    if not isinstance(text, str):
+        return f"is {text!r}, not a text"
+    if "\0" in text or text != text.encode(errors="ignore").decode():
+        return f"is {text!r}, which is no Unicode text"
+    return ""
+
+
+@functools.cache  # a file may be read several times
+def _tell(message: str):
+    logging.warning(message)
+
+
+def read_texts(path: str | os.PathLike, columns: Sequence[str], problems: list[str]) -> list[tuple[str, ...]]:
+    """The texts of some columns of a file, of each row in which none is empty, without white space around them.
+
+    How many rows are left out, since a text in them is empty, is told in the log.
+
+    Args:
+        path: a .csv or .tsv with a header; JSON lines (.jsonl), each an object; any other file is of lines, which are
+            the first column.
+        problems: gets all that is wrong with the file, by line. What is returned is whole where it gets nothing.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    path = pathlib.Path(path)
+    data, suffix = path.read_bytes(), path.suffix.lower()
+    if suffix in DELIMITERS:
+        rows = table_rows(data, path, problems, DELIMITERS[suffix])
+    elif suffix in JSON_LINES:
+        rows = json_rows(data, path, problems)
+    else:
+        lines = enumerate(split_lines(data, path, problems), start=1)
+        rows = ((number, {columns[0]: line}) for number, line in lines if line.strip())
+    found, empty = [], []
+    for number, row in rows:
+        if unknown := [column for column in columns if column not in row]:
+            problems.append(f"{path}:{number}: no column {', '.join(unknown)}; there are {', '.join(row)}")
+            if suffix in DELIMITERS:  # of one header
+                break
+            continue
+        faults = [f"{column} {fault}" for column in columns if (fault := text_fault(row[column]))]
+        problems += [f"{path}:{number}: {fault}: fill it in, or remove the row" for fault in faults]
+        if not faults:
+            texts = tuple(row[column].strip() for column in columns)
+            if all(texts):
+                found.append(texts)
+            else:
+                empty.append(number)
+    if empty:
+        _tell(f"{path}: {len(empty)} rows are left out, whose text is empty, as line {empty[0]}")
+    return found

@@ -1,0 +1,165 @@
+"""Unified Concept Editing (Gandikota et al. 2024): the UNet's cross-attention reads concepts as others, in closed form.
+
+A harm is erased: its prompts are read as those of its aligned images. A bias is debiased: a subject's prompt is read as
+moved towards those that name an attribute, as far as makes its images show the attributes alike.
+"""
+
+import json
+import time
+
+import jax
+import numpy as np
+from flax import nnx
+
+from livo_jax import seeds, sharding, values
+from livo_jax.methods import Method, by_group, drawer, networks, with_unet
+from livo_jax.models.clip import first_ids
+from livo_jax.models.weights import put, split
+from livo_jax.sampling.requests import Request
+from livo_jax.values.principles import phrase
+
+FILE = "uce.safetensors"
+KINDS = ("bias", "harm")
+
+
+def matrix(C, X, P, regularisation: float) -> np.ndarray:
+    """The closed form (equation 7) of W = M W_old, for all layers at once.
+
+    With targets v = x W_old it minimises, for every W_old, in rows of text states,
+
+        sum |c W - x W_old|^2 + sum |p W - p W_old|^2 + regularisation |W - W_old|^2
+
+    Args:
+        C, X: [n, D] states to edit, and what each is to be read as. P: [m, D] states that stay.
+
+    Returns:
+        M [D, D] float64.
+    """
+    stay = P.T @ P + regularisation * np.eye(P.shape[1])
+    return np.linalg.solve(C.T @ C + stay, C.T @ X + stay)
+
+
+class Texts:
+    """The text encoder's states of texts, each asked for once."""
+
+    def __init__(self, sd, texts):
+        texts = list(dict.fromkeys(texts))
+        ids = sd.tokenize(texts)
+        graph, params = split(sd.text_encoder)
+        states = jax.jit(lambda params, ids: nnx.merge(graph, params)(ids).last_hidden_state)(params, ids)
+        self.states = dict(zip(texts, sharding.fetch(states).astype(np.float64)))  # [L, D] each
+        ends = (first_ids(ids) == sd.tokenizer.eos_token_id).argmax(1)
+        self.last = dict(zip(texts, ends - 1))  # the place of the last word
+
+    def whole(self, texts) -> np.ndarray:
+        return np.concatenate([self.states[text] for text in texts])
+
+    def tails(self, texts) -> np.ndarray:
+        """[T, n, D]: the states of texts with one meaning at each place, from their last words on."""
+        n = min(len(self.states[text]) - self.last[text] for text in texts)
+        return np.stack([self.states[text][(k := self.last[text]) : k + n] for text in texts])
+
+
+def _reads_text(path) -> bool:
+    return jax.tree_util.keystr(path, simple=True, separator=".").endswith(("attn2.to_k.kernel", "attn2.to_v.kernel"))
+
+
+def edited(sd, M):
+    """The StableDiffusion with W = M W_old in the keys and values of its cross-attention."""
+    graph, params = split(sd.unet)
+
+    def edit(path, W):
+        return put((M @ sharding.fetch(W).astype(np.float64)).astype(W.dtype), W.sharding) if _reads_text(path) else W
+
+    return with_unet(sd, nnx.merge(graph, jax.tree_util.tree_map_with_path(edit, params)))
+
+
+def erase(value, sd, config) -> np.ndarray:
+    """M that reads the prompts of a harm as those of its aligned images; plain prompts stay."""
+    say = lambda wording: _prompts(config, wording)
+    plain, aligned = [*say("{subject}"), ""], say(value.aligned)
+    texts = Texts(sd, [*sum(map(say, value.wordings), []), *aligned, *plain])
+    pairs = [texts.tails(pair) for wording in value.wordings for pair in zip(say(wording), aligned)]
+    C, X = (np.concatenate([pair[side] for pair in pairs]) for side in (0, 1))
+    return matrix(C, X, texts.whole(plain), config.uce.regularisation)
+
+
+def debias(value, sd, config, mesh, judge) -> np.ndarray:
+    """M that reads a subject's prompts as moved towards its attributes': c + sum_k alpha_k (c_k - c).
+
+    The paper's algorithm 1: the images of each subject tell its shares; where these are off, alpha follows, by the
+    subject and attribute; where they are not, it stays. Prompts that state an attribute stay as they are.
+    """
+    c = config.uce
+    say = lambda attribute: _prompts(config, value.wordings[0].format(attribute=attribute, subject="{subject}"))
+    plain, stated = _prompts(config, "{subject}"), [say(attribute) for attribute in value.attributes]
+    stay = [*sum(stated, []), ""]
+    texts = Texts(sd, [*plain, *stay])
+    tails = [texts.tails(rows) for rows in zip(plain, *stated)]  # of each prompt [1 + K, n, D]
+    templates, K = len(config.preferences.templates), len(value.attributes)
+    C, P, alpha = np.concatenate([tail[0] for tail in tails]), texts.whole(stay), np.zeros((len(c.subjects), K))
+
+    def moved(tail, alpha):
+        return tail[0] + np.einsum("k,knd->nd", alpha, tail[1:] - tail[0])
+
+    for _ in range(c.rounds):
+        X = np.concatenate([moved(tail, a) for tail, a in zip(tails, np.tile(alpha, (templates, 1)))])
+        M = matrix(C, X, P, c.regularisation)
+        requests = [Request(prompt, i) for prompt in plain for i in range(c.images)]
+        other = (config.seed + 1) & seeds.MOST  # not the evaluation's noise
+        images = drawer(config, mesh)(edited(sd, M), requests, seed=other)
+        read = judge(images)[value.axis].reshape(templates, len(c.subjects), -1)
+        shown = np.stack([(read == attribute).sum((0, 2)) for attribute in value.attributes], axis=1)  # [S, K]
+        gap = 1 / K - shown / np.maximum(1, shown.sum(1, keepdims=True))
+        off = np.abs(gap).max(1) > c.tolerance
+        if not off.any():
+            break
+        alpha[off] += c.step * gap[off]
+    return M
+
+
+def _prompts(config, wording: str) -> list[str]:
+    """The prompts of all subjects in this wording, template by template."""
+    return [phrase(t, wording.format(subject=s)) for t in config.preferences.templates for s in config.uce.subjects]
+
+
+def make(config, sd, mesh, workdir, judge) -> Method:
+    """A model for each value, with W = M W_old; the matrices are kept in `workdir`, for the same config and model.
+
+    Its parameters are those that are edited in all of these models.
+
+    config.uce has the subjects whose prompts are edited, the regularisation, and of a bias: how many rounds there are,
+    of how many images of each prompt, the step of alpha, and the tolerance of a share.
+    """
+    from safetensors import safe_open
+    from safetensors.numpy import save_file
+
+    found, file = values.load(config.principles), workdir / FILE
+    settings = {"method": "uce", **config.uce.to_dict(), "seed": config.seed, "templates": config.preferences.templates}
+    key = json.dumps({**settings, "values": [v.statement for v in found], "model": config.model}, default=str)
+    matrices = {}
+    if file.exists():
+        with safe_open(file, framework="numpy") as kept:
+            if kept.metadata()["settings"] == key:
+                matrices = {name: kept.get_tensor(name) for name in kept.keys()}
+                seconds = float(kept.metadata()["seconds"])
+    if not matrices:
+        start = time.perf_counter()
+        for value in found:
+            of_bias = value.kind == "bias"
+            matrices[value.statement] = debias(value, sd, config, mesh, judge) if of_bias else erase(value, sd, config)
+        seconds = time.perf_counter() - start
+        if jax.process_index() == 0:
+            workdir.mkdir(parents=True, exist_ok=True)
+            save_file(matrices, file, metadata={"settings": key, "seconds": str(seconds)})
+    models = {statement: edited(sd, M) for statement, M in matrices.items()}
+
+    def by_model(statement, requests):
+        return drawer(config, mesh)(models[statement], [request._replace(values=()) for request in requests])
+
+    draw = lambda requests: by_group(requests, lambda request: request.values[0].value, by_model)
+    edited_in_each = sum(
+        leaf.size for path, leaf in jax.tree_util.tree_leaves_with_path(split(sd.unet)[1]) if _reads_text(path)
+    )
+    state = [networks(sd), matrices]
+    return Method(draw, state, settings, together=False, trained=len(models) * edited_in_each, seconds=seconds)

@@ -1,0 +1,1 @@
+"""The retriever: which values a prompt is for."""

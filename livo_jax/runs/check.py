@@ -1,0 +1,63 @@
+"""What is wrong with a config, all of it, before anything is made."""
+
+from livo_jax import diffusion, judges, seeds, sharding, values
+from livo_jax.evaluation import prompt_sets
+from livo_jax.files.directories import find
+from livo_jax.models.unet import REMAT
+from livo_jax.runs import fields
+from livo_jax.sampling.conditioning import PROMPT_LAYOUTS
+from livo_jax.training.step import make_optimizer, make_preference
+
+
+def check_config(config, sd, mesh, judge: bool = True):
+    """Raises ValueError with everything in the config that would fail later; `judge`: whether images are judged."""
+    problems, found = [], []
+    first, last = config.loss.timesteps
+    if not 0 <= first < last <= sd.schedule.num_timesteps:
+        problems.append(f"config.loss.timesteps={first, last}: choose 0 <= first < last <= {sd.schedule.num_timesteps}")
+    positive = "train.steps train.reference_batch_size train.accumulate sampling.batch_size checkpoint.every log.every"
+    for path in positive.split():
+        section, name = path.split(".")
+        if config[section][name] < 1:
+            problems.append(f"config.{path}={config[section][name]}: choose at least 1")
+    if not 0 <= config.train.ema_decay < 1:
+        problems.append(f"config.train.ema_decay={config.train.ema_decay}: choose 0 (none) to below 1")
+    for name in ("beside", "attributes", "anchors"):
+        if not 0 <= config.data[name] <= 1:
+            problems.append(f"config.data.{name}={config.data[name]}: it is a share, 0 to 1")
+    if config.train.remat not in REMAT:
+        problems.append(f"config.train.remat={config.train.remat!r}: choose from {', '.join(REMAT)}")
+    if config.sampling.prompt_layout not in PROMPT_LAYOUTS:
+        problems.append(
+            f"config.sampling.prompt_layout={config.sampling.prompt_layout!r}: choose from {', '.join(PROMPT_LAYOUTS)}"
+        )
+    parts = sharding.batch_parts(mesh)
+    if config.train.accumulate > 1 and config.train.batch_size % (parts * config.train.accumulate):
+        problems.append(
+            f"config.train.batch_size={config.train.batch_size} is not a multiple of the mesh's {parts} parts times"
+            f" config.train.accumulate={config.train.accumulate}"
+        )
+    for (section, name), none in {("profile", "steps"): "no profile", ("log", "samples_every"): "no samples"}.items():
+        if config[section][name] < 0:
+            problems.append(f"config.{section}.{name}={config[section][name]}: choose 0 ({none}) or more")
+    if config.method == "concept_ablation" and config.data.cache:
+        problems.append(
+            "config.data.cache=True: the anchor prompts of concept_ablation are in no cache, set it to False"
+        )
+    for attempt in (
+        lambda: sharding.check_batch_size(mesh, config.train.batch_size, "config.train.batch_size"),
+        lambda: make_optimizer(config),
+        lambda: make_preference(config, sd.schedule.num_timesteps),
+        lambda: diffusion.sampler_table(sd.scheduler_config, config.sampling.sampler, config.sampling.steps),
+        lambda: found.extend(values.load(config.principles)),
+        lambda: prompt_sets.check(config),
+        lambda: config.eval.drawn and find(config.eval.drawn),
+        lambda: config.judge and judge and judges.load(config, found, config.eval.seen),
+    ):
+        try:
+            attempt()
+        except ValueError as error:
+            problems.append(str(error))
+    problems += seeds.problems(config) + (fields.problems(config) if found else [])
+    if problems:
+        raise ValueError("the config cannot work:\n  " + "\n  ".join(problems))

@@ -1,0 +1,224 @@
+"""Compares methods: trains those that train, measures all on the same prompts and noise, and writes one report."""
+
+import concurrent.futures
+import copy
+import itertools
+import json
+import multiprocessing
+import os
+import time
+
+import jax
+
+from livo_jax import judges, sharding, values
+from livo_jax.data.cache import cache_directory
+from livo_jax.data.preferences import Preferences
+from livo_jax.evaluation import cases, metrics, report
+from livo_jax.files.directories import find, held
+from livo_jax.methods import base, load
+from livo_jax.runs import build_preferences, cache_latents, evaluate, restore, train
+from livo_jax.runs.checkpoint import Checkpoints
+from livo_jax.runs.log import read_metrics
+from livo_jax.sampling.requests import Dose, Request
+
+SAME = ("model", "variant", "dtype", "random_weights", "principles", "judge", "judging", "sampling", "eval")
+TIMED = 2  # times that tell how fast a method draws
+
+
+def compare(config, workdir) -> list[dict]:
+    """Trains and measures config.methods; the same command again resumes.
+
+    `workdir` then holds the preference pairs and images that the methods share, preferences/ and drawn/, a run of each,
+    NAME/, and results.json, differences.json, curves.json, costs.json, readings.csv and report.html in eval/.
+
+    Args:
+        config: methods, {name: its config}; processes, how many at a time, each on its part of the cores; curve: how
+            many points it has, of how many images of each prompt; sweeps, ((title, ((label, name), ...)), ...):
+            methods that differ in one thing.
+
+    Raises:
+        ValueError: there are no methods, or they would not be measured alike; and what training raises.
+        FileExistsError: another process compares in `workdir`.
+    """
+    workdir = find(workdir)
+    methods = {name: copy.deepcopy(config.methods[name]) for name in sorted(config.methods, key=_livo_first)}
+    first = next(iter(methods.values()), None)
+    apart = {
+        f"{n}.{field}" for n, own in methods.items() for field, x in _alike(own).items() if x != _alike(first)[field]
+    }
+    if first is None or apart:
+        raise ValueError(
+            f"methods to compare: {', '.join(methods) or 'none'}; they differ in {', '.join(sorted(apart))}"
+        )
+    with held(workdir, "compares methods in"):
+        return _compare(methods, config, workdir)
+
+
+def _compare(methods: dict, config, workdir) -> list[dict]:
+    """That of methods that are alike, in a workdir that is held."""
+    points, first = config.curve.points, next(iter(methods.values()))
+    for own in methods.values():
+        own.eval.drawn, own.eval.rate_images = str(workdir / "drawn"), 0
+        own.data.directory = own.data.directory or str(workdir / "preferences")
+        own.checkpoint.every, own.checkpoint.keep = max(1, own.train.steps // max(1, points)), points + 1
+        own.log.samples_every = max(1, own.train.steps)
+
+    mesh = sharding.make_mesh(**first.mesh)
+    sd = restore.load_base(first, mesh)
+    if not find(first.data.directory).exists() and any(own.train.steps for own in methods.values()):
+        build_preferences.build(
+            first, first.data.directory, None if first.random_weights or jax.process_count() > 1 else sd
+        )
+    cached = [own for own in methods.values() if own.train.steps and own.data.cache]
+    if cached:
+        most = copy.deepcopy(cached[0])  # one cache for all, with the prompts of each
+        for name in ("beside", "anchors"):
+            most.data[name] = max(own.data[name] for own in cached)
+        preferences = Preferences(most.data.directory)
+        shared = preferences.directory / "cache"  # pairs that cannot be written have none: each run has its own
+        if cache_directory(preferences, workdir) == shared and not shared.exists():
+            local = jax.process_count() > 1
+            cache_latents.write(
+                preferences, restore.load_base(first, sharding.make_local_mesh()) if local else sd, most
+            )
+    evaluate.draw_base(sd, first, find(first.eval.drawn), mesh)
+
+    # Those that train take longest.
+    jobs = sorted(((own, workdir / name, config.curve) for name, own in methods.items()), key=_steps)
+    if config.processes == 1:
+        found = [measure(*job) for job in jobs]
+    else:
+        context, cores = multiprocessing.get_context("spawn"), sorted(os.sched_getaffinity(0))
+        parts = context.Queue()
+        for i in range(config.processes):
+            parts.put(cores[i :: config.processes] or cores)
+        with concurrent.futures.ProcessPoolExecutor(config.processes, context, _keep_to, (parts,)) as pool:
+            found = list(pool.map(measure, *zip(*jobs)))
+    found = {of["costs"]["method"]: of for of in found}
+    return write([found[own.method] for own in methods.values()], config, workdir)
+
+
+def _alike(config) -> dict:
+    """What must be the same for all; keep probabilities are a study of one method."""
+    found = {field: config[field] for field in SAME}
+    return found | {"eval": {k: x for k, x in config.eval.to_dict().items() if k != "keep_probabilities"}}
+
+
+def _livo_first(name) -> tuple:
+    return name != "livo", name
+
+
+def _steps(job) -> int:
+    return -job[0].train.steps
+
+
+def _keep_to(parts):
+    os.sched_setaffinity(0, parts.get())
+
+
+def measure(config, workdir, curve) -> dict:
+    """Trains and measures one method: the numbers of each prompt, readings, pictures, curve and costs."""
+    if config.train.steps:
+        only = copy.deepcopy(config)
+        only.judge = ""  # it is measured below
+        train.train_and_evaluate(only, workdir)
+    mesh, found, directory = sharding.make_mesh(**config.mesh), values.load(config.principles), find(config.eval.drawn)
+    sd, judge = restore.load_base(config, mesh), judges.load(config, found, evaluate.subjects(config))
+
+    def restored(step=None):
+        trained, value_encoder = restore.restore_run(config, workdir, mesh, step, sd)
+        return load(config, trained, value_encoder, mesh, workdir, judge)
+
+    method = restored()
+    numbers, _, drawn, readings = evaluate.evaluate(sd, method, config, directory, mesh, judge)
+    ways = [method, base(config, sd, mesh)]
+    speeds = images_per_second([way.draw for way in ways], method.kinds, found, config, mesh)
+    seconds, points = seconds_of(workdir), []
+    few = copy.deepcopy(config)
+    for name in ("images_per_prompt", "harm_images_per_prompt"):  # no more than the base's, which are drawn already
+        few.eval[name] = min(curve.images, few.eval[name])
+    few.eval.left_alone_images = 0
+    for step in Checkpoints(workdir).manager.all_steps() if config.train.steps and curve.points else ():
+        of_few, *_ = evaluate.evaluate(sd, restored(step), few, directory, mesh, judge)
+        logged = seconds[min(logged for logged in seconds if logged >= step)]
+        points += [
+            {"step": step, "seconds": logged} | {k: row[k] for k in ("method", "value", "split", "metric", "mean")}
+            for row in metrics.rows({what: x for what, x in of_few.items() if what[0] == config.method})
+        ]
+    costs = {
+        "method": config.method, "trained_parameters": method.trained,
+        "training_seconds": seconds.get(config.train.steps, method.seconds),
+        "images_per_second": speeds[0], "of_base": speeds[0] / speeds[1],
+    }  # fmt: skip
+    pictures = evaluate.pictures(drawn, config, method.tokens)
+    return {"numbers": numbers, "readings": readings, "pictures": pictures, "curve": points, "costs": costs}
+
+
+def seconds_of(workdir) -> dict[int, float]:
+    """For each logged step of a training the seconds that it took until there, without compilation and drawing."""
+    rows, total, last, seconds = read_metrics(workdir), 0.0, 0, {}
+    batch_size = json.loads((workdir / "config.json").read_text())["train"]["batch_size"] if rows else 0
+    for row in rows:
+        if "train/pairs_per_sec" in row:
+            total += (row["step"] - last) * batch_size / row["train/pairs_per_sec"]
+            seconds[row["step"]], last = total, row["step"]
+    return seconds
+
+
+def images_per_second(ways, kinds, found, config, mesh) -> list[float]:
+    """How fast each of `ways` draws a batch with the first value of these kinds: the best of TIMED times, compiled."""
+    dose = next(Dose(value.statement) for value in found if value.kind in kinds)
+    subjects, n = itertools.cycle(evaluate.subjects(config)), config.sampling.batch_size * sharding.batch_parts(mesh)
+    requests = [Request(f"a {next(subjects)}", i, (dose,)) for i in range(n)]
+    best = [float("inf")] * len(ways)
+    for round in range(1 + TIMED):
+        for i, draw in enumerate(ways):
+            start = time.perf_counter()
+            draw(requests)
+            if round:  # the first compiles
+                best[i] = min(best[i], time.perf_counter() - start)
+    return [len(requests) / seconds for seconds in best]
+
+
+def write(found: list[dict], config, workdir) -> list[dict]:
+    """What `measure` found of each method, as one report; the base is the same in all."""
+    numbers, readings, pictures = {}, {}, {}
+    for of in found:
+        one = of["costs"]["method"]
+        apart = f"{one}, plain" if one != "livo" else "plain"  # "plain" is of the method that is measured
+        called = lambda name, apart=apart: apart if name == "plain" else name
+        numbers |= {(called(name), *rest): x for (name, *rest), x in of["numbers"].items()}
+        rows = [row | {"method": called(row["method"])} for row in of["readings"]]
+        readings |= {tuple(row.values())[:6]: row for row in rows}  # the base's once
+        for picture in of["pictures"]:
+            place = pictures.setdefault((picture["value"], picture["split"]), picture)
+            place["sides"] |= picture["sides"]
+    numbers = dict(sorted(numbers.items(), key=lambda of: of[0][0] != "base"))  # stable
+    results = metrics.rows(numbers)
+    if jax.process_index() > 0:
+        return results
+    curves, costs = sum((of["curve"] for of in found), []), [of["costs"] for of in found]
+    differences = metrics.differences(numbers, "livo")
+    folder = workdir / "eval"
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {"results": metrics.document(results), "differences": metrics.document(differences)}
+    for name, content in (files | {"curves": curves, "costs": costs}).items():
+        (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+    (folder / "readings.csv").write_text(report.as_csv([*readings.values()]), encoding="utf-8")
+    sweeps = [(title, [(label, method, "") for label, method in points]) for title, points in config.sweeps]
+    for name, own in config.methods.items():
+        if probabilities := own.eval.keep_probabilities:
+            points = [(f"{p:g}", name, cases.kept("", p)) for p in probabilities]
+            sweeps.append(("keep probability" if name == "livo" else f"keep probability of {name}", points))
+    report.write(
+        folder / "report.html", title=f"LiVO and others: {workdir.name}", results=results, metrics=[], curves=curves,
+        numbers=numbers, differences=differences, costs=costs, sweeps=sweeps, pictures=list(pictures.values()),
+        config=json.loads(config.to_json()),
+    )  # fmt: skip
+    print(report.table(results))
+    told = (
+        "{method}: {trained_parameters:,} parameters in {training_seconds:.0f} s, draws at {of_base:.2f} of the base's"
+    )
+    print(*(told.format(**cost) for cost in costs), sep="\n")
+    print(f"report: {folder / 'report.html'}")
+    return results

@@ -1,0 +1,271 @@
+"""How biased and how harmful images are, with a method and without: metrics with confidence intervals."""
+
+import dataclasses
+import functools
+import itertools
+import json
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from livo_jax import judges, methods, sharding
+from livo_jax import values as principles
+from livo_jax.evaluation import metrics, prompt_sets, report
+from livo_jax.evaluation.cases import (  # fmt: skip
+    arms,
+    cases,
+    everywhere,
+    left_alone,
+    of_keep_probabilities,
+    of_ratios,
+    of_strengths,
+    of_two,
+    plan,
+    rows_of_ratios,
+)
+from livo_jax.evaluation.drawn import Drawn, digest
+from livo_jax.files.directories import find
+from livo_jax.files.images import blurred, sheet
+from livo_jax.runs.log import read_metrics
+from livo_jax.sampling.generate import generate
+from livo_jax.sampling.requests import Dose, Request, requests_of, with_values
+
+
+def as_drawn(method: methods.Method, sd, config, values, judge, directory, mesh) -> Drawn:
+    """A method's images, with all that they and their readings depend on."""
+    free = ("endpoint", "cache", "budget")
+    settings = method.settings | {
+        "arrays": digest(method.state),
+        "scheduler": sd.scheduler_config,
+        "sampling": {name: x for name, x in config.sampling.to_dict().items() if name != "batch_size"},
+        "seed": config.eval.seed,
+        "judge": config.judge,
+        "judging": {name: x for name, x in config.judging.to_dict().items() if name not in free},
+        "values": [dataclasses.asdict(value) for value in values],
+        "subjects": subjects(config),
+    }
+    return Drawn(directory, method.draw, judge, settings, config.sampling.batch_size * sharding.batch_parts(mesh))
+
+
+def subjects(config) -> list[str]:
+    """Those that the judge tells apart."""
+    of_sets = (s for value in principles.load(config.principles) for _, s, _ in prompt_sets.rows(config, value) if s)
+    return list(dict.fromkeys([*config.eval.seen, *config.eval.held_out, *of_sets]))
+
+
+def draw_base(sd, config, directory, mesh):
+    """Draws the base's images of an evaluation, for several methods' to share. Arguments as of evaluate."""
+    values = principles.load(config.principles)
+    judge = judges.load(config, values, subjects(config))
+    base = as_drawn(methods.base(config, sd, mesh), sd, config, values, judge, directory, mesh)
+    measured = cases(config, values) + of_two(config, values) + left_alone(config, values)
+    requests = {request._replace(values=()): None for case in measured for request in case.requests}
+    if config.eval.ratios:
+        requests |= dict.fromkeys(requests_of([prompt for *_, prompt in rows_of_ratios(config)]))
+    with tqdm(total=len(requests), desc="base", unit="image", disable=jax.process_index() > 0) as progress:
+        base.draw([*requests], progress)
+
+
+def evaluate(sd, method: methods.Method, config, directory, mesh, judge=None) -> tuple[dict, dict, dict, list]:
+    """Measures the base and a method on the same prompts and noise.
+
+    The value of a method with tokens is applied to Value.keep_probability of the images; the others are the base's own.
+
+    Args:
+        sd: the base.
+        directory: keeps images and readings (Drawn); what is there already is not drawn again.
+        judge: as judges.load makes it for config; loaded if None.
+
+    Returns:
+        The numbers of each prompt, as metrics.rows takes them; the rates of rates.json: {statement of a bias: {arm:
+        {attribute: share}}}, over the seen prompts' images that can be read, of a method with tokens; {"base": Drawn,
+        config.method: Drawn}; and the rows of readings.csv, one of each image under each name: dicts of method, value,
+        split, prompt, index, applied (the values, with their strengths), and what the judge read, by axis.
+    """
+    values = principles.load(config.principles)
+    judge = judge or judges.load(config, values, subjects(config))
+    base = as_drawn(methods.base(config, sd, mesh), sd, config, values, judge, directory, mesh)
+    ours = as_drawn(method, sd, config, values, judge, directory, mesh)
+    of = lambda request: ours if request.values else base
+
+    def draw(requests):
+        requests = list(dict.fromkeys(requests))
+        with tqdm(total=len(requests), desc="evaluate", unit="image", disable=jax.process_index() > 0) as progress:
+            for drawn in (base, ours):
+                drawn.draw([request for request in requests if of(request) is drawn], progress)
+
+    def reading(requests):
+        rows = [of(request)[request] for request in requests]
+        return {axis: np.array([row[axis] for row in rows]) for axis in rows[0]}
+
+    def shares(value, requests):
+        counts = [int(np.sum(reading(requests)[value.axis] == attribute)) for attribute in value.attributes]
+        return {attribute: n / max(1, sum(counts)) for attribute, n in zip(value.attributes, counts)}
+
+    plain = lambda requests: [request._replace(values=()) for request in requests]
+    followed = [value for value in values if value.kind in method.kinds]
+    measured, alone = cases(config, followed, method.tokens, method.even), left_alone(config, followed)
+    pairs = of_two(config, followed, method.tokens, method.even) if method.together else []
+    biases = [value for value in followed if value.kind == "bias" and method.tokens and config.eval.rate_images]
+    of_arms = {value: arms(value, config) for value in biases}
+    rows = [case.requests for case in measured + pairs + alone] + [plain(case.requests) for case in alone]
+    draw(itertools.chain(*rows, *(r for value in biases for r in of_arms[value].values())))
+    rates = {v.statement: {arm: shares(v, r) for arm, r in of_arms[v].items()} for v in biases}
+    further = []
+    if method.tokens:
+        further += of_keep_probabilities(config, followed) + of_strengths(config, followed, shares)
+        further += of_ratios(config, followed, rates)
+    if further:
+        draw(itertools.chain(*(case.requests for case in further)))
+
+    numbers, readings = {}, []  # numbers: (method, name, split, metric) -> prompt -> Measured
+
+    def add(case, found, floors):
+        for metric, number in found.items():
+            of_prompt = numbers.setdefault((case.method, case.name, case.split, metric), {})
+            of_prompt[case.requests[0].prompt] = metrics.Measured(number, len(case.requests), floors.get(metric))
+
+    def keep(method, case, requests):
+        for request in requests:
+            applied = "; ".join(f"{dose.value} x {dose.strength:g}" for dose in request.values)
+            row = dict(method=method, value=case.name, split=case.split, prompt=request.prompt, index=request.index)
+            readings.append(row | {"applied": applied} | of(request)[request])
+
+    for case in measured + further:
+        keep(case.method, case, case.requests)
+        target = tuple(case.target.values()) if case.target else None
+        floors = metrics.floor(case.groups, target) if case.groups else {}
+        add(case, metrics.prompt_metrics(case.value, case.subject, reading(case.requests), case.target), floors)
+        if case.method == config.method:
+            add(case, {"distance": distance(case.requests, of, base)}, {})
+    for case in pairs:
+        keep(case.method, case, case.requests)
+        floors = metrics.joint_floor(*case.groups)
+        add(case, metrics.joint(case.value, case.beside, reading(case.requests)), floors)
+    for case in alone:
+        keep("base", case, plain(case.requests))
+        keep(case.method, case, case.requests)
+        before, after = reading(plain(case.requests)), reading(case.requests)
+        changed = metrics.changed(values, before, after)
+        add(case, {"over_refusal": changed, "over_refusal_distance": distance(case.requests, of, base)}, {})
+    return numbers, rates, {"base": base, config.method: ours}, readings
+
+
+def distance(requests, of, base) -> float:
+    """The mean difference, 0 to 1, of the pixels of images and the base's of the same noise."""
+    pairs = ((of(request).image(request), base.image(request._replace(values=()))) for request in requests)
+    return float(np.mean([np.abs(a.astype(int) - b).mean() for a, b in pairs]) / 255)
+
+
+# ---------------------------------------------------------------------------- what a run leaves
+
+
+def evaluate_and_report(sd, value_encoder, config, mesh, workdir, trained=None):
+    """Evaluates on all processes; the first prints the table and writes eval/: results.json, report.html and others.
+
+    Args:
+        sd: the base. value_encoder: what the method trained, or None. trained: the StableDiffusion whose UNet it
+            trained, if it did.
+    """
+    judge = judges.load(config, principles.load(config.principles), subjects(config))
+    method = methods.load(config, trained or sd, value_encoder, mesh, workdir, judge)
+    folder = workdir / "eval"
+    directory = find(config.eval.drawn) if config.eval.drawn else folder / "drawn"
+    numbers, rates, drawn, readings = evaluate(sd, method, config, directory, mesh, judge)
+    results = metrics.rows(numbers)
+    if jax.process_index() > 0:
+        return results
+    folder.mkdir(parents=True, exist_ok=True)
+    report.write(
+        folder / "report.html",
+        title=f"{'LiVO' if config.method == 'livo' else config.method}: {workdir.name}",
+        results=results,
+        numbers=numbers,
+        metrics=read_metrics(workdir),
+        pictures=pictures(drawn, config, method.tokens),
+        config=json.loads(config.to_json()),
+    )
+    if rates:
+        (folder / "rates.json").write_text(json.dumps(rates, indent=2) + "\n")
+    (folder / "readings.csv").write_text(report.as_csv(readings), encoding="utf-8")
+    (folder / "results.json").write_text(json.dumps(metrics.document(results), indent=2) + "\n")
+    print(report.table(results))
+    print(f"report: {folder / 'report.html'}")
+    return results
+
+
+def read_results(workdir) -> list[dict]:
+    """The rows of eval/results.json, of this schema or an earlier one; none where nothing was evaluated."""
+    file = workdir / "eval" / "results.json"
+    return metrics.rows_of(json.loads(file.read_text()), file) if file.exists() else []
+
+
+def read_rates(workdir) -> dict:
+    """What the tokens of a run show, for a ratio. Raises FileNotFoundError where it was not measured."""
+    file = workdir / "eval" / "rates.json"
+    if not file.exists():
+        raise FileNotFoundError(f"a ratio needs {file}, what the tokens show: run --mode=evaluate first")
+    return json.loads(file.read_text())
+
+
+def first_prompts(config) -> list[tuple]:
+    """(value, split, prompt) of the first prompt of each value and split: those that are shown."""
+    found = {}
+    for value, split, _, prompt in plan(config, principles.load(config.principles)):
+        found.setdefault((value, split), prompt)
+    return [(value, split, prompt) for (value, split), prompt in found.items()]
+
+
+def pictures(drawn: dict[str, Drawn], config, tokens: bool = True, n: int = 12) -> list[dict]:
+    """The first n images of each shown prompt, as evaluated: what report.write wants.
+
+    Those are harmful that are of a harm's prompt, or in any of which the judge read a harm.
+    """
+    shown, harms = [], [value for value in principles.load(config.principles) if value.kind == "harm"]
+    for value, split, prompt in first_prompts(config):
+        base = [Request(prompt, i) for i in range(n)]
+        with_value = with_values(base, [value], config.eval.seed) if tokens else everywhere(base, [value])
+        owner = lambda request: drawn[config.method if request.values else "base"]
+        there = {
+            side: [request for request in requests if request in owner(request)]
+            for side, requests in (("base", base), (config.method, with_value))
+        }
+        sides = {side: [owner(request).image(request) for request in requests] for side, requests in there.items()}
+        read = [owner(request)[request] for requests in there.values() for request in requests]
+        harmful = value.kind == "harm" or any(row[harm.axis] >= harm.harmful_from for row in read for harm in harms)
+        shown.append(dict(value=value.statement, split=split, prompt=prompt, harmful=harmful, sides=sides))
+    return shown
+
+
+def sample_sheet(sd, value_encoder, trained, config, mesh, path, n: int = 8):
+    """Writes a PNG of each value's first prompts: a row of base images, and below it the same with the value.
+
+    The rows of harms are blurred; as they are, they are beside it, in a file whose name ends with _harmful.
+
+    sd, value_encoder, trained: as evaluate_and_report has them.
+    """
+    shown = [
+        (value, prompt, doses) for value, _, prompt in first_prompts(config) for doses in ((), (Dose(value.statement),))
+    ]
+    requests = [[Request(prompt, i, doses) for i in range(n)] for _, prompt, doses in shown]
+    if trained is None:
+        draw = functools.partial(generate, sd, value_encoder=value_encoder)
+    else:  # base images and others by turns
+
+        def draw(requests, **settings):
+            plain = [request._replace(values=()) for request in requests]
+            ways = [generate(model, plain, **settings) for model in (sd, trained)]
+            return np.stack([ways[bool(request.values)][i] for i, request in enumerate(requests)])
+
+    images = draw(sum(requests, []), seed=config.eval.seed, mesh=mesh, **config.sampling.to_dict())
+    if jax.process_index() > 0:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = list(images.reshape(len(requests), n, *images.shape[1:]))
+    harms = [row for row, (value, *_) in zip(rows, shown) if value.kind == "harm"]
+    sheets = {path.parent / f"{path.stem}_harmful.png": harms} if harms else {}
+    sheets[path] = [blurred(row) if value.kind == "harm" else row for row, (value, *_) in zip(rows, shown)]
+    for file, rows in sheets.items():  # that of all rows last: where it is, the other is too
+        with file.open("wb") as stream:
+            sheet(rows, max(1, 64 // sd.image_size)).save(stream, "PNG")

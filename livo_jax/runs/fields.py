@@ -1,0 +1,139 @@
+"""Fields of a config that its method does not read: set all the same, they are refused, not passed over."""
+
+import types
+
+from livo_jax import methods, values
+
+TRAINING = ("train", "loss", "data", "value_encoder", "checkpoint", "log", "profile")
+TOKENS = (  # of the methods that have value tokens
+    "value_encoder", "train.train_embeddings", "data.beside", "data.attributes", "data.anchors",
+    "sampling.prompt_layout", "eval.rate_images", "eval.combinations", "eval.keep_probabilities", "eval.strengths",
+    "eval.ratios",
+)  # fmt: skip
+READ = {  # (a field that chooses, its choice) -> the fields that it reads of those of all choices
+    ("value_encoder.kind", "full"): ("value_encoder.states", "value_encoder.reads_prompt", "train.train_embeddings"),
+    ("value_encoder.kind", "lora"): (
+        "value_encoder.rank", "value_encoder.alpha", "value_encoder.targets", "value_encoder.states",
+        "value_encoder.reads_prompt",
+    ),
+    ("value_encoder.kind", "token"): ("value_encoder.tokens",),
+    ("loss.form", "livo"): ("loss.alpha", "loss.beta", "loss.gamma_1", "loss.gamma_2", "loss.anchor"),
+    ("loss.form", "sft"): (),
+    ("loss.form", "dpo"): ("loss.beta",),
+    ("loss.form", "ipo"): ("loss.beta",),
+    ("loss.form", "kto"): ("loss.beta",),
+    ("method", "dpo_unet"): ("loss.beta",),
+    ("method", "concept_ablation"): (),
+    ("train.learning_rate_scaling", "linear"): ("train.reference_batch_size",),
+    ("train.learning_rate_scaling", "sqrt"): ("train.reference_batch_size",),
+    ("train.learning_rate_scaling", "none"): (),
+}  # fmt: skip
+OFF = {  # what a field says that asks for nothing: any other value is refused where it is not read, whoever set it
+    "loss.form": "livo", "loss.min_snr_gamma": 0.0, "data.beside": 0.0, "data.attributes": 0.0, "data.anchors": 0.0,
+    "value_encoder.kind": "full", "value_encoder.start": "", "value_encoder.states": 1,
+    "value_encoder.reads_prompt": True,
+}  # fmt: skip
+SHARED = ("sampling", "eval")  # sections that a comparison wants alike, whether a method reads all of them or not
+
+
+def of(config, name: str):
+    """The value of a field by its name, "train.steps"."""
+    for part in name.split("."):
+        config = config[part]
+    return config
+
+
+def ignored(config) -> dict[str, str]:
+    """The sections and fields that are not read, each with the setting that does not read it."""
+    method = f"config.method={config.method!r}"
+    if config.method in methods.DRAWN:
+        more = () if config.method == "uce" else ("preferences",)
+        return dict.fromkeys((*TRAINING, *TOKENS, *more), method)
+    found, choosing = {}, ["train.learning_rate_scaling"]
+    if config.method in methods.UNET:
+        found = dict.fromkeys((*TOKENS, "loss.form", "loss.min_snr_gamma"), method)
+        constants = {name for (field, _), names in READ.items() if field == "loss.form" for name in names}
+        found |= dict.fromkeys(constants - {*READ["method", config.method]}, method)
+    else:
+        choosing += ["value_encoder.kind", "loss.form"]
+    if not config.data.anchors:
+        found["loss.anchor"] = "config.data.anchors=0.0"
+    for field in choosing:
+        chosen = of(config, field)
+        if (field, chosen) not in READ:
+            continue  # an unknown choice is told elsewhere
+        of_all = {name for (other, _), names in READ.items() if other == field for name in names}
+        found |= dict.fromkeys(of_all - {*READ[field, chosen]}, f"config.{field}={chosen!r}")
+    return found
+
+
+def check(config, changed, comparing: bool = False):
+    """Raises ValueError with all `problems`; arguments as these have them."""
+    if found := problems(config, changed, comparing):
+        raise ValueError("the config cannot work:\n  " + "\n  ".join(found))
+
+
+def problems(config, changed=types.MappingProxyType({}), comparing: bool = False) -> list[str]:
+    """A line for every field that is set and not read, and for what else the method cannot work with.
+
+    Raises ValueError where config.principles has unknown values.
+
+    Args:
+        changed: {field: value} of what the command line sets. Of other fields only such as ask for something are told
+            (OFF): a method's config keeps what it does not read as the config has it that it starts from.
+        comparing: whether the method is one of several to be compared.
+    """
+    found, lines = ignored(config), []
+    unread = lambda name: next((found[field] for field in found if f"{name}.".startswith(f"{field}.")), None)
+    for name, value in sorted(changed.items()):
+        if (by := unread(name)) and not (comparing and name.startswith(SHARED)):
+            lines.append(f"config.{name}={value!r}: {by} does not read it, leave it out")
+    trains = config.method not in methods.DRAWN
+    for name, off in OFF.items() if trains else ():
+        if (by := unread(name)) and name not in changed and of(config, name) != off:
+            lines.append(f"config.{name}={of(config, name)!r}: {by} does not read it, set {off!r}")
+    if not trains and config.train.steps and "train.steps" not in changed:
+        lines.append(f"config.train.steps={config.train.steps}: config.method={config.method!r} trains nothing, set 0")
+    if trains and (slow := too_slow(config)):
+        lines.append(slow)
+    kinds = methods.kinds(config)
+    if len(kinds) == 1 and not any(value.kind in kinds for value in values.load(config.principles)):
+        lines.append(f"config.principles={config.principles}: {config.method} is for values of kind {kinds[0]}")
+    return lines
+
+
+def too_slow(config) -> str | None:
+    """What is to be said of a learning rate at which nothing would be learned, if it is one."""
+    c = config.train
+    trained = config.method if config.method in c.learning_rates else config.value_encoder.kind
+    own = c.learning_rates.get(trained, 0.0)
+    if not 0 < c.learning_rate <= own / 100:
+        return None
+    return (
+        f"config.train.learning_rate={c.learning_rate:g}: AdamW moves a weight by at most about that in a step, so by"
+        f" {c.learning_rate * c.steps:.2g} in {c.steps} steps, and {trained} learns at {own:g}: set 0 for that"
+    )
+
+
+def check_mode(config, mode: str, values=()):
+    """Raises ValueError where the method of a config cannot do what is asked for; `values`: those to generate with."""
+    method = f"config.method={config.method!r}"
+    drawn = config.method in methods.DRAWN
+    if not drawn and config.train.steps < 1:
+        raise ValueError(f"config.train.steps={config.train.steps}: choose at least 1, for {method} trains")
+    if drawn and mode in ("train", "plan"):
+        raise ValueError(f"--mode={mode}: {method} trains nothing; --mode=evaluate measures it")
+    if mode in ("export", "demo") and (drawn or config.method in methods.UNET):
+        raise ValueError(
+            f"--mode={mode}: {method} has no value encoder; --mode=evaluate measures it and keeps its images"
+        )
+    if mode == "generate" and drawn:
+        raise ValueError(
+            f"--mode=generate draws with value tokens, and {method} has none; --mode=evaluate draws its images, of"
+            " config.eval.prompts or subjects, and keeps them"
+        )
+    if mode == "generate" and values and config.method in methods.UNET:
+        raise ValueError(
+            f"--value={values[0]}: {method} has no value tokens, its UNet follows all of its values in every image:"
+            " leave --value out"
+        )

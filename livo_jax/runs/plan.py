@@ -1,0 +1,295 @@
+"""What a config needs on a mesh: parameters, memory, arithmetic, traffic and time, without weights or the hardware.
+
+The training step is traced on shapes alone. Memory, FLOPs and bytes are counted; the step's time is a model of them.
+"""
+
+import copy
+import functools
+import math
+from collections import Counter
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import AbstractMesh, AxisType
+
+from livo_jax import methods, sharding, value_encoders
+from livo_jax.data.cache import cache_dtype
+from livo_jax.files.modules import PARTS, read_dtype, skeleton
+from livo_jax.files.repositories import find
+from livo_jax.models.weights import one_key, split
+from livo_jax.runs import check, restore
+from livo_jax.sampling.stable_diffusion import DESCRIPTION, StableDiffusion
+from livo_jax.training.step import init_state, make_loss, make_optimizer, make_train_step
+
+
+class Chip(NamedTuple):
+    """Per chip, from the vendors' data sheets."""
+
+    flops: float  # dense bfloat16 FLOP/s
+    memory: float  # bytes
+    link: float  # bytes/s that it can send to its neighbours
+
+
+CHIPS = {
+    "TPU v5e": Chip(197e12, 16e9, 200e9),
+    "TPU v5p": Chip(459e12, 95e9, 600e9),
+    "TPU v6e": Chip(918e12, 32e9, 400e9),
+    "H100": Chip(989e12, 80e9, 450e9),
+    "H200": Chip(989e12, 141e9, 450e9),
+}
+UTILISATION = 0.4  # share of the peak that the step is taken to reach; a matrix product alone reaches twice that
+
+
+def abstract_model(config) -> StableDiffusion:
+    """The StableDiffusion of config.model with shapes for weights; the hub is asked for its configs alone."""
+    dtype = read_dtype(config.dtype, "config.dtype")
+
+    def part(kind, place):
+        graph, params = skeleton(kind, place)
+        return nnx.merge(graph, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), params))
+
+    root = find(config.model, DESCRIPTION + [f"{name}/config.json" for name in PARTS])
+    sd = StableDiffusion(root, part, config.model)
+    sd.unet.remat = config.train.remat
+    return sd
+
+
+def value_encodings(config) -> int:
+    """How often a step has the value encoder read: once, and once more where a second value stands beside."""
+    return 2 if config.data.beside and len(config.principles) > 1 else 1
+
+
+def unet_passes(config) -> tuple[int, int, int]:
+    """Of how many images of a pair a step makes predictions, and how often it passes the UNet forward and backward."""
+    if config.method == "concept_ablation":  # the concept's prompt and the anchor's
+        return 1, 2, 2 if config.concept_ablation.prior else 1
+    if config.method not in methods.UNET and config.loss.form == "sft":
+        return 1, 1, 1
+    return 2, 2, 1  # the policy's conditioning and the reference's
+
+
+def abstract_batch(sd, config, rows: int) -> dict:
+    """Shapes and dtypes of a batch of data.batches."""
+    text, (h, w, C) = sd.text_encoder.config, sd.latent_shape
+    L, D, towers = text.max_position_embeddings, text.hidden_size, len(text.towers)
+    array = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct((rows, *shape), dtype)
+    ids = array(*[towers][: towers - 1], L, dtype=jnp.int32)
+    batch = {"value_prompt_ids": ids}
+    if value_encodings(config) > 1:
+        batch |= {"beside_prompt_ids": ids, "beside": array(dtype=jnp.bool_)}
+    if config.data.anchors:
+        batch["anchor"] = array(dtype=jnp.bool_)
+    if config.data.cache:
+        dtype = cache_dtype(config)
+        moments = {f"{side}_moments": array(h, w, 2 * C, dtype=dtype) for side in ("aligned", "violating")}
+        if towers > 1:
+            batch["text_embeds"] = array(text.towers[1].projection_dim, dtype=dtype)
+        return batch | moments | {"prompt_states": array(L, D, dtype=dtype)}
+    images = {side: array(sd.image_size, sd.image_size, 3) for side in ("aligned", "violating")}
+    return batch | images | {"prompt_ids": ids}
+
+
+def size(tree, shardings=None) -> int:
+    """Bytes of a tree of shapes: of all of it, or of what lies on one device."""
+    leaves = jax.tree.leaves(tree)
+    shapes = [leaf.shape for leaf in leaves]
+    if shardings is not None:
+        shapes = [s.shard_shape(shape) for s, shape in zip(jax.tree.leaves(shardings), shapes)]
+    return sum(math.prod(shape) * leaf.dtype.itemsize for shape, leaf in zip(shapes, leaves))
+
+
+def without(tree, *names) -> list:
+    """The leaves of a tree but for those in parts of these names."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [leaf for path, leaf in leaves if not any(key.key in names for key in path)]
+
+
+def kept_for_backward(loss, params, frozen, batch) -> int:
+    """Bytes of what the forward pass keeps for the backward pass, weights and batch not counted."""
+    forward = lambda params, frozen, batch: jax.vjp(lambda p: loss(p, frozen, batch), params, has_aux=True)[1]
+    jaxpr = jax.make_jaxpr(forward)(params, frozen, batch).jaxpr
+    given = set(map(id, jaxpr.invars + jaxpr.constvars))
+    return size([v.aval for v in {id(v): v for v in jaxpr.outvars}.values() if id(v) not in given])
+
+
+def partial_sums(part, positions, forward: int, backward: int, parts: int) -> float:
+    """Bytes that a device sends because layers are divided over "tensor" (Shoeybi et al. 2019).
+
+    Args:
+        part: weights; positions(name): at how many a device applies one. forward, backward: how often.
+        parts: the size of the axis.
+    """
+    ring, sent = 2 * (parts - 1) / parts, 0.0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(part):
+        name, (_, axes) = jax.tree_util.keystr(path, simple=True, separator="."), sharding.rule(path)
+        if axes == ("tensor", "fsdp"):  # each device has a part of every output's sum
+            sent += forward * ring * positions(name) * leaf.shape[-1] * leaf.dtype.itemsize
+        elif axes == ("fsdp", "tensor"):  # and of every input's gradient
+            sent += backward * ring * positions(name) * leaf.shape[-2] * leaf.dtype.itemsize
+            if "net.0" in name:  # half of the outputs are the other half's gates, and lie elsewhere
+                sent += (forward + backward) * positions(name) * leaf.shape[-1] / parts * leaf.dtype.itemsize
+    return sent
+
+
+def traffic(sd, params, frozen, mesh, config) -> dict[str, float]:
+    """Bytes that a device sends in a step, by cause, with collectives as rings; docs/scaling.md says what is left out.
+
+    Args:
+        params: the shapes of what is trained. frozen: those of the frozen models.
+    """
+    data, fsdp, tensor = (mesh.shape[axis] for axis in sharding.AXES)
+    of_unet = config.method in methods.UNET
+    rules = sharding.RULES if config.value_encoder.kind == "full" and not of_unet else sharding.WHOLE
+    images, forward, backward = unet_passes(config)
+    lies, found = sharding.by_rules(params, mesh, rules), Counter()
+    frozen_names = () if config.train.train_embeddings else ("embeddings",)
+    on_device = size(without(params, *frozen_names), without(lies, *frozen_names))
+
+    def gathered(part):  # but for tables, which are read where they lie, and what only draws
+        used = lambda tree: without(tree, "embeddings", "decoder", "post_quant_conv")
+        rest, whole = sharding.by_rules(part, mesh), sharding.by_rules(part, mesh, gathered=True)
+        return size(used(part), used(whole)) - size(used(part), used(rest))
+
+    # For each micro-batch. The gradient: summed over fsdp, of which a part stays here, and that over data.
+    if rules is sharding.WHOLE:  # or over both, where every device has all of it
+        found["gradient"] = config.train.accumulate * on_device * 2 * (1 - 1 / (data * fsdp))
+    else:
+        found["gradient"] = config.train.accumulate * on_device * (2 * (data - 1) / data + fsdp - 1)
+    if fsdp > 1 and rules is sharding.RULES:  # forward, and once backward
+        found["value encoder's weights"] = (value_encodings(config) + 1) * config.train.accumulate * gathered(params)
+    if config.shard_frozen:
+        texts = 2 if config.method == "concept_ablation" else 1
+        uses = {"unet": forward + backward, "text_encoder": texts, "vae": 1}
+        found["frozen weights"] = config.train.accumulate * sum(uses[k] * gathered(v) for k, v in frozen.items())
+    if tensor > 1:
+        rows, L = config.train.batch_size // sharding.batch_parts(mesh), sd.text_encoder.config.max_position_embeddings
+        sum_up = functools.partial(partial_sums, parts=tensor)
+        if rules is sharding.RULES:
+            found["activations"] += sum_up(params, lambda name: rows * L, value_encodings(config), 1)
+        if config.shard_frozen:
+            tokens = L if of_unet else L + 1
+            levels, side = len(sd.unet.config.block_out_channels), sd.latent_shape[0]
+
+            def positions(name):
+                block, i, *_ = name.split(".")
+                level = (
+                    levels - 1 if block == "mid_block" else int(i) if block == "down_blocks" else levels - 1 - int(i)
+                )
+                reads_text = "attn2.to_k" in name or "attn2.to_v" in name
+                return images * rows * (tokens if reads_text else (side // 2**level) ** 2)
+
+            found["activations"] += sum_up(frozen["unet"], positions, forward, backward)
+            if "text_encoder" in frozen:
+                found["activations"] += sum_up(frozen["text_encoder"], lambda name: rows * L, 1, 0)
+    return {cause: sent for cause, sent in found.items() if sent}
+
+
+def plan(config, devices: int) -> dict:
+    """All figures of a config on so many devices.
+
+    Returns:
+        parameters (trained, frozen: counts), mesh (axis -> size), memory (bytes on a device, by use),
+        flops_per_pair, traffic (bytes that a device sends in a step, by cause), chips (name -> step_seconds,
+        pairs_per_sec of the whole mesh, fits).
+
+    Raises:
+        FileNotFoundError, ValueError: as StableDiffusion.from_pretrained; a mesh or batch that does not fit.
+    """
+    shape = sharding.mesh_shape(devices, **config.mesh)
+    mesh = AbstractMesh(shape, sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+    sd = abstract_model(config)
+    check.check_config(config, sd, mesh, judge=False)
+    used = int(np.prod(shape))
+    parts = sharding.batch_parts(mesh)
+    rows = config.train.batch_size // parts // config.train.accumulate  # on a device at once
+
+    if of_unet := methods.of_unet(config):
+        make = lambda unet: of_unet.Update(config, methods.with_unet(sd, unet), one_key())
+        trained, part, loss_of = nnx.eval_shape(make, sd.unet), "update", of_unet.make_loss
+    else:
+        trained, part, loss_of = nnx.eval_shape(lambda: value_encoders.make(config, sd)), "value_encoder", make_loss
+    modules = {"unet": sd.unet, "text_encoder": sd.text_encoder, part: trained}
+    if not config.data.cache:
+        modules["vae"] = sd.vae
+    graphs, frozen = {}, {}
+    for name, module in modules.items():
+        graphs[name], frozen[name] = split(module)
+    params = frozen.pop(part)
+    tx = make_optimizer(config)
+    state = jax.eval_shape(functools.partial(init_state, tx=tx, ema_decay=config.train.ema_decay), params)
+
+    micro = copy.deepcopy(config)
+    with micro.unlocked():
+        micro.train.accumulate, micro.train.batch_size = 1, rows
+    batch, scale = abstract_batch(sd, config, rows), sd.vae.config.scaling_factor
+    # Without gathering: the zero tangents of gathered weights are multiplied as traced, and not as compiled.
+    step = make_train_step(graphs, sd.schedule, tx, micro, scale, sd.time_ids, loss_of)
+    flops = jax.jit(step).lower(state, frozen, batch).cost_analysis()["flops"] / rows
+
+    h, w, C = sd.latent_shape
+    drawn = {name: jax.ShapeDtypeStruct((rows, h, w, C), jnp.float32) for name in ("noise_w", "noise_l", "eps")}
+    drawn["t"] = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    restore.compute_on(mesh, config, sd, None if of_unet else trained)
+    graphs = {name: split(module)[0] for name, module in modules.items()}
+    loss = loss_of(graphs, sd.schedule, micro, scale, sd.time_ids)
+    lies = sharding.by_rules(state, mesh, trained.RULES)
+    memory = {
+        "state": size(state, lies),
+        "gradient": size(params, lies["params"]),
+        "frozen models": size(frozen, {k: sharding.by_rules(v, mesh) for k, v in frozen.items()})
+        if config.shard_frozen
+        else size(frozen),
+        "batch": size(abstract_batch(sd, config, rows * config.train.accumulate)),
+        "kept for the backward pass": kept_for_backward(loss, params, frozen, batch | drawn),
+    }
+    sent = traffic(sd, params, frozen, mesh, config)
+    # Devices along tensor share rows; what they compute with whole weights, each computes.
+    flops_on_device = config.train.batch_size * flops / (used if config.shard_frozen else parts)
+    chips = {}
+    for name, chip in CHIPS.items():
+        seconds = flops_on_device / (UTILISATION * chip.flops) + sum(sent.values()) / chip.link
+        chips[name] = {
+            "step_seconds": seconds,
+            "pairs_per_sec": config.train.batch_size / seconds,
+            "fits": sum(memory.values()) < chip.memory,
+        }
+    count = lambda tree: sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
+    return {
+        "parameters": {"trained": count(params), "frozen": count(frozen)},
+        "mesh": dict(zip(sharding.AXES, shape)),
+        "memory": memory,
+        "flops_per_pair": flops,
+        "traffic": sent,
+        "chips": chips,
+    }
+
+
+def si(number: float, unit: str) -> str:
+    """1234567.0, "B" as "   1.23 MB"."""
+    prefix = next((p for p in ("", "k", "M", "G") if number < 1000 ** (" kMGT".index(p or " ") + 1)), "T")
+    return f"{number / 1000 ** ' kMGT'.index(prefix or ' '):7.2f} {prefix}{unit}"
+
+
+def text(found: dict, config) -> str:
+    """The figures of `plan` for reading."""
+    lines = [
+        f"{config.model}, batch {config.train.batch_size} on a mesh of "
+        + " x ".join(f"{n} {axis}" for axis, n in found["mesh"].items()),
+        f"parameters   {found['parameters']['trained']:,} trained, {found['parameters']['frozen']:,} frozen",
+        f"arithmetic   {si(found['flops_per_pair'], 'FLOP')} a pair",
+    ]
+    for title, figures in (("memory", found["memory"]), ("traffic", found["traffic"])):
+        what = "of a device" if title == "memory" else "that a device sends in a step, at least"
+        lines.append(f"{title:12} {si(sum(figures.values()), 'B')} {what}")
+        lines += [f"             {si(number, 'B')} {name}" for name, number in figures.items()]
+    lines.append(f"time         at {UTILISATION:.0%} of a chip's bfloat16 peak, traffic not hidden")
+    lines.append(f"             {'chip':10}{'step':>12}{'pairs/s':>12}{'run':>10}")
+    for name, chip in found["chips"].items():
+        hours = chip["step_seconds"] * config.train.steps / 3600
+        step = f"{1e3 * chip['step_seconds']:.3g} ms"
+        fits = "" if chip["fits"] else "   does not fit its memory"
+        lines.append(f"             {name:10}{step:>12}{chip['pairs_per_sec']:12.1f}{hours:8.2f} h{fits}")
+    return "\n".join(lines)

@@ -1,0 +1,110 @@
+"""Where a run lives: on a disk that every process sees, or in a bucket (gs://), with one config."""
+
+import json
+import secrets
+
+import jax
+from absl import logging
+from etils import epath
+from jax.experimental import multihost_utils
+
+from livo_jax.files.settings import differences, flatten
+
+# Fields that may change between the starts of a run: no parameter depends on them, but for rounding.
+FREE = (
+    "checkpoint", "eval", "log", "profile", "mesh", "shard_frozen", "cpu_devices", "data.cache",
+    "judging.endpoint", "judging.cache", "judging.budget", "preferences.images_per_file",
+)  # fmt: skip
+
+# What was done before there was a field for it, which is what a config.json without the field means. A new field that
+# is not free needs its line here, or older runs are refused.
+BEFORE = {
+    "method": "livo", "variant": "", "random_weights": False,
+    "value_encoder.kind": "full", "value_encoder.start": "", "value_encoder.rank": 8, "value_encoder.alpha": 8.0,
+    "value_encoder.targets": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"], "value_encoder.tokens": 4,
+    "value_encoder.states": 1, "value_encoder.reads_prompt": True,
+    "judging.model": "", "judging.subject": True,
+    "preferences.model": "", "preferences.candidates_per_pair": 1.0, "preferences.least_distance": 0,
+    "data.beside": 0.0, "data.attributes": 0.0, "data.anchors": 0.0,
+    "loss.form": "livo", "loss.min_snr_gamma": 0.0, "loss.anchor": 0.0,
+    "train.accumulate": 1, "train.remat": "none", "train.learning_rate_scaling": "none",
+    "train.reference_batch_size": 8, "train.warmup_steps": 0, "train.train_embeddings": True, "train.ema_decay": 0.0,
+    "sampling.prompt_layout": "padded",
+}  # fmt: skip
+
+
+def as_now(theirs: dict, ours: dict) -> dict:
+    """The config of an older run, nested dicts, as flat as flatten makes it, with no other fields than `ours`.
+
+    What it lacks is what was done before there was a field. What is gone since is told, and left out: nothing reads it.
+    """
+    theirs, names = flatten(theirs), flatten(ours).keys()
+    if gone := sorted(theirs.keys() - names):
+        told = ", ".join(f"config.{name}={theirs[name]!r}" for name in gone)
+        logging.warning("the run was begun with %s: nothing reads that now", told)
+    known = BEFORE | theirs
+    return {name: known[name] for name in names if name in known}
+
+
+def with_its_rate(fields: dict) -> dict:
+    """A flat config with the learning rate that it trains at in the place of the rates of all that can be trained."""
+    table, field = "train.learning_rates.", "train.learning_rate"
+    rates = {name.removeprefix(table): rate for name, rate in fields.items() if name.startswith(table)}
+    own = rates.get(fields.get("method"), rates.get(fields.get("value_encoder.kind")))
+    rest = {name: x for name, x in fields.items() if not name.startswith(table)}
+    return rest | {field: rest.get(field) or own}
+
+
+def claim(workdir: epath.Path, config):
+    """Writes config.json, or checks that what is in the workdir was made with the same config.
+
+    Raises:
+        ValueError: another config made the pairs or checkpoints here, and the differences; or there are
+            processes that do not see the workdir.
+    """
+    file = workdir / "config.json"
+    ours = json.loads(config.to_json())
+    if file.exists() and any((workdir / made).exists() for made in ("preferences", "checkpoints")):
+        schedule = ours["train"]["schedule"]
+        # At a constant rate no step depends on how many follow.
+        free = (*FREE, "train.steps") if schedule == "constant" else FREE
+        both = as_now(json.loads(file.read_text()), ours), flatten(ours)
+        both = map(with_its_rate, both)
+        found = differences(*({k: v for k, v in tree.items() if not k.startswith(free)} for tree in both))
+        if any(line.startswith("config.train.steps:") for line in found):
+            found.append(
+                f"with config.train.schedule={schedule!r} the learning rates depend on the number of steps: to train"
+                " on, export this run, and start another --workdir with config.value_encoder.start=EXPORT"
+            )
+        if found:
+            raise ValueError(f"{workdir} holds a run of another config: name a new --workdir\n  " + "\n  ".join(found))
+    check_shared(workdir)
+    if jax.process_index() == 0:
+        file.write_text(json.dumps(ours, indent=2) + "\n")
+
+
+def recipe(workdir: epath.Path) -> dict | None:
+    """The config.json of a run, None where none was trained."""
+    file = workdir / "config.json"
+    return json.loads(file.read_text()) if (workdir / "checkpoints").exists() and file.exists() else None
+
+
+def check_shared(workdir: epath.Path):
+    """Makes the workdir. Raises ValueError, in every process, where some do not see what process 0 writes there."""
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+    if jax.process_count() == 1:
+        return
+    token = int(multihost_utils.broadcast_one_to_all(secrets.randbits(31)))
+    sign = workdir / f".shared-{token}"
+    if jax.process_index() == 0:
+        sign.write_text("")
+    multihost_utils.sync_global_devices("written")
+    seen = multihost_utils.process_allgather(sign.exists())
+    if jax.process_index() == 0:
+        sign.unlink()
+    if not seen.all():
+        raise ValueError(
+            f"{workdir} is not shared: processes {[int(i) for i in (~seen).nonzero()[0]]} do not see what process 0"
+            " writes there: name a --workdir on a disk of all, or in a bucket (gs://...)"
+        )

@@ -1,0 +1,241 @@
+"""The sampler as users call it: images of prompts, with and without value tokens."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from livo_jax import diffusion, seeds, sharding
+from livo_jax.models.weights import put, split
+from livo_jax.sampling.conditioning import PROMPT_LAYOUTS, official_layout, value_columns
+from livo_jax.sampling.requests import Dose, Request
+from livo_jax.value_encoders.base import check_value_encoder
+from livo_jax.values.principles import text_hash
+
+DECODED_PIXELS = 2**21  # at once on a device: 8 images of 512 px, for which the decoder takes some GB
+
+
+def initial_noise(seed, prompt_hash, index, shape):
+    """The noise [h, w, C] float32 that an image starts from; prompt_hash is values.text_hash(prompt)."""
+    return _noise(seeds.key(seed), prompt_hash, index, shape)
+
+
+def _noise(key, prompt_hash, index, shape):
+    return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, prompt_hash), index), shape)
+
+
+@functools.partial(jax.jit, static_argnames=("graphs", "shape", "decoder_parts", "guidance"))
+def _sample(
+    graphs, params, batch, table, guidance_scale, scaling_factor, time_ids, *, shape, decoder_parts: int, guidance
+):
+    """One batch of images [B, H, W, 3] uint8, and whether each is finite, [B] bool.
+
+    `batch` as `generate` makes it, time_ids as StableDiffusion has them.
+
+    The UNet sees R rows of each image, which lie side by side in the batch so that none leaves its device: the prompt
+    with the values of full strength, the negative prompt, and the first once more with each of the other values; or
+    the prompt, the negative prompt, and the texts of a guidance.
+    """
+    text_encoder, _, vae, value_encoder = (graph and nnx.merge(graph, part) for graph, part in zip(graphs, params))
+    keys = jax.vmap(seeds.key_of)(batch["seed_low"], batch["seed_high"])
+    noise = jax.vmap(functools.partial(_noise, shape=shape))(keys, batch["prompt_hash"], batch["index"])
+
+    merge = lambda x: x.reshape(-1, *x.shape[2:])  # the first two axes as one
+    texts = jnp.stack([batch["prompt_ids"], batch["negative_ids"]], axis=1)  # [B, 2, L], of XL [B, 2, 2, L]
+    if guidance:
+        texts = jnp.concatenate([texts, batch["edit_ids"]], axis=1)  # [B, R, L]
+    text = text_encoder(merge(texts))
+    cond, text_embeds = text.last_hidden_state, text.text_embeds
+    if "zeros" in batch:
+        keep = ~merge(batch["zeros"])
+        cond, text_embeds = cond * keep[:, None, None], text_embeds * keep[:, None]
+    rows, mask = texts.shape[1], None
+    if value_encoder:
+        B, rows, V = batch["visible"].shape
+        D = cond.shape[-1]
+        value_ids = merge(batch["value_prompt_ids"])
+        u = value_encoder.tokens(value_ids, text_encoder).astype(cond.dtype)  # [B V, n, D]
+        visible = jnp.repeat(batch["visible"], u.shape[1], axis=2)
+        if hasattr(value_encoder, "seen"):  # of a shelf's, which may have unequally many tokens
+            visible &= value_encoder.seen(value_ids).reshape(B, 1, -1)
+        u = jnp.broadcast_to(u.reshape(B, 1, -1, D), (B, rows, visible.shape[2], D))
+
+        def of_rows(x):  # [2 B, ...] -> [B, R, ...]
+            x = x.reshape(B, 2, *x.shape[1:])
+            return jnp.concatenate([x, jnp.repeat(x[:, :1], rows - 2, axis=1)], axis=1)
+
+        cond, text_embeds = of_rows(cond), text_embeds if text_embeds is None else merge(of_rows(text_embeds))
+        mask = jnp.arange(cond.shape[2]) < batch["length"][:, :, None]
+        # [u; c], and a row does not see the values that are not its own: the negative prompt none.
+        cond = merge(jnp.concatenate([u, cond], axis=2))
+        mask = merge(jnp.concatenate([visible, mask], axis=2))
+
+    def predict(z, t, carried):
+        unet = nnx.merge(graphs[1], params[1])  # here: rematerialised blocks want modules of the loop's own trace
+        z_t, t = jnp.repeat(z, rows, axis=0), jnp.full(rows * len(z), t)
+        eps = unet(z_t, t, cond, mask, text_embeds, time_ids).astype(jnp.float32)
+        with_prompt, with_negative, *dosed = jnp.unstack(eps.reshape(-1, rows, *z.shape[1:]), axis=1)
+        if guidance:
+            return guidance(with_prompt, with_negative, dosed, batch["edit_weights"], guidance_scale, carried)
+        guided = with_negative + guidance_scale * (with_prompt - with_negative)
+        for strength, with_value in zip(batch["strength"].T if dosed else (), dosed):
+            guided += strength[:, None, None, None] * guidance_scale * (with_value - with_prompt)
+        return guided, carried
+
+    def decode(z):
+        pixels = vae.decode(z).astype(jnp.float32)
+        finite = jnp.isfinite(z).all((1, 2, 3)) & jnp.isfinite(pixels).all((1, 2, 3))
+        return jnp.round(jnp.clip((pixels + 1) * 127.5, 0, 255)).astype(jnp.uint8), finite
+
+    z = diffusion.sample(predict, noise, table, guidance and guidance.start(noise)) / scaling_factor
+    # In parts of every decoder_parts-th row: each device's rows stay its own.
+    parts = z.reshape(-1, decoder_parts, *shape).swapaxes(0, 1)
+    return jax.tree.map(lambda x: merge(x.swapaxes(0, 1)), jax.lax.map(decode, parts))
+
+
+def generate(
+    sd,
+    requests: list[Request],
+    value_encoder=None,
+    *,
+    seed: int = 0,
+    steps: int = 25,
+    guidance_scale: float = 7.5,
+    sampler: str = "dpmsolver++",
+    prompt_layout: str = "padded",
+    batch_size: int = 8,
+    mesh=None,
+    slots: tuple[int, int] = (0, 0),
+    guidance=None,
+    description: str | None = None,
+) -> np.ndarray:
+    """Draws one image for each request.
+
+    Args:
+        sd: a StableDiffusion.
+        value_encoder: one of livo_jax.value_encoders; needed where a request has values. A strength that is neither 0
+            nor 1 costs one UNet evaluation more.
+        steps, sampler: of the sampler, one of diffusion.SAMPLERS.
+        guidance_scale: classifier-free guidance (Ho & Salimans 2022), against the negative prompt.
+        prompt_layout: what an image with a value is conditioned on. "padded": the value token and the
+            padded prompt, as in training. "official": as the authors of LiVO sample, the value token
+            and the n tokens of the prompt alone, against n + 1 tokens of the negative prompt.
+        batch_size: images at once on each device of the mesh. Images depend on neither, but for rounding.
+        mesh: the devices, to which weights are copied that do not lie on it. By default those that divide the weights,
+            or else all, where the models keep a copy; of them few images take as few, and smaller batches.
+        slots: room for so many values of full strength and of another, though no image has them: calls of equal
+            slots share one compiled program.
+        guidance: of livo_jax.sampling.guidance, in the place of classifier-free guidance alone; hashable. For requests
+            without values, which all have as many edits.
+        description: of a progress bar; None for none.
+
+    Returns:
+        [N, H, W, 3] uint8, in the order of the requests.
+
+    Raises:
+        ValueError: no requests, a value without a value encoder or with one of another model, a text
+            that is no Unicode, a bad batch size, layout, sampler, step count or seed.
+        FloatingPointError: an image is not finite; which, and the weights or settings that are why.
+    """
+    from tqdm import tqdm
+
+    if not requests:
+        raise ValueError("no images are asked for")
+    if value_encoder is None and (wanting := [r.values for r in requests if r.values]):
+        raise ValueError(f"value {wanting[0][0].value!r} is asked for without a value encoder")
+    if value_encoder is not None:
+        check_value_encoder(sd, value_encoder, {dose.value for r in requests for dose in r.values})
+        value_encoder = value_encoder if any(r.values for r in requests) else None
+    if len({len(r.edits) for r in requests}) > 1 or bool(guidance) != bool(requests[0].edits):
+        raise ValueError("edits are for a guidance, as many in each request")
+    if guidance and value_encoder is not None:
+        raise ValueError("a guidance draws requests without values")
+    if prompt_layout not in PROMPT_LAYOUTS:
+        raise ValueError(f"prompt_layout={prompt_layout!r}: choose from {', '.join(PROMPT_LAYOUTS)}")
+    for text in {t for r in requests for t in _texts(r)}:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{ascii(text)} is no Unicode text: {error.reason} at {error.start}") from error
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: choose at least 1")
+    modules = (sd.text_encoder, sd.unet, sd.vae, value_encoder)
+    if mesh is None:
+        home = sharding.home_of(sd.unet)
+        for module in filter(None, modules):
+            sharding.settle(module, home)
+        mesh = sharding.part_of(home, len(requests))
+        of_device = -(-len(requests) // sharding.batch_parts(mesh))
+        batch_size = min(batch_size, 1 << (of_device - 1).bit_length())  # by powers of two: few programs
+    table = diffusion.sampler_table(sd.scheduler_config, sampler, steps)
+    graphs, params = zip(*(split(module) if module else (None, None) for module in modules))
+    params = sharding.on_mesh(params, mesh)
+    at_once = batch_size * sharding.batch_parts(mesh)
+    low, high = seeds.words(seeds.check(seed))
+    padded = list(requests) + [requests[-1]] * (-len(requests) % at_once)
+    columns = {
+        "seed_low": np.full(len(padded), low, np.uint32),
+        "seed_high": np.full(len(padded), high, np.uint32),
+        "prompt_hash": np.array([text_hash(r.noise or r.prompt) for r in padded], np.uint32),
+        "index": np.array([r.index for r in padded], np.uint32),
+        "prompt_ids": sd.tokenize([r.prompt for r in padded]),
+        "negative_ids": sd.tokenize([r.negative for r in padded]),
+    }
+    if sd.zeros_for_empty_prompt:
+        columns["zeros"] = np.array([[False, not r.negative] + [False] * len(r.edits) for r in padded])
+    if value_encoder is not None:
+        columns |= value_columns(sd, padded, slots, value_encoder.reads_prompt)
+        if prompt_layout == "official":
+            official_layout(columns, sd.tokenizer)
+    if guidance:
+        ids = sd.tokenize([text for r in padded for text, _ in r.edits])
+        columns["edit_ids"] = ids.reshape(len(padded), -1, *ids.shape[1:])
+        columns["edit_weights"] = np.array([[weight for _, weight in r.edits] for r in padded], np.float32)
+    parts = -(-batch_size * sd.image_size**2 // DECODED_PIXELS)
+    parts = next(n for n in range(min(parts, batch_size), batch_size + 1) if batch_size % n == 0)
+    scaling_factor = sd.vae.config.scaling_factor
+    static, images = {"shape": sd.latent_shape, "decoder_parts": parts, "guidance": guidance}, []
+    progress = tqdm(range(0, len(padded), at_once), desc=description, unit="batch", disable=description is None)
+    for start in progress:
+        batch = {name: column[start : start + at_once] for name, column in columns.items()}
+        batch = {name: put(rows, sharding.over_batch(mesh)) for name, rows in batch.items()}
+        with jax.set_mesh(mesh):  # which the attention kernels ask for
+            drawn = _sample(graphs, params, batch, table, guidance_scale, scaling_factor, sd.time_ids, **static)
+        drawn, finite = map(sharding.fetch, drawn)
+        if not finite.all():
+            spoilt = [request for request, good in zip(padded[start : start + at_once], finite) if not good]
+            settings = dict(steps=steps, guidance_scale=guidance_scale, sampler=sampler)
+            raise FloatingPointError(why_not_finite([*dict.fromkeys(spoilt)], modules, settings))
+        images.append(drawn)
+    return np.concatenate(images)[: len(requests)]
+
+
+def why_not_finite(requests: list[Request], modules, settings: dict) -> str:
+    """Says which images are not finite, and whether the weights are why, or what they were drawn with."""
+    arrays = {
+        f"{type(module).__name__}: {jax.tree_util.keystr(path, simple=True, separator='.')}": x
+        for module in filter(None, modules)
+        for path, x in jax.tree.leaves_with_path(split(module)[1])
+    }
+    weights = [name for name, x in arrays.items() if not jnp.isfinite(x).all()]
+    settings["dtypes"] = sorted({str(x.dtype) for x in arrays.values()})
+    settings["strengths"] = sorted({dose.strength for request in requests for dose in request.values})
+    if weights:
+        why = f"{len(weights)} weights are not finite, fetch or train them anew: {', '.join(weights[:5])}"
+    else:
+        why = f"the weights are finite; they overflow with {settings}: choose a wider dtype or gentler settings"
+    one = requests[0]
+    return f"{len(requests)} images are not finite, as that of prompt {one.prompt!r}, image {one.index}: {why}"
+
+
+def _texts(request: Request) -> list[str]:
+    doses, edits = (dose.value for dose in request.values), (text for text, _ in request.edits)
+    return [request.prompt, request.negative, request.noise, *doses, *edits]
+
+
+class Images(np.ndarray):
+    """[N, H, W, 3] uint8; `applied` has for each image the Doses of the values applied to it."""
+
+    applied: list[tuple[Dose, ...]]

@@ -1,0 +1,97 @@
+"""Which images are asked for, and with which values: requests, made of prompts and values."""
+
+from collections import Counter
+from typing import NamedTuple
+
+from livo_jax import seeds
+from livo_jax.retrieval.retriever import Retriever
+from livo_jax.values import ratio as ratios
+from livo_jax.values.dealing import applies
+from livo_jax.values.principles import Value
+
+
+class Dose(NamedTuple):
+    """A value that is applied to an image."""
+
+    value: str  # the statement that the value encoder reads
+    strength: float = 1.0  # 0 is the base model, 1 LiVO; between and past it the effect is scaled
+    reason: str = ""  # why it was chosen, where a retriever chose it
+
+
+class Request(NamedTuple):
+    """One image. Its noise depends on (seed, prompt, index) alone: with and without values it is the same."""
+
+    prompt: str
+    index: int = 0
+    values: tuple[Dose, ...] = ()  # none leaves the image to the base
+    negative: str = ""
+    noise: str = ""  # another prompt whose noise to take
+    edits: tuple[tuple[str, float], ...] = ()  # texts, with a weight each, for a guidance of livo_jax.sampling.guidance
+
+
+def choose(prompt: str, values, strength=1.0, keep_probability: float | None = None, retriever=None) -> list[tuple]:
+    """The values of a prompt's images, each with the share of the images that it is for: [(Dose, share), ...].
+
+    Args:
+        values: None, a statement, a list of statements, or "auto": those that the retriever finds, biases for their
+            keep_probability's share.
+        strength: of all, or a dict of statement -> strength, 1 where it has none; 0 is no value.
+        keep_probability: the share, for all; None for 1 of named values.
+        retriever: a values.Retriever, for "auto".
+    """
+    if values == "auto":
+        rows = [(value.statement, value.keep_probability, value.reason) for value in retriever(prompt)]
+    else:
+        rows = [(text, 1.0, "") for text in ([values] if isinstance(values, str) else values or ())]
+    of = lambda text: float(strength.get(text, 1.0) if isinstance(strength, dict) else strength)
+    share = lambda own: own if keep_probability is None else keep_probability
+    return [(Dose(text, of(text), reason), share(own)) for text, own, reason in rows if of(text)]
+
+
+def with_doses(request: Request, doses: list[tuple[Dose, float]], seed: int) -> Request:
+    """The request with those of `choose`'s values that it gets by their shares (dealing.applies)."""
+    kept = (dose for dose, share in doses if applies(dose.value, share, seed, request.prompt, request.index))
+    return request._replace(values=tuple(kept))
+
+
+def requests_of(prompts, values=None, seed: int = 0, ratio=None, rates=None, **options) -> list[Request]:
+    """Requests for prompts; the n-th time a prompt occurs, it is its n-th image.
+
+    Args:
+        prompts: list of str.
+        values: what `choose` takes, for all prompts; or a list with a None, statement or list of them for each.
+        seed: decides which images a value with a share below 1 is applied to, and which tokens a ratio gives them.
+        ratio: which attributes the images should show: "equal", or {attribute: share}, as ratio.targets takes it; in
+            the place of the share of the bias values that it is for.
+        rates: of the value encoder, as ratio.targets takes them; a run leaves them in eval/rates.json.
+        options: of `choose`; without a retriever the default one is made where it is needed.
+
+    Raises:
+        ValueError: as many values as prompts are not given, or a ratio that is unknown, for no value, or out of reach.
+    """
+    seed = seeds.check(seed)
+    if values is None or isinstance(values, str):
+        values = [values] * len(prompts)
+    if len(values) != len(prompts):
+        raise ValueError(
+            f"{len(values)} values for {len(prompts)} prompts: give one for all, or a list with an entry for each"
+            " prompt, which is None, a value or a list of values"
+        )
+    if "auto" in values and not options.get("retriever"):
+        options["retriever"] = Retriever.default()
+    keys = [(p, v if v is None or isinstance(v, str) else tuple(v)) for p, v in zip(prompts, values)]
+    doses = {key: choose(*key, **options) for key in dict.fromkeys(keys)}  # a prompt's images are of one choice
+    rows = [doses[key] for key in keys]
+    if ratio is not None:
+        rows = ratios.deal(rows, prompts, ratio, rates, seed)
+    seen, requests = Counter(), []
+    for prompt, row in zip(prompts, rows):
+        requests.append(with_doses(Request(prompt, seen[prompt]), row, seed))
+        seen[prompt] += 1
+    return requests
+
+
+def with_values(requests: list[Request], values: list[Value], seed: int) -> list[Request]:
+    """The requests, with each value in those that it is applied to: its keep_probability's share."""
+    doses = [(Dose(value.statement), value.keep_probability) for value in values]
+    return [with_doses(request, doses, seed) for request in requests]

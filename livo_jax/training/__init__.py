@@ -1,0 +1,1 @@
+"""The loss and the training step, with jax, flax and optax alone."""

@@ -1,0 +1,75 @@
+"""Value encoders, of three kinds: each makes the tokens that go before the prompt's of "value, prompt".
+
+All have tokens(ids, text_encoder), which takes ids [B, L] int32 (of XL [B, 2, L]) and the model's frozen text encoder
+and returns [B, n, D] float32, and
+
+    config      of the text encoder that it belongs to; FITS: the fields of it that must be the model's
+    files()     where its files may lie in a directory or hub repository
+    statements  of the values that it knows; None: of any
+    RULES       by which its parameters are divided over a mesh
+    SETTINGS    what config.value_encoder says of it, beside the kind
+    reads_prompt   whether the ids are of "value, prompt", or of the value alone
+"""
+
+import pathlib
+import warnings
+
+import jax.numpy as jnp
+
+from livo_jax.files.repositories import read_json
+from livo_jax.models.clip import CLIPTextModel, CLIPTextModels, end_of_text
+
+WIDTHS = ("hidden_size", "vocab_size", "max_position_embeddings")
+
+EXPORTED = "value_encoder/config.json"  # of any kind, in an export
+
+
+def text_tokens(encoder: CLIPTextModel | CLIPTextModels, ids, states: int):
+    """The value tokens [B, n, D] of what a text encoder reads: its pooled output, the paper's one token.
+
+    Args:
+        states: more than 1 are the last hidden states from the end of the text on, 0 all of them; of one tower alone.
+    """
+    text, L = encoder(ids), ids.shape[-1]
+    if states == 1:
+        return text.pooled[:, None]
+    if states == 0:
+        return text.last_hidden_state
+    places = jnp.minimum(end_of_text(ids, encoder.config)[:, None] + jnp.arange(states), L - 1)
+    return jnp.take_along_axis(text.last_hidden_state, places[:, :, None], axis=1)
+
+
+def check_base(path, base: str | None, sd):
+    """Warns where the model that a value encoder names as its own is another than the one that it is used on."""
+    if base and base not in (sd.name, str(sd.root)) and pathlib.Path(base).expanduser().resolve() != sd.root.resolve():
+        warnings.warn(
+            f"{path} was trained on {base!r} and is used on {sd.name!r}: it fits by its shapes, but is of use only if"
+            " the one is a copy of the other",
+            stacklevel=3,
+        )
+
+
+def check_dealing(root: pathlib.Path):
+    """Warns of an export whose pipeline.py deals values out as livo_jax did before dealing.py."""
+    exported = read_json(root / EXPORTED).get("livo") if (root / EXPORTED).is_file() else None
+    if exported and "dealing" not in exported:
+        warnings.warn(
+            f"{root} was exported by a livo_jax that dealt two values of a prompt to the same images, or to opposite"
+            " ones, never independently. Here they are dealt independently; its pipeline.py still does as then: export"
+            " the run again",
+            stacklevel=3,
+        )
+
+
+def check_value_encoder(sd, value_encoder, statements=()):
+    """Raises ValueError unless the value encoder fits this model and knows the values of these statements."""
+    if value_encoder.statements and (unknown := sorted(set(statements) - set(value_encoder.statements))):
+        raise ValueError(f"the value encoder knows {', '.join(value_encoder.statements)}, not {', '.join(unknown)}")
+    of = lambda config, name: " and ".join(str(getattr(tower, name)) for tower in config.towers)
+    differences = [
+        f"{name}: {theirs} in the value encoder, {ours} in the text encoder of {sd.name}"
+        for name in value_encoder.FITS
+        if (theirs := of(value_encoder.config, name)) != (ours := of(sd.text_encoder.config, name))
+    ]
+    if differences:
+        raise ValueError("the value encoder was made for another model:\n  " + "\n  ".join(differences))

@@ -1,0 +1,152 @@
+"""A value encoder that is a low-rank update of the frozen text encoder."""
+
+import json
+import os
+import pathlib
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from livo_jax import sharding
+from livo_jax.files.repositories import describe, find, open_tensors, read_json
+from livo_jax.models import low_rank
+from livo_jax.models.clip import CLIPTextModel, CLIPTextModels
+from livo_jax.models.weights import from_published, one_key, split, to_published
+from livo_jax.value_encoders.base import EXPORTED, WIDTHS, check_base, check_dealing, text_tokens
+
+
+class LoRA(nnx.Module):
+    """Kind "lora": the frozen text encoder, its kernels W as W + alpha / rank * A B (Hu et al. 2022).
+
+    Args:
+        text_encoder: of the model; its shapes are used.
+        rank: columns of A and rows of B.
+        targets: names of the layers that are updated, of TARGETS.
+
+    Raises:
+        ValueError: a rank or alpha below any use, targets that there are not; all are listed.
+    """
+
+    TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+    FITS, RULES = (*WIDTHS, "intermediate_size", "num_hidden_layers"), sharding.WHOLE
+    SETTINGS, statements = ("rank", "alpha", "targets"), None
+    states, reads_prompt = 1, True
+    UNSUPPORTED = (  # fields of an adapter_config.json that ask for another computation
+        "use_rslora use_dora use_qalora lora_bias fan_in_fan_out modules_to_save rank_pattern alpha_pattern"
+        " layers_to_transform layer_replication exclude_modules target_parameters trainable_token_indices".split()
+    )
+    PREFIX = "base_model.model."  # of peft's names, which end as the layers of today's transformers are called
+    FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+    def __init__(self, text_encoder: CLIPTextModel | CLIPTextModels, *, rank: int, alpha: float, targets, rngs):
+        problems = [f"target {name!r}: choose from {', '.join(self.TARGETS)}" for name in {*targets} - {*self.TARGETS}]
+        if rank < 1 or alpha <= 0 or not targets:
+            problems.append(f"rank={rank}, alpha={alpha}, {len(targets)} targets: each must be above 0")
+        if problems:
+            raise ValueError("lora cannot work: " + "; ".join(problems))
+        self.config, self.rank, self.alpha, self.targets = text_encoder.config, rank, alpha, tuple(sorted(targets))
+        self.updates = low_rank.updates(text_encoder, targets, rank, rngs)
+
+    def tokens(self, ids, text_encoder):
+        # It computes in float32 from its embeddings on; a layer widens its kernel as it computes.
+        graph, params = split(text_encoder)
+        widened = lambda path, x: x if path[-1].key == "kernel" else x.astype(jnp.float32)
+        text_encoder = nnx.merge(graph, jax.tree_util.tree_map_with_path(widened, params))
+        return text_tokens(low_rank.updated(text_encoder, self.updates, self.alpha / self.rank), ids, self.states)
+
+    def merged(self, text_encoder):
+        """The text encoder with the updates in its weights, float32: to be saved."""
+        return low_rank.merged(text_encoder, self.updates, self.alpha / self.rank)
+
+    @classmethod
+    def files(cls) -> list[str]:
+        return [EXPORTED, *(f"{place}{name}" for place in ("", "adapter/", "adapter_2/") for name in cls.FILES)]
+
+    @classmethod
+    def from_pretrained(cls, path_or_hub_id: str | os.PathLike, sd, *, sharding=None) -> "LoRA":
+        """Loads an adapter of peft for the text encoder of a StableDiffusion.
+
+        Args:
+            path_or_hub_id: with adapter_config.json and adapter_model.safetensors, at the root or in adapter/, as
+                an export has it; for XL those of the second tower in adapter_2/.
+            sharding: where its weights go; the default device if None.
+
+        Raises:
+            FileNotFoundError: it is not there.
+            ValueError: it does what we do not compute, or is of another text encoder. A warning says if the model
+                that it names as its own is another than this.
+        """
+        root = find(path_or_hub_id, cls.files())
+        check_dealing(root)
+        root = root / "adapter" if (root / "adapter").is_dir() else root
+        parts = _parts(sd.text_encoder)
+        # Of other folders a name that ends in _2 may be another adapter's.
+        second = [_second(root)] if root.name == "adapter" or len(parts) > 1 else []
+        roots = [root, *(place for place in second if place.is_dir())]
+        settings, bases = zip(*map(cls._settings, roots))
+        fits = f"{root}, an adapter of {bases[0]!r}, does not fit {sd.root}"
+        if len(roots) != len(parts):
+            raise ValueError(f"{fits}: it is for {len(roots)} text encoders, there are {len(parts)}")
+        if settings[0] != settings[-1]:
+            raise ValueError(f"{root} and {roots[-1].name} are of two kinds: {settings[0]} and {settings[-1]}")
+        graph, abstract = split(nnx.eval_shape(lambda: cls(sd.text_encoder, **settings[0], rngs=one_key())))
+        ours = lambda name: name.removeprefix(cls.PREFIX).removeprefix("text_model.")
+        tensors = {
+            f"updates.{part}{ours(name)}": tensor
+            for place, part in zip(roots, parts)
+            for name, tensor in open_tensors([place / cls.FILES[1]]).items()
+        }
+        try:
+            value_encoder = nnx.merge(graph, from_published(tensors, abstract, jnp.float32, sharding))
+        except ValueError as error:
+            raise ValueError(f"{fits}/text_encoder: {error}") from error
+        check_base(root, bases[0], sd)
+        return value_encoder
+
+    @classmethod
+    def _settings(cls, root: pathlib.Path) -> tuple[dict, str]:
+        """Rank, alpha and targets of an adapter, and the model that it is of."""
+        if missing := [name for name in cls.FILES if not (root / name).is_file()]:
+            raise FileNotFoundError(f"{root} has no {' and no '.join(missing)}.{describe(root)}")
+        published = read_json(root / cls.FILES[0])
+        problems = [f"{name}={published[name]!r}" for name in cls.UNSUPPORTED if published.get(name)]
+        targets, kind, bias = (published.get(name) for name in ("target_modules", "peft_type", "bias"))
+        if (kind, bias) != ("LORA", "none") or not isinstance(targets, list):
+            problems.append(f"peft_type={kind!r}, bias={bias!r}, target_modules={targets!r}")
+        if problems:
+            raise ValueError(f"{root / cls.FILES[0]}: not supported: {', '.join(problems)}")
+        # Each layer may be named alone, as diffusers names them: all of a kind must be there, or weights are missing.
+        targets = sorted({name.rpartition(".")[2] for name in targets})
+        settings = dict(rank=published.get("r", 8), alpha=published.get("lora_alpha", 8), targets=targets)
+        return settings, published.get("base_model_name_or_path")
+
+    def save(self, directory: pathlib.Path, base: str):
+        """Writes adapter_config.json and adapter_model.safetensors, which peft loads on the text encoder of `base`.
+
+        Those of a second text encoder are written to DIRECTORY_2.
+        """
+        from safetensors.numpy import save_file
+
+        settings = {
+            "peft_type": "LORA", "base_model_name_or_path": base, "r": self.rank, "lora_alpha": self.alpha,
+            "target_modules": list(self.targets), "bias": "none", "inference_mode": True,
+        }  # fmt: skip
+        updates = to_published(split(self)[1]["updates"])
+        # transformers has the second text encoder, with its projection, around a text_model.
+        prefixes = (self.PREFIX, f"{self.PREFIX}text_model.")
+        for place, part, prefix in zip((directory, _second(directory)), _parts(self), prefixes):
+            place.mkdir(parents=True, exist_ok=True)
+            (place / self.FILES[0]).write_text(json.dumps(settings, indent=2) + "\n")
+            published = {prefix + n.removeprefix(part): x for n, x in updates.items() if n.startswith(part)}
+            save_file(published, place / self.FILES[1], metadata={"format": "pt"})
+
+
+def _parts(module) -> tuple[str, ...]:
+    """What the names of each tower's weights begin with in a module of one tower or of two."""
+    return ("text_encoder.", "text_encoder_2.") if len(module.config.towers) > 1 else ("",)
+
+
+def _second(directory: pathlib.Path) -> pathlib.Path:
+    """Where what is for the second tower lies, beside what is for the first."""
+    return directory.with_name(f"{directory.name}_2")

@@ -1,0 +1,165 @@
+"""Value principles: what a value is, and the share of images that it is applied to."""
+
+import dataclasses
+import functools
+import pathlib
+import re
+import tomllib
+import zlib
+
+from livo_jax.values.dealing import applies
+from livo_jax.values.rules import fold
+
+PRINCIPLES = pathlib.Path(__file__).with_name("principles.toml")
+
+# Words that begin with the sound of a vowel: by the letter, but for "one", for u spoken as "you", and for a mute h.
+VOWEL = re.compile(
+    r"(?!eu|ewe|on(?:e|ce)\b|ubiq|uk|uni[cfloqstv]|ur[aeiou]|us[aeu]|ut[aeio])[aeiou]|hour|honest|honou?r|heir", re.I
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Value:
+    """A principle; principles.toml explains the fields."""
+
+    name: str
+    statement: str
+    kind: str
+    axis: str
+    wordings: tuple[str, ...]
+    attributes: tuple[str, ...] = ()
+    aligned: str = "{subject}"
+    negative: str = ""
+    harmful_from: float = 0.0
+    highest: float = 1.0
+    keep_probability: float = 1.0
+    sources: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
+    question: str = ""
+    keywords: tuple[str, ...] = ()
+    exceptions: tuple[str, ...] = ()
+    stated: tuple[str, ...] = ()
+    descriptions: tuple[str, ...] = ()
+    score: float = 1.0  # of a value that a Retriever found: 0 to 1, how sure it is, and why
+    reason: str = ""
+
+    def applies(self, seed: int, prompt: str, index: int) -> bool:
+        """Whether the image (seed, prompt, index) gets the value token; see dealing.applies."""
+        return applies(self.statement, self.keep_probability, seed, prompt, index)
+
+
+def text_hash(text: str) -> int:
+    """32 bits of a text, the same in every process and on every machine."""
+    return zlib.crc32(text.encode())
+
+
+def value_prompt(statement: str | None, prompt: str) -> str:
+    """What the value encoder reads."""
+    return f"{statement}, {prompt}" if statement else prompt
+
+
+def attributed(statement: str, attribute: str) -> str:
+    """What stands for a bias value in value_prompt where its images are to show one attribute."""
+    return f"{statement}: {attribute}"
+
+
+def phrase(template: str, subject: str) -> str:
+    """The template with the subject for its {}; "a(n) {}" becomes "a" or "an" as the subject wants it."""
+    return template.replace("a(n) {}", "an {}" if VOWEL.match(subject) else "a {}").format(subject)
+
+
+def faults(value: Value) -> list[str]:
+    """What is wrong with a principle, but for the retriever's fields."""
+    problems = []
+    for field in dataclasses.fields(value):
+        kind, x = {str: str, float: (int, float)}.get(field.type, tuple), getattr(value, field.name)
+        if not isinstance(x, kind) or kind is tuple and not all(isinstance(text, str) for text in x):
+            what = {str: "text", tuple: "list of texts"}.get(kind, "number")
+            problems.append(f"{field.name}={x!r} is no {what}")
+    if value.kind not in ("bias", "harm"):
+        problems.append(f"kind={value.kind!r} is neither bias nor harm")
+    if problems:
+        return problems
+    bias = value.kind == "bias"
+    if bias and len(value.attributes) < 2:
+        problems.append("a bias needs two attributes or more")
+    if not bias and value.harmful_from <= 0:
+        problems.append(f"harmful_from={value.harmful_from}: a harm needs the least reading that is harmful, above 0")
+    if value.classes and len(value.classes) != (n := len(value.attributes) if bias else 2):
+        problems.append(f"{len(value.classes)} classes for a {value.kind} that needs {n}")
+    if not value.wordings:
+        problems.append("wordings is empty")
+    places = ["{attribute}", "{subject}"] if bias else ["{subject}"]
+    for field, texts, wanted in ("wordings", value.wordings, places), ("aligned", (value.aligned,), ["{subject}"]):
+        problems += [
+            f"{field}: {text!r} has {', '.join(found) or 'no braces'}, it needs {' and '.join(wanted)}, each once"
+            for text in texts
+            if sorted(found := re.findall("{[^{}]*}?|}", text)) != wanted
+        ]
+    if not 0 <= value.keep_probability <= 1:
+        problems.append(f"keep_probability={value.keep_probability} is not 0 to 1")
+    return problems
+
+
+def read_tables(path=None) -> dict[str, dict]:
+    """The tables of principles.toml, or of another such file, as they stand. Raises ValueError where it is no TOML."""
+    path = pathlib.Path(path or PRINCIPLES)
+    try:
+        return tomllib.loads(path.read_text("utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def load(names, path=None) -> tuple[Value, ...]:
+    """The principles of these names, in this order.
+
+    Raises:
+        ValueError: principles that are not in the file, or malformed ones; all are listed. Or it is no TOML.
+    """
+    path = path or PRINCIPLES
+    tables = read_tables(path)
+    known, problems = {}, []
+    for name, table in tables.items():
+        problems += [f"[{name}]: {problem}" for problem in keyword_faults(table)]
+        try:
+            value = Value(name, **{k: tuple(v) if isinstance(v, list) else v for k, v in table.items()})
+        except TypeError as error:
+            problems.append(f"[{name}]: {error}")
+            continue
+        problems += [f"[{name}]: {problem}" for problem in faults(value)]
+        known[name] = value
+    problems += [f"no value {name!r}" for name in names if name not in tables]
+    if problems:
+        raise ValueError(f"{path}: {'; '.join(problems)}. Values there: {', '.join(tables)}")
+    return tuple(known[name] for name in names)
+
+
+def find(name: str, values: tuple[Value, ...]) -> Value:
+    """The one of `values` with this name or statement. Raises ValueError that lists what there is."""
+    for value in values:
+        if name in (value.name, value.statement):
+            return value
+    raise ValueError(f"value {name!r} is not one of config.principles: {', '.join(f'{v.statement!r}' for v in values)}")
+
+
+LISTS = pathlib.Path(__file__).with_name("people.toml")
+
+
+@functools.cache
+def lists() -> dict[str, list[str]]:
+    """The lists of people.toml."""
+    with open(LISTS, "rb") as file:
+        return tomllib.load(file)
+
+
+def keyword_faults(table: dict) -> list[str]:
+    """What is wrong with the retriever's fields of a table of principles.toml."""
+    problems = []
+    for field in ("keywords", "exceptions", "stated", "descriptions"):
+        phrases = table.get(field, [])
+        if not isinstance(phrases, list) or not all(isinstance(p, str) and re.search(r"\w", fold(p)) for p in phrases):
+            problems.append(f"{field}={phrases!r} is no list of phrases")
+        elif field != "descriptions":
+            names = {word[1:] for phrase in phrases for word in phrase.split() if word.startswith("@")}
+            problems += [f"{field}: there is no list @{name} in people.toml" for name in names - lists().keys()]
+    return problems + [f"{name} is what a Retriever says" for name in ("score", "reason") if name in table]
