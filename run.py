@@ -24,14 +24,16 @@ PROMPTS_FILE = commands.define_path(
 VALUE = flags.DEFINE_multi_string("value", [], "generate: a value, by name or statement; may be repeated; or auto.")
 STRENGTH = flags.DEFINE_multi_float("strength", [], "generate: of all values, or of each; 1 is LiVO, 0 the base.")
 KEEP = flags.DEFINE_float(
-    "keep_probability", None, "generate: the share of a prompt's images that values are applied to. Default: all; with"
-    " --value=auto what principles.toml says.", 0.0, 1.0
+    "keep_probability", None, "generate: the share of a prompt's images that values are applied to, exact of every 20."
+    " Default: all; with --value=auto what principles.toml says.", 0.0, 1.0
 )  # fmt: skip
 RATIO = flags.DEFINE_string(
     "ratio", None, "generate: which attributes the images of bias values should show: equal, a JSON object of"
     " attribute: share, or a file of one."
 )  # fmt: skip
-NUM_IMAGES = flags.DEFINE_integer("num_images", 8, "generate: images of each prompt.", lower_bound=1)
+NUM_IMAGES = flags.DEFINE_integer(
+    "num_images", 8, "generate: images of each prompt; of every 20 values get exactly their share.", lower_bound=1
+)
 SEED = flags.DEFINE_integer("seed", 0, "generate: of the noise.", lower_bound=0, upper_bound=2**63 - 1)
 SHELF = flags.DEFINE_string("shelf", None, "generate: directory or hub id of a shelf; --value is by its names.")
 DISTRIBUTED = commands.define_distributed()
@@ -102,13 +104,16 @@ def main(argv):
     if MODE.value == "generate" and (pathlib.Path(out).is_file() or any(pathlib.Path(out).glob("*"))):
         raise app.UsageError(f"--out={OUT.value} is not empty: remove it, or generate into another")
     if MODE.value == "generate":
-        prompts = [prompt.strip() for prompt in PROMPT.value]  # as in files: their noise depends on their text
+        prompts = [files.tidy(prompt) for prompt in PROMPT.value]  # as in files: their noise depends on their text
         problems = [f"--prompt {fault}" for prompt in prompts if (fault := files.text_fault(prompt))]
         problems += ["--prompt is empty"] * (not all(prompts))
         if PROMPTS_FILE.value:
             if not pathlib.Path(PROMPTS_FILE.value).is_file():
                 raise app.UsageError(f"--prompts_file={PROMPTS_FILE.value}: there is no such file")
-            prompts += [prompt for (prompt,) in files.read_texts(PROMPTS_FILE.value, ["prompt"], problems)]
+            found = files.read_texts(PROMPTS_FILE.value, ["prompt"], problems)
+            prompts += [prompt for (prompt,) in found]
+            if not found and not problems:
+                problems.append(f"{PROMPTS_FILE.value}: no prompts in it")
         if problems:
             raise app.UsageError("these prompts cannot be used:\n  " + "\n  ".join(problems))
         if not prompts:

@@ -2,9 +2,10 @@
 
     python -m data_tools.check_preferences --data=DIR --against=DIR2 --config=configs/tiny.py --out=SHEETS
 
-Errors, after which the exit status is 1: images that do not decode, pairs of the same picture twice, and leakage, that
-is scenes or prompts that DIR2 has too or that config.eval holds out. Duplicates are counted, no more: build_preferences
-itself repeats violating images where a scene has fewer of them than aligned ones.
+Errors, after which the exit status is 1: images that do not decode or have one colour all over, pairs of the same
+picture twice, and leakage, that is scenes or prompts that DIR2 has too or that config.eval holds out. Duplicates are
+counted, no more: build_preferences itself repeats violating images where a scene has fewer of them than aligned ones.
+Sheets of harms are blurred, and so are those of values that principles.toml does not know, but for --show_unknown.
 """
 
 import hashlib
@@ -22,9 +23,9 @@ from ml_collections import config_flags
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from livo_jax import commands, data, files
+from livo_jax import commands, data, files, judges
 from livo_jax.files.images import blurred, sheet
-from livo_jax.values.principles import read_tables, text_hash
+from livo_jax.values.principles import PRINCIPLES, read_tables, text_hash
 
 FEW = 3  # examples of duplicates; the smallest scenes; the commonest sizes
 WORDS = r"(?<!\w)(?:{})(?!\w)"  # a pattern of texts that are no part of a longer word
@@ -43,6 +44,9 @@ def read(source, i: int):
             images[side] = files.read_image(record[side])
         except ValueError as error:
             problems.append(f"record {i}, {side}: {error}")
+            continue
+        if judges.uniform(np.asarray(images[side])[None])[0]:
+            problems.append(f"record {i}, {side}: it has one colour all over: build or import the pairs without it")
     return record, images, problems
 
 
@@ -131,14 +135,15 @@ def check(preferences: data.Preferences, against=None, held_out=(), least_distan
     return lines, problems + [f"record {i}: {leak}" for leak, i in leaks.items()]
 
 
-def sheets(preferences: data.Preferences, out: pathlib.Path) -> list[str]:
+def sheets(preferences: data.Preferences, out: pathlib.Path, show_unknown: bool = False) -> list[str]:
     """Writes a contact sheet of each value, aligned above violating; returns a line about each.
 
-    That of a harm is blurred; as it is, it is beside it, in a file whose name ends with _harmful.
+    That of a harm is blurred; as it is, it is beside it, in a file whose name ends with _harmful. That of a value which
+    principles.toml does not know is blurred, since it may be a harm, unless `show_unknown` says otherwise.
     """
     out.mkdir(parents=True, exist_ok=True)
     lines, names = [], set()
-    harms = {table["statement"] for table in read_tables().values() if table["kind"] == "harm"}
+    kinds = {table["statement"]: table["kind"] for table in read_tables().values()}
     for value in dict.fromkeys(block.value for block in preferences.blocks):
         records = [i for b in preferences.blocks if b.value == value for i in range(b.start, b.start + b.count)]
         chosen = np.linspace(0, len(records) - 1, min(len(records), COLUMNS * ROW_PAIRS)).astype(int)
@@ -159,11 +164,16 @@ def sheets(preferences: data.Preferences, out: pathlib.Path) -> list[str]:
             name += f"_{text_hash(value):08x}"
         names.add(name)
         scale = max(1, 64 // size)
-        if value in harms:
+        line = f"{out / name}.png: {len(chosen)} pairs of {value}, aligned above violating"
+        kind = kinds.get(value, "bias" if show_unknown else "unknown")
+        if kind == "harm":
             sheet(rows, scale).save(out / f"{name}_harmful.png")
+        if kind == "unknown":
+            line += f"; blurred, for {PRINCIPLES.name} does not know the value: --show_unknown shows it"
+        if kind != "bias":
             rows = [blurred(row) for row in rows]
         sheet(rows, scale).save(out / f"{name}.png")
-        lines.append(f"{out / name}.png: {len(chosen)} pairs of {value}, aligned above violating")
+        lines.append(line)
     return lines
 
 
@@ -174,7 +184,7 @@ def main(_):
     held_out = CONFIG.value.eval.held_out if CONFIG.value is not None else ()
     lines, problems = check(preferences, against, held_out, LEAST_DISTANCE.value)
     if OUT.value:
-        lines += ["", *sheets(preferences, pathlib.Path(OUT.value))]
+        lines += ["", *sheets(preferences, pathlib.Path(OUT.value), SHOW_UNKNOWN.value)]
     lines += ["", f"errors: {len(problems)}", *(f"  {problem}" for problem in problems)]
     print("\n".join(lines))
     return int(bool(problems))
@@ -184,6 +194,9 @@ if __name__ == "__main__":
     DATA = commands.define_path("data", "The dataset.")
     AGAINST = commands.define_path("against", "Another, which should share no scene and no prompt with it.")
     OUT = commands.define_path("out", "Where to put a contact sheet of each value.")
+    SHOW_UNKNOWN = flags.DEFINE_bool(
+        "show_unknown", False, "Whether sheets of values that principles.toml does not know are not blurred."
+    )
     LEAST_DISTANCE = flags.DEFINE_integer("least_distance", 4, "Bits of 64 below which two images are near duplicates.")
     CONFIG = config_flags.DEFINE_config_file("config", None, "A config, whose eval.held_out should not occur.")
     flags.mark_flag_as_required("data")

@@ -32,10 +32,11 @@ from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
+import numpy as np
 from absl import app, flags, logging
 from tqdm import tqdm
 
-from livo_jax import commands, data, files
+from livo_jax import commands, data, files, judges
 from livo_jax import values as principles
 from livo_jax.data import dataset
 
@@ -65,7 +66,7 @@ class Source(NamedTuple):
 
     lines: list[Line]  # those without problems
     images: dict[str, str]  # every image that is there, relative to the source -> the first line that names it
-    problems: list[str]  # but for images that cannot be decoded
+    problems: list[str]  # but for images that cannot be used
     stray: int  # how many files no metadata.jsonl names
     hidden: list[str]  # folders that are left out, relative to the source
     sha256: str  # over the metadata and the sizes of the images
@@ -87,7 +88,7 @@ def parse(entry: dict) -> tuple[dict, list[str]]:
         elif not entry[key].strip():
             problems.append(f"{key} is empty")
         else:
-            found[key] = entry[key] if key == "file_name" else entry[key].strip()
+            found[key] = entry[key] if key == "file_name" else files.tidy(entry[key])
     if "label" in entry and not side:
         known = ", ".join(json.dumps(label) for label in itertools.chain(*LABELS.values()))
         problems.append(f"unknown label {label!r}: known are {known} and, for violating, other whole numbers")
@@ -143,6 +144,8 @@ def read(root: pathlib.Path) -> Source:
         digest.update(metadata)
         rows = files.json_rows(metadata, where / "metadata.jsonl", problems)
         parsed = [(number, *parse(row)) for number, row in rows]
+        if not metadata.strip():  # a download that broke off: without a word the scene would be missing
+            problems.append(f"{where}/metadata.jsonl is empty: fetch it again, or remove it")
         aligned = (found["value"] for _, found, _ in parsed if found["side"] == "aligned")
         stated = list(dict.fromkeys(value for value in aligned if value))
         for number, found, wrong in parsed:
@@ -175,19 +178,21 @@ def read(root: pathlib.Path) -> Source:
     return Source(lines, images, problems, stray, hidden, digest.hexdigest())
 
 
-def undecodable(path: pathlib.Path) -> str:
+def unusable(path: pathlib.Path) -> str:
     """Why an image cannot be used; "" if it can."""
     try:
-        files.read_image(path)
+        image = files.read_image(path)
     except (OSError, ValueError) as error:
         return f"cannot be used: {error}"
+    if judges.uniform(np.asarray(image)[None])[0]:
+        return "cannot be used: it has one colour all over: draw or fetch it again, or remove its line"
     return ""
 
 
 def check(root: pathlib.Path, source: Source):
-    """Raises ValueError that lists the problems of a source, images that cannot be decoded included."""
+    """Raises ValueError that lists the problems of a source, images that cannot be used included."""
     with ThreadPoolExecutor() as pool:
-        faults = pool.map(undecodable, [root / file for file in source.images])
+        faults = pool.map(unusable, [root / file for file in source.images])
         faults = list(tqdm(faults, desc="check", unit="image", total=len(source.images)))
     named = zip(source.images.items(), faults)
     problems = source.problems + [f"{place}: {file} {fault}" for (file, place), fault in named if fault]

@@ -90,12 +90,13 @@ def read_prompts(metadata: pathlib.Path, problems: list[str]) -> dict[str, str]:
         place, needed = f"{metadata}:{number}", ("file_name", "prompt")
         wrong = [f"no {key}" for key in needed if key not in row]
         wrong += [f"{key} {fault}" for key in needed if key in row and (fault := files.text_fault(row[key]))]
+        wrong += [f"{key} is empty" for key in needed if not wrong and not row[key].strip()]
         if not wrong and row["file_name"] in prompts:
             wrong.append(f"{row['file_name']!r} has a line already")
         if wrong:
             problems += [f"{place}: {fault}" for fault in wrong]
         else:
-            prompts[row["file_name"]] = row["prompt"].strip()
+            prompts[row["file_name"]] = files.tidy(row["prompt"])
     return prompts
 
 

@@ -9,11 +9,14 @@ import subprocess
 import sys
 import time
 
+import ml_collections
+import numpy as np
 import pytest
 
 from configs import ablations, compare, compare_tiny
-from livo_jax.evaluation.metrics import rows_of
+from livo_jax.evaluation.metrics import Measured, rows_of
 from livo_jax.runs.compare import compare as compare_methods
+from livo_jax.runs.compare import write
 from tests import small_run
 from tests.small_run import ROOT
 
@@ -56,6 +59,23 @@ def test_methods_that_would_not_be_measured_alike_are_refused(tmp_path):
     process = command(tmp_path)
     assert process.returncode != 0 and "compares methods: give --mode=evaluate" in process.stderr
     assert not [*tmp_path.iterdir()]
+
+
+def test_pictures_are_blurred_where_those_of_any_method_are_harmful(tmp_path):
+    value, image = "shape equality", np.zeros((8, 8, 3), np.uint8)
+    numbers = {("base", value, "seen", "D1"): {"a cook": Measured(0.5, 4)}}
+
+    def measured(method, harmful):
+        sides, applied = {"base": [image], method: [image] * 2}, {method: [2]}
+        picture = dict(value=value, split="seen", prompt="a cook", harmful=harmful, sides=sides, applied=applied)
+        costs = dict(method=method, trained_parameters=1, training_seconds=1.0, images_per_second=1.0, of_base=1.0)
+        return dict(numbers=numbers, readings=[], pictures=[picture], curve=[], costs=costs)
+
+    config = ml_collections.ConfigDict({"methods": {}, "sweeps": ()})
+    write([measured("livo", False), measured("words", True)], config, tmp_path)
+    page = (tmp_path / "eval" / "report.html").read_text()
+    assert '<figure class="harmful">' in page
+    assert page.count(": the value is on 1 of 2 images, number 2<") == 2 and page.count("the value is on") == 2
 
 
 METHODS = ("dpo_unet", "livo", "words")

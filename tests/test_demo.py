@@ -147,7 +147,8 @@ def test_values_strength_and_seed(page):
     assert by_hand[0][0]["seed"] == LARGE and "by hand" in by_hand[0][0]["values"]
     assert (by_hand[0][1] != full[0][1]).any()
     summaries = page.locator(".run summary").all_inner_texts()
-    assert len(summaries) == 4 and f"seed {LARGE}" in summaries[0] and "shape equality on 50%" in summaries[3]
+    assert len(summaries) == 4 and f"seed {LARGE}" in summaries[0]
+    assert "shape equality on 1 of 2, 50% of every 20;" in summaries[3] and "colour equality on 2 of 2;" in summaries[3]
     assert page.locator(".run[open]").count() == 1
 
 

@@ -106,6 +106,7 @@ def test_pictures_are_shown_where_they_were_drawn(tmp_path):
     for shown in evaluate.pictures({"base": base, "livo": livo}, config):
         assert [image[0, 0, 0] for image in shown["sides"]["base"]] == [*range(12)]
         assert [image[0, 0, 0] for image in shown["sides"]["livo"]] == [*range(4)] and shown["harmful"]
+        assert shown["applied"] == {"livo": [1, 2, 3, 4]}
 
 
 @pytest.mark.parametrize("red", [11, 12])
@@ -115,6 +116,7 @@ def test_pictures_are_harmful_where_the_judge_reads_a_harm_whatever_the_value(tm
     requests = [Request(prompt, i) for *_, prompt in evaluate.plan(config, (shape,)) for i in (0, red)]
     drawn = draw_into(tmp_path, requests)
     shown = evaluate.pictures({"base": drawn, "livo": drawn}, config, n=red + 1)
+    assert all(picture["applied"] == {"livo": []} for picture in shown), "no image with the value was drawn"
     assert {picture["harmful"] for picture in shown if picture["value"] == shape.statement} == {red == 12}
 
 
@@ -137,6 +139,10 @@ def test_results_of_every_schema_are_read(tmp_path):
         (tmp_path / "eval" / "results.json").write_text(json.dumps(content))
         assert evaluate.read_results(tmp_path) == rows
         assert "0.500 [0.400, 0.600]" in report.table(rows)
+    for read, file in (evaluate.read_results, "results.json"), (evaluate.read_rates, "rates.json"):
+        (tmp_path / "eval" / file).write_text("[{")
+        with pytest.raises(ValueError, match=f"{file} is damaged .*: remove it, and evaluate again"):
+            read(tmp_path)
 
 
 def test_floors_follow_how_each_method_comes_to_its_attributes():

@@ -41,10 +41,16 @@ def test_the_same_texts_come_out_of_every_format_and_encoding(tmp_path, suffix, 
     assert files.read_texts(path, ["prompt"], problems) == [(prompt,) for prompt in PROMPTS] and not problems
 
 
-def test_fields_of_a_table_keep_their_lines_and_may_be_long(tmp_path):
-    texts = ["two\r\nlines", "two\rlines", "a " * 100_000 + "cat"]
-    (tmp_path / "x.csv").write_bytes(written(texts, ".csv", "\n").encode())
-    assert files.read_texts(tmp_path / "x.csv", ["prompt"], []) == [(text,) for text in texts]
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
+def test_the_lines_of_a_text_are_kept_whatever_ends_them(tmp_path, suffix):
+    texts, path = ["two\r\nlines", "two\rlines", "two\nlines", "a\n\r\nb\r\rc\r\n"], tmp_path / f"x{suffix}"
+    path.write_bytes(written(texts, suffix, "\r\n").encode())
+    assert files.read_texts(path, ["prompt"], []) == [("two\nlines",)] * 3 + [("a\n\nb\n\nc",)]
+
+
+def test_fields_of_a_table_may_be_long(tmp_path):
+    (tmp_path / "x.csv").write_bytes(written([long := "a " * 100_000 + "cat"], ".csv", "\n").encode())
+    assert files.read_texts(tmp_path / "x.csv", ["prompt"], []) == [(long,)]
 
 
 def test_rows_without_a_text_are_left_out_and_counted(tmp_path, caplog):
@@ -57,12 +63,20 @@ def test_rows_without_a_text_are_left_out_and_counted(tmp_path, caplog):
     assert told == f"{tmp_path / 'x.csv'}: 3 rows are left out, whose text is empty, as line 3"
 
 
+def test_empty_rows_of_the_only_column_are_counted(tmp_path, caplog):
+    (tmp_path / "x.csv").write_text('prompt\na cat\n""\n\n" "\na dog\n')
+    assert files.read_texts(tmp_path / "x.csv", ["prompt"], []) == [("a cat",), ("a dog",)]
+    assert caplog.messages == [f"{tmp_path / 'x.csv'}: 2 rows are left out, whose text is empty, as line 3"]
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123456789abcdef\nsize 12345\n"
 UTF16 = "a\nb\ud800".encode("utf-16", "surrogatepass")
 
 
 @pytest.mark.parametrize("name, data, said", [
     ("x.txt", "a\r\nété\n".encode("latin-1"), "2: not UTF-8 (invalid continuation byte): convert the file"),
     ("x.csv", b"prompt\r\xff\n", "2: not UTF-8"),
+    ("x.txt", POINTER, "1: a pointer of Git LFS, not the file itself: fetch it with git lfs pull"),
     ("x.txt", UTF16, "2: not UTF-16 (unexpected end of data)"),
     ("x.txt", "a\n".encode("utf-16") + b"\n", "2: not UTF-16 (truncated data)"),
     ("x.txt", "a\nb".encode("utf-16-le"), "1: a NUL character"),
@@ -234,6 +248,30 @@ def test_colour_profiles_are_converted():
         files.read_image(encoded(CORNERS, icc_profile=b"damaged" * 30))
 
 
+GAMMA, CHROMATICITY = 45455, (31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000)  # as nearly every PNG has them
+ADOBE = (31270, 32900, 64000, 33000, 21000, 71000, 15000, 6000)  # of Adobe RGB, whose green is another
+
+
+@pytest.mark.parametrize("said, plain", [
+    ({"gAMA": GAMMA, "cHRM": CHROMATICITY}, True),
+    ({"gAMA": 45000}, True),
+    ({"gAMA": 100_000}, False),
+    ({"gAMA": GAMMA, "cHRM": ADOBE}, False),
+    ({"sRGB": b"\0", "gAMA": 100_000}, True),
+    ({"cICP": b"\1\x0d\0\1", "gAMA": 100_000}, True),
+    ({"cICP": b"\x09\x10\0\1", "sRGB": b"\0"}, False),
+])  # fmt: skip
+def test_a_png_in_other_colours_is_refused_as_browsers_would_convert_them(said, plain):
+    """Linear light, another gamut, and PQ, that of films; what goes before them says that they do not matter."""
+    chunks = {name: x if isinstance(x, bytes) else np.array(x, ">u4").tobytes() for name, x in said.items()}
+    data = png(8, 2, np.full((8, 8, 3), 60), **chunks)
+    if plain:
+        assert (shown(data) == 60).all()
+    else:
+        with pytest.raises(ValueError, match="asks for other colours than sRGB's: save it in sRGB"):
+            files.read_image(data)
+
+
 def animation(kind):
     return encoded(CORNERS, kind, save_all=True, append_images=[Image.fromarray(CORNERS[::-1])])
 
@@ -243,6 +281,7 @@ JPEG = encoded(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8),
 
 @pytest.mark.parametrize("data, said", [
     (b"", "no PNG, JPEG or WebP: save it as one of them"),
+    (POINTER, "a pointer of Git LFS, not the file itself: fetch it with git lfs pull"),
     (encoded(CORNERS, "GIF"), "no PNG, JPEG or WebP"),
     (encoded(Image.fromarray(np.zeros((4, 4), np.float32)), "TIFF"), "no PNG, JPEG or WebP"),
     (animation("PNG"), "an animation of 2 frames: save the one that is meant"),

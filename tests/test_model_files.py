@@ -265,6 +265,23 @@ def test_a_field_that_would_change_the_numbers_is_refused_by_name(kind, field, v
         kind.from_json({field: value})
 
 
+@pytest.mark.parametrize("lines", [0, -1])
+def test_merges_that_are_cut_short_are_refused(copy, lines):
+    """Words would fall into other tokens than those that the text encoder knows."""
+    merges = copy / "tokenizer" / "merges.txt"
+    merges.write_text("\n".join(merges.read_text().splitlines()[:lines]))
+    with pytest.raises(ValueError, match="model/tokenizer: '.*' .* falls into pieces, so merges.txt is cut short"):
+        StableDiffusion.from_pretrained(copy)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "vocab.json"])
+@pytest.mark.parametrize("content", [b"", b"\xef\xbb\xbf{}", b'{"a'])
+def test_a_damaged_file_of_a_tokenizer_is_told(copy, name, content):
+    (copy / "tokenizer" / name).write_bytes(content)
+    with pytest.raises(ValueError, match="model/tokenizer: a file of the tokenizer .*vocab.json.* is damaged"):
+        StableDiffusion.from_pretrained(copy)
+
+
 def test_more_tokens_than_embeddings_are_refused(copy):
     rewrite_json(copy / "text_encoder" / "config.json", vocab_size=100)
     with pytest.raises(ValueError, match=r"tokenizer has \d+ tokens, its text encoder 100 embeddings"):

@@ -30,7 +30,8 @@ def write(path, value="shape equality", methods=("base", "livo", "words", "sld")
         metrics=[{"step": s, "train/loss": 1.0, "train/active_w": 1.0, "train/active_l": 1.0, "train/margin_w": 0.0,
                   "train/margin_l": 0.0} for s in (1, 2)],
         pictures=[dict(value=value, split="held_out", prompt=value, harmful=True,
-                       sides={method: [image] * 3 for method in methods})],
+                       sides={method: [image] * 3 for method in methods},
+                       applied={methods[0]: [], methods[1]: [1, 3]})],
         config={"model": value},
         curves=[dict(row, metric="D1", method=methods[1], mean=0.5, step=k, seconds=2.0 * k) for k in (1, 2)],
         costs=[dict(method=methods[1], trained_parameters=12345, training_seconds=6.0, images_per_second=70.0,
@@ -51,6 +52,7 @@ def test_a_page_escapes_what_it_shows_and_needs_no_network(tmp_path):
     svgs = [base64.b64decode(uri) for uri in re.findall(r"data:image/svg\+xml;base64,([\w+/=]+)", page)]
     assert len(svgs) == 7 and not any(b"<script" in svg for svg in svgs)
     assert "-0.123" in page and "0.5000" in page and "0.7500" in page and len(page.split('download="')) == 9
+    assert ": the value is on 0 of 3 images<" in page and ": the value is on 2 of 3 images, number 1, 3<" in page
     assert "12,345" in page and page.count("data:image/png") == 2
 
 

@@ -227,6 +227,7 @@ MISTAKES = {  # flags: what the answer holds
     ("--mode=generate", "--out=DIR"): "needs --prompt=TEXT or --prompts_file=FILE",
     ("--mode=generate", "--out=DIR", "--prompt=a\udcff", "--prompts_file=docs/demo.png"):
         "--prompt is 'a.udcff', which is no Unicode text(.|\n)*docs/demo.png:1: not UTF-8 .*: convert the file",
+    ("--mode=generate", "--out=DIR", "--prompts_file=tests/__init__.py"): "tests/__init__.py: no prompts in it",
     ("--mode=generate", "--out=DIR", "--prompt=a cook", "--num_images=0"): "num_images=0",
     ("--mode=generate", "--out=DIR", "--prompt=a cook", "--value=shape", "--ratio=equal"):
         "a ratio needs .*rates.json, what the tokens show: run --mode=evaluate first",

@@ -135,6 +135,17 @@ def test_a_rate_is_the_same_by_itself_and_in_the_table_of_all(tmp_path):
         workdir.claim(place, config)
 
 
+@pytest.mark.parametrize("content", [b"", b'{"seed": 0, ', b"\xff"])
+def test_a_config_that_was_cut_short_is_told(tmp_path, content):
+    place = begun(tmp_path, tiny.get_config())
+    (tmp_path / "config.json").write_bytes(content)
+    for read in (lambda: workdir.claim(place, tiny.get_config()), lambda: workdir.recipe(place)):
+        with pytest.raises(ValueError, match="config.json is damaged .*: remove it, and start the run with the config"):
+            read()
+    (tmp_path / "config.json").unlink()
+    workdir.claim(place, tiny.get_config())
+
+
 def test_more_steps(tmp_path):
     """At a constant rate no step depends on their number."""
     config = livo.get_config()

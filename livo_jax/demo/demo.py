@@ -11,6 +11,7 @@ import signal
 import socket
 import tempfile
 import threading
+from collections import Counter
 
 import jax
 import numpy as np
@@ -121,7 +122,7 @@ def page(sd, value_encoder, config, mesh, folder: pathlib.Path):
         forget(runs[RUNS - 1 :])
         new = dict(
             prompt=prompt, doses=doses, strength=strength, number=number, seed=seed, folder=place, pairs=pairs,
-            harmful=harmful,
+            harmful=harmful, applied=Counter(),
         )  # fmt: skip
         runs = [new, *runs[: RUNS - 1]]
         yield runs, template.render(runs=runs)
@@ -129,7 +130,9 @@ def page(sd, value_encoder, config, mesh, folder: pathlib.Path):
         for request, *images in drawn:
             file = place / f"{request.index:03d}.png"
             write_pair(file, images, request, seed, settings)
-            pairs.append((file, [dose.value for dose in request.values]))
+            values = [dose.value for dose in request.values]
+            pairs.append((file, values))
+            new["applied"].update(values)
             yield runs, template.render(runs=runs)
 
     def forget(runs):

@@ -165,8 +165,8 @@ def write(
 
     Args:
         results: the rows of results.json; the first method is the base. metrics: the lines of metrics.jsonl.
-        pictures: dicts of value, split, prompt, harmful, and sides: {method: list of [H, W, 3] uint8}. Those of harmful
-            prompts are blurred until they are asked for.
+        pictures: dicts of value, split, prompt, harmful, sides {method: list of [H, W, 3] uint8}, and applied, which of
+            these have the value {method: numbers from 1}. Those of harmful prompts are blurred until asked for.
         config: shown at the end.
         numbers: of each prompt, as metrics.rows takes them. differences: the rows of metrics.differences,
             of any schema.
@@ -190,7 +190,10 @@ def write(
             text = _headline(value, metric, split, cells, methods)
             headlines.setdefault(value, []).append(f"{split.replace('_', ' ')}: {text}")
     draw = lambda images: png_uri(sheet([images], max(1, 64 // images[0].shape[0])))
-    shown = [p | {"sides": {side: draw(images) for side, images in p["sides"].items() if images}} for p in pictures]
+    shown = [
+        p | {"sides": {side: (draw(images), len(images)) for side, images in p["sides"].items() if images}}
+        for p in pictures
+    ]
     as_json = lambda content: _uri("application/json", json.dumps(content, indent=2).encode())
     files = {"results.csv": _uri("text/csv", _csv(results)), "results.json": as_json(document(results))}
     if differences:

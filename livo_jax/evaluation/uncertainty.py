@@ -48,12 +48,13 @@ def of_numbers(per_prompt: np.ndarray) -> tuple[float, float]:
     of skewed numbers hold too seldom, with all of it those of numbers that crowd at both ends too often
     (benchmarks/coverage.py), and so it is with resampling.
     """
-    from scipy.stats import skew, t
+    from scipy.stats import t
 
     P, mean, deviation = len(per_prompt), per_prompt.mean(), per_prompt.std(ddof=1)
     if deviation < EQUAL * max(1, abs(mean)):
         return mean, mean
-    a = skew(per_prompt) * P / (P + PRIOR)
+    skewness = np.mean((per_prompt - mean) ** 3) / per_prompt.std() ** 3  # scipy.stats.skew takes twenty times as long
+    a = skewness * P / (P + PRIOR)
     quantiles = t.ppf(TAILS[::-1], P - 1) / np.sqrt(P)
     if abs(a) > 1e-6:  # at 0 what follows is its limit, the quantiles
         quantiles = 3 / a * (np.cbrt(1 + a * (quantiles - a / (6 * P))) - 1)

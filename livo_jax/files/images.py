@@ -7,11 +7,20 @@ import os
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
+from livo_jax.files.repositories import POINTER
+
+FETCH = "a pointer of Git LFS, not the file itself: fetch it with git lfs pull"
+
 CONVERT = "convert the file to UTF-8, as with iconv -f {} -t UTF-8"
 
 FORMATS = ("PNG", "JPEG", "WEBP")  # as Pillow calls them
 
 BIT_DEPTH = 24  # where a PNG has its bits for each channel
+
+# sRGB as a PNG's gAMA says it, and its cHRM: x and y of white, red, green and blue.
+SRGB = (1 / 2.2, 0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)
+
+CICP, CICP_SRGB = b"\0\0\0\4cICP", b"\1\x0d\0\1"  # the chunk that goes before all others, as it begins and as it is
 
 
 def read_image(source: bytes | str | os.PathLike) -> Image.Image:
@@ -26,8 +35,8 @@ def read_image(source: bytes | str | os.PathLike) -> Image.Image:
     Raises:
         OSError: there is no such file.
         ValueError: it is no PNG, JPEG or WebP, is cut short or damaged, an animation, or larger than
-            Image.MAX_IMAGE_PIXELS; or it is a PNG of 16 bits with a transparent colour, or has a colour profile that is
-            damaged or of another kind than its pixels.
+            Image.MAX_IMAGE_PIXELS; or it is a PNG of 16 bits with a transparent colour, or of other colours than sRGB's
+            without a profile of them; or has a colour profile that is damaged or of another kind than its pixels.
     """
     data = source
     if not isinstance(source, bytes):
@@ -45,12 +54,16 @@ def read_image(source: bytes | str | os.PathLike) -> Image.Image:
                     raise ValueError("a PNG of 16 bits with a transparent colour: save it with an alpha channel")
                 if data[BIT_DEPTH] in (2, 4):  # Pillow scales the pixels alone
                     image.info["transparency"] *= 255 // (2 ** data[BIT_DEPTH] - 1)
+            if image.format == "PNG":
+                _check_colours(image.info, data[: data.find(b"IDAT")])
             upright = ImageOps.exif_transpose(image)
             texts = getattr(image, "text", {})
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             image.verify()  # of a PNG all checksums, to its end
         shown = _before_white(upright)
     except UnidentifiedImageError:
+        if data.startswith(POINTER):
+            raise ValueError(FETCH) from None
         raise ValueError("no PNG, JPEG or WebP: save it as one of them") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         limit = f"more than {Image.MAX_IMAGE_PIXELS:,} pixels are refused"
@@ -61,6 +74,19 @@ def read_image(source: bytes | str | os.PathLike) -> Image.Image:
         raise ValueError(f"{type(error).__name__}: {error}: fetch or save it again") from error
     shown.info = dict(texts)
     return shown
+
+
+def _check_colours(info: dict, chunks: bytes):
+    """Raises ValueError where a PNG has other colours than sRGB's and says so by numbers: browsers heed these.
+
+    cICP goes before a profile and sRGB, these before gAMA and cHRM (Portable Network Graphics, third edition, 4.3).
+    """
+    cicp = chunks.partition(CICP)[2]
+    told = bool(cicp) or "icc_profile" in info or "srgb" in info
+    numbers = (info.get("gamma") or SRGB[0], *info.get("chromaticity", SRGB[1:]))  # a gamma of 0 says nothing
+    far = any(abs(number - of_srgb) > 0.01 for number, of_srgb in zip(numbers, SRGB))
+    if (cicp and not cicp.startswith(CICP_SRGB)) or (far and not told):
+        raise ValueError("its chunk cICP, gAMA or cHRM asks for other colours than sRGB's: save it in sRGB")
 
 
 def _before_white(image: Image.Image) -> Image.Image:

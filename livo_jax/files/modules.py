@@ -10,7 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from livo_jax.files.repositories import open_tensors, read_json, weight_files
+from livo_jax.files.repositories import (
+    open_tensors,
+    read_json,
+    weight_files,
+)
 from livo_jax.models.clip import CLIPTextModel, CLIPTextModelWithProjection
 from livo_jax.models.unet import UNet2DConditionModel
 from livo_jax.models.vae import AutoencoderKL

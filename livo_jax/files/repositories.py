@@ -88,6 +88,32 @@ def check_pointers(directory: pathlib.Path, patterns: list[str]):
         )
 
 
+def read_tokenizer(place: pathlib.Path):
+    """The transformers.CLIPTokenizer of a directory. Without its files it is an empty one, of fewer than 256 tokens.
+
+    Raises ValueError where a file is damaged: also one of which transformers reads a part, and says nothing.
+    """
+    from transformers import CLIPTokenizer
+
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(place)
+    except Exception as error:  # of what type depends on the file
+        raise ValueError(
+            f"{place}: a file of the tokenizer (tokenizer_config.json, vocab.json, merges.txt or others) is damaged, or"
+            f" begins with a byte order mark: fetch them again: {error}"
+        ) from error
+    if len(tokenizer) < 256:
+        return tokenizer
+    words = {i: token[: -len("</w>")] for token, i in tokenizer.get_vocab().items() if token.endswith("</w>")}
+    last = max(i for i, word in words.items() if word.isascii() and word.isalpha())
+    if last not in tokenizer(words[last])["input_ids"]:  # both files are in the order in which they were learned
+        raise ValueError(
+            f"{place}: {words[last]!r} of the vocabulary falls into pieces, so merges.txt is cut short, or of another"
+            " vocab.json: fetch both again"
+        )
+    return tokenizer
+
+
 def from_one_file(file: pathlib.Path) -> str:
     """How to make a model's directory of a file that web interfaces use."""
     return (

@@ -1,9 +1,9 @@
 """Texts and images that users give, each read in one way wherever it is read.
 
 Texts are UTF-8, with or without a byte order mark, or UTF-16 with one. A line ends where \\n, \\r\\n or \\r stands and
-nowhere else: U+2028, U+0085 and form feeds belong to the text. Texts are taken as they are, no character is replaced;
-only white space around a prompt is left off, in every format, since a prompt's noise depends on its text. What cannot
-be read as it was written is refused by file and line.
+nowhere else: U+2028, U+0085 and form feeds belong to the text. Texts are taken as they are, no character is replaced,
+but for what `tidy` does: a prompt's noise depends on its text. What cannot be read as it was written is refused by file
+and line.
 
 Images are PNG, JPEG and WebP: other formats are rarer, and some are programs.
 """
@@ -19,7 +19,8 @@ from collections.abc import Iterator, Sequence
 
 from absl import logging
 
-from livo_jax.files.images import CONVERT
+from livo_jax.files.images import CONVERT, FETCH
+from livo_jax.files.repositories import POINTER
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
@@ -39,6 +40,9 @@ def split_lines(data: bytes, name, problems: list[str]) -> list[str]:
     Args:
         data: what is in the file. name: of the file, for `problems`.
     """
+    if data.startswith(POINTER):
+        problems.append(f"{name}:1: {FETCH}")
+        return []
     if data.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
         problems.append(f"{name}:1: UTF-32: {CONVERT.format('UTF-32')}")
         return []
@@ -108,7 +112,8 @@ def table_rows(data: bytes, name, problems: list[str], delimiter: str) -> Iterat
     header = None
     try:
         for fields in reader:
-            if not fields or (len(fields) == 1 and not fields[0].strip()):
+            of_one_column = header is not None and len(header) == 1  # there "" is a row, whose text is empty
+            if not fields or (len(fields) == 1 and not fields[0].strip() and not of_one_column):
                 continue
             place = f"{name}:{reader.line_num}"
             if header is None:
@@ -127,6 +132,11 @@ def table_rows(data: bytes, name, problems: list[str], delimiter: str) -> Iterat
         problems.append(f"{name}:{reader.line_num}: no CSV: {error}: a quote within quotes is doubled")
 
 
+def tidy(text: str) -> str:
+    """A text without white space around it, and with \\n for each end of a line in it: some programs write \\r\\n."""
+    return text.replace("\r\n", "\n").replace("\r", "\n").strip()
+
+
 def text_fault(text) -> str:
     """Why this is no text that can be written and read again; "" if it is. JSON can hold halves of characters."""
     if not isinstance(text, str):
@@ -142,7 +152,7 @@ def _tell(message: str):
 
 
 def read_texts(path: str | os.PathLike, columns: Sequence[str], problems: list[str]) -> list[tuple[str, ...]]:
-    """The texts of some columns of a file, of each row in which none is empty, without white space around them.
+    """The texts of some columns of a file, of each row in which none is empty, as `tidy` leaves them.
 
     How many rows are left out, since a text in them is empty, is told in the log.
 
@@ -173,7 +183,7 @@ def read_texts(path: str | os.PathLike, columns: Sequence[str], problems: list[s
         faults = [f"{column} {fault}" for column in columns if (fault := text_fault(row[column]))]
         problems += [f"{path}:{number}: {fault}: fill it in, or remove the row" for fault in faults]
         if not faults:
-            texts = tuple(row[column].strip() for column in columns)
+            texts = tuple(tidy(row[column]) for column in columns)
             if all(texts):
                 found.append(texts)
             else:

@@ -19,6 +19,7 @@ from livo_jax.methods import base, load
 from livo_jax.runs import build_preferences, cache_latents, evaluate, restore, train
 from livo_jax.runs.checkpoint import Checkpoints
 from livo_jax.runs.log import read_metrics
+from livo_jax.runs.workdir import read_config
 from livo_jax.sampling.requests import Dose, Request
 
 SAME = ("model", "variant", "dtype", "random_weights", "principles", "judge", "judging", "sampling", "eval")
@@ -157,7 +158,7 @@ def measure(config, workdir, curve) -> dict:
 def seconds_of(workdir) -> dict[int, float]:
     """For each logged step of a training the seconds that it took until there, without compilation and drawing."""
     rows, total, last, seconds = read_metrics(workdir), 0.0, 0, {}
-    batch_size = json.loads((workdir / "config.json").read_text())["train"]["batch_size"] if rows else 0
+    batch_size = read_config(workdir)["train"]["batch_size"] if rows else 0
     for row in rows:
         if "train/pairs_per_sec" in row:
             total += (row["step"] - last) * batch_size / row["train/pairs_per_sec"]
@@ -192,7 +193,8 @@ def write(found: list[dict], config, workdir) -> list[dict]:
         readings |= {tuple(row.values())[:6]: row for row in rows}  # the base's once
         for picture in of["pictures"]:
             place = pictures.setdefault((picture["value"], picture["split"]), picture)
-            place["sides"] |= picture["sides"]
+            for field in ("sides", "applied", "harmful"):  # harmful where any method's images are
+                place[field] |= picture[field]
     numbers = dict(sorted(numbers.items(), key=lambda of: of[0][0] != "base"))  # stable
     results = metrics.rows(numbers)
     if jax.process_index() > 0:

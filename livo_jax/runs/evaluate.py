@@ -28,8 +28,11 @@ from livo_jax.evaluation.drawn import Drawn, digest
 from livo_jax.files.directories import find
 from livo_jax.files.images import blurred, sheet
 from livo_jax.runs.log import read_metrics
+from livo_jax.runs.workdir import read_json
 from livo_jax.sampling.generate import generate
 from livo_jax.sampling.requests import Dose, Request, requests_of, with_values
+
+AGAIN = "remove it, and evaluate again with --mode=evaluate"
 
 
 def as_drawn(method: methods.Method, sd, config, values, judge, directory, mesh) -> Drawn:
@@ -198,7 +201,7 @@ def evaluate_and_report(sd, value_encoder, config, mesh, workdir, trained=None):
 def read_results(workdir) -> list[dict]:
     """The rows of eval/results.json, of this schema or an earlier one; none where nothing was evaluated."""
     file = workdir / "eval" / "results.json"
-    return metrics.rows_of(json.loads(file.read_text()), file) if file.exists() else []
+    return metrics.rows_of(read_json(file, AGAIN), file) if file.exists() else []
 
 
 def read_rates(workdir) -> dict:
@@ -206,7 +209,7 @@ def read_rates(workdir) -> dict:
     file = workdir / "eval" / "rates.json"
     if not file.exists():
         raise FileNotFoundError(f"a ratio needs {file}, what the tokens show: run --mode=evaluate first")
-    return json.loads(file.read_text())
+    return read_json(file, AGAIN)
 
 
 def first_prompts(config) -> list[tuple]:
@@ -220,7 +223,8 @@ def first_prompts(config) -> list[tuple]:
 def pictures(drawn: dict[str, Drawn], config, tokens: bool = True, n: int = 12) -> list[dict]:
     """The first n images of each shown prompt, as evaluated: what report.write wants.
 
-    Those are harmful that are of a harm's prompt, or in any of which the judge read a harm.
+    Those are harmful that are of a harm's prompt, or in any of which the judge read a harm. As a share is exact of 20
+    images, the value may be on more or fewer of these.
     """
     shown, harms = [], [value for value in principles.load(config.principles) if value.kind == "harm"]
     for value, split, prompt in first_prompts(config):
@@ -234,12 +238,14 @@ def pictures(drawn: dict[str, Drawn], config, tokens: bool = True, n: int = 12) 
         sides = {side: [owner(request).image(request) for request in requests] for side, requests in there.items()}
         read = [owner(request)[request] for requests in there.values() for request in requests]
         harmful = value.kind == "harm" or any(row[harm.axis] >= harm.harmful_from for row in read for harm in harms)
-        shown.append(dict(value=value.statement, split=split, prompt=prompt, harmful=harmful, sides=sides))
+        applied = {config.method: [request.index + 1 for request in there[config.method] if request.values]}
+        row = dict(value=value.statement, split=split, prompt=prompt, harmful=harmful, sides=sides, applied=applied)
+        shown.append(row)
     return shown
 
 
 def sample_sheet(sd, value_encoder, trained, config, mesh, path, n: int = 8):
-    """Writes a PNG of each value's first prompts: a row of base images, and below it the same with the value.
+    """Writes a PNG of each value's first prompts: a row of base images, and below it the same, each with the value.
 
     The rows of harms are blurred; as they are, they are beside it, in a file whose name ends with _harmful.
 

@@ -55,6 +55,19 @@ def with_its_rate(fields: dict) -> dict:
     return rest | {field: rest.get(field) or own}
 
 
+def read_json(file: epath.Path, remedy: str):
+    """What a JSON file of a run holds. Raises ValueError that names it where a kill or a full disk cut it short."""
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}): {remedy}") from error
+
+
+def read_config(workdir: epath.Path) -> dict:
+    """The config.json of a run."""
+    return read_json(workdir / "config.json", "remove it, and start the run with the config that it has")
+
+
 def claim(workdir: epath.Path, config):
     """Writes config.json, or checks that what is in the workdir was made with the same config.
 
@@ -68,7 +81,7 @@ def claim(workdir: epath.Path, config):
         schedule = ours["train"]["schedule"]
         # At a constant rate no step depends on how many follow.
         free = (*FREE, "train.steps") if schedule == "constant" else FREE
-        both = as_now(json.loads(file.read_text()), ours), flatten(ours)
+        both = as_now(read_config(workdir), ours), flatten(ours)
         both = map(with_its_rate, both)
         found = differences(*({k: v for k, v in tree.items() if not k.startswith(free)} for tree in both))
         if any(line.startswith("config.train.steps:") for line in found):
@@ -86,7 +99,7 @@ def claim(workdir: epath.Path, config):
 def recipe(workdir: epath.Path) -> dict | None:
     """The config.json of a run, None where none was trained."""
     file = workdir / "config.json"
-    return json.loads(file.read_text()) if (workdir / "checkpoints").exists() and file.exists() else None
+    return read_config(workdir) if (workdir / "checkpoints").exists() and file.exists() else None
 
 
 def check_shared(workdir: epath.Path):

@@ -9,7 +9,7 @@ import numpy as np
 
 from livo_jax.diffusion.schedule import NoiseSchedule, check_scheduler, for_latents
 from livo_jax.files.modules import PARTS, initialise, load, read_config, read_dtype
-from livo_jax.files.repositories import describe, find, read_json, weight_patterns
+from livo_jax.files.repositories import describe, find, read_json, read_tokenizer, weight_patterns
 from livo_jax.models.clip import CLIPTextConfigs, CLIPTextModels
 from livo_jax.sampling.generate import Images, generate
 from livo_jax.sampling.requests import requests_of
@@ -107,13 +107,11 @@ class StableDiffusion:
         if problems:
             raise ValueError(f"{root} is no text-to-image Stable Diffusion 1.x, 2.x or XL: {'; '.join(problems)}")
         side = latent_size(root, is_xl, len(unet.block_out_channels))
-        from transformers import CLIPTokenizer
-
         places = [root / name for name in ("tokenizer", "tokenizer_2")[: len(text.towers)]]
-        self.tokenizers = [CLIPTokenizer.from_pretrained(place) for place in places]
+        self.tokenizers = [read_tokenizer(place) for place in places]
         self.tokenizer = self.tokenizers[0]
         for place, tokenizer in zip(places, self.tokenizers):
-            if len(tokenizer) < 256:  # the bytes alone are more; without its files transformers makes an empty one
+            if len(tokenizer) < 256:  # the bytes alone are more
                 raise ValueError(f"{place} has no vocabulary: are vocab.json and merges.txt there?")
         for place, tokenizer, tower in zip(places, self.tokenizers, text.towers):
             if len(tokenizer) > tower.vocab_size:  # an id past the last embedding would read another's

@@ -112,6 +112,14 @@ def test_pairs_of_the_same_picture_are_errors(tmp_path):
     assert "images: 6 of 6 decode; pairs of the same picture twice: 2" in lines
 
 
+def test_images_of_one_colour_are_errors(tmp_path):
+    grey = png(np.full((32, 32, 3), 90, np.uint8))
+    lines, problems = check(make(tmp_path / "grey", pair(0, violating=grey), pair(1), pair(2, aligned=grey)))
+    said = "it has one colour all over: build or import the pairs without it"
+    assert problems == [f"record 0, violating: {said}", f"record 2, aligned: {said}"]
+    assert "images: 6 of 6 decode; pairs of the same picture twice: 0" in lines
+
+
 def test_two_broken_images_are_not_the_same_picture(tmp_path):
     _, problems = check(make(tmp_path / "broken", pair(0, aligned=b"a", violating=b"a")))
     assert [problem.split(":")[0] for problem in problems] == ["record 0, aligned", "record 0, violating"]
@@ -213,6 +221,18 @@ def test_the_sheet_of_a_harm_is_blurred_and_beside_it_as_it_is(tmp_path):
     shown, harmful = (np.asarray(Image.open(tmp_path / f"sheets/{file}.png")) for file in (name, f"{name}_harmful"))
     assert np.array_equal(harmful[:64:2, ::2], picture(0)), "32 pixels, twice as large"
     assert shown[:64].std() < harmful[:64].std() / 3
+
+
+def test_the_sheet_of_an_unknown_value_is_blurred_until_asked_for(tmp_path):
+    preferences = make(tmp_path / "unknown", pair(0, value="bloody considered bad"), pair(1, value="shape equality"))
+    hidden, known = sheets(preferences, tmp_path / "hidden")
+    shown, _ = sheets(preferences, tmp_path / "shown", show_unknown=True)
+    assert "--show_unknown" in hidden and "--show_unknown" not in known + shown
+    name, unblurred = "bloody_considered_bad.png", np.concatenate([picture(0), picture(1)])
+    blurred, sharp = (small_sheet(tmp_path / folder / name, scale=2) for folder in ("hidden", "shown"))
+    assert np.array_equal(np.delete(sharp, (32, 33), axis=0), unblurred)
+    assert all(blurred[rows].std() < picture(0).std() / 3 for rows in (slice(32), slice(34, 66)))
+    assert np.array_equal(small_sheet(tmp_path / "hidden/shape_equality.png", scale=2)[:32], picture(2))
 
 
 def test_the_sheet_shows_pairs_from_all_over_the_dataset(tmp_path):

@@ -23,8 +23,10 @@ GENDER, RACE, GORE = (value.statement for value in values.load(("gender", "race"
 
 
 def encoded(red: int, kind: str) -> bytes:
-    stream = io.BytesIO()
-    Image.fromarray(np.full((24, 32, 3), (red, 0, 0), np.uint8)).save(stream, kind)
+    """Its lower half is blue: an image of one colour is refused."""
+    stream, image = io.BytesIO(), np.full((24, 32, 3), (red, 0, 0), np.uint8)
+    image[16:] = (0, 0, 255)
+    Image.fromarray(image).save(stream, kind)
     return stream.getvalue()
 
 
@@ -195,6 +197,7 @@ def test_everything_wrong_is_told_at_once_with_its_line(source, tmp_path):
     Image.fromarray(noise).save(folder / "cut.jpg")
     os.truncate(folder / "cut.jpg", (folder / "cut.jpg").stat().st_size - 200)
     (folder / "text.png").write_text("no image")
+    Image.new("RGB", (24, 24)).save(folder / "black.webp")
     (folder / "animation.gif").write_bytes(encoded(0, "GIF"))
     bad = {
         b"{": "not JSON: Expecting",
@@ -227,6 +230,7 @@ def test_everything_wrong_is_told_at_once_with_its_line(source, tmp_path):
         ({"file_name": "./other.png"}, "./other.png is named already in bias/cook/metadata.jsonl:2"),
         ({"file_name": "cut.png"}, "cut.png cannot be used: OSError"),
         ({"file_name": "cut.jpg"}, "cut.jpg cannot be used: OSError: image file is truncated"),
+        ({"file_name": "black.webp"}, "black.webp cannot be used: it has one colour all over: draw or fetch it again"),
         ({"file_name": "animation.gif"}, "animation.gif cannot be used: no PNG, JPEG or WebP"),
     ]:  # fmt: skip
         entry = good | {"file_name": "good.png"} | change
@@ -239,6 +243,8 @@ def test_everything_wrong_is_told_at_once_with_its_line(source, tmp_path):
     scene(source, "bias", "mute", [(0, "", "a.png")])
     (source / "metadata.jsonl").write_text("")
     (source / "bias" / "elsewhere").symlink_to(tmp_path)
+    (source / "bias" / "empty").mkdir()
+    (source / "bias" / "empty" / "metadata.jsonl").write_bytes(b"")
     broken = source / "bias" / "broken"
     broken.mkdir()
     (broken / "metadata.jsonl").symlink_to("nowhere")
@@ -252,6 +258,7 @@ def test_everything_wrong_is_told_at_once_with_its_line(source, tmp_path):
         ("'metadata.jsonl' is not <type>/<scene>/metadata.jsonl below the source", ""),
         (f"{source}/bias/elsewhere is a link to a folder", ""),
         ("bias/broken/metadata.jsonl: No such file", ""),
+        ("bias/empty/metadata.jsonl is empty: fetch it again, or remove it", ""),
     ]
     for place, said in expected:
         assert any(line.strip().startswith(place) and said in line for line in found), f"{place}{said}"
@@ -369,7 +376,7 @@ def test_an_interrupted_import_goes_on(source, tmp_path, monkeypatch, packed):
     assert not (tmp_path / "out").exists() and (work / "source").exists() == packed
     assert len(list((work / "shards").iterdir())) == 1
     again = lambda *_: pytest.fail("this was done already")
-    monkeypatch.setattr(import_preferences, "undecodable", again)
+    monkeypatch.setattr(import_preferences, "unusable", again)
     monkeypatch.setattr(import_preferences, "extract", again)
     (shard,) = (work / "dataset").glob("preferences-train*00000-of-*")
     made = shard.stat().st_mtime_ns

@@ -179,12 +179,14 @@ def test_images_are_measured_as_they_are_shown(tmp_path, caplog):
     assert [p.prompt for p in pictures] == ["a\u2028cook"] * 2 and pictures[0].digest == pictures[1].digest
     assert (Pictures(pictures)[:2] == image).all()
     assert "1 are left out, hidden or no images, as ._01.png" in caplog.text
-    wrong = [lines[0].replace("cook", "smith"), '{"file_name": 3, "prompt": 4}']
+    wrong = [lines[0].replace("cook", "smith"), '{"file_name": 3, "prompt": 4}', '{"file_name": "1.png", "prompt": ""}']
     (folder / "metadata.jsonl").write_text("\n".join([*lines, *wrong]))
     with pytest.raises(ValueError) as error:
         read(folder)
     told = str(error.value)
-    for problem in (":3: '00.png' has a line already", ":4: file_name is 3, not a text", ":4: prompt is 4"):
+    for problem in (
+        ":3: '00.png' has a line already", ":4: file_name is 3, not a text", ":4: prompt is 4", ":5: prompt is empty",
+    ):  # fmt: skip
         assert f"metadata.jsonl{problem}" in told
 
 
