@@ -4,6 +4,8 @@ import json
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -31,10 +33,14 @@ def alone(workdir, root, *flags, devices):
     return workdir
 
 
-def start_two(root, workdirs, *flags, devices=1):
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def start_two(root, workdirs, *flags, devices=1):
+    port = free_port()
     return [
         small_run.start(root, workdir, f"--distributed=localhost:{port},2,{i}", *flags, devices=devices)
         for i, workdir in enumerate(workdirs)
@@ -87,6 +93,42 @@ def test_a_workdir_that_is_not_shared_is_refused(root, tmp_path):
         _, err = process.communicate(timeout=120)
         assert process.returncode not in (0, None)
         assert "is not shared: processes [1] do not see what process 0 writes there" in err
+
+
+BEGIN = """
+import sys
+from etils import epath
+from configs import tiny
+from livo_jax import sharding
+from livo_jax.train import train_and_evaluate
+sharding.join(sys.argv[1])
+sys.modules["wandb"] = None  # is not installed
+for project, place in (("livo", "run"), ("", "file/run")):
+    config = tiny.get_config("smoke")
+    config.log.wandb = project
+    try:
+        train_and_evaluate(config, epath.Path(sys.argv[2]) / place)
+    except Exception as error:
+        print(f"{type(error).__name__}: {error}")
+"""
+
+
+def test_what_one_process_finds_wrong_ends_both(tmp_path):
+    """Process 0 alone looks for a login, and makes the workdir: the other would wait for it."""
+    (tmp_path / "file").touch()
+    port = free_port()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", BEGIN, f"localhost:{port},2,{i}", tmp_path],
+            cwd=small_run.ROOT, env=small_run.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    outputs = [small_run.finish(process).splitlines() for process in processes]
+    first, second = ([line for line in output if "Error: " in line] for output in outputs)  # Gloo has lines of its own
+    assert first[0].startswith("ValueError: config.log.wandb='livo': wandb is not installed")
+    assert first[1].startswith("NotADirectoryError: ") and f"{tmp_path}/file/run" in first[1]
+    assert second == [f"RuntimeError: process 0: {told}" for told in first]
 
 
 def wait_for_steps(workdir, processes):

@@ -18,10 +18,12 @@ import pytest
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
+from configs import tiny
 from livo_jax import sharding
 from livo_jax.files.directories import find
 from livo_jax.runs import checkpoint
 from livo_jax.runs.checkpoint import FORMAT, Checkpoints, Termination
+from livo_jax.runs.train import check_finite
 from tests import small_run
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -171,6 +173,16 @@ def test_numbers_that_are_not_finite_are_not_used(saved):
     checkpoints.close()
     assert_state(Checkpoints(saved).restore(make_state(0), set_aside=True), 2)
     assert (saved / "checkpoints" / "3.damaged").exists()
+
+
+def test_a_loss_that_is_not_finite_leaves_checkpoints_where_they_are(saved):
+    """The pairs may be at fault: what was saved is finite, and trained again it would be the same."""
+    metrics, told = {"loss": np.nan, "grad_norm": np.nan, "params_norm": 1.0}, "the loss of step 3 is nan, the norm of"
+    told += " the gradients of step 3 is nan. .* is step 2 in .*: the same command meets the same batch at step 3, and"
+    for _ in range(2):
+        with pytest.raises(FloatingPointError, match=told):
+            check_finite(3, metrics, Checkpoints(saved), tiny.get_config())
+    assert {p.name for p in (saved / "checkpoints").iterdir()} == {"1", "2"}
 
 
 def test_checkpoints_that_cannot_be_read(saved):

@@ -26,6 +26,7 @@ from livo_jax.training.step import (
     make_optimizer,
     make_train_step,
     noised,
+    over_hinged,
     state_on,
     trained_params,
 )
@@ -229,14 +230,18 @@ def test_an_anchor_asks_for_the_prediction_to_stay(small):
     config.loss.anchor = 300.0
     loss_of = jax.jit(make_loss(graphs, sd.schedule, config, SCALE))
     some = np.arange(8) % 3 == 0
-    loss = {}
+    loss, live = {}, {}
     for name, rows in {"none": some & False, "some": some, "others": ~some, "all": some | True}.items():
         loss[name], metrics = loss_of(params, frozen, batch | {"anchor": rows})
+        live[name] = over_hinged(metrics)["active_w"]
     assert loss["none"] == pytest.approx(float(plain), rel=1e-6)
     assert loss["some"] + loss["others"] == pytest.approx(float(loss["none"] + loss["all"]), rel=1e-5), (
         "each row on its own"
     )
-    assert metrics["active_w"] == metrics["active_l"] == 0, "no hinge is left"
+    assert metrics["active_w"] == metrics["active_l"] == metrics["hinged"] == live["all"] == 0, "no hinge is left"
+    assert live["some"] * 5 + live["others"] * 3 == pytest.approx(live["none"] * 8) and live["none"] > 0, (
+        "shares are of the rows that have hinges"
+    )
 
     @jax.jit
     def moved():

@@ -7,6 +7,7 @@ import pathlib
 
 import jax
 import numpy as np
+from absl import logging
 
 from livo_jax import sharding, values
 from livo_jax.data.preferences import SIDES, Preferences
@@ -37,18 +38,31 @@ def cache_made_of(preferences: Preferences, sd, config) -> dict:
     }
 
 
-def cache_directory(preferences: Preferences, workdir) -> pathlib.Path:
-    """Where a run has the cache of its pairs: beside them or, where nothing can be written there, in its workdir.
+def cache_faults(directory: pathlib.Path, made_of: dict) -> list[str]:
+    """A line for each thing by which the cache that lies in a directory is not `made_of` (cache_made_of)."""
+    there = json.loads((directory / "made_of.json").read_text())
+    if {*made_of["rewordings"]} <= {*there.get("rewordings", ())}:  # more prompts than are wanted will do
+        there["rewordings"] = made_of["rewordings"]
+    return [f"{name}: {there.get(name)!r} there, {x!r} wanted" for name, x in made_of.items() if there.get(name) != x]
+
+
+def cache_directory(preferences: Preferences, workdir, sd, config) -> pathlib.Path:
+    """Where a run has the cache of its pairs: beside them or, where it would have to be written there and cannot, in
+    its workdir.
 
     Raises ValueError where that is a bucket, from which nothing can be memory-mapped.
     """
     beside = preferences.directory / "cache"
-    if beside.exists() or os.access(preferences.directory, os.W_OK):
+    if os.access(preferences.directory, os.W_OK):
         return beside
+    if beside.exists():
+        if not cache_faults(beside, cache_made_of(preferences, sd, config)):
+            return beside
+        logging.warning("%s is of another dataset, config or model, and cannot be replaced: it is not used", beside)
     if is_remote(workdir):
         raise ValueError(
-            f"config.data.cache=True: {preferences.directory} cannot be written, nor can a cache lie in {workdir}: copy"
-            " the pairs to a disk, or set it to False"
+            f"config.data.cache=True: {preferences.directory} has no cache for this run and cannot be written, nor can"
+            f" a cache lie in {workdir}: copy the pairs to a disk, or set it to False"
         )
     return pathlib.Path(workdir) / "cache"
 
@@ -73,13 +87,10 @@ class Cache:
         remedy = f"make it with python -m data_tools.cache_latents --config=FILE --data={preferences.directory}"
         if not directory.exists():
             raise FileNotFoundError(f"{directory} is not there: {remedy}, or train with --config.data.cache=False")
-        made_of, wanted = json.loads((directory / "made_of.json").read_text()), cache_made_of(preferences, sd, config)
-        if {*wanted["rewordings"]} <= {*made_of.get("rewordings", ())}:  # more prompts than are wanted will do
-            made_of["rewordings"] = wanted["rewordings"]
-        if different := [name for name in wanted if made_of.get(name) != wanted[name]]:
+        if faults := cache_faults(directory, cache_made_of(preferences, sd, config)):
             raise ValueError(
-                f"{directory} is of another dataset, config or model: {remedy}\n  "
-                + "\n  ".join(f"{name}: {made_of.get(name)!r} there, {wanted[name]!r} wanted" for name in different)
+                f"{directory} is of another dataset, config or model: remove it, and training makes another\n  "
+                + "\n  ".join(faults)
             )
         self.aligned, self.violating, self.states = (
             np.load(directory / f"{name}.npy", mmap_mode="r") for name in (*SIDES, "states")

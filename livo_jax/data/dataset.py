@@ -15,7 +15,6 @@ import shutil
 from collections.abc import Callable, Iterable
 
 import jax
-from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from livo_jax.data.preferences import FEATURES, SIDES, Block
@@ -23,12 +22,6 @@ from livo_jax.files import directories, settings
 
 SHARD_SIZE = 1024  # records
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-def barrier(name: str):
-    """Waits until every process is here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
 
 
 def my_share(n: int) -> range:
@@ -76,17 +69,17 @@ def under_construction(directory: pathlib.Path, config: dict):
                 f"{place} is made of another config: remove it, or build into another --out\n  " + "\n  ".join(found)
             )
 
-    finished = directory.exists()
-    if finished:
-        check(directory)
-    barrier("looked")
+    with directories.ending_together():
+        finished = directory.exists()
+        if finished:
+            check(directory)
     if finished:
         yield None
         return
     with held(work):
-        if jax.process_index() == 0 and not (work / "config.json").exists():
-            write_whole(work / "config.json", json.dumps(config, indent=2))
-        barrier("begun")
+        with directories.ending_together():
+            if jax.process_index() == 0 and not (work / "config.json").exists():
+                write_whole(work / "config.json", json.dumps(config, indent=2))
         check(work)
         yield work
 
@@ -143,15 +136,17 @@ def write(work: pathlib.Path, directory: pathlib.Path, record: Callable[[int], d
             digest.update(example)
             yield example
 
-    for shard in tqdm(my_share(total), desc="write", unit="shard"):
-        note, file = notes / f"{shard:05d}.json", dataset / f"preferences-train.array_record-{shard:05d}-of-{total:05d}"
-        if not note.exists():
-            digest = hashlib.sha256()
-            write_whole(file, examples(shard, digest))
-            facts = {"sha256": digest.hexdigest(), "bytes": file.stat().st_size}
-            write_whole(note, json.dumps(facts))
-    barrier("written")
-    if jax.process_index() == 0:
+    def write_shards():
+        for shard in tqdm(my_share(total), desc="write", unit="shard"):
+            note = notes / f"{shard:05d}.json"
+            file = dataset / f"preferences-train.array_record-{shard:05d}-of-{total:05d}"
+            if not note.exists():
+                digest = hashlib.sha256()
+                write_whole(file, examples(shard, digest))
+                facts = {"sha256": digest.hexdigest(), "bytes": file.stat().st_size}
+                write_whole(note, json.dumps(facts))
+
+    def finish():
         facts = [json.loads((notes / f"{shard:05d}.json").read_text()) for shard in range(total)]
         content = hashlib.sha256("".join(fact["sha256"] for fact in facts).encode()).hexdigest()
         template = tfds.core.ShardedFileTemplate(
@@ -176,4 +171,9 @@ def write(work: pathlib.Path, directory: pathlib.Path, record: Callable[[int], d
             scratch.unlink()
         dataset.rename(directory)
         shutil.rmtree(work)
-    barrier("moved")
+
+    with directories.ending_together():
+        write_shards()
+    with directories.ending_together():
+        if jax.process_index() == 0:
+            finish()

@@ -5,10 +5,10 @@ import json
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from PIL import Image
 
 from livo_jax import sharding
+from livo_jax.files.directories import ending_together
 
 AT_ONCE = 4  # batches: so many are drawn again at most
 
@@ -43,9 +43,10 @@ class Drawn:
                 self.read |= json.loads(file.read_text())
             except ValueError:  # cut short: it is drawn again
                 pass
-        if jax.process_index() == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "settings.json").write_text(text + "\n")
+        with ending_together():
+            if jax.process_index() == 0:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                (self.folder / "settings.json").write_text(text + "\n")
 
     def draw(self, requests, progress):
         """Draws and judges those that are not there yet; `progress`: a tqdm bar."""
@@ -59,14 +60,13 @@ class Drawn:
             reading = self.judge(images)
             rows = {_name(r): {axis: column[i].item() for axis, column in reading.items()} for i, r in enumerate(part)}
             self.read |= rows
-            if jax.process_index() == 0:
-                for request, image in zip(part, images):
-                    with (self.folder / f"{_name(request)}.png").open("wb") as file:
-                        Image.fromarray(image).save(file, "PNG")
-                (self.folder / f"read_{_name(part[0])}.json").write_text(json.dumps(rows))
+            with ending_together():  # and others read what process 0 has written
+                if jax.process_index() == 0:
+                    for request, image in zip(part, images):
+                        with (self.folder / f"{_name(request)}.png").open("wb") as file:
+                            Image.fromarray(image).save(file, "PNG")
+                    (self.folder / f"read_{_name(part[0])}.json").write_text(json.dumps(rows))
             progress.update(len(part))
-        if new and jax.process_count() > 1:
-            multihost_utils.sync_global_devices("drawn")  # others read what process 0 has written
 
     def __getitem__(self, request) -> dict:
         """What the judge read in the image of a request, by axis."""

@@ -6,6 +6,7 @@ import os
 import socket
 
 import jax
+import numpy as np
 from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
@@ -37,6 +38,35 @@ def say(text: str):
         print(text)
 
 
+REASON = 2000  # bytes of an error that other processes are told
+
+
+@contextlib.contextmanager
+def ending_together():
+    """Waits, at its end, until every process is there, and has all of them end with an error where one does.
+
+    One that ended alone would leave the others waiting for it, for minutes. Within, no process waits for another.
+
+    Raises:
+        RuntimeError: other processes raised something, and what; one that did raises its own.
+    """
+    if jax.process_count() == 1:
+        yield
+        return
+    failure, reason = None, b""
+    try:
+        yield
+    except Exception as error:  # of any type: it is raised below, when the others know
+        failure, reason = error, f"{type(error).__name__}: {error}".encode()[:REASON]
+    padded = np.frombuffer(reason.ljust(REASON, b"\0"), np.uint8)
+    reasons = [row.tobytes().rstrip(b"\0") for row in multihost_utils.process_allgather(padded)]
+    if failure:
+        raise failure
+    if any(reasons):
+        told = [f"process {i}: {text.decode(errors='replace')}" for i, text in enumerate(reasons) if text]
+        raise RuntimeError("\n".join(told))
+
+
 @contextlib.contextmanager
 def held(directory, does: str = "writes to"):
     """Makes a folder where it is not there, and keeps other commands that hold it out until this one has ended.
@@ -48,30 +78,32 @@ def held(directory, does: str = "writes to"):
         does: what this command does in the folder, as others are told.
 
     Raises:
-        FileExistsError: another process holds it, and which; in every process.
+        FileExistsError: another process holds it, and which.
+        OSError: it cannot be written.
+        RuntimeError: in further processes of the run, with the same words.
     """
-    file, other = directory / "lock", ""
+    file = directory / "lock"
     since = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
     holder = f"{does} {directory}: PID {os.getpid()} on {socket.gethostname()}, since {since}"
     with contextlib.ExitStack() as stack:
-        if jax.process_index() == 0:
-            directory.mkdir(parents=True, exist_ok=True)
-            if is_remote(directory):
-                if file.exists():
-                    logging.warning("a process that has not ended, or was killed, %s: never run two", file.read_text())
-                file.write_text(holder)
-                stack.callback(file.unlink, missing_ok=True)
-            else:
-                lock = stack.enter_context(open(file, "a+"))
-                if locked(lock):
+        with ending_together():
+            if jax.process_index() == 0:
+                directory.mkdir(parents=True, exist_ok=True)
+                if is_remote(directory):
+                    if file.exists():
+                        told = "a process that has not ended, or was killed, %s: never run two"
+                        logging.warning(told, file.read_text())
+                    file.write_text(holder)
+                    stack.callback(file.unlink, missing_ok=True)
+                else:
+                    lock = stack.enter_context(open(file, "a+"))
+                    if not locked(lock):
+                        lock.seek(0)
+                        other = lock.read() or f"{does} {directory}"
+                        raise FileExistsError(f"another process {other}: wait until it has ended")
                     lock.truncate(0)
                     lock.write(holder)
                     lock.flush()
-                else:
-                    lock.seek(0)
-                    other = lock.read() or f"{does} {directory}"
-        if multihost_utils.process_allgather(bool(other)).any():
-            raise FileExistsError(f"another process {other or f'{does} {directory}'}: wait until it has ended")
         yield
 
 

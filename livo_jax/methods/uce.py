@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from livo_jax import seeds, sharding, values
+from livo_jax.files.directories import ending_together
 from livo_jax.methods import Method, by_group, drawer, networks, with_unet
 from livo_jax.models.clip import first_ids
 from livo_jax.models.weights import put, split
@@ -149,9 +150,10 @@ def make(config, sd, mesh, workdir, judge) -> Method:
             of_bias = value.kind == "bias"
             matrices[value.statement] = debias(value, sd, config, mesh, judge) if of_bias else erase(value, sd, config)
         seconds = time.perf_counter() - start
-        if jax.process_index() == 0:
-            workdir.mkdir(parents=True, exist_ok=True)
-            save_file(matrices, file, metadata={"settings": key, "seconds": str(seconds)})
+        with ending_together():
+            if jax.process_index() == 0:
+                workdir.mkdir(parents=True, exist_ok=True)
+                save_file(matrices, file, metadata={"settings": key, "seconds": str(seconds)})
     models = {statement: edited(sd, M) for statement, M in matrices.items()}
 
     def by_model(statement, requests):

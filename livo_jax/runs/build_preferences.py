@@ -32,6 +32,7 @@ from tqdm import tqdm
 from livo_jax import data, judges, seeds, sharding
 from livo_jax import values as principles
 from livo_jax.data import dataset, word_lists
+from livo_jax.files.directories import ending_together
 from livo_jax.files.modules import read_dtype
 from livo_jax.sampling.generate import generate
 from livo_jax.sampling.requests import Request
@@ -165,7 +166,8 @@ def draw(folder: pathlib.Path, requests: list[Request], sd, judge, config) -> Dr
     mine = dataset.my_share(len(chunks))
     missing = [k for k in mine if not reading_of[k].exists()]
     count = lambda which: sum(len(chunks[k]) for k in which)
-    with tqdm(total=count(mine), initial=count(mine) - count(missing), desc=folder.name, unit="image") as progress:
+    bar = tqdm(total=count(mine), initial=count(mine) - count(missing), desc=folder.name, unit="image")
+    with ending_together(), bar as progress:
         for k in missing:
             images = generate(sd, chunks[k], seed=config.seed, mesh=mesh, **config.sampling.to_dict())
             reading = {axis: column.tolist() for axis, column in judge(images).items()}
@@ -173,7 +175,6 @@ def draw(folder: pathlib.Path, requests: list[Request], sd, judge, config) -> Dr
             dataset.write_whole(images_of[k], map(png, images))
             dataset.write_whole(reading_of[k], json.dumps(reading))
             progress.update(len(images))
-    dataset.barrier(folder.name)
     parts = [json.loads(file.read_text()) for file in reading_of]
     reading = {axis: np.concatenate([part[axis] for part in parts]) for axis in parts[0]}
     return Drawn(ArrayRecordDataSource([str(file) for file in images_of]), reading)

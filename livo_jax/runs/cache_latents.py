@@ -18,7 +18,8 @@ from flax import nnx
 from tqdm import tqdm
 
 from livo_jax import data, sharding, values
-from livo_jax.data.dataset import barrier, held, my_share
+from livo_jax.data.dataset import held, my_share
+from livo_jax.files.directories import ending_together
 from livo_jax.models.weights import split
 from livo_jax.sampling.stable_diffusion import StableDiffusion
 
@@ -75,46 +76,46 @@ def write(preferences: data.Preferences, sd: StableDiffusion, config, directory:
         return array
 
     with held(work):
-        if jax.process_index() == 0:
-            prompts = set()
-            for block in tqdm(preferences.blocks, desc="prompts", unit="block"):
-                for i in range(block.start, block.start + block.count):
-                    prompts |= data.prompts_of(source[i]["prompt"].decode(), block, config, principles)
-            prompts = sorted(prompts)
-            (work / "prompts.json").write_text(json.dumps(prompts))
-            text = sd.text_encoder.config
-            h, w, channels = sd.latent_shape
-            for side in data.SIDES:
-                create(side, (count, 1 + config.data.random_flip, h, w, 2 * channels))
-            stored = {"states": create("states", (len(prompts), text.max_position_embeddings, text.hidden_size))}
-            if sd.time_ids is not None:
-                stored["text_embeds"] = create("text_embeds", (len(prompts), text.towers[1].projection_dim))
-            for rows in chunks(range(len(prompts))):
-                found = read(sd.tokenize(prompts[rows.start : rows.stop]))
-                for name, array in stored.items():
-                    array[rows.start : rows.stop] = found[name]
-            for array in stored.values():
+        with ending_together():
+            if jax.process_index() == 0:
+                prompts = set()
+                for block in tqdm(preferences.blocks, desc="prompts", unit="block"):
+                    for i in range(block.start, block.start + block.count):
+                        prompts |= data.prompts_of(source[i]["prompt"].decode(), block, config, principles)
+                prompts = sorted(prompts)
+                (work / "prompts.json").write_text(json.dumps(prompts))
+                text = sd.text_encoder.config
+                h, w, channels = sd.latent_shape
+                for side in data.SIDES:
+                    create(side, (count, 1 + config.data.random_flip, h, w, 2 * channels))
+                stored = {"states": create("states", (len(prompts), text.max_position_embeddings, text.hidden_size))}
+                if sd.time_ids is not None:
+                    stored["text_embeds"] = create("text_embeds", (len(prompts), text.towers[1].projection_dim))
+                for rows in chunks(range(len(prompts))):
+                    found = read(sd.tokenize(prompts[rows.start : rows.stop]))
+                    for name, array in stored.items():
+                        array[rows.start : rows.stop] = found[name]
+                for array in stored.values():
+                    array.flush()
+        with ending_together():
+            moments = {side: np.lib.format.open_memmap(work / f"{side}.npy", "r+") for side in data.SIDES}
+            parts = chunks(range(count))
+            for k in tqdm(my_share(len(parts)), desc="latents", unit="batch"):
+                records = [source[i] for i in parts[k]]
+                for side in data.SIDES:
+                    places = [f"{preferences.directory}, record {i}, {side}" for i in parts[k]]
+                    for flip in range(1 + config.data.random_flip):
+                        images = [
+                            data.decode(record[side], sd.image_size, bool(flip), place)
+                            for record, place in zip(records, places)
+                        ]
+                        moments[side][parts[k].start : parts[k].stop, flip] = encode(np.stack(images))
+            for array in moments.values():
                 array.flush()
-        barrier("created")
-        moments = {side: np.lib.format.open_memmap(work / f"{side}.npy", "r+") for side in data.SIDES}
-        parts = chunks(range(count))
-        for k in tqdm(my_share(len(parts)), desc="latents", unit="batch"):
-            records = [source[i] for i in parts[k]]
-            for side in data.SIDES:
-                places = [f"{preferences.directory}, record {i}, {side}" for i in parts[k]]
-                for flip in range(1 + config.data.random_flip):
-                    images = [
-                        data.decode(record[side], sd.image_size, bool(flip), place)
-                        for record, place in zip(records, places)
-                    ]
-                    moments[side][parts[k].start : parts[k].stop, flip] = encode(np.stack(images))
-        for array in moments.values():
-            array.flush()
-        barrier("encoded")
-        if jax.process_index() == 0:
-            made_of = json.dumps(data.cache_made_of(preferences, sd, config), indent=2)
-            (work / "made_of.json").write_text(made_of + "\n")
-            shutil.rmtree(directory, ignore_errors=True)
-            (work / "lock").unlink()
-            work.rename(directory)
-        barrier("moved")
+        with ending_together():
+            if jax.process_index() == 0:
+                made_of = json.dumps(data.cache_made_of(preferences, sd, config), indent=2)
+                (work / "made_of.json").write_text(made_of + "\n")
+                shutil.rmtree(directory, ignore_errors=True)
+                (work / "lock").unlink()
+                work.rename(directory)

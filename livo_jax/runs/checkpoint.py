@@ -18,6 +18,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
+from livo_jax.files.directories import ending_together
 from livo_jax.training.step import norms
 
 FORMAT = 1  # of what a checkpoint holds: {"state": step, params, opt_state, perhaps ema}; 0 had no checksum
@@ -123,7 +124,7 @@ class Checkpoints:
             place = self.directory / str(damaged)
             logging.warning("%s is damaged, step %d is used in its place: %s", place, step, reason(error))
             if set_aside:
-                self.set_aside(damaged, "damaged")
+                self.set_aside(damaged)
         return restored
 
     def _read(self, step: int, args):
@@ -156,17 +157,16 @@ class Checkpoints:
             " when it can; to go on from an earlier step, move it to another folder"
         ) from error
 
-    def set_aside(self, step: int, why: str) -> epath.Path:
-        """Renames a checkpoint, so that nothing reads it and nothing is lost. Returns its new path."""
-        names, name, number = {path.name for path in self.directory.iterdir()}, f"{step}.{why}", 1
+    def set_aside(self, step: int):
+        """Renames a damaged checkpoint, so that nothing reads it and nothing is lost."""
+        names, name, number = {path.name for path in self.directory.iterdir()}, f"{step}.damaged", 1
         while name in names:
-            name, number = f"{step}.{why}.{number}", number + 1
+            name, number = f"{step}.damaged.{number}", number + 1
         multihost_utils.sync_global_devices("looked")  # in every process the names are those of before
-        if jax.process_index() == 0:
-            (self.directory / str(step)).rename(self.directory / name)
-        multihost_utils.sync_global_devices("set aside")
+        with ending_together():
+            if jax.process_index() == 0:
+                (self.directory / str(step)).rename(self.directory / name)
         self.manager.reload()
-        return self.directory / name
 
     def wait(self):
         """Returns when everything is on disk. Raises OSError if it could not be written."""

@@ -77,7 +77,7 @@ def _compare(methods: dict, config, workdir) -> list[dict]:
             most.data[name] = max(own.data[name] for own in cached)
         preferences = Preferences(most.data.directory)
         shared = preferences.directory / "cache"  # pairs that cannot be written have none: each run has its own
-        if cache_directory(preferences, workdir) == shared and not shared.exists():
+        if cache_directory(preferences, workdir, sd, most) == shared and not shared.exists():
             local = jax.process_count() > 1
             cache_latents.write(
                 preferences, restore.load_base(first, sharding.make_local_mesh()) if local else sd, most

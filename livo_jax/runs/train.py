@@ -15,7 +15,7 @@ from livo_jax.data.batches import batches
 from livo_jax.data.cache import Cache, cache_directory
 from livo_jax.data.preferences import Preferences
 from livo_jax.evaluation.report import table
-from livo_jax.files.directories import find, held, is_remote, say
+from livo_jax.files.directories import ending_together, find, held, is_remote, say
 from livo_jax.files.modules import read_dtype
 from livo_jax.models.weights import split
 from livo_jax.runs import build_preferences, cache_latents
@@ -24,7 +24,7 @@ from livo_jax.runs.checkpoint import Checkpoints, Termination
 from livo_jax.runs.evaluate import evaluate_and_report, read_results, sample_sheet
 from livo_jax.runs.log import Log, check_wandb
 from livo_jax.runs.restore import load_models, with_update
-from livo_jax.runs.workdir import claim
+from livo_jax.runs.workdir import check_shared, claim
 from livo_jax.training.step import (
     jit_step,
     learning_rate,
@@ -52,28 +52,31 @@ def train_and_evaluate(config, workdir):
         ValueError, FileNotFoundError: a config, model, dataset or workdir that cannot work, before
             the first step.
         FileExistsError: another process trains, or now evaluates, in the workdir.
+        RuntimeError: another process of this run cannot begin, and why.
         FloatingPointError: the loss, its gradients or what they made of the state is not finite; no checkpoint has it.
         OSError: a checkpoint cannot be written.
         SystemExit: after SIGTERM or Ctrl-C, with its step saved; status 143 or 130, as a shell has them.
     """
     workdir = find(workdir)
-    if is_remote(directory := config.data.directory or workdir / "preferences"):
-        raise ValueError(
-            f"{directory} is in a bucket, where pairs cannot be read: give a config.data.directory on disk"
-        )
-    directory = pathlib.Path(directory).expanduser()
-    if not config.judge and not directory.exists():
-        raise ValueError(
-            f"{directory} holds no preference pairs, and without config.judge none can be built:"
-            " give config.data.directory, or a judge that reads the axes of config.principles"
-        )
-    if read_dtype(config.dtype, "config.dtype") == jnp.float16:
-        raise ValueError(
-            f"config.dtype={config.dtype!r}: small gradients are 0 in float16, and no scale of the loss keeps them:"
-            " train in bfloat16 or float32, and draw in float16 if you like"
-        )
-    check_wandb(config)
+    with ending_together():
+        if is_remote(directory := config.data.directory or workdir / "preferences"):
+            raise ValueError(
+                f"{directory} is in a bucket, where pairs cannot be read: give a config.data.directory on disk"
+            )
+        directory = pathlib.Path(directory).expanduser()
+        if not config.judge and not directory.exists():
+            raise ValueError(
+                f"{directory} holds no preference pairs, and without config.judge none can be built:"
+                " give config.data.directory, or a judge that reads the axes of config.principles"
+            )
+        if read_dtype(config.dtype, "config.dtype") == jnp.float16:
+            raise ValueError(
+                f"config.dtype={config.dtype!r}: small gradients are 0 in float16, and no scale of the loss keeps them:"
+                " train in bfloat16 or float32, and draw in float16 if you like"
+            )
+        check_wandb(config)
     with held(workdir, "trains in"):
+        check_shared(workdir)
         _train_and_evaluate(config, workdir, directory)
 
 
@@ -81,8 +84,9 @@ def _train_and_evaluate(config, workdir, directory: pathlib.Path):
     """That of a workdir that is held, with the pairs of `directory`."""
     # ---- what is given: models, pairs, mesh
     mesh = sharding.make_mesh(**config.mesh)
-    sd, value_encoder = load_models(config, mesh)
-    check_config(config, sd, mesh)
+    with ending_together():
+        sd, value_encoder = load_models(config, mesh)
+        check_config(config, sd, mesh)
     checkpoints, steps = Checkpoints(workdir, config.checkpoint.keep), config.train.steps
     start = checkpoints.latest_step() or 0
     if start > steps:
@@ -90,17 +94,20 @@ def _train_and_evaluate(config, workdir, directory: pathlib.Path):
             f"{checkpoints.directory} has step {start}, config.train.steps={steps}: choose as many at least, or another"
             " --workdir"
         )
-    claim(workdir, config)
+    with ending_together():
+        if jax.process_index() == 0:
+            claim(workdir, config)
     # With several processes each draws with its own devices, from a copy that is on no other.
     own = sd if jax.process_count() == 1 else None
     if not config.data.directory and not directory.exists():
         # Pairs must show something: random weights are not what draws them.
         build_preferences.build(config, directory, None if config.random_weights else own)
-    preferences = Preferences(directory)
-    preferences.check_values(values.load(config.principles))
+    with ending_together():
+        preferences = Preferences(directory)
+        preferences.check_values(values.load(config.principles))
     cache = None
     if config.data.cache:
-        place = cache_directory(preferences, workdir)
+        place = cache_directory(preferences, workdir, sd, config)
         if not place.exists():
             cache_latents.write(preferences, own or load_models(config, sharding.make_local_mesh())[0], config, place)
         cache = Cache(preferences, sd, config, place)
@@ -120,8 +127,6 @@ def _train_and_evaluate(config, workdir, directory: pathlib.Path):
         state = checkpoints.restore(state, set_aside=True)
         say(f"resuming {workdir} at step {int(state['step'])}")
     start = int(state["step"])  # of a checkpoint that can be read
-    if start < steps and jax.process_index() == 0:
-        (workdir / "eval" / "results.json").unlink(missing_ok=True)  # it is of an earlier step
     iterator = batches(
         preferences, sd.tokenize, cache, batch_size=config.train.batch_size, image_size=sd.image_size,
         random_flip=config.data.random_flip, seed=config.seed, start=start, principles=values.load(config.principles),
@@ -141,7 +146,11 @@ def _train_and_evaluate(config, workdir, directory: pathlib.Path):
     step_fn = jit_step(step_fn, state, frozen, mesh)
 
     # ---- the loop: while step k runs, the metrics of step k-1 are fetched and checked
-    c, log, in_flight = config.log, Log(workdir, start, config), collections.deque()
+    with ending_together():
+        if start < steps and jax.process_index() == 0:
+            (workdir / "eval" / "results.json").unlink(missing_ok=True)  # it is of an earlier step
+        log = Log(workdir, start, config)
+    c, in_flight = config.log, collections.deque()
     profiled = range(start + 3, min(start + 3 + config.profile.steps, steps + 1))  # without what starts up
     bar = tqdm(total=steps, initial=start, desc="train", unit="step", disable=jax.process_index() > 0)
     each = lambda every, step: every and (step % every == 0 or step == steps)
@@ -225,13 +234,10 @@ def check_finite(step: int, metrics: dict, checkpoints, config) -> dict[str, flo
     if not wrong:
         return metrics
     checkpoints.wait()
-    aside = ""
-    if not math.isfinite(metrics["loss"]) and checkpoints.latest_step() == step - 1:
-        # Finite, but these parameters gave that loss: nothing is to go on from them, or to use them.
-        aside = f" Its parameters, of step {step - 1}, are set aside: {checkpoints.set_aside(step - 1, 'not_finite')}."
     good = checkpoints.latest_step()
+    last = f"The last checkpoint, all of it finite, is step {good} in {checkpoints.directory}"
     raise FloatingPointError(
-        f"{', '.join(wrong)}.{aside} The last good checkpoint is"
-        f" {'none' if good is None else f'step {good} in {checkpoints.directory}'}: lower"
-        f" config.train.learning_rate={learning_rate(config)} or look at the data, and train on from there"
+        f"{', '.join(wrong)}. {'There is no checkpoint' if good is None else last}: the same command meets the same"
+        f" batch at step {step}, and ends so again. Look at the pairs, or lower"
+        f" config.train.learning_rate={learning_rate(config)} in a new --workdir"
     )

@@ -8,6 +8,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
+from livo_jax.files.directories import ending_together
 from livo_jax.files.settings import differences, flatten
 
 # Fields that may change between the starts of a run: no parameter depends on them, but for rounding.
@@ -69,11 +70,10 @@ def read_config(workdir: epath.Path) -> dict:
 
 
 def claim(workdir: epath.Path, config):
-    """Writes config.json, or checks that what is in the workdir was made with the same config.
+    """Writes config.json after a look at whether what is in the workdir was made with the same config; of process 0.
 
     Raises:
-        ValueError: another config made the pairs or checkpoints here, and the differences; or there are
-            processes that do not see the workdir.
+        ValueError: another config made the pairs or checkpoints here, and the differences.
     """
     file = workdir / "config.json"
     ours = json.loads(config.to_json())
@@ -91,9 +91,7 @@ def claim(workdir: epath.Path, config):
             )
         if found:
             raise ValueError(f"{workdir} holds a run of another config: name a new --workdir\n  " + "\n  ".join(found))
-    check_shared(workdir)
-    if jax.process_index() == 0:
-        file.write_text(json.dumps(ours, indent=2) + "\n")
+    file.write_text(json.dumps(ours, indent=2) + "\n")
 
 
 def recipe(workdir: epath.Path) -> dict | None:
@@ -103,19 +101,18 @@ def recipe(workdir: epath.Path) -> dict | None:
 
 
 def check_shared(workdir: epath.Path):
-    """Makes the workdir. Raises ValueError, in every process, where some do not see what process 0 writes there."""
-    if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
+    """Raises ValueError, in every process, where some do not see what process 0 writes to the workdir."""
     if jax.process_count() == 1:
         return
     token = int(multihost_utils.broadcast_one_to_all(secrets.randbits(31)))
     sign = workdir / f".shared-{token}"
-    if jax.process_index() == 0:
-        sign.write_text("")
-    multihost_utils.sync_global_devices("written")
+    with ending_together():
+        if jax.process_index() == 0:
+            sign.write_text("")
     seen = multihost_utils.process_allgather(sign.exists())
-    if jax.process_index() == 0:
-        sign.unlink()
+    with ending_together():
+        if jax.process_index() == 0:
+            sign.unlink()
     if not seen.all():
         raise ValueError(
             f"{workdir} is not shared: processes {[int(i) for i in (~seen).nonzero()[0]]} do not see what process 0"

@@ -29,7 +29,8 @@ def livo(l_w, l_l, r_w, r_l, *, alpha, beta, gamma_1, gamma_2):
         alpha, beta: slopes, positive scalars or [B]. gamma_1, gamma_2: margins, scalars or [B].
 
     Returns:
-        Also active_w and active_l, the share of hinges that still pull.
+        Also active_w and active_l, the share of rows whose hinge still pulls: of a row without hinges, whose constants
+        are 0, none does.
     """
     margin_w, margin_l = _margins(l_w, l_l, r_w, r_l)
     hinge_w, hinge_l = jax.nn.relu(gamma_1 + beta * margin_w), jax.nn.relu(gamma_2 + alpha * margin_l)

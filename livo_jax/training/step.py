@@ -197,7 +197,7 @@ def make_loss(graphs: dict, schedule: diffusion.NoiseSchedule, config, scaling_f
         constants = {name: jnp.where(is_anchor, 0.0, x) for name, x in preference.keywords.items()}
         loss, metrics = preference(*errors(policy), *of_reference, **constants)
         moved = jnp.mean(jnp.where(of_sides(is_anchor), losses.denoising_error(policy, reference), 0.0))
-        return loss + anchor * moved, metrics | {"anchor_moved": moved}
+        return loss + anchor * moved, metrics | {"anchor_moved": moved, "hinged": 1 - jnp.mean(is_anchor)}
 
     return loss
 
@@ -210,6 +210,18 @@ def draw(key, shape: tuple, timesteps: tuple[int, int]) -> dict:
     *keys, key_t = jax.random.split(key, 4)
     drawn = {name: jax.random.normal(key, shape) for name, key in zip(("noise_w", "noise_l", "eps"), keys)}
     return drawn | {"t": jax.random.randint(key_t, shape[:1], *timesteps)}
+
+
+def over_hinged(metrics: dict) -> dict:
+    """The metrics with active_w and active_l as shares of the rows that have hinges: `hinged`, where not all have.
+
+    To be taken of the mean over micro-batches, which differ in how many rows have.
+    """
+    metrics = dict(metrics)
+    if "hinged" in metrics:
+        hinged = jnp.maximum(metrics.pop("hinged"), 1e-9)  # where no row has, both are 0
+        metrics |= {name: metrics[name] / hinged for name in ("active_w", "active_l")}
+    return metrics
 
 
 def make_train_step(
@@ -227,8 +239,8 @@ def make_train_step(
     The step takes `state` (step, params, opt_state, perhaps ema), `frozen` (parameters of text_encoder,
     unet and vae) and a batch of data.batches: value_prompt_ids, and either prompt_ids and images or, from a
     cache, prompt_states (of XL also text_embeds) and moments; then `frozen` needs no vae. Its metrics are
-    float32 scalars: loss, those of the form's function in losses.py, grad_norm, and the norms of the state that it
-    returns.
+    float32 scalars: loss, those of the form's function in losses.py (active_w and active_l are of the rows that have
+    hinges), grad_norm, and the norms of the state that it returns.
     """
     loss = make_loss(graphs, schedule, config, scaling_factor, time_ids)
     timesteps = config.loss.timesteps
@@ -255,7 +267,7 @@ def make_train_step(
         if ema_decay:  # which follows closely at first
             decay = jnp.minimum(ema_decay, after["step"] / (after["step"] + 9))
             after["ema"] = optax.incremental_update(params, state["ema"], 1 - decay)
-        return after, {"loss": value, **metrics, "grad_norm": optax.tree.norm(grads), **norms(after)}
+        return after, {"loss": value, **over_hinged(metrics), "grad_norm": optax.tree.norm(grads), **norms(after)}
 
     return train_step
 

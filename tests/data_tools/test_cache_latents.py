@@ -9,7 +9,7 @@ import pytest
 
 from configs import tiny
 from livo_jax import StableDiffusion, data
-from livo_jax.data.cache import Cache
+from livo_jax.data.cache import Cache, cache_directory
 from livo_jax.data.preferences import Preferences
 from livo_jax.files import directories
 from livo_jax.runs import build_preferences, cache_latents
@@ -47,7 +47,8 @@ def test_the_losses_are_those_of_the_images(config, tmp_path):
     assert len(losses(tmp_path / "cache")) == 2
 
 
-def test_a_stale_cache_is_refused(config):
+def test_a_stale_cache_is_refused(config, tmp_path, monkeypatch, caplog):
+    """Where pairs cannot be written, it is passed over: the run has its own."""
     sd, preferences = StableDiffusion.from_pretrained(config.model), Preferences(config.data.directory)
     fewer = config.copy_and_resolve_references()
     fewer.principles = ("bloody",)
@@ -55,6 +56,10 @@ def test_a_stale_cache_is_refused(config):
         cache_latents.write(preferences, sd, fewer)
     cache_latents.write(preferences, sd, config)
     Cache(preferences, sd, config)
+    place = lambda: cache_directory(preferences, tmp_path, sd, config)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda *_: False)
+        assert place() == preferences.directory / "cache" and not caplog.records
     more = config.copy_and_resolve_references()
     more.data.anchors = 0.2
     with pytest.raises(ValueError, match=r"rewordings: \['beside'\] there, \['beside', 'anchors'\] wanted"):
@@ -63,7 +68,12 @@ def test_a_stale_cache_is_refused(config):
     sd.vae.encoder.conv_in.bias[...] += 1e-3
     preferences.content_sha256 = "another"
     with pytest.raises(ValueError, match="of another dataset(.|\n)*pairs: (.|\n)*to 32, .*to 64(.|\n)*weights: "):
-        Cache(preferences, sd, config)
+        Cache(preferences, sd, config, place())
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert place() == tmp_path / "cache"
+    assert f"{preferences.directory}/cache is of another dataset, config or model, and cannot be" in caplog.messages[0]
+    with pytest.raises(ValueError, match="has no cache for this run and cannot be written, nor can a cache lie in gs:"):
+        cache_directory(preferences, "gs://bucket/run", sd, config)
 
 
 def test_an_interrupted_cache_is_none_and_neither_is_one_on_a_full_disk(config, monkeypatch):
