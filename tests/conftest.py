@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import shutil
+import signal
 import tempfile
 
 import numpy as np
@@ -31,6 +32,7 @@ CACHE_BYTES = 2**30
 # What one test compiles is there for the next, for other processes, and for the next time.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background ignore it, and so would their runs
 gc.set_threshold(100_000, 50, 100)  # tracing makes many objects, few of them garbage
 
 # A Stable Diffusion of two levels, which compiles in seconds. Widths differ, so that no two shapes agree by chance.

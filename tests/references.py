@@ -1,4 +1,4 @@
-"""Numbers of torch-fidelity and lpips that tests/test_quality.py compares ours with: references.safetensors.
+"""Numbers of torch-fidelity and lpips that tests/evaluation/test_quality.py compares ours with: references.safetensors.
 
 Both want torchvision, whose wheels do not go with the CPU build of torch; what is computed here does not use it:
 

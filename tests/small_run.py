@@ -11,8 +11,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from tests import test_data
 from tests.conftest import DEVICES, QUICK
+from tests.data import test_data
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMALL = {

@@ -20,7 +20,7 @@ from livo_jax import commands
 from livo_jax.files import directories
 from tests import small_run
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 # One device, fewest steps: what is asserted here does not depend on how well the model draws.
 QUICK = (
     "--config.sampling.steps=12", "--config.sampling.batch_size=8", "--config.log.samples_every=100",

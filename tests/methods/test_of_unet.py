@@ -18,7 +18,8 @@ from livo_jax.runs import check, plan, restore, train
 from livo_jax.sampling.requests import Dose, Request
 from livo_jax.training import losses
 from livo_jax.training.step import draw, noised
-from tests import small_run, test_data
+from tests import small_run
+from tests.data import test_data
 
 
 def config_of(name):

@@ -35,10 +35,11 @@ from livo_jax.value_encoders.lora import LoRA
 from livo_jax.value_encoders.shelf import Shelf
 from livo_jax.value_encoders.soft_tokens import SoftTokens
 from livo_jax.values.principles import text_hash
-from tests import small_run, test_data
+from tests import small_run
 from tests.conftest import LEVELS, UNET, VAE, randomised, text_model, write_pipeline
-from tests.test_run import run
-from tests.test_train import CONFIG, SCALE, torch_step
+from tests.data import test_data
+from tests.runs.test_run import run
+from tests.training.test_train import CONFIG, SCALE, torch_step
 
 INDEX = {
     "_class_name": "StableDiffusionXLPipeline", "_diffusers_version": "0.27.0", "force_zeros_for_empty_prompt": True,
@@ -284,7 +285,7 @@ def test_the_full_size_has_the_published_names_and_shapes():
     import diffusers
     import transformers
 
-    root = pathlib.Path(__file__).parents[1] / "benchmarks" / "sdxl"
+    root = pathlib.Path(__file__).parents[2] / "benchmarks" / "sdxl"
     config = {part: {k: v for k, v in read_json(root / part / "config.json").items() if k[0] != "_"} for part in COUNTS}
     of = transformers.CLIPTextConfig.from_dict
     with torch.device("meta"):

@@ -20,7 +20,7 @@ from livo_jax.retrieval.retriever import Retriever
 from livo_jax.sampling import generate
 from livo_jax.values.principles import load, text_hash
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 VALUE, BLOODY = "shape equality", "bloody considered inappropriate"
 RESULTS = [
     dict(method="livo", value=VALUE, split="held_out", metric="D1", mean=0.125, ci95=[0.1, 0.2], prompts=3, images=150),

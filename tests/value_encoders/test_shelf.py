@@ -16,7 +16,7 @@ from livo_jax.value_encoders.lora import LoRA
 from livo_jax.value_encoders.shelf import Shelf
 from livo_jax.value_encoders.soft_tokens import SoftTokens
 from livo_jax.values.principles import load
-from tests.test_pretrained import hub_of, load_from
+from tests.files.test_modules import hub_of, load_from
 
 SETTINGS = dict(steps=2, guidance_scale=3.0, batch_size=1, mesh=sharding.make_mesh(1))
 VALUES = {value.name: value.statement for value in load(("shape", "colour", "bloody"))}

@@ -22,7 +22,7 @@ from livo_jax.retrieval.retriever import PAPERS, Retriever, labelled
 
 PAPERS = values.load(PAPERS)
 DEFAULT = Retriever.default()
-EMBEDDED = pathlib.Path(__file__).parents[1] / "data_tools" / "shapeworld_model"
+EMBEDDED = pathlib.Path(__file__).parents[2] / "data_tools" / "shapeworld_model"
 
 
 def names(prompt, find=DEFAULT) -> set[str]:

@@ -3,9 +3,9 @@
 Weights are random.
 
 export XLA_FLAGS=--xla_backend_optimization_level=3    # as users compile
-pytest -m slow tests/test_full_size.py -k sd15    # about 9 minutes on 2 cores, 14 GiB
-pytest -m slow tests/test_full_size.py -k sd21    # about 9 minutes, 23 GiB: both sides' weights and optimizers
-pytest -m slow tests/test_full_size.py -k xl      # 4 minutes
+pytest -m slow tests/training/test_full_size.py -k sd15    # about 9 minutes on 2 cores, 14 GiB
+pytest -m slow tests/training/test_full_size.py -k sd21    # about 9 minutes, 23 GiB: both sides' weights and optimizers
+pytest -m slow tests/training/test_full_size.py -k xl      # 4 minutes
 """
 
 import gc
@@ -23,7 +23,7 @@ from livo_jax.files.modules import load
 from livo_jax.models.unet import UNet2DConditionModel
 from tests.conftest import parts_of, randomised, relative_error
 from tests.small_run import ROOT
-from tests.test_train import compare_training, torch_training
+from tests.training.test_train import compare_training, torch_training
 
 pytestmark = pytest.mark.slow
 

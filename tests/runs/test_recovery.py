@@ -26,7 +26,7 @@ from livo_jax.runs.checkpoint import FORMAT, Checkpoints, Termination
 from livo_jax.runs.train import check_finite
 from tests import small_run
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def make_state(step, mesh=(8, 1, 1), names=("a", "b")):

@@ -256,7 +256,7 @@ print((peak() - before) / {size})
         capture_output=True,
         text=True,
         env=environment,
-        cwd=pathlib.Path(__file__).parents[1],
+        cwd=pathlib.Path(__file__).parents[2],
     )
     assert answer.returncode == 0, answer.stderr
     assert 0.9 < float(answer.stdout) < 1.3
@@ -358,7 +358,7 @@ def load_from(hub, home, code, **environment):
     code = "from livo_jax import StableDiffusion, ValueEncoder\n" + code
     return subprocess.run(
         [sys.executable, "-c", code], env=clean | environment, capture_output=True, text=True,
-        cwd=pathlib.Path(__file__).parents[1],
+        cwd=pathlib.Path(__file__).parents[2],
     )  # fmt: skip
 
 

@@ -195,7 +195,7 @@ def kl(w, v):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_other_losses_are_their_papers(parts, torch_models, form):
-    """Steps with them are in tests/test_half_precision.py."""
+    """Steps with them are in tests/training/test_half_precision.py."""
     sd, graphs, frozen, batch = parts
     config = CONFIG.copy_and_resolve_references()
     config.loss.update(form=form, beta=0.01)
@@ -261,7 +261,7 @@ def test_three_steps_are_pytorchs(parts, torch_models):
 
 def test_optimised_programs_are_pytorchs():
     """As users compile them: other tests compile quickly."""
-    command = [sys.executable, "-m", "pytest", "-q", "tests/test_train.py", "-k", "three_steps"]
+    command = [sys.executable, "-m", "pytest", "-q", "tests/training/test_train.py", "-k", "three_steps"]
     environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=3", "LIVO_JAX_TESTS_QUICK": ""}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout

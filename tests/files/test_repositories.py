@@ -23,7 +23,7 @@ from livo_jax.runs import train
 from livo_jax.sampling import stable_diffusion
 from livo_jax.value_encoders.lora import LoRA
 from livo_jax.value_encoders.soft_tokens import SoftTokens
-from tests.test_pretrained import rewrite
+from tests.files.test_modules import rewrite
 
 UNET_FILE = pathlib.Path("unet", "diffusion_pytorch_model.safetensors")
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3438167536\n"

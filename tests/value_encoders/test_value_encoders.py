@@ -26,7 +26,7 @@ from livo_jax.value_encoders.lora import LoRA
 from livo_jax.value_encoders.soft_tokens import SoftTokens
 from livo_jax.values.principles import text_hash
 from tests import small_run
-from tests.test_train import CONFIG, SCALE, torch_step
+from tests.training.test_train import CONFIG, SCALE, torch_step
 
 STATEMENTS = ("shape equality", "colour equality")
 PROMPTS = [f"a photo of a {word}" for word in ("baker", "cook", "smith", "tailor")]

@@ -21,7 +21,7 @@ from livo_jax.sampling import generate
 from livo_jax.sampling.requests import Dose, Request
 from livo_jax.values.principles import text_hash
 from tests.conftest import text_model
-from tests.test_generate import published_pipeline
+from tests.sampling.test_generate import published_pipeline
 
 SETTINGS = dict(
     steps=6,
