@@ -127,13 +127,13 @@ def compiled_step(mesh, **settings):
 
 
 def test_data_parallel_steps_send_gradients_alone():
-    """One sum over the devices: each trained array, and the six scalars of the metrics."""
+    """One sum over the devices: each trained array, and the seven scalars of the metrics."""
     compiled, state, _, planned = compiled_step(sharding.make_mesh(8))
     ((kind, sizes, among),) = collectives(compiled)
     trained = [
         x.nbytes for name, part in state["params"].items() if name != "embeddings" for x in jax.tree.leaves(part)
     ]
-    assert (kind, among) == ("all-reduce", 8) and sorted(sizes) == sorted(trained + [4] * 6)
+    assert (kind, among) == ("all-reduce", 8) and sorted(sizes) == sorted(trained + [4] * 7)
     assert planned == {"gradient": SENT[kind](8, sum(trained))}
 
 

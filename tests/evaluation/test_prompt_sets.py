@@ -32,7 +32,7 @@ def test_csv_with_quotes_line_breaks_and_a_byte_order_mark(tmp_path):
     text = '\ufeffid,prompt,n\r\n1,"A bathroom, with\r\na sink",2\r\n2,"a ""cat""",3\r\n\r\n3,Zwölf Bäume,4\r\n'
     (tmp_path / "coco.csv").write_bytes(text.encode())
     found = read(choose("coco_30k", tmp_path / "coco.csv"), "coco_30k")
-    assert found == [("", "A bathroom, with\r\na sink"), ("", 'a "cat"'), ("", "Zwölf Bäume")]
+    assert found == [("", "A bathroom, with\na sink"), ("", 'a "cat"'), ("", "Zwölf Bäume")]
 
 
 def test_subjects_come_from_a_template_or_a_column(tmp_path):

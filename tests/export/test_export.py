@@ -299,7 +299,7 @@ def test_an_export_is_whole_or_not_there(sd, value_encoder, config, tmp_path):
 import resource, signal
 from configs import tiny
 from livo_jax import StableDiffusion, ValueEncoder
-from livo_jax.export import export
+from livo_jax.export.export import export
 config = tiny.get_config()
 config.model = {config.model!r}
 sd = StableDiffusion.from_pretrained(config.model)

@@ -18,9 +18,10 @@ from livo_jax import StableDiffusion, values
 from livo_jax.data import word_lists
 from livo_jax.judges.shapeworld import TRADES
 from livo_jax.retrieval import language_model, similarity
-from livo_jax.retrieval.retriever import PAPERS, Retriever, labelled
+from livo_jax.retrieval.retriever import PAPERS as NAMES
+from livo_jax.retrieval.retriever import Retriever, labelled
 
-PAPERS = values.load(PAPERS)
+PAPERS = values.load(NAMES)
 DEFAULT = Retriever.default()
 EMBEDDED = pathlib.Path(__file__).parents[2] / "data_tools" / "shapeworld_model"
 
@@ -334,7 +335,7 @@ def test_a_language_model_is_asked_in_a_schema(server):
     (request,) = server.requests
     schema = request["response_format"]["json_schema"]
     row = schema["schema"]["properties"]["values"]["items"]["properties"]
-    assert schema["strict"] and row["name"]["enum"] == list(PAPERS) and request["model"] == "a-model"
+    assert schema["strict"] and row["name"]["enum"] == list(NAMES) and request["model"] == "a-model"
     assert all(value.statement in request["messages"][0]["content"] for value in PAPERS)
     server.reply = lambda prompt: says()
     assert asking(server)("a warrior drenched in blood") == [], "none is an answer"

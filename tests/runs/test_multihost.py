@@ -100,7 +100,7 @@ import sys
 from etils import epath
 from configs import tiny
 from livo_jax import sharding
-from livo_jax.train import train_and_evaluate
+from livo_jax.runs.train import train_and_evaluate
 sharding.join(sys.argv[1])
 sys.modules["wandb"] = None  # is not installed
 for project, place in (("livo", "run"), ("", "file/run")):

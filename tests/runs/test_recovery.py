@@ -227,7 +227,7 @@ import resource, signal, sys
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from livo_jax.checkpoint import Checkpoints
+from livo_jax.runs.checkpoint import Checkpoints
 from tests import small_run
 state = lambda step, size: {"step": jnp.int32(step), "a": jnp.array(np.random.rand(size), jnp.float32)}
 checkpoints = Checkpoints(epath.Path(sys.argv[1]))

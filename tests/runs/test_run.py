@@ -326,7 +326,7 @@ CORES = len(os.sched_getaffinity(0))
 @pytest.mark.parametrize("xla_flags, devices", [("", min(2, CORES)), (small_run.DEVICES.format(3), 3)])
 def test_a_cpu_counts_as_the_devices_of_the_config(xla_flags, devices):
     """One for each core, unless XLA_FLAGS tells."""
-    code = "from data_tools import commands; commands.divide_cpu(2); import jax; print(jax.device_count())"
+    code = "from livo_jax import commands; commands.divide_cpu(2); import jax; print(jax.device_count())"
     environment = os.environ | {"XLA_FLAGS": xla_flags}
     process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert process.stdout == f"{devices}\n", process.stderr

@@ -51,8 +51,8 @@ def test_a_tilde_is_a_home(tmp_path, monkeypatch):
 
 HOLD = """
 import sys, time, pathlib
-from livo_jax import workdir
-with workdir.held(pathlib.Path(sys.argv[1]), "trains in"):
+from livo_jax.files import directories
+with directories.held(pathlib.Path(sys.argv[1]), "trains in"):
     print("held", flush=True)
     time.sleep(600)
 """
@@ -75,7 +75,7 @@ def test_one_run_at_a_time(tmp_path):
 
 def test_where_there_are_no_locks_one_is_told_of_the_other(tmp_path, monkeypatch, caplog):
     """As in a bucket."""
-    monkeypatch.setattr(workdir, "is_remote", lambda path: True)
+    monkeypatch.setattr(directories, "is_remote", lambda path: True)
     with directories.held(epath.Path(tmp_path), "trains in"):
         assert not caplog.records
         with directories.held(epath.Path(tmp_path), "trains in"):
