@@ -118,7 +118,7 @@ def main(argv):
             raise app.UsageError("these prompts cannot be used:\n  " + "\n  ".join(problems))
         if not prompts:
             raise app.UsageError("--mode=generate needs --prompt=TEXT or --prompts_file=FILE")
-        known = values.load(config.principles)
+        known = values.load_principles(config)
         statement = (lambda name: name) if SHELF.value else lambda name: values.find(name, known).statement
         chosen = "auto" if VALUE.value == ["auto"] else [statement(name) for name in VALUE.value]
         if len(STRENGTH.value) > 1 and len(STRENGTH.value) != len(VALUE.value):

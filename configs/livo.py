@@ -27,6 +27,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.random_weights = False  # the architecture of config.model alone, untrained
     config.dtype = "bfloat16"  # of the frozen models; the value encoder, its optimizer and the errors are float32
     config.principles = ("gender", "race", "nudity", "gore", "zombie")  # names in livo_jax/values/principles.toml
+    config.principles_file = ""  # a TOML file of your own, as that one is; empty for it
     config.judge = ""  # a module of livo_jax/judges; empty: train without evaluation
     # Devices: rows of a batch are divided over data and fsdp, weights over fsdp and tensor; -1 takes the rest.
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})

@@ -33,6 +33,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.random_weights = False  # the architecture of config.model alone, untrained
     config.dtype = "float32"  # of the frozen models; bfloat16 on accelerators
     config.principles = ("shape", "colour", "bloody")  # names in livo_jax/values/principles.toml
+    config.principles_file = ""  # a TOML file of your own, as that one is; empty for it
     config.judge = "shapeworld"  # a module of livo_jax/judges
     # Devices: rows of a batch are divided over data and fsdp, weights over fsdp and tensor; -1 takes the rest.
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})

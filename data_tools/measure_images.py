@@ -346,12 +346,14 @@ def main(_):
     def make_judge(spec):
         own = copy.deepcopy(config)
         own.judge, _, model = spec.partition(":")
+        if "." in own.judge:  # package.module:Name
+            own.judge, model = spec, ""
         own.judging.model = model or config.judging.model
         return judges.load(own, principles, subjects)
 
     config, settings = CONFIG.value, {}
     if config is not None:
-        principles = attempt(values.load, config.principles) or ()
+        principles = attempt(values.load_principles, config) or ()
         subjects = list(dict.fromkeys([*config.eval.seen, *config.eval.held_out]))
         settings = dict(principles=principles, subjects=subjects)
         settings["judge_all"] = [attempt(make_judge, spec) for spec in JUDGE.value or [config.judge]]
@@ -403,7 +405,9 @@ if __name__ == "__main__":
     IMAGES = commands.define_path("images", "A folder of images, or what run.py --mode=generate wrote.")
     BASE = commands.define_path("base", "A folder of images of the same names, of the base.")
     REFERENCE = commands.define_path("reference", "A folder of real images, for FID and KID.")
-    JUDGE = flags.DEFINE_multi_string("judge", [], "NAME or NAME:MODEL, in place of config.judge; twice for kappa.")
+    JUDGE = flags.DEFINE_multi_string(
+        "judge", [], "NAME, NAME:MODEL or package.module:Name, in place of config.judge; twice for kappa."
+    )
     TARGET = flags.DEFINE_string("target", None, 'Of TV: as --ratio of run.py, like {"round": 0.7, "square": 0.3}.')
     INCEPTION = commands.define_path("inception", "Inception's weights, safetensors.")
     CLIP = commands.define_path("clip", "Directory or hub id of a CLIP, for CLIPScore.")

@@ -31,7 +31,7 @@ def cache_made_of(preferences: Preferences, sd, config) -> dict:
         "pairs": preferences.content_sha256,
         "decoded": f"as a viewer shows it, shorter side to {sd.image_size}, centre crop",
         "random_flip": config.data.random_flip,
-        "wordings": [[*v.wordings, v.aligned, *v.attributes] for v in values.load(config.principles)],
+        "wordings": [[*v.wordings, v.aligned, *v.attributes] for v in values.load_principles(config)],
         "rewordings": [name for name in ("beside", "anchors") if config.data[name]],
         "dtype": read_dtype(config.dtype, "config.dtype").name,
         "weights": digest.hexdigest(),

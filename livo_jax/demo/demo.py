@@ -21,7 +21,7 @@ from livo_jax.retrieval.retriever import Retriever
 from livo_jax.sampling import generate
 from livo_jax.sampling.pairs import write_pair
 from livo_jax.sampling.requests import Request, choose, with_doses
-from livo_jax.values.principles import load, phrase, value_prompt
+from livo_jax.values.principles import load_principles, phrase, value_prompt
 
 HERE = pathlib.Path(__file__).parent
 LENGTH, IMAGES, STRENGTH, RUNS = 500, 16, 2.0, 20  # most characters, images, strength; runs that a session remembers
@@ -90,7 +90,7 @@ def page(sd, value_encoder, config, mesh, folder: pathlib.Path):
     import gradio as gr
     import jinja2
 
-    principles = load(config.principles)
+    principles = load_principles(config)
     retriever, statements = Retriever(principles), [value.statement for value in principles]
     template = jinja2.Environment(autoescape=True).from_string((HERE / "demo.html.j2").read_text())
     settings = {name: x for name, x in config.sampling.items() if name != "batch_size"}

@@ -16,8 +16,7 @@ from livo_jax.value_encoders.kinds import KINDS, copy_of
 from livo_jax.value_encoders.lora import LoRA
 from livo_jax.value_encoders.soft_tokens import SoftTokens
 from livo_jax.values import dealing
-from livo_jax.values.principles import lists
-from livo_jax.values.principles import load as load_values
+from livo_jax.values.principles import lists, load_principles
 
 PIPELINE = pathlib.Path(__file__).with_name("diffusers_pipeline.py")
 CARRIED = ("name", "statement", "kind", "keep_probability", "keywords", "exceptions", "stated")  # of a Value
@@ -109,7 +108,7 @@ def export(directory: str | os.PathLike, sd, value_encoder, config, results: lis
     if isinstance(value_encoder, LoRA) and read_dtype(config.dtype) != "float32":  # what peft adds to is not rounded
         text_encoder = ValueEncoder.from_pretrained(sd.root, subfolder="text_encoder", variant=config.variant or None)
     with whole_or_not_at_all(directory) as out:
-        known = [{field: getattr(v, field) for field in CARRIED} for v in load_values(config.principles)]
+        known = [{field: getattr(v, field) for field in CARRIED} for v in load_principles(config)]
         knows = {"base": config.model, "values": known, "lists": lists(), "rates": rates, "dealing": dealing.BLOCK}
         if isinstance(value_encoder, LoRA):
             value_encoder.save(out / "adapter", config.model)
@@ -139,7 +138,7 @@ def export(directory: str | os.PathLike, sd, value_encoder, config, results: lis
 
 def card(directory: pathlib.Path, config, results, recipe) -> str:
     """The model card, Markdown."""
-    values = load_values(config.principles)
+    values = load_principles(config)
     base, first, sampling = config.model, values[0], config.sampling
     kind = KINDS[config.value_encoder.kind]
     statements = "\n".join(

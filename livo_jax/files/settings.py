@@ -1,4 +1,6 @@
-"""Nested settings, as a config.json has them, compared."""
+"""Nested settings, as a config.json has them: compared; and the user's own code, which a setting names."""
+
+import importlib
 
 import jax
 
@@ -17,3 +19,23 @@ def differences(theirs: dict, ours: dict) -> list[str]:
         for name in sorted(theirs.keys() | ours.keys())
         if theirs.get(name) != ours.get(name)
     ]
+
+
+def import_named(text: str, field: str):
+    """The object that "package.module:Name" names, of the user's own code.
+
+    Raises:
+        ValueError: there is no such module on Python's path, or no such name in it; an error in the module itself is
+            raised as it is.
+    """
+    module, _, name = text.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as error:
+        if not f"{module}.".startswith(f"{error.name}."):
+            raise  # the module is there, and misses another
+        raise ValueError(
+            f"{field}={text!r}: Python finds no module {error.name!r}: set PYTHONPATH to its folder"
+        ) from None
+    except AttributeError:
+        raise ValueError(f"{field}={text!r}: the module {module!r} has no {name!r}") from None

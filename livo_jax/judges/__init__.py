@@ -5,9 +5,14 @@ import pkgutil
 
 import numpy as np
 
+from livo_jax.files.settings import import_named
+
 
 def load(config, values, subjects):
-    """The function judge(images [B, H, W, 3] uint8) -> {axis: array [B]} that make() of config.judge's module makes.
+    """The function judge(images [B, H, W, 3] uint8) -> {axis: array [B]} of config.judge.
+
+    A module here is named by its name, and its make(config, values, subjects) makes the function; another such make, of
+    your own code, is named as "package.module:Name".
 
     Args:
         config: its `judge`, and `judging` where the module says so. An image of one colour, as a black one, shows
@@ -21,9 +26,15 @@ def load(config, values, subjects):
         FileNotFoundError: its model is not here.
     """
     known = [module.name for module in pkgutil.iter_modules(__path__)]
-    if config.judge not in known:
-        raise ValueError(f"judge={config.judge!r}: choose from {', '.join(known)}")
-    judge = importlib.import_module(f"{__name__}.{config.judge}").make(config, values, subjects)
+    if ":" in config.judge:
+        make = import_named(config.judge, "config.judge")
+    elif config.judge in known:
+        make = importlib.import_module(f"{__name__}.{config.judge}").make
+    else:
+        raise ValueError(
+            f"judge={config.judge!r}: choose from {', '.join(known)}, or name one of your own, package.module:Name"
+        )
+    judge = make(config, values, subjects)
 
     def read(images):
         blank, reading = uniform(images), judge(images)

@@ -1,6 +1,8 @@
 """Methods that LiVO is compared with, a module each, and what the evaluation needs of any method.
 
-config.method names one: "livo" and what else trains a value encoder, what trains the UNet, or a module here.
+config.method names one: "livo" and what else trains a value encoder, what trains the UNet, or a module here. One that
+trains nothing may be of your own code, "package.module:Name": an object with KINDS, the kinds of values that it is for,
+and make(config, sd, mesh, workdir, judge), which returns a Method, as words.py has them.
 """
 
 import copy
@@ -14,6 +16,7 @@ import numpy as np
 from flax import nnx
 
 from livo_jax import values
+from livo_jax.files.settings import import_named
 from livo_jax.models.weights import one_key, split
 from livo_jax.sampling.generate import generate
 from livo_jax.training.step import but_embeddings
@@ -101,8 +104,11 @@ def load(config, sd, value_encoder, mesh, workdir, judge=None) -> Method:
         size = sum(x.size for x in jax.tree.leaves(weights(update)))
         settings = {"method": config.method}
         return base(config, sd, mesh)._replace(settings=settings, kinds=module.KINDS, trained=size)
-    if config.method not in DRAWN:
-        raise ValueError(f"config.method={config.method!r}, which trains nothing: choose from {', '.join(DRAWN)}")
+    if not trains_nothing(config):
+        raise ValueError(
+            f"config.method={config.method!r}, which trains nothing: choose from {', '.join(DRAWN)}, or name one of"
+            " your own, package.module:Name"
+        )
     return module_of(config).make(config, sd, mesh, workdir, judge)
 
 
@@ -116,13 +122,21 @@ def of_unet(config):
     return module_of(config) if config.method in UNET else None
 
 
+def trains_nothing(config) -> bool:
+    """Whether config.method draws with the model as it is."""
+    return config.method in DRAWN or ":" in config.method
+
+
 def module_of(config):
+    """What config.method names: a module here, or an object of the user's."""
+    if ":" in config.method:
+        return import_named(config.method, "config.method")
     return importlib.import_module(f"{__name__}.{config.method}")
 
 
 def kinds(config) -> tuple[str, ...]:
     """Of the values that config.method is for."""
-    return module_of(config).KINDS if config.method in UNET + DRAWN else ("bias", "harm")
+    return module_of(config).KINDS if config.method in UNET or trains_nothing(config) else ("bias", "harm")
 
 
 def compares_pairs(config) -> bool:
@@ -132,7 +146,7 @@ def compares_pairs(config) -> bool:
 
 def concepts(config) -> dict[str, str]:
     """The harms by their statements, in words: the negative prompt, or else what calls for it first."""
-    harms = (value for value in values.load(config.principles) if value.kind == "harm")
+    harms = (value for value in values.load_principles(config) if value.kind == "harm")
     return {value.statement: value.negative or value.keywords[0] for value in harms}
 
 

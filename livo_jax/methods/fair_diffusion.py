@@ -54,7 +54,7 @@ def make(config, sd, mesh, *_) -> Method:
     c = config.fair_diffusion.to_dict()
     text = c.pop("edit")
     guidance = SemanticGuidance(**c).of_steps(config.sampling.steps)
-    biases = {value.statement: value for value in values.load(config.principles) if value.kind == "bias"}
+    biases = {value.statement: value for value in values.load_principles(config) if value.kind == "bias"}
 
     def fair(r):
         edits = (directions(biases[dose.value], text, config.eval.seed, r.prompt, r.index) for dose in r.values)

@@ -135,7 +135,7 @@ def make(config, sd, mesh, workdir, judge) -> Method:
     from safetensors import safe_open
     from safetensors.numpy import save_file
 
-    found, file = values.load(config.principles), workdir / FILE
+    found, file = values.load_principles(config), workdir / FILE
     settings = {"method": "uce", **config.uce.to_dict(), "seed": config.seed, "templates": config.preferences.templates}
     key = json.dumps({**settings, "values": [v.statement for v in found], "model": config.model}, default=str)
     matrices = {}

@@ -310,7 +310,7 @@ def build(config, directory, sd: StableDiffusion | None = None):
     """
     directory = pathlib.Path(directory).expanduser().absolute()
     seeds.check(config.seed, "config.seed")
-    values = principles.load(config.principles)
+    values = principles.load_principles(config)
     judge = judges.load(config, values, list(dict.fromkeys(s for value in values for s in scenes(value, config))))
     with dataset.under_construction(directory, made_of(config, values)) as work:
         if work is None:

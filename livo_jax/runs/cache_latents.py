@@ -52,7 +52,7 @@ def write(preferences: data.Preferences, sd: StableDiffusion, config, directory:
         ValueError: the dataset has pairs for other values than the config's.
         OSError: the disk has no space for it.
     """
-    principles = values.load(config.principles)
+    principles = values.load_principles(config)
     preferences.check_values(principles)
     directory = directory or preferences.directory / "cache"
     work = directory.with_name(".cache.partial")

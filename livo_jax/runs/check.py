@@ -49,7 +49,7 @@ def check_config(config, sd, mesh, judge: bool = True):
         lambda: make_optimizer(config),
         lambda: make_preference(config, sd.schedule.num_timesteps),
         lambda: diffusion.sampler_table(sd.scheduler_config, config.sampling.sampler, config.sampling.steps),
-        lambda: found.extend(values.load(config.principles)),
+        lambda: found.extend(values.load_principles(config)),
         lambda: prompt_sets.check(config),
         lambda: config.eval.drawn and find(config.eval.drawn),
         lambda: config.judge and judge and judges.load(config, found, config.eval.seen),

@@ -22,7 +22,18 @@ from livo_jax.runs.log import read_metrics
 from livo_jax.runs.workdir import read_config
 from livo_jax.sampling.requests import Dose, Request
 
-SAME = ("model", "variant", "dtype", "random_weights", "principles", "judge", "judging", "sampling", "eval")
+SAME = (
+    "model",
+    "variant",
+    "dtype",
+    "random_weights",
+    "principles",
+    "principles_file",
+    "judge",
+    "judging",
+    "sampling",
+    "eval",
+)
 TIMED = 2  # times that tell how fast a method draws
 
 
@@ -123,7 +134,7 @@ def measure(config, workdir, curve) -> dict:
         only = copy.deepcopy(config)
         only.judge = ""  # it is measured below
         train.train_and_evaluate(only, workdir)
-    mesh, found, directory = sharding.make_mesh(**config.mesh), values.load(config.principles), find(config.eval.drawn)
+    mesh, found, directory = sharding.make_mesh(**config.mesh), values.load_principles(config), find(config.eval.drawn)
     sd, judge = restore.load_base(config, mesh), judges.load(config, found, evaluate.subjects(config))
 
     def restored(step=None):

@@ -53,13 +53,13 @@ def as_drawn(method: methods.Method, sd, config, values, judge, directory, mesh)
 
 def subjects(config) -> list[str]:
     """Those that the judge tells apart."""
-    of_sets = (s for value in principles.load(config.principles) for _, s, _ in prompt_sets.rows(config, value) if s)
+    of_sets = (s for value in principles.load_principles(config) for _, s, _ in prompt_sets.rows(config, value) if s)
     return list(dict.fromkeys([*config.eval.seen, *config.eval.held_out, *of_sets]))
 
 
 def draw_base(sd, config, directory, mesh):
     """Draws the base's images of an evaluation, for several methods' to share. Arguments as of evaluate."""
-    values = principles.load(config.principles)
+    values = principles.load_principles(config)
     judge = judges.load(config, values, subjects(config))
     base = as_drawn(methods.base(config, sd, mesh), sd, config, values, judge, directory, mesh)
     measured = cases(config, values) + of_two(config, values) + left_alone(config, values)
@@ -86,7 +86,7 @@ def evaluate(sd, method: methods.Method, config, directory, mesh, judge=None) ->
         config.method: Drawn}; and the rows of readings.csv, one of each image under each name: dicts of method, value,
         split, prompt, index, applied (the values, with their strengths), and what the judge read, by axis.
     """
-    values = principles.load(config.principles)
+    values = principles.load_principles(config)
     judge = judge or judges.load(config, values, subjects(config))
     base = as_drawn(methods.base(config, sd, mesh), sd, config, values, judge, directory, mesh)
     ours = as_drawn(method, sd, config, values, judge, directory, mesh)
@@ -171,7 +171,7 @@ def evaluate_and_report(sd, value_encoder, config, mesh, workdir, trained=None):
         sd: the base. value_encoder: what the method trained, or None. trained: the StableDiffusion whose UNet it
             trained, if it did.
     """
-    judge = judges.load(config, principles.load(config.principles), subjects(config))
+    judge = judges.load(config, principles.load_principles(config), subjects(config))
     method = methods.load(config, trained or sd, value_encoder, mesh, workdir, judge)
     folder = workdir / "eval"
     directory = find(config.eval.drawn) if config.eval.drawn else folder / "drawn"
@@ -215,7 +215,7 @@ def read_rates(workdir) -> dict:
 def first_prompts(config) -> list[tuple]:
     """(value, split, prompt) of the first prompt of each value and split: those that are shown."""
     found = {}
-    for value, split, _, prompt in plan(config, principles.load(config.principles)):
+    for value, split, _, prompt in plan(config, principles.load_principles(config)):
         found.setdefault((value, split), prompt)
     return [(value, split, prompt) for (value, split), prompt in found.items()]
 
@@ -226,7 +226,7 @@ def pictures(drawn: dict[str, Drawn], config, tokens: bool = True, n: int = 12) 
     Those are harmful that are of a harm's prompt, or in any of which the judge read a harm. As a share is exact of 20
     images, the value may be on more or fewer of these.
     """
-    shown, harms = [], [value for value in principles.load(config.principles) if value.kind == "harm"]
+    shown, harms = [], [value for value in principles.load_principles(config) if value.kind == "harm"]
     for value, split, prompt in first_prompts(config):
         base = [Request(prompt, i) for i in range(n)]
         with_value = with_values(base, [value], config.eval.seed) if tokens else everywhere(base, [value])

@@ -46,7 +46,7 @@ def of(config, name: str):
 def ignored(config) -> dict[str, str]:
     """The sections and fields that are not read, each with the setting that does not read it."""
     method = f"config.method={config.method!r}"
-    if config.method in methods.DRAWN:
+    if methods.trains_nothing(config):
         more = () if config.method == "uce" else ("preferences",)
         return dict.fromkeys((*TRAINING, *TOKENS, *more), method)
     found, choosing = {}, ["train.learning_rate_scaling"]
@@ -88,7 +88,7 @@ def problems(config, changed=types.MappingProxyType({}), comparing: bool = False
     for name, value in sorted(changed.items()):
         if (by := unread(name)) and not (comparing and name.startswith(SHARED)):
             lines.append(f"config.{name}={value!r}: {by} does not read it, leave it out")
-    trains = config.method not in methods.DRAWN
+    trains = not methods.trains_nothing(config)
     for name, off in OFF.items() if trains else ():
         if (by := unread(name)) and name not in changed and of(config, name) != off:
             lines.append(f"config.{name}={of(config, name)!r}: {by} does not read it, set {off!r}")
@@ -97,7 +97,7 @@ def problems(config, changed=types.MappingProxyType({}), comparing: bool = False
     if trains and (slow := too_slow(config)):
         lines.append(slow)
     kinds = methods.kinds(config)
-    if len(kinds) == 1 and not any(value.kind in kinds for value in values.load(config.principles)):
+    if len(kinds) == 1 and not any(value.kind in kinds for value in values.load_principles(config)):
         lines.append(f"config.principles={config.principles}: {config.method} is for values of kind {kinds[0]}")
     return lines
 
@@ -118,7 +118,7 @@ def too_slow(config) -> str | None:
 def check_mode(config, mode: str, values=()):
     """Raises ValueError where the method of a config cannot do what is asked for; `values`: those to generate with."""
     method = f"config.method={config.method!r}"
-    drawn = config.method in methods.DRAWN
+    drawn = methods.trains_nothing(config)
     if not drawn and config.train.steps < 1:
         raise ValueError(f"config.train.steps={config.train.steps}: choose at least 1, for {method} trains")
     if drawn and mode in ("train", "plan"):

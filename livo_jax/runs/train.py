@@ -104,7 +104,7 @@ def _train_and_evaluate(config, workdir, directory: pathlib.Path):
         build_preferences.build(config, directory, None if config.random_weights else own)
     with ending_together():
         preferences = Preferences(directory)
-        preferences.check_values(values.load(config.principles))
+        preferences.check_values(values.load_principles(config))
     cache = None
     if config.data.cache:
         place = cache_directory(preferences, workdir, sd, config)
@@ -129,7 +129,7 @@ def _train_and_evaluate(config, workdir, directory: pathlib.Path):
     start = int(state["step"])  # of a checkpoint that can be read
     iterator = batches(
         preferences, sd.tokenize, cache, batch_size=config.train.batch_size, image_size=sd.image_size,
-        random_flip=config.data.random_flip, seed=config.seed, start=start, principles=values.load(config.principles),
+        random_flip=config.data.random_flip, seed=config.seed, start=start, principles=values.load_principles(config),
         **{name: config.data[name] for name in ("beside", "attributes", "anchors")},
         concepts=config.method == "concept_ablation", paired=methods.compares_pairs(config),
         reads_prompt=config.value_encoder.reads_prompt,

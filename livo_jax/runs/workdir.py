@@ -24,7 +24,7 @@ BEFORE = {
     "value_encoder.kind": "full", "value_encoder.start": "", "value_encoder.rank": 8, "value_encoder.alpha": 8.0,
     "value_encoder.targets": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"], "value_encoder.tokens": 4,
     "value_encoder.states": 1, "value_encoder.reads_prompt": True,
-    "judging.model": "", "judging.subject": True,
+    "principles_file": "", "judging.model": "", "judging.subject": True,
     "preferences.model": "", "preferences.candidates_per_pair": 1.0, "preferences.least_distance": 0,
     "data.beside": 0.0, "data.attributes": 0.0, "data.anchors": 0.0,
     "loss.form": "livo", "loss.min_snr_gamma": 0.0, "loss.anchor": 0.0,

@@ -41,7 +41,7 @@ def make(config, sd):
         settings = dict(rank=c.rank, alpha=c.alpha, targets=c.targets)
         return reading(config, LoRA(sd.text_encoder, **settings, rngs=nnx.Rngs(seeds.key(config.seed))))
     if c.kind == "token":
-        principles = values.load(config.principles)
+        principles = values.load_principles(config)
         statements = [value.statement for value in principles]
         if config.data.attributes:  # then these are read too
             statements += [values.attributed(v.statement, a) for v in principles for a in v.attributes]

@@ -1,8 +1,28 @@
 """Values: what a value is, and which images it is for."""
 
-from livo_jax.values.principles import PRINCIPLES, Value, attributed, find, load, phrase, read_tables, value_prompt
+from livo_jax.values.principles import (
+    PRINCIPLES,
+    Value,
+    attributed,
+    find,
+    load,
+    load_principles,
+    phrase,
+    read_tables,
+    value_prompt,
+)
 
-__all__ = ["PRINCIPLES", "Value", "attributed", "find", "load", "phrase", "read_tables", "value_prompt"]
+__all__ = [
+    "PRINCIPLES",
+    "Value",
+    "attributed",
+    "find",
+    "load",
+    "load_principles",
+    "phrase",
+    "read_tables",
+    "value_prompt",
+]
 
 
 def __getattr__(name: str):

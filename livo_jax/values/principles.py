@@ -104,6 +104,8 @@ def faults(value: Value) -> list[str]:
 def read_tables(path=None) -> dict[str, dict]:
     """The tables of principles.toml, or of another such file, as they stand. Raises ValueError where it is no TOML."""
     path = pathlib.Path(path or PRINCIPLES)
+    if not path.is_file():
+        raise FileNotFoundError(f"config.principles_file={str(path)!r}: there is no such file")
     try:
         return tomllib.loads(path.read_text("utf-8-sig"))
     except ValueError as error:
@@ -132,6 +134,16 @@ def load(names, path=None) -> tuple[Value, ...]:
     if problems:
         raise ValueError(f"{path}: {'; '.join(problems)}. Values there: {', '.join(tables)}")
     return tuple(known[name] for name in names)
+
+
+def load_principles(config) -> tuple[Value, ...]:
+    """Those of config.principles, from config.principles_file or, where it names none, the package's principles.toml.
+
+    Raises:
+        ValueError: as `load`. FileNotFoundError: there is no such file.
+    """
+    path = config.get("principles_file") or None
+    return load(config.principles, path and pathlib.Path(path).expanduser())
 
 
 def find(name: str, values: tuple[Value, ...]) -> Value:

@@ -1,6 +1,7 @@
 """What every judge has in common."""
 
 import numpy as np
+import pytest
 from ml_collections import ConfigDict
 
 from data_tools.shapeworld import render
@@ -16,3 +17,23 @@ def test_images_of_one_colour_cannot_be_read():
     reading = judge(np.stack([np.zeros_like(red), picture, red]))
     assert reading["shape"].tolist() == ["", "round", ""] and reading["subject"].tolist() == ["", "baker", ""]
     np.testing.assert_array_equal(reading["red"], [np.nan, 0, np.nan])
+
+
+def test_a_judge_of_the_users_own(tmp_path, monkeypatch):
+    """It is named by its module, which is on Python's path."""
+    (tmp_path / "reddest.py").write_text(
+        "def make(config, values, subjects):\n"
+        "    return lambda images: {value.axis: images[..., 0].mean((1, 2)) / 255 for value in values}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    images = np.zeros((2, 4, 4, 3), np.uint8)
+    images[0, 0, 0, 0] = 255
+    judge = judges.load(ConfigDict({"judge": "reddest:make"}), values.load(("bloody",)), ())
+    np.testing.assert_array_equal(judge(images)["red"], [1 / 16, np.nan])  # one colour shows nothing, whoever judges
+    for name, told in {
+        "nowhere.reddest:make": "Python finds no module 'nowhere': set PYTHONPATH",
+        "reddest:made": "the module 'reddest' has no 'made'",
+        "reddest": "choose from clip, llava, shapeworld, vlm, or name one of your own, package.module:Name",
+    }.items():
+        with pytest.raises(ValueError, match=told):
+            judges.load(ConfigDict({"judge": name}), (), ())

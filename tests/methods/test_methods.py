@@ -17,6 +17,7 @@ from livo_jax import methods, sharding, values
 from livo_jax.files.modules import load
 from livo_jax.methods import fair_diffusion, sld, uce
 from livo_jax.models.weights import split
+from livo_jax.runs import fields
 from livo_jax.sampling import generate
 from livo_jax.sampling.requests import Dose, Request
 from livo_jax.values.principles import text_hash
@@ -263,3 +264,31 @@ def test_unknown_methods_and_presets_are_refused(sd, config):
         methods.load(config, sd, None, None, None)
     with pytest.raises(ValueError, match="there is tiny and livo"):
         fair_config.get_config("large")
+
+
+def test_a_method_of_the_users_own(sd, tmp_path, monkeypatch):
+    """It is named by its module, which is on Python's path; its fields are checked as those of the methods here."""
+    (tmp_path / "loud.py").write_text("""
+from livo_jax.methods import Method, drawer, networks
+
+class Loud:
+    KINDS = ("harm",)
+
+    def make(config, sd, mesh, workdir, judge):
+        def draw(requests):
+            return drawer(config, mesh)(sd, [r._replace(prompt=r.prompt.upper(), values=()) for r in requests])
+
+        return Method(draw, networks(sd), {"method": "loud"}, kinds=Loud.KINDS)
+""")
+    monkeypatch.syspath_prepend(tmp_path)
+    config = fair_config.get_config("tiny")
+    config.method, config.principles = "loud:Loud", ("bloody",)
+    config.sampling.steps, config.sampling.batch_size = 2, 1
+    mesh = sharding.make_mesh(1)
+    loud, base = methods.load(config, sd, None, mesh, tmp_path), methods.base(config, sd, mesh)
+    requests = [Request("a photo of a baker", values=(Dose("bloody considered inappropriate"),))]
+    shouted = [Request("A PHOTO OF A BAKER")]
+    assert loud.kinds == ("harm",) and methods.trains_nothing(config) and methods.kinds(config) == ("harm",)
+    np.testing.assert_array_equal(loud.draw(requests), base.draw(shouted))
+    config.train.steps = 5
+    assert any("trains nothing, set 0" in line for line in fields.problems(config))

@@ -26,7 +26,6 @@ from livo_jax.judges.shapeworld import judge
 from livo_jax.runs import build_preferences, evaluate
 from livo_jax.runs.build_preferences import Candidate, balanced, candidates, census, fault, favoured, pair, scenes
 from livo_jax.sampling.requests import Request
-from livo_jax.values import principles
 from tests import small_run
 
 SHAPE, COLOUR, BLOODY = values.load(("shape", "colour", "bloody"))
@@ -282,8 +281,8 @@ def test_the_aligned_side_of_a_harm_has_its_own_wording_and_negative_prompt(conf
         assert "bloody" in violating.request.prompt and violating.request.negative == ""
 
 
-def test_a_new_value_is_a_new_table(config, tmp_path, monkeypatch):
-    """Two of the colours, written down as a user would; its pairs are built, read and checked like the others'."""
+def test_a_new_value_is_a_new_table(config, tmp_path):
+    """Two of the colours, in a file of the user's own; its pairs are built, read and checked like the others'."""
     table = """
 [warmth]
 statement = "warmth equality"
@@ -294,14 +293,13 @@ wordings = ["{attribute} {subject}"]
 """
     file = tmp_path / "principles.toml"
     file.write_text(values.PRINCIPLES.read_text() + table)
-    monkeypatch.setattr(principles, "PRINCIPLES", file)
     config = config.copy_and_resolve_references()
-    config.principles = ("warmth",)
+    config.principles, config.principles_file = ("warmth",), str(file)
     build_preferences.build(config, tmp_path / "preferences")
     preferences = Preferences(tmp_path / "preferences")
     assert {block.value for block in preferences.blocks} == {"warmth equality"}
     assert {block.scene for block in preferences.blocks} == set(config.preferences.scenes)
-    preferences.check_values(values.load(config.principles))
+    preferences.check_values(values.load_principles(config))
 
 
 def test_quotas_balance_attributes():
