@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import weakref
 
 import jax
 import numpy as np
@@ -13,59 +14,78 @@ from livo_jax.files.directories import ending_together
 AT_ONCE = 4  # batches: so many are drawn again at most
 
 
+_digests = {}  # id of a jax.Array that is alive -> a weak reference to it, and its digest
+
+
 def digest(tree) -> str:
-    """Of a tree of arrays: the same where they are."""
-    hashed = hashlib.sha256()
-    for leaf in jax.tree.leaves(tree):
-        array = np.ascontiguousarray(sharding.fetch(leaf) if isinstance(leaf, jax.Array) else leaf)
-        hashed.update(f"{array.shape} {array.dtype}".encode() + array.tobytes())
-    return hashed.hexdigest()
+    """Of a tree of arrays: the same where they are. A jax.Array, which cannot change, is fetched and hashed once."""
+    return hashlib.sha256("".join(map(_digest_of, jax.tree.leaves(tree))).encode()).hexdigest()
+
+
+def _digest_of(leaf) -> str:
+    key = id(leaf)
+    alive, known = _digests.get(key, (None, None))
+    if alive and alive() is leaf:
+        return known
+    array = np.ascontiguousarray(sharding.fetch(leaf) if isinstance(leaf, jax.Array) else leaf)
+    found = hashlib.sha256(f"{array.shape} {array.dtype}".encode() + array.tobytes()).hexdigest()
+    if isinstance(leaf, jax.Array):
+        _digests[key] = weakref.ref(leaf, lambda _: _digests.pop(key, None)), found
+    return found
 
 
 class Drawn:
     """The images of one method, [H, W, 3] uint8, and their readings, by request.
 
-    `directory` has a folder for all that they depend on: settings.json, a PNG of each image, and read_*.json of each
-    part, written when its images are there.
+    `directory` has a folder for all that images depend on: settings.json and a PNG of each. In it is a folder for all
+    that readings depend on too: settings.json and read_*.json. So another judge reads the images that are there.
 
     Args:
         draw: draw(requests) -> [N, H, W, 3] uint8. judge: as judges.load makes it.
-        settings: what images and readings depend on, for JSON.
+        settings: what images depend on, for JSON; reading: what readings depend on beside them.
         at_once: images that are drawn together.
     """
 
-    def __init__(self, directory, draw, judge, settings: dict, at_once: int):
-        text = json.dumps(settings, indent=2, sort_keys=True, default=str)
-        self.folder = directory / hashlib.sha256(text.encode()).hexdigest()[:16]
+    def __init__(self, directory, draw, judge, settings: dict, reading: dict, at_once: int):
+        self.folder = directory / _key(settings)
+        self.readings = self.folder / f"readings_{_key(reading)}"
         self.draw_batch, self.judge, self.at_once, self.read = draw, judge, AT_ONCE * at_once, {}
-        for file in self.folder.glob("read_*.json"):
+        for file in self.readings.glob("read_*.json"):
             try:
                 self.read |= json.loads(file.read_text())
-            except ValueError:  # cut short: it is drawn again
+            except ValueError:  # cut short: its images are read again
                 pass
+        self.there = {file.stem for file in self.folder.glob("*.png")}  # of every process the same: none draws yet
         with ending_together():
             if jax.process_index() == 0:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                (self.folder / "settings.json").write_text(text + "\n")
+                self.readings.mkdir(parents=True, exist_ok=True)
+                for folder, what in (self.folder, settings), (self.readings, reading):
+                    (folder / "settings.json").write_text(_text(what) + "\n")
 
     def draw(self, requests, progress):
-        """Draws and judges those that are not there yet; `progress`: a tqdm bar."""
+        """Draws those that are not there yet, and judges those that are not read yet; `progress`: a tqdm bar."""
         new = [request for request in dict.fromkeys(requests) if _name(request) not in self.read]
         progress.update(len(requests) - len(new))
         # Requests of as many values are of one program, and only those of a strength pay for it.
         new.sort(key=lambda r: ([d.value for d in r.values], [d.strength not in (0, 1) for d in r.values]))
+        new.sort(key=lambda r: _name(r) in self.there)  # stable
         for start in range(0, len(new), self.at_once):
             part = new[start : start + self.at_once]
-            images = self.draw_batch(part)
-            reading = self.judge(images)
+            missing = [request for request in part if _name(request) not in self.there]
+            images = dict(zip(missing, self.draw_batch(missing))) if missing else {}
+            with ending_together():  # and others read what process 0 has written
+                for request in missing if jax.process_index() == 0 else ():
+                    unfinished = self.folder / f".{_name(request)}"
+                    with unfinished.open("wb") as file:
+                        Image.fromarray(images[request]).save(file, "PNG")
+                    unfinished.rename(self.folder / f"{_name(request)}.png")
+            self.there |= {_name(request) for request in missing}
+            reading = self.judge(np.stack([images[r] if r in images else self.image(r) for r in part]))
             rows = {_name(r): {axis: column[i].item() for axis, column in reading.items()} for i, r in enumerate(part)}
             self.read |= rows
-            with ending_together():  # and others read what process 0 has written
+            with ending_together():
                 if jax.process_index() == 0:
-                    for request, image in zip(part, images):
-                        with (self.folder / f"{_name(request)}.png").open("wb") as file:
-                            Image.fromarray(image).save(file, "PNG")
-                    (self.folder / f"read_{_name(part[0])}.json").write_text(json.dumps(rows))
+                    (self.readings / f"read_{_name(part[0])}.json").write_text(json.dumps(rows))
             progress.update(len(part))
 
     def __getitem__(self, request) -> dict:
@@ -79,6 +99,14 @@ class Drawn:
         """[H, W, 3] uint8."""
         with (self.folder / f"{_name(request)}.png").open("rb") as file:
             return np.asarray(Image.open(file))
+
+
+def _text(settings: dict) -> str:
+    return json.dumps(settings, indent=2, sort_keys=True, default=str)
+
+
+def _key(settings: dict) -> str:
+    return hashlib.sha256(_text(settings).encode()).hexdigest()[:16]
 
 
 def _name(request) -> str:

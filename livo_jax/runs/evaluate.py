@@ -36,19 +36,26 @@ AGAIN = "remove it, and evaluate again with --mode=evaluate"
 
 
 def as_drawn(method: methods.Method, sd, config, values, judge, directory, mesh) -> Drawn:
-    """A method's images, with all that they and their readings depend on."""
+    """A method's images, with all that they depend on, and all that their readings do."""
     free = ("endpoint", "cache", "budget")
+    of_values = [dataclasses.asdict(value) for value in values]
     settings = method.settings | {
         "arrays": digest(method.state),
         "scheduler": sd.scheduler_config,
         "sampling": {name: x for name, x in config.sampling.to_dict().items() if name != "batch_size"},
         "seed": config.eval.seed,
+    }
+    if methods.trains_nothing(config) and method.settings.get("method") != "base":
+        # What such a method does with a value its principle says, not the requests alone.
+        settings["values"] = of_values
+    reading = {
         "judge": config.judge,
         "judging": {name: x for name, x in config.judging.to_dict().items() if name not in free},
-        "values": [dataclasses.asdict(value) for value in values],
+        "values": of_values,
         "subjects": subjects(config),
     }
-    return Drawn(directory, method.draw, judge, settings, config.sampling.batch_size * sharding.batch_parts(mesh))
+    at_once = config.sampling.batch_size * sharding.batch_parts(mesh)
+    return Drawn(directory, method.draw, judge, settings, reading, at_once)
 
 
 def subjects(config) -> list[str]:

@@ -86,11 +86,11 @@ def test_ratios_are_measured_where_the_config_says_so():
         assert dealt == {"base": 0, "plain": 0, "livo": round(4 * case.target["round"])}[case.method]
 
 
-def draw_into(directory, requests, settings=(), draw=None):
+def draw_into(directory, requests, settings=(), draw=None, reading=()):
     """A Drawn with these requests' images, of one colour each."""
     blank = lambda rows: np.stack([np.full((4, 4, 3), row.index, np.uint8) for row in rows])
     judge = lambda images: {"red": images[:, 0, 0, 0].astype(int), "subject": np.array(["cook"] * len(images))}
-    drawn = Drawn(directory, draw or blank, judge, {"method": "x", **dict(settings)}, at_once=2)
+    drawn = Drawn(directory, draw or blank, judge, {"method": "x", **dict(settings)}, dict(reading), at_once=2)
     with tqdm(disable=True) as progress:
         drawn.draw(requests, progress)
     return drawn
@@ -191,9 +191,14 @@ def test_an_interrupted_evaluation_goes_on_and_never_mixes_settings(tmp_path):
     assert len(asked) == 12
     draw_into(tmp_path, requests, {"seed": 1}, draw=count)
     assert len(asked) == 32, "other settings are drawn anew"
-    next(drawn.folder.glob("read_*.json")).write_text('{"cut sho')
-    draw_into(tmp_path, requests, draw=count)
-    assert 32 < len(asked) <= 40, "a damaged part is drawn again"
+    next(drawn.readings.glob("read_*.json")).write_text('{"cut sho')
+    again = draw_into(tmp_path, requests, draw=count)
+    other = draw_into(tmp_path, requests, reading={"judge": "other"}, draw=count)
+    assert len(asked) == 32, "what is read again, by the same judge or another, is there"
+    assert again.read == drawn.read == other.read and other.readings != again.readings
+    next(drawn.folder.glob("*.png")).unlink()
+    draw_into(tmp_path, requests, reading={"judge": "third"}, draw=count)
+    assert len(asked) == 33
 
 
 def test_a_digest_tells_arrays_apart():
