@@ -9,12 +9,9 @@ from livo_jax.sampling.conditioning import PROMPT_LAYOUTS
 from livo_jax.training.step import make_optimizer, make_preference
 
 
-def check_config(config, sd, mesh, judge: bool = True):
-    """Raises ValueError with everything in the config that would fail later; `judge`: whether images are judged."""
-    problems, found = [], []
-    first, last = config.loss.timesteps
-    if not 0 <= first < last <= sd.schedule.num_timesteps:
-        problems.append(f"config.loss.timesteps={first, last}: choose 0 <= first < last <= {sd.schedule.num_timesteps}")
+def check_config(config, mesh):
+    """Raises ValueError with everything in the config that would fail later and shows without a model."""
+    problems = seeds.problems(config)
     positive = "train.steps train.reference_batch_size train.accumulate sampling.batch_size checkpoint.every log.every"
     for path in positive.split():
         section, name = path.split(".")
@@ -44,20 +41,40 @@ def check_config(config, sd, mesh, judge: bool = True):
         problems.append(
             "config.data.cache=True: the anchor prompts of concept_ablation are in no cache, set it to False"
         )
-    for attempt in (
-        lambda: sharding.check_batch_size(mesh, config.train.batch_size, "config.train.batch_size"),
-        lambda: make_optimizer(config),
-        lambda: make_preference(config, sd.schedule.num_timesteps),
-        lambda: diffusion.sampler_table(sd.scheduler_config, config.sampling.sampler, config.sampling.steps),
-        lambda: found.extend(values.load_principles(config)),
-        lambda: prompt_sets.check(config),
-        lambda: config.eval.drawn and find(config.eval.drawn),
-        lambda: config.judge and judge and judges.load(config, found, config.eval.seen),
-    ):
-        try:
-            attempt()
-        except ValueError as error:
-            problems.append(str(error))
-    problems += seeds.problems(config) + (fields.problems(config) if found else [])
+    problems += problem_of(sharding.check_batch_size, mesh, config.train.batch_size, "config.train.batch_size")
+    problems += problem_of(make_optimizer, config)
+    problems += problem_of(make_preference, config, 1)  # how many timesteps there are is no matter here
+    problems += problem_of(prompt_sets.check, config)
+    if config.eval.drawn:
+        problems += problem_of(find, config.eval.drawn)
+    unknown = problem_of(values.load_principles, config)
+    problems += unknown or fields.problems(config)
+    fail_with(problems)
+
+
+def check_with_model(config, sd, judge: bool = True):
+    """Raises ValueError with what in the config does not fit the model; `judge`: whether images are judged.
+
+    The judge's own model is loaded for it.
+    """
+    problems, (first, last) = [], config.loss.timesteps
+    if not 0 <= first < last <= sd.schedule.num_timesteps:
+        problems.append(f"config.loss.timesteps={first, last}: choose 0 <= first < last <= {sd.schedule.num_timesteps}")
+    problems += problem_of(diffusion.sampler_table, sd.scheduler_config, config.sampling.sampler, config.sampling.steps)
+    if config.judge and judge:
+        problems += problem_of(judges.load, config, values.load_principles(config), config.eval.seen)
+    fail_with(problems)
+
+
+def problem_of(check, *arguments) -> list[str]:
+    """What a call complains of; nothing if it does not."""
+    try:
+        check(*arguments)
+    except (ValueError, FileNotFoundError) as error:
+        return [str(error)]
+    return []
+
+
+def fail_with(problems: list[str]):
     if problems:
         raise ValueError("the config cannot work:\n  " + "\n  ".join(problems))

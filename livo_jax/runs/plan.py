@@ -200,8 +200,9 @@ def plan(config, devices: int) -> dict:
     """
     shape = sharding.mesh_shape(devices, **config.mesh)
     mesh = AbstractMesh(shape, sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+    check.check_config(config, mesh)
     sd = abstract_model(config)
-    check.check_config(config, sd, mesh, judge=False)
+    check.check_with_model(config, sd, judge=False)
     used = int(np.prod(shape))
     parts = sharding.batch_parts(mesh)
     rows = config.train.batch_size // parts // config.train.accumulate  # on a device at once

@@ -12,7 +12,7 @@ from livo_jax.files.directories import find
 from livo_jax.files.modules import read_dtype
 from livo_jax.files.settings import differences, flatten
 from livo_jax.models.weights import put, split
-from livo_jax.runs.check import check_config
+from livo_jax.runs.check import check_config, check_with_model
 from livo_jax.runs.checkpoint import Checkpoints
 from livo_jax.runs.workdir import as_now, recipe
 from livo_jax.sampling.stable_diffusion import StableDiffusion
@@ -109,8 +109,9 @@ def restore_run(config, workdir, mesh, step: int | None = None, base: StableDiff
                 f"{workdir} holds another value encoder: to use one that is trained already, name a new --workdir\n  "
                 + "\n  ".join(found)
             )
+    check_config(config, mesh)
     sd, value_encoder = load_models(config, mesh, base)
-    check_config(config, sd, mesh, judge=False)
+    check_with_model(config, sd, judge=False)
     if trained:
         graph, params = split(value_encoder)
         state = checkpoints.restore(

@@ -19,7 +19,7 @@ from livo_jax.files.directories import ending_together, find, held, is_remote, s
 from livo_jax.files.modules import read_dtype
 from livo_jax.models.weights import split
 from livo_jax.runs import build_preferences, cache_latents
-from livo_jax.runs.check import check_config
+from livo_jax.runs.check import check_config, check_with_model
 from livo_jax.runs.checkpoint import Checkpoints, Termination
 from livo_jax.runs.evaluate import evaluate_and_report, read_results, sample_sheet
 from livo_jax.runs.log import Log, check_wandb
@@ -85,8 +85,9 @@ def _train_and_evaluate(config, workdir, directory: pathlib.Path):
     # ---- what is given: models, pairs, mesh
     mesh = sharding.make_mesh(**config.mesh)
     with ending_together():
+        check_config(config, mesh)
         sd, value_encoder = load_models(config, mesh)
-        check_config(config, sd, mesh)
+        check_with_model(config, sd)
     checkpoints, steps = Checkpoints(workdir, config.checkpoint.keep), config.train.steps
     start = checkpoints.latest_step() or 0
     if start > steps:

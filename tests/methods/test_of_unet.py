@@ -177,10 +177,10 @@ def test_a_run_trains_the_unet_alone_and_is_restored(name, root, tmp_path):
     assert (method.draw(request) != methods.base(config, base, mesh).draw(request)).any()
 
 
-def test_what_ablation_cannot_work_with_is_told_at_once(sd):
+def test_what_ablation_cannot_work_with_is_told_at_once():
     config = config_of("concept_ablation")
     config.principles, config.data.cache = ("shape",), True
     with pytest.raises(ValueError) as error:
-        check.check_config(config, sd, sharding.make_mesh(**config.mesh), judge=False)
+        check.check_config(config, sharding.make_mesh(**config.mesh))
     assert "concept_ablation is for values of kind harm" in str(error.value)
     assert "config.data.cache=True: the anchor prompts" in str(error.value)

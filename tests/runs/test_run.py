@@ -214,14 +214,14 @@ MISTAKES = {  # flags: what the answer holds
     ("--config.train.steps=6", "--config.log.wandb=livo"): "wandb is not installed: pip install wandb",
     ("--mode=trian",): "train.*evaluate.*generate",
     ("--config.model=nowhere",): "no model at 'nowhere'(.|\n)*hf download",
-    ("--config.train.batch_size=0", "--config.train.schedule=linear", "--config.loss.timesteps=(900, 2000)"):
-        "timesteps=\\(900, 2000\\)(.|\n)*train.batch_size=0(.|\n)*'linear': choose from constant, cosine",
-    ("--config.principles=('shape', 'age')", "--config.judge=human", "--config.sampling.sampler=heun"):
-        "'heun'(.|\n)*no value 'age'. Values there: gender.*shape, colour, bloody\n"
-        ".*'human': choose from clip, llava, sh",
+    ("--config.train.batch_size=0", "--config.train.schedule=linear"): "train.batch_size=0(.|\n)*'linear': choose from",
+    ("--config.loss.timesteps=(900, 2000)", "--config.judge=human", "--config.sampling.sampler=heun"):
+        "timesteps=\\(900, 2000\\)(.|\n)*'heun'(.|\n)*'human': choose from clip, llava, sh",
+    ("--config.principles=('shape', 'age')", "--config.train.ema_decay=1.0"):
+        "ema_decay=1.0(.|\n)*no value 'age'. Values there: gender.*shape, colour, bloody",
     ("--config.log.samples_every=-1", "--config.profile.steps=-2"):
         "profile.steps=-2: choose 0 .no profile.(.|\n)*samples_every=-1: choose 0 .no samples. or more",
-    ("--config.judge=vlm", "--config.train.ema_decay=1.0"): "ema_decay=1.0(.|\n)*'shape' has no `question`.*model is",
+    ("--config.judge=vlm",): "'shape' has no `question`.*model is",
     ("--mode=evaluate",): "no checkpoint: train first",
     ("--mode=generate",): "generate needs --out=DIR",
     ("--mode=generate", "--out=DIR"): "needs --prompt=TEXT or --prompts_file=FILE",
