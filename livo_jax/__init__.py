@@ -7,7 +7,11 @@ value_encoders, retrieval, sampling, judges, data, training, methods, evaluation
 """
 
 import importlib
+import sys
 
+from livo_jax.moved import MOVED, Moved
+
+sys.meta_path.append(Moved())
 _HOMES = {
     "StableDiffusion": "livo_jax.sampling.stable_diffusion",
     "ValueEncoder": "livo_jax.value_encoders.full",
@@ -21,4 +25,6 @@ def __getattr__(name: str):
         return getattr(importlib.import_module(_HOMES[name]), name)
     if name == "losses":
         return importlib.import_module("livo_jax.training.losses")
+    if name in MOVED:
+        importlib.import_module(f"livo_jax.{name}")  # says where it is
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,9 +1,16 @@
 """The house: who may import whom, and how little the hot path needs."""
 
 import ast
+import importlib
+import importlib.util
 import pathlib
 import subprocess
 import sys
+
+import pytest
+
+import livo_jax
+from livo_jax.moved import MOVED
 
 ROOT = pathlib.Path(__file__).parents[1]
 ROOMS = (  # each uses only those before it
@@ -60,8 +67,20 @@ def test_one_direction():
 
 def test_every_file_is_in_a_room():
     outside = {path.relative_to(ROOT / "livo_jax").parts[0] for path in ROOT.glob("livo_jax/**/*.py")}
-    outside = {name.removesuffix(".py") for name in outside} - {*ROOMS, "__init__", "commands", "shelf"}
+    outside = {name.removesuffix(".py") for name in outside} - {*ROOMS, "__init__", "commands", "moved", "shelf"}
     assert not outside, f"{sorted(outside)}: which room is that?"
+
+
+def test_what_moved_is_told_and_where_it_is():
+    for name, place in MOVED.items():
+        for part in place.split(", and ")[0].split(" in "):
+            assert importlib.util.find_spec(f"livo_jax.{part}"), place
+        with pytest.raises(ModuleNotFoundError, match=f"livo_jax.{name} is now livo_jax.{place}"):
+            importlib.import_module(f"livo_jax.{name}")
+    with pytest.raises(ModuleNotFoundError, match="livo_jax.train is now livo_jax.runs.train"):
+        from livo_jax import train  # noqa: F401
+    assert not hasattr(livo_jax, "nothing")
+    assert importlib.import_module("livo_jax.shelf").Shelf and livo_jax.losses.livo and livo_jax.values.Retriever
 
 
 def test_no_circles():
