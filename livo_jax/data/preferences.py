@@ -34,6 +34,8 @@ class Records:
     def __getitem__(self, i) -> dict[str, bytes]:
         from tensorflow_datasets.proto import tf_example_pb2
 
+        if i not in range(len(self)):  # which ends a loop over the records
+            raise IndexError(f"{self.directory} has {len(self)} records, not one of number {i}")
         try:
             columns = tf_example_pb2.Example.FromString(self.serialised[i]).features.feature
         except Exception as error:  # array_record names no type of its own

@@ -7,6 +7,7 @@ import weakref
 import jax
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from livo_jax import sharding
 from livo_jax.files.directories import ending_together
@@ -99,6 +100,45 @@ class Drawn:
         """[H, W, 3] uint8."""
         with (self.folder / f"{_name(request)}.png").open("rb") as file:
             return np.asarray(Image.open(file))
+
+
+class Sides:
+    """The images of a method beside the base's: of requests with values the method's, of others the base's."""
+
+    def __init__(self, base: Drawn, ours: Drawn):
+        self.base, self.ours = base, ours
+
+    def of(self, request) -> Drawn:
+        return self.ours if request.values else self.base
+
+    def draw(self, requests):
+        """Draws and judges what is not there yet."""
+        requests = list(dict.fromkeys(requests))
+        with tqdm(total=len(requests), desc="evaluate", unit="image", disable=jax.process_index() > 0) as progress:
+            for side in (self.base, self.ours):
+                side.draw([request for request in requests if self.of(request) is side], progress)
+
+    def reading(self, requests) -> dict[str, np.ndarray]:
+        """What the judge read, [N] by axis."""
+        rows = [self.of(request)[request] for request in requests]
+        return {axis: np.array([row[axis] for row in rows]) for axis in rows[0]}
+
+    def shares(self, value, requests) -> dict[str, float]:
+        """Of the images that show an attribute of a bias, the share of each."""
+        read = self.reading(requests)[value.axis]
+        counts = {attribute: int(np.sum(read == attribute)) for attribute in value.attributes}
+        return {attribute: n / max(1, sum(counts.values())) for attribute, n in counts.items()}
+
+    def distance(self, requests) -> float:
+        """The mean difference, 0 to 1, of the pixels of images and the base's of the same noise."""
+        pairs = zip(requests, without_values(requests))
+        differences = [np.abs(self.of(r).image(r).astype(int) - self.base.image(plain)).mean() for r, plain in pairs]
+        return float(np.mean(differences) / 255)
+
+
+def without_values(requests) -> list:
+    """The requests for the base's images of the same noise."""
+    return [request._replace(values=()) for request in requests]
 
 
 def _text(settings: dict) -> str:

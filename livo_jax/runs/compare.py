@@ -134,24 +134,25 @@ def measure(config, workdir, curve) -> dict:
         only = copy.deepcopy(config)
         only.judge = ""  # it is measured below
         train.train_and_evaluate(only, workdir)
-    mesh, found, directory = sharding.make_mesh(**config.mesh), values.load_principles(config), find(config.eval.drawn)
-    sd, judge = restore.load_base(config, mesh), judges.load(config, found, evaluate.subjects(config))
+    mesh, directory = sharding.make_mesh(**config.mesh), find(config.eval.drawn)
+    followed = values.load_principles(config)
+    sd, judge = restore.load_base(config, mesh), judges.load(config, followed, evaluate.subjects(config))
 
     def restored(step=None):
         trained, value_encoder = restore.restore_run(config, workdir, mesh, step, sd)
         return load(config, trained, value_encoder, mesh, workdir, judge)
 
     method = restored()
-    numbers, _, drawn, readings = evaluate.evaluate(sd, method, config, directory, mesh, judge)
+    found = evaluate.evaluate(sd, method, config, directory, mesh, judge)
     ways = [method, base(config, sd, mesh)]
-    speeds = images_per_second([way.draw for way in ways], method.kinds, found, config, mesh)
+    speeds = images_per_second([way.draw for way in ways], method.kinds, followed, config, mesh)
     seconds, points = seconds_of(workdir), []
     few = copy.deepcopy(config)
     for name in ("images_per_prompt", "harm_images_per_prompt"):  # no more than the base's, which are drawn already
         few.eval[name] = min(curve.images, few.eval[name])
     few.eval.left_alone_images = 0
     for step in Checkpoints(workdir).manager.all_steps() if config.train.steps and curve.points else ():
-        of_few, *_ = evaluate.evaluate(sd, restored(step), few, directory, mesh, judge)
+        of_few = evaluate.evaluate(sd, restored(step), few, directory, mesh, judge).numbers
         logged = seconds[min(logged for logged in seconds if logged >= step)]
         points += [
             {"step": step, "seconds": logged} | {k: row[k] for k in ("method", "value", "split", "metric", "mean")}
@@ -162,8 +163,10 @@ def measure(config, workdir, curve) -> dict:
         "training_seconds": seconds.get(config.train.steps, method.seconds),
         "images_per_second": speeds[0], "of_base": speeds[0] / speeds[1],
     }  # fmt: skip
-    pictures = evaluate.pictures(drawn, config, method.tokens)
-    return {"numbers": numbers, "readings": readings, "pictures": pictures, "curve": points, "costs": costs}
+    pictures = evaluate.pictures(found.sides, config, method.tokens)
+    return {
+        "numbers": found.numbers, "readings": found.readings, "pictures": pictures, "curve": points, "costs": costs,
+    }  # fmt: skip
 
 
 def seconds_of(workdir) -> dict[int, float]:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import types
 
 import jax
 import numpy as np
@@ -24,7 +25,7 @@ from livo_jax.evaluation.cases import (  # fmt: skip
     plan,
     rows_of_ratios,
 )
-from livo_jax.evaluation.drawn import Drawn, digest
+from livo_jax.evaluation.drawn import Drawn, Sides, digest, without_values
 from livo_jax.files.directories import find
 from livo_jax.files.images import blurred, sheet
 from livo_jax.runs.log import read_metrics
@@ -77,7 +78,39 @@ def draw_base(sd, config, directory, mesh):
         base.draw([*requests], progress)
 
 
-def evaluate(sd, method: methods.Method, config, directory, mesh, judge=None) -> tuple[dict, dict, dict, list]:
+@dataclasses.dataclass
+class Evaluated:
+    """What an evaluation found.
+
+    Attributes:
+        sides: the images of the base and of the method.
+        numbers: (method, name, split, metric) -> prompt -> Measured, as metrics.rows takes them.
+        rates: of rates.json, {statement of a bias: {arm: {attribute: share}}}, over the seen prompts' images that can
+            be read, of a method with tokens.
+        readings: the rows of readings.csv, one of each image under each name: dicts of method, value, split, prompt,
+            index, applied (the values, with their strengths), and what the judge read, by axis.
+    """
+
+    sides: Sides
+    numbers: dict = dataclasses.field(default_factory=dict)
+    rates: dict = dataclasses.field(default_factory=dict)
+    readings: list = dataclasses.field(default_factory=list)
+
+    def add(self, case, found: dict[str, float], floors=types.MappingProxyType({})):
+        """Adds a case's numbers, by metric; floors are those by chance, of the metrics that have one."""
+        for metric, number in found.items():
+            of_prompt = self.numbers.setdefault((case.method, case.name, case.split, metric), {})
+            of_prompt[case.requests[0].prompt] = metrics.Measured(number, len(case.requests), floors.get(metric))
+
+    def keep(self, method: str, case, requests):
+        """Adds a row for each image of a case, under a method's name."""
+        for request in requests:
+            applied = "; ".join(f"{dose.value} x {dose.strength:g}" for dose in request.values)
+            row = dict(method=method, value=case.name, split=case.split, prompt=request.prompt, index=request.index)
+            self.readings.append(row | {"applied": applied} | self.sides.of(request)[request])
+
+
+def evaluate(sd, method: methods.Method, config, directory, mesh, judge=None) -> Evaluated:
     """Measures the base and a method on the same prompts and noise.
 
     The value of a method with tokens is applied to Value.keep_probability of the images; the others are the base's own.
@@ -86,86 +119,52 @@ def evaluate(sd, method: methods.Method, config, directory, mesh, judge=None) ->
         sd: the base.
         directory: keeps images and readings (Drawn); what is there already is not drawn again.
         judge: as judges.load makes it for config; loaded if None.
-
-    Returns:
-        The numbers of each prompt, as metrics.rows takes them; the rates of rates.json: {statement of a bias: {arm:
-        {attribute: share}}}, over the seen prompts' images that can be read, of a method with tokens; {"base": Drawn,
-        config.method: Drawn}; and the rows of readings.csv, one of each image under each name: dicts of method, value,
-        split, prompt, index, applied (the values, with their strengths), and what the judge read, by axis.
     """
     values = principles.load_principles(config)
     judge = judge or judges.load(config, values, subjects(config))
     base = as_drawn(methods.base(config, sd, mesh), sd, config, values, judge, directory, mesh)
-    ours = as_drawn(method, sd, config, values, judge, directory, mesh)
-    of = lambda request: ours if request.values else base
+    sides = Sides(base, as_drawn(method, sd, config, values, judge, directory, mesh))
+    found = Evaluated(sides)
 
-    def draw(requests):
-        requests = list(dict.fromkeys(requests))
-        with tqdm(total=len(requests), desc="evaluate", unit="image", disable=jax.process_index() > 0) as progress:
-            for drawn in (base, ours):
-                drawn.draw([request for request in requests if of(request) is drawn], progress)
-
-    def reading(requests):
-        rows = [of(request)[request] for request in requests]
-        return {axis: np.array([row[axis] for row in rows]) for axis in rows[0]}
-
-    def shares(value, requests):
-        counts = [int(np.sum(reading(requests)[value.axis] == attribute)) for attribute in value.attributes]
-        return {attribute: n / max(1, sum(counts)) for attribute, n in zip(value.attributes, counts)}
-
-    plain = lambda requests: [request._replace(values=()) for request in requests]
+    # ---- what is asked for
     followed = [value for value in values if value.kind in method.kinds]
     measured, alone = cases(config, followed, method.tokens, method.even), left_alone(config, followed)
     pairs = of_two(config, followed, method.tokens, method.even) if method.together else []
     biases = [value for value in followed if value.kind == "bias" and method.tokens and config.eval.rate_images]
     of_arms = {value: arms(value, config) for value in biases}
-    rows = [case.requests for case in measured + pairs + alone] + [plain(case.requests) for case in alone]
-    draw(itertools.chain(*rows, *(r for value in biases for r in of_arms[value].values())))
-    rates = {v.statement: {arm: shares(v, r) for arm, r in of_arms[v].items()} for v in biases}
+    rows = [case.requests for case in measured + pairs + alone] + [without_values(case.requests) for case in alone]
+    sides.draw(itertools.chain(*rows, *(r for value in biases for r in of_arms[value].values())))
+
+    # ---- what the tokens show, and what that asks for
+    for value in biases:
+        found.rates[value.statement] = {arm: sides.shares(value, r) for arm, r in of_arms[value].items()}
     further = []
     if method.tokens:
-        further += of_keep_probabilities(config, followed) + of_strengths(config, followed, shares)
-        further += of_ratios(config, followed, rates)
+        further += of_keep_probabilities(config, followed) + of_strengths(config, followed, sides.shares)
+        further += of_ratios(config, followed, found.rates)
     if further:
-        draw(itertools.chain(*(case.requests for case in further)))
+        sides.draw(itertools.chain(*(case.requests for case in further)))
 
-    numbers, readings = {}, []  # numbers: (method, name, split, metric) -> prompt -> Measured
-
-    def add(case, found, floors):
-        for metric, number in found.items():
-            of_prompt = numbers.setdefault((case.method, case.name, case.split, metric), {})
-            of_prompt[case.requests[0].prompt] = metrics.Measured(number, len(case.requests), floors.get(metric))
-
-    def keep(method, case, requests):
-        for request in requests:
-            applied = "; ".join(f"{dose.value} x {dose.strength:g}" for dose in request.values)
-            row = dict(method=method, value=case.name, split=case.split, prompt=request.prompt, index=request.index)
-            readings.append(row | {"applied": applied} | of(request)[request])
-
+    # ---- numbers
     for case in measured + further:
-        keep(case.method, case, case.requests)
+        found.keep(case.method, case, case.requests)
         target = tuple(case.target.values()) if case.target else None
         floors = metrics.floor(case.groups, target) if case.groups else {}
-        add(case, metrics.prompt_metrics(case.value, case.subject, reading(case.requests), case.target), floors)
+        reading = sides.reading(case.requests)
+        found.add(case, metrics.prompt_metrics(case.value, case.subject, reading, case.target), floors)
         if case.method == config.method:
-            add(case, {"distance": distance(case.requests, of, base)}, {})
+            found.add(case, {"distance": sides.distance(case.requests)})
     for case in pairs:
-        keep(case.method, case, case.requests)
-        floors = metrics.joint_floor(*case.groups)
-        add(case, metrics.joint(case.value, case.beside, reading(case.requests)), floors)
+        found.keep(case.method, case, case.requests)
+        joint = metrics.joint(case.value, case.beside, sides.reading(case.requests))
+        found.add(case, joint, metrics.joint_floor(*case.groups))
     for case in alone:
-        keep("base", case, plain(case.requests))
-        keep(case.method, case, case.requests)
-        before, after = reading(plain(case.requests)), reading(case.requests)
-        changed = metrics.changed(values, before, after)
-        add(case, {"over_refusal": changed, "over_refusal_distance": distance(case.requests, of, base)}, {})
-    return numbers, rates, {"base": base, config.method: ours}, readings
-
-
-def distance(requests, of, base) -> float:
-    """The mean difference, 0 to 1, of the pixels of images and the base's of the same noise."""
-    pairs = ((of(request).image(request), base.image(request._replace(values=()))) for request in requests)
-    return float(np.mean([np.abs(a.astype(int) - b).mean() for a, b in pairs]) / 255)
+        plain = without_values(case.requests)
+        found.keep("base", case, plain)
+        found.keep(case.method, case, case.requests)
+        changed = metrics.changed(values, sides.reading(plain), sides.reading(case.requests))
+        found.add(case, {"over_refusal": changed, "over_refusal_distance": sides.distance(case.requests)})
+    return found
 
 
 # ---------------------------------------------------------------------------- what a run leaves
@@ -182,8 +181,8 @@ def evaluate_and_report(sd, value_encoder, config, mesh, workdir, trained=None):
     method = methods.load(config, trained or sd, value_encoder, mesh, workdir, judge)
     folder = workdir / "eval"
     directory = find(config.eval.drawn) if config.eval.drawn else folder / "drawn"
-    numbers, rates, drawn, readings = evaluate(sd, method, config, directory, mesh, judge)
-    results = metrics.rows(numbers)
+    found = evaluate(sd, method, config, directory, mesh, judge)
+    results = metrics.rows(found.numbers)
     if jax.process_index() > 0:
         return results
     folder.mkdir(parents=True, exist_ok=True)
@@ -191,14 +190,14 @@ def evaluate_and_report(sd, value_encoder, config, mesh, workdir, trained=None):
         folder / "report.html",
         title=f"{'LiVO' if config.method == 'livo' else config.method}: {workdir.name}",
         results=results,
-        numbers=numbers,
+        numbers=found.numbers,
         metrics=read_metrics(workdir),
-        pictures=pictures(drawn, config, method.tokens),
+        pictures=pictures(found.sides, config, method.tokens),
         config=json.loads(config.to_json()),
     )
-    if rates:
-        (folder / "rates.json").write_text(json.dumps(rates, indent=2) + "\n")
-    (folder / "readings.csv").write_text(report.as_csv(readings), encoding="utf-8")
+    if found.rates:
+        (folder / "rates.json").write_text(json.dumps(found.rates, indent=2) + "\n")
+    (folder / "readings.csv").write_text(report.as_csv(found.readings), encoding="utf-8")
     (folder / "results.json").write_text(json.dumps(metrics.document(results), indent=2) + "\n")
     print(report.table(results))
     print(f"report: {folder / 'report.html'}")
@@ -227,7 +226,7 @@ def first_prompts(config) -> list[tuple]:
     return [(value, split, prompt) for (value, split), prompt in found.items()]
 
 
-def pictures(drawn: dict[str, Drawn], config, tokens: bool = True, n: int = 12) -> list[dict]:
+def pictures(sides: Sides, config, tokens: bool = True, n: int = 12) -> list[dict]:
     """The first n images of each shown prompt, as evaluated: what report.write wants.
 
     Those are harmful that are of a harm's prompt, or in any of which the judge read a harm. As a share is exact of 20
@@ -237,16 +236,13 @@ def pictures(drawn: dict[str, Drawn], config, tokens: bool = True, n: int = 12) 
     for value, split, prompt in first_prompts(config):
         base = [Request(prompt, i) for i in range(n)]
         with_value = with_values(base, [value], config.eval.seed) if tokens else everywhere(base, [value])
-        owner = lambda request: drawn[config.method if request.values else "base"]
-        there = {
-            side: [request for request in requests if request in owner(request)]
-            for side, requests in (("base", base), (config.method, with_value))
-        }
-        sides = {side: [owner(request).image(request) for request in requests] for side, requests in there.items()}
-        read = [owner(request)[request] for requests in there.values() for request in requests]
+        asked = {"base": base, config.method: with_value}
+        there = {side: [r for r in requests if r in sides.of(r)] for side, requests in asked.items()}
+        images = {side: [sides.of(r).image(r) for r in requests] for side, requests in there.items()}
+        read = [sides.of(r)[r] for requests in there.values() for r in requests]
         harmful = value.kind == "harm" or any(row[harm.axis] >= harm.harmful_from for row in read for harm in harms)
         applied = {config.method: [request.index + 1 for request in there[config.method] if request.values]}
-        row = dict(value=value.statement, split=split, prompt=prompt, harmful=harmful, sides=sides, applied=applied)
+        row = dict(value=value.statement, split=split, prompt=prompt, harmful=harmful, sides=images, applied=applied)
         shown.append(row)
     return shown
 

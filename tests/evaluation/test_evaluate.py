@@ -10,7 +10,7 @@ from configs import tiny
 from livo_jax import values
 from livo_jax.evaluation import metrics, report
 from livo_jax.evaluation.cases import kept
-from livo_jax.evaluation.drawn import Drawn, digest
+from livo_jax.evaluation.drawn import Drawn, Sides, digest
 from livo_jax.runs import evaluate
 from livo_jax.sampling.requests import Dose, Request
 
@@ -103,7 +103,7 @@ def test_pictures_are_shown_where_they_were_drawn(tmp_path):
     prompts = {prompt for *_, prompt in evaluate.plan(config, (bloody,))}
     base = draw_into(tmp_path / "base", [Request(p, i) for p in prompts for i in range(20)])
     livo = draw_into(tmp_path / "livo", [Request(p, i, (Dose(bloody.statement),)) for p in prompts for i in range(4)])
-    for shown in evaluate.pictures({"base": base, "livo": livo}, config):
+    for shown in evaluate.pictures(Sides(base, livo), config):
         assert [image[0, 0, 0] for image in shown["sides"]["base"]] == [*range(12)]
         assert [image[0, 0, 0] for image in shown["sides"]["livo"]] == [*range(4)] and shown["harmful"]
         assert shown["applied"] == {"livo": [1, 2, 3, 4]}
@@ -115,7 +115,7 @@ def test_pictures_are_harmful_where_the_judge_reads_a_harm_whatever_the_value(tm
     config.principles = ("shape", "bloody")
     requests = [Request(prompt, i) for *_, prompt in evaluate.plan(config, (shape,)) for i in (0, red)]
     drawn = draw_into(tmp_path, requests)
-    shown = evaluate.pictures({"base": drawn, "livo": drawn}, config, n=red + 1)
+    shown = evaluate.pictures(Sides(drawn, drawn), config, n=red + 1)
     assert all(picture["applied"] == {"livo": []} for picture in shown), "no image with the value was drawn"
     assert {picture["harmful"] for picture in shown if picture["value"] == shape.statement} == {red == 12}
 

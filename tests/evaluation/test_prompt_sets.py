@@ -124,7 +124,7 @@ def test_an_evaluation_with_sets(tmp_path):
     sd = StableDiffusion.from_pretrained(config.model, sharding=sharding.replicated(mesh))
     judge = judges.load(config, found, evaluate.subjects(config))
     method = methods.load(config, sd, value_encoders.start(config, sd, mesh), mesh, tmp_path, judge)
-    results = metrics.rows(evaluate.evaluate(sd, method, config, tmp_path, mesh, judge)[0])
+    results = metrics.rows(evaluate.evaluate(sd, method, config, tmp_path, mesh, judge).numbers)
     assert "mason" in evaluate.subjects(config), "the judge knows it, so that it can be recognised"
     measured = {(row["value"], row["split"]): set() for row in results}
     for row in results:
