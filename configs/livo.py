@@ -10,7 +10,7 @@ import pathlib
 
 from ml_collections import ConfigDict
 
-from configs import prompt_sets
+from configs import common
 from livo_jax.data import word_lists
 
 EMBEDDED = pathlib.Path(__file__).resolve().parents[1] / "data_tools" / "shapeworld_model"
@@ -19,129 +19,21 @@ EMBEDDED = pathlib.Path(__file__).resolve().parents[1] / "data_tools" / "shapewo
 def get_config(variant: str = "") -> ConfigDict:
     if variant not in ("", "smoke"):
         raise ValueError(f"configs/livo.py:{variant}: there is configs/livo.py and configs/livo.py:smoke")
-    config = ConfigDict()
-    config.seed = 0  # of data order, noise and timesteps
-    config.method = "livo"  # the column of the results; baselines: configs/baselines/
-    config.model = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # hub id or diffusers directory
-    config.variant = ""  # of the weight files; "fp16": half to fetch
-    config.random_weights = False  # the architecture of config.model alone, untrained
-    config.dtype = "bfloat16"  # of the frozen models; the value encoder, its optimizer and the errors are float32
-    config.principles = ("gender", "race", "nudity", "gore", "zombie")  # names in livo_jax/values/principles.toml
-    config.principles_file = ""  # a TOML file of your own, as that one is; empty for it
-    config.judge = ""  # a module of livo_jax/judges; empty: train without evaluation
-    # Devices: rows of a batch are divided over data and fsdp, weights over fsdp and tensor; -1 takes the rest.
-    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
-    config.cpu_devices = 1  # as so many a CPU counts, at most one a core: a small model on one leaves cores idle
-    config.shard_frozen = False  # whether the frozen models are divided as the value encoder is: more traffic
-
-    config.value_encoder = c = ConfigDict()  # livo_jax/value_encoders/
-    c.kind = "full"  # a text encoder of its own; "lora": low-rank updates of the model's; "token": soft tokens alone
-    c.start = ""  # directory or hub id of one of this kind to start from; empty: the model's text encoder
-    c.rank, c.alpha = 8, 8.0  # lora: kernels are W + alpha / rank * A B
-    c.targets = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")  # lora: the layers that are updated
-    c.tokens = 4  # token: of each value
-    c.states = 1  # full, lora: 1 gives the pooled state as the token, more those that follow too, 0 all of the text
-    c.reads_prompt = True  # full, lora: whether the text has the prompt too, or the value alone
-
-    config.judging = c = ConfigDict()  # of the judges clip, llava and vlm
-    c.model = ""  # clip, llava: directory or hub id, as openai/clip-vit-large-patch14. vlm: its name at the endpoint
-    c.endpoint = ""  # vlm: base URL of an OpenAI-compatible server, as http://localhost:8000/v1; key: OPENAI_API_KEY
-    c.cache = ""  # vlm: directory that keeps the answers, so that nothing is asked twice; empty for none
-    c.budget = 0  # vlm: questions that a build or an evaluation sends at most; 0 for no limit
-    c.subject = False  # whether subjects are read too; traits ("a kind person") cannot be seen
-
-    config.preferences = c = ConfigDict()  # how pairs are built (data_tools/build_preferences.py)
-    c.model = ""  # that draws them; empty: config.model
-    c.scenes = ()  # of all values; empty: each one's own, the seen words of its sources (livo_jax/data/words.toml)
-    c.templates = ("a photo of a(n) {}", "a portrait of a(n) {}", "a picture of a(n) {}")
-    c.pairs_per_scene = 8  # at most, of each bias and scene
-    c.harm_pairs_per_scene = 8
-    c.candidates_per_pair = 2.0  # images drawn of each side, for the judge to choose from
-    c.least_distance = 4  # bits of 64 by which the perceptual hashes of a side's images differ at least; 0 keeps all
-    c.images_per_file = 512  # an interrupted build draws again at most so many for each process
-    c.census_per_scene = 8  # neutral images that tell which attribute the model favours
-
-    config.data = c = ConfigDict()
-    c.directory = ""  # of the pairs; empty: WORKDIR/preferences, which a judge lets build at the first start
-    c.cache = False  # of latents and prompt states beside the pairs, made at the first start; saves the VAE's passes
-    c.random_flip = True  # both images of a pair or neither
-    c.beside = 0.0  # share of the pairs that train with a second value's token beside their own; not in the paper
-    c.attributes = 0.0  # share of a bias's pairs whose value names the attribute to show: what --ratio mixes
-    c.anchors = 0.0  # share of the pairs whose prompt the value should leave alone; not in the paper
-
-    config.loss = c = ConfigDict()  # livo_jax/training/losses.py
-    c.form = "livo"  # or sft, dpo, ipo, kto: of these the last three read beta, sft none of the constants
-    c.alpha = 500.0  # slope of the violating hinge
-    c.beta = 1000.0  # slope of the aligned hinge
-    c.gamma_1 = 1.0  # margin of the aligned hinge
-    c.gamma_2 = 0.5  # margin of the violating hinge
-    c.anchor = 0.0  # slope of how far the prediction moves where the value should leave a prompt alone; 0: as pairs
-    c.timesteps = (0, 1000)  # t is uniform over first .. last - 1
-    c.min_snr_gamma = 0.0  # weights the errors by min(snr, gamma) / snr (Hang et al. 2023: 5); 0 for none
-
-    config.train = c = ConfigDict()
-    c.steps = 15_000
-    c.batch_size = 8  # pairs, over all devices
-    c.accumulate = 1  # micro-batches in which a step works off its batch: less memory, the same numbers
-    c.remat = "none"  # what the UNet's blocks keep for the backward pass: none recomputes nothing, or dots, full
-    c.learning_rate = 0.0  # AdamW moves a weight by about that in a step; 0: that of what is trained, which is
-    c.learning_rates = ConfigDict({
-        "full": 1e-6,  # the paper's
-        # Not measured on this model. As published for low-rank updates of it (diffusers' DreamBooth LoRA),
-        "lora": 1e-4,
-        # for Textual Inversion (diffusers' 5e-4 times its batch of 4; here tokens are text states, of size 1),
-        "token": 2e-3,
-        # and for Diffusion-DPO by low-rank updates (diffusers' research_projects/diffusion_dpo).
-        "dpo_unet": 1e-5,
-        "concept_ablation": 1.6e-5,  # 2e-6 times its batch of 8
-    })  # fmt: skip
-    c.learning_rate_scaling = "none"  # "linear" or "sqrt" in batch_size / reference_batch_size
-    c.reference_batch_size = 8
-    c.warmup_steps = 0  # linear, from zero
-    c.schedule = "constant"  # or "cosine", to zero at the last step
-    c.b1, c.b2, c.eps, c.weight_decay = 0.9, 0.999, 1e-8, 1e-2  # AdamW
-    c.grad_clip = 1.0  # global norm
-    c.train_embeddings = True  # of tokens and positions
-    c.ema_decay = 0.0  # moving average of the value encoder, used in its place (try 0.999); 0 for none
-
-    config.sampling = c = ConfigDict()  # of pairs, samples and evaluation
-    c.sampler = "dpmsolver++"  # or dpmsolver++_karras, ddim, euler, pndm
-    c.steps = 25
-    c.guidance_scale = 7.5
-    c.prompt_layout = "padded"  # or "official": the value token and the prompt's own tokens alone
-    c.batch_size = 8  # images at once on each device
-
-    config.eval = c = ConfigDict()
-    c.seed = 0
-    c.template = "a photo of a(n) {}"
-    seen, held_out = word_lists.split(
-        word_lists.words(("careers", "people", "places"))
-    )  # held out: in no value's pairs
+    config = common.get_config()
+    # Off here, because the paper does not have it, though README.md shows it on the embedded world (configs/tiny.py):
+    # a second value beside a pair's own (data.beside), attributes that --ratio mixes (data.attributes), and prompts
+    # that a value should leave alone (data.anchors, loss.anchor). Set them for an encoder that does these things.
+    c = config.eval
+    seen, held_out = word_lists.split(word_lists.words(("careers", "people", "places")))
     c.seen, c.held_out = tuple(seen[::9]), tuple(held_out[::3])  # 17 of each, for time
-    c.images_per_prompt = 60  # bias; of a multiple of 20 a value gets exactly its share
-    c.harm_images_per_prompt = 60
-    c.left_alone_images = 5  # of each prompt that a value should leave alone, of which over-refusal is measured
-    c.rate_images = 10  # of each seen prompt and token of a bias, which tell what it shows (--ratio); 0 for none
-    c.drawn = ""  # directory that keeps the images and readings of evaluations; empty: WORKDIR/eval/drawn
-    c.combinations = False  # whether every two values are measured together, too
-    c.keep_probabilities = ()  # with which biases are measured, too
-    c.strengths = ()  # at which the values are measured, too
-    c.ratios = ()  # which are measured, too: "equal", or what else --ratio takes
-    c.prompts = ()  # prompts in place of the subjects', as ("harm=i2p", "gender=own"): a kind or value, a set
-    c.prompt_sets = prompt_sets.get_sets()
-
-    config.checkpoint = ConfigDict({"every": 1000, "keep": 2})  # steps between checkpoints, how many stay
-    config.log = c = ConfigDict()  # steps between
-    c.every = 50
-    c.samples_every = 1000  # 0 for no samples
-    c.wandb = ""  # a Weights & Biases project
-    config.profile = ConfigDict({"steps": 0})  # how many to record for TensorBoard and XProf, from the third on
 
     if variant == "smoke":
-        config.model, config.random_weights, config.dtype = str(EMBEDDED), True, "float32"
-        config.principles, config.judge = ("shape", "colour", "bloody"), "shapeworld"
+        config.model, config.random_weights = str(EMBEDDED), True  # no download
+        config.dtype = "float32"  # on CPUs
+        config.principles, config.judge = ("shape", "colour", "bloody"), "shapeworld"  # that world's values
         c = config.preferences
-        c.scenes, c.templates = ("cook", "butcher"), ("a {}",)
+        c.scenes, c.templates = ("cook", "butcher"), ("a {}",)  # its captions
+        # All that follows is small, for it only shows that everything runs. The guidance is configs/tiny.py's.
         c.pairs_per_scene = c.harm_pairs_per_scene = c.census_per_scene = 2
         config.train.steps, config.checkpoint.every, config.log.every, config.log.samples_every = 2, 2, 1, 2
         config.sampling.steps, config.sampling.guidance_scale, config.sampling.batch_size = 12, 1.1, 16

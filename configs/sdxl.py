@@ -24,8 +24,9 @@ def get_config(variant: str = "") -> ConfigDict:
     config.train.remat = "full"  # a block's intermediate results are recomputed: at 1024 px they are what fills memory
     config.sampling.sampler = "euler"  # as published
     if variant == "smoke":
-        config.preferences.model, config.model = config.model, str(SMALL)
+        config.preferences.model, config.model = config.model, str(SMALL)  # the pairs' model is trained, SMALL is not
     else:
         config.model = "stabilityai/stable-diffusion-xl-base-1.0"
-        config.sampling.guidance_scale, config.sampling.batch_size = 5.0, 2
+        config.sampling.guidance_scale = 5.0  # as published
+        config.sampling.batch_size = 2  # at 1024 px images fill memory
     return config
