@@ -15,7 +15,7 @@ from livo_jax.moved import MOVED
 ROOT = pathlib.Path(__file__).parents[1]
 ROOMS = (  # each uses only those before it
     "models diffusion seeds sharding files values value_encoders retrieval sampling judges data training methods"
-    " evaluation runs export demo"
+    " evaluation runs export demo modes"
 ).split()
 BY_ANOTHER_NAME = {("livo_jax/values/__init__.py", "livo_jax.retrieval.retriever.Retriever")}  # values.Retriever
 MATHEMATICS = {"models", "diffusion", "seeds", "sharding", "training"}  # jax, flax and optax alone
@@ -65,9 +65,20 @@ def test_one_direction():
     assert not problems, "\n".join(problems)
 
 
+def test_flags_are_listed_without_a_wait():
+    """What --helpfull imports, at the head of the modes' files, is absl alone."""
+    for path in [ROOT / "livo_jax" / "commands.py", *ROOT.glob("livo_jax/modes/*.py")]:
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.Import):
+                assert {alias.name for alias in node.names} <= sys.stdlib_module_names, path
+            elif isinstance(node, ast.ImportFrom):
+                assert node.module in ("absl", "livo_jax", "livo_jax.modes"), f"{path} imports {node.module}"
+
+
 def test_every_file_is_in_a_room():
     outside = {path.relative_to(ROOT / "livo_jax").parts[0] for path in ROOT.glob("livo_jax/**/*.py")}
-    outside = {name.removesuffix(".py") for name in outside} - {*ROOMS, "__init__", "commands", "moved", "shelf"}
+    others = {*ROOMS, "__init__", "__main__", "commands", "moved", "shelf"}
+    outside = {name.removesuffix(".py") for name in outside} - others
     assert not outside, f"{sorted(outside)}: which room is that?"
 
 

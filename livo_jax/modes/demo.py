@@ -1,0 +1,18 @@
+"""--mode=demo serves a page that draws with a run's value encoder."""
+
+from absl import flags
+
+PORT = flags.DEFINE_integer("port", 7860, "demo: of 127.0.0.1.", lower_bound=1, upper_bound=65535)
+
+
+def serve_demo(config, workdir: str):
+    from livo_jax import sharding
+    from livo_jax.demo import demo
+    from livo_jax.files.directories import find
+    from livo_jax.runs import restore
+
+    workdir = find(workdir)
+    mesh = sharding.make_mesh(**config.mesh)
+    demo.check(PORT.value)
+    sd, value_encoder = restore.restore_run(config, workdir, mesh)
+    demo.serve(sd, value_encoder, config, mesh, PORT.value)
