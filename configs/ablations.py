@@ -6,9 +6,8 @@ trains and measures every setting of SWEEPS as configs/compare_tiny.py does its 
 share; the report plots them. `:smoke` is a run of minutes, to see that everything runs; its figures mean nothing.
 """
 
+from livo_jax.configs import compare_tiny
 from ml_collections import ConfigDict
-
-from configs import compare_tiny
 
 SWEEPS = {  # a field of configs/tiny.py: what it is set to; its own setting there is the run livo
     "loss.alpha": (0.0, 50.0, 200.0),

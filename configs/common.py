@@ -4,9 +4,8 @@ A config is this one with what differs: configs/livo.py, configs/tiny.py and the
 the paper does not have is off here. --config.SECTION.FIELD=VALUE sets any field on the command line.
 """
 
+from livo_jax.configs import prompt_sets
 from ml_collections import ConfigDict
-
-from configs import prompt_sets
 
 
 def get_config() -> ConfigDict:

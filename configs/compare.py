@@ -7,17 +7,16 @@ Every file of configs/baselines/ is a method; a field of one is --config.methods
 
 import importlib
 
+from livo_jax.configs import livo
+from livo_jax.configs.compare_tiny import BASELINES
 from ml_collections import ConfigDict
-
-from configs import livo
-from configs.compare_tiny import BASELINES
 
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.methods = ConfigDict({"livo": livo.get_config()})
     for name in BASELINES:
-        config.methods[name] = importlib.import_module(f"configs.baselines.{name}").get_config("livo")
+        config.methods[name] = importlib.import_module(f"livo_jax.configs.baselines.{name}").get_config("livo")
     for own in config.methods.values():
         own.judge, own.judging.model = "clip", "openai/clip-vit-large-patch14"
     config.processes = 1  # methods at a time: they share the devices

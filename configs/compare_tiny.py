@@ -9,9 +9,8 @@ minutes, to see that everything runs; its figures mean nothing.
 import importlib
 import pathlib
 
+from livo_jax.configs import tiny
 from ml_collections import ConfigDict
-
-from configs import tiny
 
 BASELINES = sorted(path.stem for path in pathlib.Path(__file__).with_name("baselines").glob("[!_]*.py"))
 
@@ -21,7 +20,7 @@ def get_config(variant: str = "") -> ConfigDict:
     arg = f"tiny:{variant}" if variant else "tiny"
     config.methods = ConfigDict({"livo": tiny.get_config(variant)})
     for name in BASELINES:
-        config.methods[name] = importlib.import_module(f"configs.baselines.{name}").get_config(arg)
+        config.methods[name] = importlib.import_module(f"livo_jax.configs.baselines.{name}").get_config(arg)
     config.processes = 2  # methods at a time, each on its part of the cores
     config.curve = ConfigDict({"points": 4, "images": 20})  # checkpoints measured, on so many images of each prompt
     config.sweeps = ()  # (title, ((label, name), ...)) of methods that differ in one thing (configs/ablations.py)

@@ -8,9 +8,9 @@ anywhere, without a download: on the embedded world's pairs and an architecture 
 
 import pathlib
 
+from livo_jax.configs import common
 from ml_collections import ConfigDict
 
-from configs import common
 from livo_jax.data import word_lists
 
 EMBEDDED = pathlib.Path(__file__).resolve().parents[1] / "data_tools" / "shapeworld_model"

@@ -9,9 +9,8 @@ benchmarks/sdxl_small, as small, with random weights.
 
 import pathlib
 
+from livo_jax.configs import livo
 from ml_collections import ConfigDict
-
-from configs import livo
 
 SMALL = pathlib.Path(__file__).resolve().parents[1] / "benchmarks" / "sdxl_small"
 

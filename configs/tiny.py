@@ -7,9 +7,8 @@
 
 import pathlib
 
+from livo_jax.configs import common
 from ml_collections import ConfigDict
-
-from configs import common
 
 EMBEDDED = pathlib.Path(__file__).resolve().parents[1] / "data_tools" / "shapeworld_model"
 SEEN = (

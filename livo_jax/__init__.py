@@ -7,11 +7,16 @@ value_encoders, retrieval, sampling, judges, data, training, methods, evaluation
 """
 
 import importlib
+import pathlib
 import sys
 
 from livo_jax.moved import MOVED, Moved
 
 sys.meta_path.append(Moved())
+# configs, data_tools and benchmarks lie in the package where it is installed, and beside it in a checkout.
+if not (pathlib.Path(__path__[0]) / "configs").is_dir():
+    __path__.append(str(pathlib.Path(__path__[0]).parent))
+
 _HOMES = {
     "StableDiffusion": "livo_jax.sampling.stable_diffusion",
     "ValueEncoder": "livo_jax.value_encoders.full",

@@ -36,12 +36,26 @@ def divide_cpu(devices: int):
         jax.config.update("jax_num_cpu_devices", devices)
 
 
+def find_config(argument: str) -> str:
+    """--config=configs/tiny.py, with the path of the installed file where the folder that one works in has none."""
+    name, _, file = argument.partition("=")
+    if name.lstrip("-") != "config" or not file.startswith("configs/") or os.path.exists(file.split(":")[0]):
+        return argument
+    import livo_jax
+
+    found = [
+        path for path in (f"{folder}/{file}" for folder in livo_jax.__path__) if os.path.exists(path.split(":")[0])
+    ]
+    return f"{name}={found[0]}" if found else argument
+
+
 def parse(argv):
     """absl's parser, which here answers misspelt overrides of --config with what can be overridden.
 
     What is compiled is kept for the next start, in JAX_COMPILATION_CACHE_DIR or ~/.cache/livo_jax. A CPU is divided as
-    config.cpu_devices says.
+    config.cpu_devices says. A config that livo_jax brings is found from any folder.
     """
+    argv = [find_config(argument) for argument in argv]
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch, which nothing needs, is not there
     import jax  # here: imports of a command line's module stay quick
 

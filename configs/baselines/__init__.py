@@ -1,6 +1,6 @@
 """What baselines share: a method's config is another's with few fields changed, so that all else is equal."""
 
-from configs import livo, tiny
+from livo_jax.configs import livo, tiny
 
 
 def start(arg: str, method: str):

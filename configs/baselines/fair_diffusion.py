@@ -3,9 +3,8 @@
 python run.py --config=configs/baselines/fair_diffusion.py --mode=evaluate
 """
 
+from livo_jax.configs import baselines
 from ml_collections import ConfigDict
-
-from configs import baselines
 
 
 def get_config(arg: str = "tiny"):

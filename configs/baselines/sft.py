@@ -3,7 +3,7 @@
 python run.py --config=configs/baselines/sft.py
 """
 
-from configs import baselines
+from livo_jax.configs import baselines
 
 
 def get_config(arg: str = "tiny"):

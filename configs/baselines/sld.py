@@ -3,9 +3,8 @@
 python run.py --config=configs/baselines/sld.py --mode=evaluate --config.sld.preset=strong
 """
 
+from livo_jax.configs import baselines
 from ml_collections import ConfigDict
-
-from configs import baselines
 
 
 def get_config(arg: str = "tiny"):

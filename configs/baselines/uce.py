@@ -5,9 +5,8 @@
 edits at the first evaluation, and keeps the edit in WORKDIR/uce.safetensors.
 """
 
+from livo_jax.configs import baselines
 from ml_collections import ConfigDict
-
-from configs import baselines
 
 
 def get_config(arg: str = "tiny"):

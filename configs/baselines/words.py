@@ -3,7 +3,7 @@
 python run.py --config=configs/baselines/words.py --mode=evaluate
 """
 
-from configs import baselines
+from livo_jax.configs import baselines
 
 
 def get_config(arg: str = "tiny"):
