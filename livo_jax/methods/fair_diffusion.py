@@ -12,25 +12,25 @@ import numpy as np
 
 from livo_jax import values
 from livo_jax.methods import Method, by_group, drawer, networks
-from livo_jax.sampling.guidance import Guidance
+from livo_jax.sampling.guidance import EditGuidance
 
 KINDS = ("bias",)
 
 
-class SemanticGuidance(Guidance):
+class SemanticGuidance(EditGuidance):
     """SEGA (Brack et al. 2023, equations 3 to 10), with an edit for each direction.
 
     scale: s_e. threshold: lambda, the share of each channel's places that an edit leaves alone. An edit's weight is
     its g_i, below 0 to lead away.
     """
 
-    def __call__(self, prompt, nothing, concepts, weights, guidance_scale, carried):
+    def __call__(self, prompt, negative, concepts, weights, guidance_scale, carried):
         """The guided prediction [B, h, w, C], and what the next step carries."""
-        psi = self.scale * (jnp.stack(concepts) - nothing)  # [E, B, h, w, C]
+        psi = self.scale * (jnp.stack(concepts) - negative)  # [E, B, h, w, C]
         least = jnp.quantile(jnp.abs(psi), self.threshold, axis=(2, 3), keepdims=True)
         gamma = jnp.einsum("be,ebhwc->bhwc", weights, jnp.where(jnp.abs(psi) >= least, psi, 0.0))  # eq. 4, 5, 10
         gamma, carried = self.carry(gamma, carried)  # eq. 7, 8
-        return nothing + guidance_scale * (prompt - nothing) + gamma, carried
+        return negative + guidance_scale * (prompt - negative) + gamma, carried
 
 
 def directions(value, text: str, seed: int, prompt: str, index: int) -> tuple[tuple[str, float], ...]:

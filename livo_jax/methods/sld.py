@@ -5,21 +5,21 @@ import dataclasses
 import jax.numpy as jnp
 
 from livo_jax.methods import Method, concepts, drawer, networks
-from livo_jax.sampling.guidance import Guidance
+from livo_jax.sampling.guidance import EditGuidance
 
 KINDS = ("harm",)
 
 
-class SafeGuidance(Guidance):
+class SafeGuidance(EditGuidance):
     """The paper's equations 3 to 8, whose edit is the concept. scale: s_S. threshold: lambda."""
 
-    def __call__(self, prompt, nothing, concepts, weights, guidance_scale, carried):
+    def __call__(self, prompt, negative, concepts, weights, guidance_scale, carried):
         """The guided prediction [B, h, w, C], and what the next step carries."""
         (concept,) = concepts
         near = prompt - concept
         mu = jnp.where(near < self.threshold, jnp.minimum(1.0, self.scale * jnp.abs(near)), 0.0)  # eq. 5, 6
-        gamma, carried = self.carry(mu * (concept - nothing), carried)  # eq. 4, 7, 8
-        return nothing + guidance_scale * (prompt - nothing - gamma), carried  # eq. 3
+        gamma, carried = self.carry(mu * (concept - negative), carried)  # eq. 4, 7, 8
+        return negative + guidance_scale * (prompt - negative - gamma), carried  # eq. 3
 
 
 PRESETS = {  # table 2, appendix

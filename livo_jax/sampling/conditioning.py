@@ -1,5 +1,9 @@
 """What the UNet is conditioned on: the rows of a batch, its value tokens and who sees them."""
 
+import dataclasses
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from livo_jax.models.clip import first_ids
@@ -9,16 +13,114 @@ from livo_jax.values.principles import value_prompt
 PROMPT_LAYOUTS = ("padded", "official")
 
 
-def value_columns(sd, requests: list[Request], slots: tuple[int, int] = (0, 0), reads_prompt=True):
-    """What _sample needs of the values of N requests, in V slots for value tokens and R rows for the UNet.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class ValueColumns:
+    """The values of N requests, in V slots for value tokens and R rows for the UNet.
+
+    value_prompt_ids: [N, V, L] int32, of XL [N, V, 2, L]. visible: [N, R, V] bool, whether a row sees a token.
+    length: [N, R] int, how many tokens of its text a row sees.
+    """
+
+    value_prompt_ids: np.ndarray
+    visible: np.ndarray
+    length: np.ndarray
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Batch:
+    """N requests as arrays.
+
+    seed_low, seed_high, prompt_hash, index: [N] uint32, of the noise.
+    prompt_ids, negative_ids: [N, L] int32, of XL [N, 2, L]. edit_ids: [N, E, ...], of a guidance's edits.
+    zeros: [N, 2 + E] bool, the texts whose states are zeros; of models that have such.
+    weights: [N, R - 2] float32, of the further rows: strengths of values, or weights of edits.
+    """
+
+    seed_low: np.ndarray
+    seed_high: np.ndarray
+    prompt_hash: np.ndarray
+    index: np.ndarray
+    prompt_ids: np.ndarray
+    negative_ids: np.ndarray
+    weights: np.ndarray
+    zeros: np.ndarray | None = None
+    edit_ids: np.ndarray | None = None
+    values: ValueColumns | None = None
+
+    def take_rows(self, start: int, stop: int) -> "Batch":
+        return jax.tree.map(lambda column: column[start:stop], self)
+
+
+@dataclasses.dataclass
+class Conditioning:
+    """What the UNet reads for a batch of B images, in R rows an image, those of one image side by side.
+
+    cond: [B R, V n + L, D], a row's value tokens and text. mask: [B R, V n + L] bool, what a row sees; None for all.
+    text_embeds: [B R, P], the pooled text of XL, or None. rows: R.
+    """
+
+    cond: jax.Array
+    mask: jax.Array | None
+    text_embeds: jax.Array | None
+    rows: int
+
+
+def merge_rows(x):
+    """The first two axes as one."""
+    return x.reshape(-1, *x.shape[2:])
+
+
+def condition(batch: Batch, text_encoder, value_encoder=None) -> Conditioning:
+    """Reads the texts of a batch.
+
+    The rows lie side by side so that none leaves its device: the prompt with the values of full strength, the negative
+    prompt, and the first once more with each of the other values; or the prompt, the negative prompt, and the edits.
+    """
+    texts = jnp.stack([batch.prompt_ids, batch.negative_ids], axis=1)  # [B, 2, L], of XL [B, 2, 2, L]
+    if batch.edit_ids is not None:
+        texts = jnp.concatenate([texts, batch.edit_ids], axis=1)  # [B, R, L]
+    text = text_encoder(merge_rows(texts))
+    cond, text_embeds = text.last_hidden_state, text.text_embeds
+    if batch.zeros is not None:
+        keep = ~merge_rows(batch.zeros)
+        cond, text_embeds = cond * keep[:, None, None], text_embeds * keep[:, None]
+    if batch.values is None:
+        return Conditioning(cond, None, text_embeds, rows=texts.shape[1])
+
+    columns = batch.values
+    B, rows, V = columns.visible.shape
+    D = cond.shape[-1]
+    value_ids = merge_rows(columns.value_prompt_ids)
+    u = value_encoder.tokens(value_ids, text_encoder).astype(cond.dtype)  # [B V, n, D]
+    visible = jnp.repeat(columns.visible, u.shape[1], axis=2)
+    if hasattr(value_encoder, "seen"):  # of a shelf's, which may have unequally many tokens
+        visible &= value_encoder.seen(value_ids).reshape(B, 1, -1)
+    u = jnp.broadcast_to(u.reshape(B, 1, -1, D), (B, rows, visible.shape[2], D))
+
+    def repeat_prompts(x):
+        """[2 B, ...] of prompts and negative prompts -> [B, R, ...]."""
+        x = x.reshape(B, 2, *x.shape[1:])
+        return jnp.concatenate([x, jnp.repeat(x[:, :1], rows - 2, axis=1)], axis=1)
+
+    cond = repeat_prompts(cond)
+    if text_embeds is not None:
+        text_embeds = merge_rows(repeat_prompts(text_embeds))
+    mask = jnp.arange(cond.shape[2]) < columns.length[:, :, None]
+    # [u; c], and a row does not see the values that are not its own: the negative prompt none.
+    cond = merge_rows(jnp.concatenate([u, cond], axis=2))
+    mask = merge_rows(jnp.concatenate([visible, mask], axis=2))
+    return Conditioning(cond, mask, text_embeds, rows)
+
+
+def value_columns(
+    sd, requests: list[Request], slots: tuple[int, int] = (0, 0), reads_prompt=True
+) -> tuple[ValueColumns, np.ndarray]:
+    """The values of N requests, and the strengths [N, R - 2] float32 of those that have a row of their own.
 
     There are at least `slots`: of values of full strength, and of others, which have a row of their own too.
     reads_prompt: as the value encoder has it.
-
-    Returns:
-        A dict of value_prompt_ids [N, V, L] int32, of XL [N, V, 2, L]; visible [N, R, V] bool, whether a row sees a
-        token; strength [N, R - 2] float32, of the values with a row of their own; length [N, R] int, how many of its
-        text's tokens a row sees.
     """
     full = [[dose for dose in r.values if dose.strength == 1] for r in requests]
     partial = [[dose for dose in r.values if dose.strength not in (0, 1)] for r in requests]
@@ -34,18 +136,23 @@ def value_columns(sd, requests: list[Request], slots: tuple[int, int] = (0, 0), 
             visible[n, 2 + p, F + p], strength[n, p] = True, dose.strength
     ids = sd.tokenize(texts)
     length = np.full((N, 2 + P), ids.shape[-1])
-    return dict(value_prompt_ids=ids.reshape(N, V, *ids.shape[1:]), visible=visible, strength=strength, length=length)
+    return ValueColumns(ids.reshape(N, V, *ids.shape[1:]), visible, length), strength
 
 
-def official_layout(columns: dict, tokenizer):
+def cut_to_official_layout(batch: Batch, tokenizer):
     """Cuts what images with a value are conditioned on to n tokens of the prompt, n + 1 of the negative prompt.
 
     A causal text encoder gives a token the same state whatever follows it: hiding is as good as cutting.
     """
-    length = lambda ids: (first_ids(ids) == tokenizer.eos_token_id).argmax(1) + 1
-    with_value, n = columns["visible"].any((1, 2)), length(columns["prompt_ids"])
-    columns["length"][with_value] = n[with_value, None]
-    columns["length"][with_value, 1] += 1
-    negative = columns["negative_ids"]
-    cut = with_value & (length(negative) > n + 1)
+    columns, negative = batch.values, batch.negative_ids
+    with_value = columns.visible.any((1, 2))
+    n = count_tokens(batch.prompt_ids, tokenizer)
+    columns.length[with_value] = n[with_value, None]
+    columns.length[with_value, 1] += 1
+    cut = with_value & (count_tokens(negative, tokenizer) > n + 1)
     negative[cut, ..., n[cut]] = tokenizer.eos_token_id  # a negative prompt that is longer ends there
+
+
+def count_tokens(ids, tokenizer):
+    """How many tokens [N] each text has, from its start to its end."""
+    return (first_ids(ids) == tokenizer.eos_token_id).argmax(1) + 1

@@ -9,7 +9,15 @@ from flax import nnx
 
 from livo_jax import diffusion, seeds, sharding
 from livo_jax.models.weights import put, split
-from livo_jax.sampling.conditioning import PROMPT_LAYOUTS, official_layout, value_columns
+from livo_jax.sampling.conditioning import (
+    PROMPT_LAYOUTS,
+    Batch,
+    condition,
+    cut_to_official_layout,
+    merge_rows,
+    value_columns,
+)
+from livo_jax.sampling.guidance import ClassifierFree, Dosed, Guidance
 from livo_jax.sampling.requests import Dose, Request
 from livo_jax.value_encoders.base import check_value_encoder
 from livo_jax.values.principles import text_hash
@@ -28,71 +36,49 @@ def _noise(key, prompt_hash, index, shape):
 
 @functools.partial(jax.jit, static_argnames=("graphs", "shape", "decoder_parts", "guidance"))
 def _sample(
-    graphs, params, batch, table, guidance_scale, scaling_factor, time_ids, *, shape, decoder_parts: int, guidance
+    graphs,
+    params,
+    batch: Batch,
+    table,
+    guidance_scale,
+    scaling_factor,
+    time_ids,
+    *,
+    shape,
+    decoder_parts: int,
+    guidance: Guidance,
 ):
     """One batch of images [B, H, W, 3] uint8, and whether each is finite, [B] bool.
 
-    `batch` as `generate` makes it, time_ids as StableDiffusion has them.
-
-    The UNet sees R rows of each image, which lie side by side in the batch so that none leaves its device: the prompt
-    with the values of full strength, the negative prompt, and the first once more with each of the other values; or
-    the prompt, the negative prompt, and the texts of a guidance.
+    time_ids: as StableDiffusion has them.
     """
     text_encoder, _, vae, value_encoder = (graph and nnx.merge(graph, part) for graph, part in zip(graphs, params))
-    keys = jax.vmap(seeds.key_of)(batch["seed_low"], batch["seed_high"])
-    noise = jax.vmap(functools.partial(_noise, shape=shape))(keys, batch["prompt_hash"], batch["index"])
-
-    merge = lambda x: x.reshape(-1, *x.shape[2:])  # the first two axes as one
-    texts = jnp.stack([batch["prompt_ids"], batch["negative_ids"]], axis=1)  # [B, 2, L], of XL [B, 2, 2, L]
-    if guidance:
-        texts = jnp.concatenate([texts, batch["edit_ids"]], axis=1)  # [B, R, L]
-    text = text_encoder(merge(texts))
-    cond, text_embeds = text.last_hidden_state, text.text_embeds
-    if "zeros" in batch:
-        keep = ~merge(batch["zeros"])
-        cond, text_embeds = cond * keep[:, None, None], text_embeds * keep[:, None]
-    rows, mask = texts.shape[1], None
-    if value_encoder:
-        B, rows, V = batch["visible"].shape
-        D = cond.shape[-1]
-        value_ids = merge(batch["value_prompt_ids"])
-        u = value_encoder.tokens(value_ids, text_encoder).astype(cond.dtype)  # [B V, n, D]
-        visible = jnp.repeat(batch["visible"], u.shape[1], axis=2)
-        if hasattr(value_encoder, "seen"):  # of a shelf's, which may have unequally many tokens
-            visible &= value_encoder.seen(value_ids).reshape(B, 1, -1)
-        u = jnp.broadcast_to(u.reshape(B, 1, -1, D), (B, rows, visible.shape[2], D))
-
-        def of_rows(x):  # [2 B, ...] -> [B, R, ...]
-            x = x.reshape(B, 2, *x.shape[1:])
-            return jnp.concatenate([x, jnp.repeat(x[:, :1], rows - 2, axis=1)], axis=1)
-
-        cond, text_embeds = of_rows(cond), text_embeds if text_embeds is None else merge(of_rows(text_embeds))
-        mask = jnp.arange(cond.shape[2]) < batch["length"][:, :, None]
-        # [u; c], and a row does not see the values that are not its own: the negative prompt none.
-        cond = merge(jnp.concatenate([u, cond], axis=2))
-        mask = merge(jnp.concatenate([visible, mask], axis=2))
+    keys = jax.vmap(seeds.key_of)(batch.seed_low, batch.seed_high)
+    noise = jax.vmap(functools.partial(_noise, shape=shape))(keys, batch.prompt_hash, batch.index)
+    given = condition(batch, text_encoder, value_encoder)
 
     def predict(z, t, carried):
         unet = nnx.merge(graphs[1], params[1])  # here: rematerialised blocks want modules of the loop's own trace
-        z_t, t = jnp.repeat(z, rows, axis=0), jnp.full(rows * len(z), t)
-        eps = unet(z_t, t, cond, mask, text_embeds, time_ids).astype(jnp.float32)
-        with_prompt, with_negative, *dosed = jnp.unstack(eps.reshape(-1, rows, *z.shape[1:]), axis=1)
-        if guidance:
-            return guidance(with_prompt, with_negative, dosed, batch["edit_weights"], guidance_scale, carried)
-        guided = with_negative + guidance_scale * (with_prompt - with_negative)
-        for strength, with_value in zip(batch["strength"].T if dosed else (), dosed):
-            guided += strength[:, None, None, None] * guidance_scale * (with_value - with_prompt)
-        return guided, carried
+        z_t, t = jnp.repeat(z, given.rows, axis=0), jnp.full(given.rows * len(z), t)
+        eps = unet(z_t, t, given.cond, given.mask, given.text_embeds, time_ids).astype(jnp.float32)
+        prompt, negative, *others = jnp.unstack(eps.reshape(-1, given.rows, *z.shape[1:]), axis=1)
+        return guidance(prompt, negative, others, batch.weights, guidance_scale, carried)
 
-    def decode(z):
+    z = diffusion.sample(predict, noise, table, guidance.start(noise)) / scaling_factor
+    return decode(z, vae, decoder_parts)
+
+
+def decode(z, vae, parts: int):
+    """Images [B, H, W, 3] uint8 of latents [B, h, w, C], and whether each is finite, [B] bool; in so many parts."""
+
+    def decode_part(z):
         pixels = vae.decode(z).astype(jnp.float32)
         finite = jnp.isfinite(z).all((1, 2, 3)) & jnp.isfinite(pixels).all((1, 2, 3))
         return jnp.round(jnp.clip((pixels + 1) * 127.5, 0, 255)).astype(jnp.uint8), finite
 
-    z = diffusion.sample(predict, noise, table, guidance and guidance.start(noise)) / scaling_factor
-    # In parts of every decoder_parts-th row: each device's rows stay its own.
-    parts = z.reshape(-1, decoder_parts, *shape).swapaxes(0, 1)
-    return jax.tree.map(lambda x: merge(x.swapaxes(0, 1)), jax.lax.map(decode, parts))
+    # Each part has every parts-th row: each device's rows stay its own.
+    split_z = z.reshape(-1, parts, *z.shape[1:]).swapaxes(0, 1)
+    return jax.tree.map(lambda x: merge_rows(x.swapaxes(0, 1)), jax.lax.map(decode_part, split_z))
 
 
 def generate(
@@ -127,8 +113,8 @@ def generate(
             or else all, where the models keep a copy; of them few images take as few, and smaller batches.
         slots: room for so many values of full strength and of another, though no image has them: calls of equal
             slots share one compiled program.
-        guidance: of livo_jax.sampling.guidance, in the place of classifier-free guidance alone; hashable. For requests
-            without values, which all have as many edits.
+        guidance: a Guidance of requests with edits, all with as many and without values. Requests without edits have
+            classifier-free guidance, dosed where a value's strength asks for it.
         description: of a progress bar; None for none.
 
     Returns:
@@ -175,32 +161,34 @@ def generate(
     at_once = batch_size * sharding.batch_parts(mesh)
     low, high = seeds.words(seeds.check(seed))
     padded = list(requests) + [requests[-1]] * (-len(requests) % at_once)
-    columns = {
-        "seed_low": np.full(len(padded), low, np.uint32),
-        "seed_high": np.full(len(padded), high, np.uint32),
-        "prompt_hash": np.array([text_hash(r.noise or r.prompt) for r in padded], np.uint32),
-        "index": np.array([r.index for r in padded], np.uint32),
-        "prompt_ids": sd.tokenize([r.prompt for r in padded]),
-        "negative_ids": sd.tokenize([r.negative for r in padded]),
-    }
+    columns = Batch(
+        seed_low=np.full(len(padded), low, np.uint32),
+        seed_high=np.full(len(padded), high, np.uint32),
+        prompt_hash=np.array([text_hash(r.noise or r.prompt) for r in padded], np.uint32),
+        index=np.array([r.index for r in padded], np.uint32),
+        prompt_ids=sd.tokenize([r.prompt for r in padded]),
+        negative_ids=sd.tokenize([r.negative for r in padded]),
+        weights=np.array([[weight for _, weight in r.edits] for r in padded], np.float32),
+    )
     if sd.zeros_for_empty_prompt:
-        columns["zeros"] = np.array([[False, not r.negative] + [False] * len(r.edits) for r in padded])
+        columns.zeros = np.array([[False, not r.negative] + [False] * len(r.edits) for r in padded])
     if value_encoder is not None:
-        columns |= value_columns(sd, padded, slots, value_encoder.reads_prompt)
+        columns.values, columns.weights = value_columns(sd, padded, slots, value_encoder.reads_prompt)
         if prompt_layout == "official":
-            official_layout(columns, sd.tokenizer)
+            cut_to_official_layout(columns, sd.tokenizer)
     if guidance:
         ids = sd.tokenize([text for r in padded for text, _ in r.edits])
-        columns["edit_ids"] = ids.reshape(len(padded), -1, *ids.shape[1:])
-        columns["edit_weights"] = np.array([[weight for _, weight in r.edits] for r in padded], np.float32)
+        columns.edit_ids = ids.reshape(len(padded), -1, *ids.shape[1:])
+    else:
+        guidance = Dosed() if columns.weights.shape[1] else ClassifierFree()
     parts = -(-batch_size * sd.image_size**2 // DECODED_PIXELS)
     parts = next(n for n in range(min(parts, batch_size), batch_size + 1) if batch_size % n == 0)
     scaling_factor = sd.vae.config.scaling_factor
     static, images = {"shape": sd.latent_shape, "decoder_parts": parts, "guidance": guidance}, []
+    over_devices = functools.partial(put, sharding=sharding.over_batch(mesh))
     progress = tqdm(range(0, len(padded), at_once), desc=description, unit="batch", disable=description is None)
     for start in progress:
-        batch = {name: column[start : start + at_once] for name, column in columns.items()}
-        batch = {name: put(rows, sharding.over_batch(mesh)) for name, rows in batch.items()}
+        batch = jax.tree.map(over_devices, columns.take_rows(start, start + at_once))
         with jax.set_mesh(mesh):  # which the attention kernels ask for
             drawn = _sample(graphs, params, batch, table, guidance_scale, scaling_factor, sd.time_ids, **static)
         drawn, finite = map(sharding.fetch, drawn)

@@ -85,7 +85,7 @@ def test_few_prompts_are_few_images_and_weights_stay_where_they_lie(small, monke
 
     def sample(graphs, params, batch, *args, shape, **kw):
         devices = {frozenset(x.sharding.device_set) for x in jax.tree.leaves(params)}
-        drawn.append((batch["index"].shape[0], *map(len, devices)))
+        drawn.append((batch.index.shape[0], *map(len, devices)))
         return jnp.zeros((drawn[-1][0], 1, 1, 3), np.uint8), jnp.ones(drawn[-1][0], bool)
 
     monkeypatch.setattr(generate, "_sample", sample)

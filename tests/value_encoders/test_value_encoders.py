@@ -183,8 +183,8 @@ def test_a_value_encoder_of_the_value_alone(sd, config, tmp_path):
     alone = of_kind(config, "full", reads_prompt=False, states=3)
     value_encoder = trained(value_encoders.start(alone, sd, sharding.make_mesh()))
     requests = [Request(prompt, 0, (Dose("shape equality"),)) for prompt in PROMPTS]
-    columns = conditioning.value_columns(sd, requests, reads_prompt=False)
-    assert (columns["value_prompt_ids"] == sd.tokenize(["shape equality, "])).all()
+    columns, _ = conditioning.value_columns(sd, requests, reads_prompt=False)
+    assert (columns.value_prompt_ids == sd.tokenize(["shape equality, "])).all()
     settings = methods.load(alone, sd, value_encoder, None, tmp_path).settings
     assert settings == {"method": "value tokens", "states": 3, "reads_prompt": False}, "other images than the default's"
     images = generate.generate(sd, requests, value_encoder, seed=0, **SETTINGS)
