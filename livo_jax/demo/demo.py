@@ -112,7 +112,7 @@ def page(sd, value_encoder, config, mesh, folder: pathlib.Path):
         by_hand = {v.statement: dataclasses.replace(v, reason="switched on by hand") for v in principles}
         found = retriever(prompt)
         known = by_hand | {value.statement: value for value in found}
-        doses = choose(prompt, "auto", strength, retriever=lambda _: [known[s] for s in chosen])
+        doses = choose(prompt, ("auto",), strength, retriever=lambda _: [known[s] for s in chosen])
         # Whatever is switched, one program is compiled for strength 1, and one with a row for each value.
         slots = len(principles), 0 if strength == 1 else len(principles)
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from livo_jax import seeds
 from livo_jax.retrieval.retriever import Retriever
+from livo_jax.value_encoders.base import values_by_prompt
 from livo_jax.values import ratio as ratios
 from livo_jax.values.dealing import applies
 from livo_jax.values.principles import Value
@@ -29,23 +30,27 @@ class Request(NamedTuple):
     edits: tuple[tuple[str, float], ...] = ()  # texts, with a weight each, for a guidance of livo_jax.sampling.guidance
 
 
-def choose(prompt: str, values, strength=1.0, keep_probability: float | None = None, retriever=None) -> list[tuple]:
+def choose(
+    prompt: str, values: tuple[str, ...], strength=1.0, keep_probability: float | None = None, retriever=None
+) -> list[tuple[Dose, float]]:
     """The values of a prompt's images, each with the share of the images that it is for: [(Dose, share), ...].
 
     Args:
-        values: None, a statement, a list of statements, or "auto": those that the retriever finds, biases for their
-            keep_probability's share.
+        values: statements; or ("auto",) for those that the retriever finds, biases for their keep_probability's share.
         strength: of all, or a dict of statement -> strength, 1 where it has none; 0 is no value.
         keep_probability: the share, for all; None for 1 of named values.
         retriever: a values.Retriever, for "auto".
     """
-    if values == "auto":
+    if values == ("auto",):
         rows = [(value.statement, value.keep_probability, value.reason) for value in retriever(prompt)]
     else:
-        rows = [(text, 1.0, "") for text in ([values] if isinstance(values, str) else values or ())]
-    of = lambda text: float(strength.get(text, 1.0) if isinstance(strength, dict) else strength)
-    share = lambda own: own if keep_probability is None else keep_probability
-    return [(Dose(text, of(text), reason), share(own)) for text, own, reason in rows if of(text)]
+        rows = [(statement, 1.0, "") for statement in values]
+    doses = []
+    for statement, share, reason in rows:
+        own = float(strength.get(statement, 1.0) if isinstance(strength, dict) else strength)
+        if own:
+            doses.append((Dose(statement, own, reason), share if keep_probability is None else keep_probability))
+    return doses
 
 
 def with_doses(request: Request, doses: list[tuple[Dose, float]], seed: int) -> Request:
@@ -59,7 +64,7 @@ def requests_of(prompts, values=None, seed: int = 0, ratio=None, rates=None, **o
 
     Args:
         prompts: list of str.
-        values: what `choose` takes, for all prompts; or a list with a None, statement or list of them for each.
+        values: as value_encoders.base.values_by_prompt takes them.
         seed: decides which images a value with a share below 1 is applied to, and which tokens a ratio gives them.
         ratio: which attributes the images should show: "equal", or {attribute: share}, as ratio.targets takes it; in
             the place of the share of the bias values that it is for.
@@ -70,16 +75,10 @@ def requests_of(prompts, values=None, seed: int = 0, ratio=None, rates=None, **o
         ValueError: as many values as prompts are not given, or a ratio that is unknown, for no value, or out of reach.
     """
     seed = seeds.check(seed)
-    if values is None or isinstance(values, str):
-        values = [values] * len(prompts)
-    if len(values) != len(prompts):
-        raise ValueError(
-            f"{len(values)} values for {len(prompts)} prompts: give one for all, or a list with an entry for each"
-            " prompt, which is None, a value or a list of values"
-        )
-    if "auto" in values and not options.get("retriever"):
+    rows = values_by_prompt(values, len(prompts))
+    if ("auto",) in rows and not options.get("retriever"):
         options["retriever"] = Retriever.default()
-    keys = [(p, v if v is None or isinstance(v, str) else tuple(v)) for p, v in zip(prompts, values)]
+    keys = list(zip(prompts, rows))
     doses = {key: choose(*key, **options) for key in dict.fromkeys(keys)}  # a prompt's images are of one choice
     rows = [doses[key] for key in keys]
     if ratio is not None:

@@ -13,6 +13,8 @@ from livo_jax.files.repositories import describe, find, read_json, read_tokenize
 from livo_jax.models.clip import CLIPTextConfigs, CLIPTextModels
 from livo_jax.sampling.generate import Images, generate
 from livo_jax.sampling.requests import requests_of
+from livo_jax.value_encoders.base import values_by_prompt
+from livo_jax.value_encoders.shelf import Shelf
 
 # What is no weight, beside the configs.
 DESCRIPTION = ["model_index.json", "tokenizer/*", "tokenizer_2/*", "scheduler/*.json"]
@@ -221,7 +223,8 @@ class StableDiffusion:
             [N, H, W, 3] uint8, with an attribute `applied`: for each image the values applied to it, as Doses of
             value, strength and reason.
         """
-        if hasattr(value_encoder, "take"):  # a Shelf
+        values = values_by_prompt(values, len(prompts))
+        if isinstance(value_encoder, Shelf):
             values, strength, value_encoder = value_encoder.take(values, strength)
         options = dict(strength=strength, keep_probability=keep_probability, retriever=retriever)
         requests = requests_of(prompts, values, seed, ratio, rates, **options)

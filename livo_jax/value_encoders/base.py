@@ -39,6 +39,31 @@ def text_tokens(encoder: CLIPTextModel | CLIPTextModels, ids, states: int):
     return jnp.take_along_axis(text.last_hidden_state, places[:, :, None], axis=1)
 
 
+def values_by_prompt(values, number: int | None = None) -> list[tuple[str, ...]]:
+    """The values of each prompt, () for none and ("auto",) for those that a retriever is to find.
+
+    Args:
+        values: None, or a value for all prompts; or a list with an entry for each prompt, which is None, a value or a
+            list of values.
+        number: of prompts; any if None, of a value for all 1.
+
+    Raises:
+        ValueError: there are not as many entries as prompts, or "auto" is beside other values.
+    """
+    if values is None or isinstance(values, str):
+        values = [values] * (1 if number is None else number)
+    if number not in (None, len(values)):
+        raise ValueError(
+            f"{len(values)} values for {number} prompts: give one for all, or a list with an entry for each"
+            " prompt, which is None, a value or a list of values"
+        )
+    rows = [(entry,) if isinstance(entry, str) else tuple(entry or ()) for entry in values]
+    for row in rows:
+        if "auto" in row and len(row) > 1:
+            raise ValueError(f"values={[*row]!r}: 'auto' stands alone")
+    return rows
+
+
 def check_base(path, base: str | None, sd):
     """Warns where the model that a value encoder names as its own is another than the one that it is used on."""
     if base and base not in (sd.name, str(sd.root)) and pathlib.Path(base).expanduser().resolve() != sd.root.resolve():

@@ -14,7 +14,7 @@ from flax import nnx
 
 from livo_jax.files.repositories import find
 from livo_jax.models.clip import first_ids
-from livo_jax.value_encoders.base import WIDTHS, check_base, check_value_encoder
+from livo_jax.value_encoders.base import WIDTHS, check_base, check_value_encoder, values_by_prompt
 from livo_jax.value_encoders.kinds import KINDS
 from livo_jax.value_encoders.soft_tokens import SoftTokens, beginnings
 
@@ -108,20 +108,20 @@ class Shelf:
             values, strength: as sd.generate has them, but for "auto".
 
         Returns:
-            The same with statements in the place of names, and the value encoder of all of them, or None.
+            The statements of each prompt as values_by_prompt has them, the strength by statements, and the value
+            encoder of all of them, or None.
 
         Raises:
             ValueError: "auto", or values that are not on the shelf.
             FileNotFoundError, ValueError: as the from_pretrained of their kinds.
         """
-        if values == "auto" or (isinstance(values, list) and "auto" in values):
+        named = values_by_prompt(values)
+        if ("auto",) in named:
             raise ValueError("values='auto': a shelf gives values by their names")
-        named = lambda x: x and (self.statement(x) if isinstance(x, str) else [named(each) for each in x])
-        flat = lambda x: [x] if isinstance(x, str) else [text for each in x or () for text in flat(each)]
-        values = named(values)
+        named = [tuple(self.statement(name) for name in row) for row in named]
         if isinstance(strength, dict):
             strength = {self.statement(name): x for name, x in strength.items()}
-        return values, strength, self._value_encoder(sorted(set(flat(values))))
+        return named, strength, self._value_encoder(sorted({statement for row in named for statement in row}))
 
     def _value_encoder(self, statements: list[str]):
         encoders = [self._load(statement) for statement in statements]

@@ -259,6 +259,8 @@ def test_requests_number_the_images_of_a_prompt():
     assert sum(r.values == DOSE for r in half) == 20
     with pytest.raises(ValueError, match="3 values for 2 prompts"):
         requests_of(["a", "b"], [VALUE] * 3)
+    with pytest.raises(ValueError, match="'auto' stands alone"):
+        requests_of(["a", "b"], [["auto", VALUE], None])
 
 
 RATES = {

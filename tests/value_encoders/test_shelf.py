@@ -83,8 +83,8 @@ def test_soft_tokens_stand_on_a_shelf(sd, encoders, shelf_dir, tmp_path):
     (tmp_path / "shelf.json").write_text(json.dumps({"base": sd.name, "values": entry}))
     shelf = Shelf(tmp_path, sd)
     values, _, value_encoder = shelf.take("colour")
-    assert values == VALUES["colour"]
-    ids = sd.tokenize([f"{values}, a baker"])
+    assert values == [(VALUES["colour"],)]
+    ids = sd.tokenize([f"{VALUES['colour']}, a baker"])
     np.testing.assert_array_equal(value_encoder.tokens(ids), encoders["soft"].tokens(ids))
 
     # Beside another's two tokens, one is padded, and the padding is not seen.
