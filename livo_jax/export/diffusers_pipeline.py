@@ -2,7 +2,8 @@
 
     from diffusers import DiffusionPipeline
 
-    pipe = DiffusionPipeline.from_pretrained(BASE, custom_pipeline=DIRECTORY, trust_remote_code=True)
+    here = DIRECTORY_OR_HUB_ID  # of this file
+    pipe = DiffusionPipeline.from_pretrained(BASE, custom_pipeline=here, value_encoder=here, trust_remote_code=True)
     out = pipe("a photo of a doctor", values="auto", num_images_per_prompt=8)
     out.images, out.applied
 
@@ -12,6 +13,7 @@ Written by livo_jax, whose images it gives from the same noise (`latents`). Impo
 import dataclasses
 import math
 import numbers
+import os
 import pathlib
 from collections import Counter
 from types import SimpleNamespace
@@ -20,6 +22,7 @@ from typing import NamedTuple
 import diffusers
 import torch
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
+from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedModel
 
@@ -28,7 +31,7 @@ from .livo_ratio import deal
 from .livo_rules import Rules
 
 # How the value encoder was trained to be sampled; `livo_jax.export.export` fills this in.
-SETTINGS = dict(directory=".", xl=False, size=512, scheduler="DDIMScheduler", options={}, steps=25, guidance_scale=7.5)
+SETTINGS = dict(xl=False, size=512, scheduler="DDIMScheduler", options={}, steps=25, guidance_scale=7.5)
 
 
 class Dose(NamedTuple):
@@ -81,21 +84,41 @@ class SoftTokens(PreTrainedModel):
             self.table = torch.nn.Parameter(file.get_tensor("table"))
 
 
-def exported(value_encoder, name: str = "value_encoder"):
-    """The value encoder that is given, or that of this name in the export."""
-    directory = pathlib.Path(SETTINGS["directory"], name)
-    if value_encoder is not None:
-        return value_encoder
-    soft = (directory / "value_tokens.safetensors").exists()
-    return SoftTokens(directory) if soft else CLIPTextModel.from_pretrained(directory)
+def load_exported(export: str | os.PathLike, name: str):
+    """The value encoder of this name in an export, which is a directory or a hub id."""
+    root = pathlib.Path(export).expanduser()
+    if not root.is_dir():
+        root = pathlib.Path(snapshot_download(str(export), allow_patterns=[f"{name}/*"]))
+    soft = (root / name / "value_tokens.safetensors").exists()
+    return SoftTokens(root / name) if soft else CLIPTextModel.from_pretrained(root / name)
+
+
+def find_value_encoders(value_encoder, value_encoder_2=None) -> tuple:
+    """The value encoders that are given, or those of the export that is named in the place of the first.
+
+    Diffusers runs a copy of this file, which cannot tell where the export is.
+    """
+    if value_encoder is None:
+        value_encoder = os.environ.get("LIVO_EXPORT")
+    if value_encoder is None:
+        raise ValueError(
+            "give value_encoder=DIRECTORY, or the hub id, of the export that custom_pipeline names; or the environment"
+            " variable LIVO_EXPORT"
+        )
+    if not isinstance(value_encoder, str | os.PathLike):
+        return value_encoder, value_encoder_2
+    export, value_encoder = value_encoder, load_exported(value_encoder, "value_encoder")
+    if SETTINGS["xl"] and isinstance(value_encoder, CLIPTextModel):
+        value_encoder_2 = load_exported(export, "value_encoder_2")
+    return value_encoder, value_encoder_2
 
 
 class LiVO:
     """What makes the images of a Stable Diffusion pipeline follow values.
 
-    `value_encoder` is the CLIPTextModel beside this file's original; give it where that was moved:
-    from_pretrained(..., value_encoder=CLIPTextModel.from_pretrained(...)). Its config has the values that it was
-    trained with, and the rules by which "auto" finds them.
+    `value_encoder` is given to from_pretrained: the directory or hub id of the export, or else the environment variable
+    LIVO_EXPORT, or the loaded CLIPTextModel. Its config has the values that it was trained with, and the rules by which
+    "auto" finds them.
     """
 
     def _sample_as_trained(self):
@@ -278,9 +301,7 @@ if SETTINGS["xl"]:  # diffusers wants one pipeline in a file
                 vae, text_encoder, text_encoder_2, tokenizer, tokenizer_2, unet, scheduler, image_encoder,
                 feature_extractor, force_zeros_for_empty_prompt, add_watermarker=False,
             )  # fmt: skip
-            value_encoder = exported(value_encoder)
-            if isinstance(value_encoder, CLIPTextModel):
-                value_encoder_2 = exported(value_encoder_2, "value_encoder_2")
+            value_encoder, value_encoder_2 = find_value_encoders(value_encoder, value_encoder_2)
             self.register_modules(value_encoder=value_encoder, value_encoder_2=value_encoder_2)
             self._sample_as_trained()
 
@@ -323,7 +344,8 @@ else:
                 vae, text_encoder, tokenizer, unet, scheduler, safety_checker, feature_extractor, image_encoder,
                 requires_safety_checker,
             )  # fmt: skip
-            self.register_modules(value_encoder=exported(value_encoder))
+            value_encoder, _ = find_value_encoders(value_encoder)
+            self.register_modules(value_encoder=value_encoder)
             self._sample_as_trained()
 
         def _value_encoders(self):

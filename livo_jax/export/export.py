@@ -101,7 +101,7 @@ def export(directory: str | os.PathLike, sd, value_encoder, config, results: lis
     right = ("steps_offset", *SOLVER) if scheduler == "DPMSolverMultistepScheduler" else ("steps_offset",)
     options = options | {name: sd.scheduler_config[name] for name in right if name in sd.scheduler_config}
     settings = {
-        "directory": str(directory), "xl": sd.time_ids is not None, "size": sd.image_size, "scheduler": scheduler,
+        "xl": sd.time_ids is not None, "size": sd.image_size, "scheduler": scheduler,
         "options": options, "steps": config.sampling.steps, "guidance_scale": config.sampling.guidance_scale,
     }  # fmt: skip
     text_encoder = sd.text_encoder
@@ -109,9 +109,10 @@ def export(directory: str | os.PathLike, sd, value_encoder, config, results: lis
         text_encoder = ValueEncoder.from_pretrained(sd.root, subfolder="text_encoder", variant=config.variant or None)
     with whole_or_not_at_all(directory) as out:
         known = [{field: getattr(v, field) for field in CARRIED} for v in load_principles(config)]
-        knows = {"base": config.model, "values": known, "lists": lists(), "rates": rates, "dealing": dealing.BLOCK}
+        base = name_base(config.model)
+        knows = {"base": base, "values": known, "lists": lists(), "rates": rates, "dealing": dealing.BLOCK}
         if isinstance(value_encoder, LoRA):
-            value_encoder.save(out / "adapter", config.model)
+            value_encoder.save(out / "adapter", base)
             value_encoder = copy_of(value_encoder.merged(text_encoder))
         for k, tower in enumerate(value_encoder.config.towers):
             second = "_2" if k else ""
@@ -123,7 +124,7 @@ def export(directory: str | os.PathLike, sd, value_encoder, config, results: lis
                 place, prefix = out / f"value_encoder{second}", "text_model."
                 save(value_encoder.towers[k], place, published, stem="model", prefix=prefix)
             elif not k:
-                value_encoder.save(out / "value_encoder", config.model)
+                value_encoder.save(out / "value_encoder", base)
                 (out / "value_encoder" / "config.json").write_text(json.dumps(published, indent=2) + "\n")
             shutil.copytree(sd.root / f"tokenizer{second}", out / f"tokenizer{second}")
         lines = PIPELINE.read_text().splitlines(keepends=True)
@@ -133,13 +134,22 @@ def export(directory: str | os.PathLike, sd, value_encoder, config, results: lis
         for name in CARRIED_FILES:
             text = pathlib.Path(dealing.__file__).with_name(f"{name}.py").read_text()
             (out / f"livo_{name}.py").write_text(text.replace("from livo_jax.values.", "from .livo_"))
-        (out / "README.md").write_text(card(directory, config, results, recipe))
+        (out / "README.md").write_text(card(config, results, recipe))
 
 
-def card(directory: pathlib.Path, config, results, recipe) -> str:
+def name_base(model: str) -> str:
+    """A hub id as it is; of a directory its last name, for its path means nothing on another machine."""
+    place = pathlib.Path(model).expanduser()
+    return place.resolve().name if model and place.is_dir() else model
+
+
+def card(config, results, recipe) -> str:
     """The model card, Markdown."""
     values = load_principles(config)
-    base, first, sampling = config.model, values[0], config.sampling
+    base, first, sampling = name_base(config.model), values[0], config.sampling
+    is_local = base != config.model or pathlib.Path(base).is_dir()
+    how = f"\n`BASE` is the directory of {base}, the model that it was trained on.\n" if is_local else ""
+    named = "BASE" if is_local else repr(base)
     kind = KINDS[config.value_encoder.kind]
     statements = "\n".join(
         f"- `{v.statement}` ({v.kind}): apply it to {v.keep_probability:.0%} of a prompt's images" for v in values
@@ -151,6 +161,9 @@ def card(directory: pathlib.Path, config, results, recipe) -> str:
     ]
     if table:
         table = ["| value | prompts | metric | method | mean | 95% interval | images |", "|---" * 7 + "|", *table]
+    if recipe:
+        start = name_base(recipe["value_encoder"]["start"] or "")
+        recipe = recipe | {"model": base, "value_encoder": recipe["value_encoder"] | {"start": start}}
     trained = {name: recipe[name] for name in ("model", "seed", "value_encoder", "loss", "train")} if recipe else {}
     return f"""---
 library_name: diffusers
@@ -169,11 +182,12 @@ It knows the values
 {statements}
 
 ## Use
-
+{how}
 ```python
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained({base!r}, custom_pipeline={str(directory)!r}, trust_remote_code=True)
+HERE = "."  # the folder of this card, or its hub id
+pipe = DiffusionPipeline.from_pretrained({named}, custom_pipeline=HERE, value_encoder=HERE, trust_remote_code=True)
 images = pipe(
     "a photo of a doctor", values={first.statement!r}, keep_probability={first.keep_probability},
     num_images_per_prompt=4,
@@ -186,16 +200,15 @@ print(out.applied)  # for each image the values applied to it, with strength and
 an entry for each. `strength` is a number, or a dict of value to number: 0 is the base model, 1 LiVO. A `ratio`,
 "equal" or a dict of attribute to share, is what all images of a call are to show of a bias (it needs scipy).
 
-`pipeline.py` beside this card is what that runs. It loads `value_encoder/` from where it was exported to; after
-moving the folder pass it as well, `value_encoder=CLIPTextModel.from_pretrained(FOLDER, subfolder="value_encoder")`
-with transformers' `CLIPTextModel`. In JAX:
+`pipeline.py` beside this card is what that runs. The environment variable LIVO_EXPORT can name the folder in the place
+of `value_encoder`. In JAX:
 
 ```python
 from livo_jax import StableDiffusion
 from livo_jax.value_encoders import {kind.__name__}
 
-sd = StableDiffusion.from_pretrained({base!r})
-ve = {kind.__name__}.from_pretrained({str(directory)!r}, sd=sd)
+sd = StableDiffusion.from_pretrained({named})
+ve = {kind.__name__}.from_pretrained(HERE, sd=sd)
 images = sd.generate(
     ["a photo of a doctor"] * 4, values={first.statement!r}, value_encoder=ve,
     keep_probability={first.keep_probability},

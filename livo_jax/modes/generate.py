@@ -46,7 +46,8 @@ def generate(config, workdir: str):
     chosen, options = read_values(config, workdir)
     if SHELF.value:
         sd = restore.load_base(config, mesh)
-        chosen, options["strength"], value_encoder = Shelf(SHELF.value, sd).take(chosen, options["strength"])
+        opened = Shelf(SHELF.value, sd)
+        (chosen,), options["strength"], value_encoder = opened.take([chosen], options["strength"])
     else:
         sd, value_encoder = restore.restore_run(config, workdir, mesh)
     write_pairs(

@@ -66,7 +66,8 @@ def values_by_prompt(values, number: int | None = None) -> list[tuple[str, ...]]
 
 def check_base(path, base: str | None, sd):
     """Warns where the model that a value encoder names as its own is another than the one that it is used on."""
-    if base and base not in (sd.name, str(sd.root)) and pathlib.Path(base).expanduser().resolve() != sd.root.resolve():
+    names = (sd.name, str(sd.root), sd.root.resolve().name)  # exports name a directory without its path
+    if base and base not in names and pathlib.Path(base).expanduser().resolve() != sd.root.resolve():
         warnings.warn(
             f"{path} was trained on {base!r} and is used on {sd.name!r}: it fits by its shapes, but is of use only if"
             " the one is a copy of the other",

@@ -13,12 +13,13 @@ import pytest
 import torch
 
 from livo_jax import StableDiffusion, ValueEncoder, sharding, value_encoders
-from livo_jax.export.export import export
+from livo_jax.export.export import export, name_base
 from livo_jax.files.modules import initialise
 from livo_jax.models.weights import split
 from livo_jax.retrieval.retriever import Retriever
 from livo_jax.sampling import generate
 from livo_jax.values.principles import load, text_hash
+from tests.files.test_modules import hub_of, load_from
 
 ROOT = pathlib.Path(__file__).parents[2]
 VALUE, BLOODY = "shape equality", "bloody considered inappropriate"
@@ -85,7 +86,9 @@ def test_another_base_is_warned_of(sd, config, exported, monkeypatch):
     monkeypatch.setattr(sd, "name", "another/model")
     start()  # called otherwise, in the same place
     monkeypatch.setattr(sd, "root", sd.root.parent)
-    with pytest.warns(UserWarning, match=f"livo was trained on '{config.model}' and is used on 'another/model'"):
+    with pytest.warns(
+        UserWarning, match=f"livo was trained on '{name_base(config.model)}' and is used on 'another/model'"
+    ):
         start()
 
 
@@ -116,7 +119,11 @@ def pipeline(exported, published):
     from diffusers import DiffusionPipeline
 
     pipeline = DiffusionPipeline.from_pretrained(
-        published, custom_pipeline=str(exported), trust_remote_code=True, safety_checker=None
+        published,
+        custom_pipeline=str(exported),
+        value_encoder=str(exported),
+        trust_remote_code=True,
+        safety_checker=None,
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -155,7 +162,11 @@ def test_the_pipeline_takes_the_scheduler_that_we_draw_with(
     config.sampling.sampler = sampler
     export(tmp_path / "out", StableDiffusion.from_pretrained(base), value_encoder, config)
     pipeline = DiffusionPipeline.from_pretrained(
-        base, custom_pipeline=str(tmp_path / "out"), trust_remote_code=True, safety_checker=None
+        base,
+        custom_pipeline=str(tmp_path / "out"),
+        value_encoder=tmp_path / "out",
+        trust_remote_code=True,
+        safety_checker=None,
     )
     assert dict(pipeline.scheduler.config) | expected == dict(pipeline.scheduler.config)
 
@@ -261,7 +272,8 @@ for name in ("jax", "flax", "livo_jax", "scipy", "grain", "ml_collections", "bm2
     sys.modules[name] = None  # an import of it fails
 from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained(
-    {str(published)!r}, custom_pipeline={str(exported)!r}, trust_remote_code=True, safety_checker=None
+    {str(published)!r}, custom_pipeline={str(exported)!r}, value_encoder={str(exported)!r}, trust_remote_code=True,
+    safety_checker=None,
 )
 print(pipe("a bloody baker", "auto", strength=0.5, num_inference_steps=1).applied[0][0].reason)
 """
@@ -269,26 +281,39 @@ print(pipe("a bloody baker", "auto", strength=0.5, num_inference_steps=1).applie
     assert answer.stdout == "keywords: it says 'bloody'\n", answer.stderr
 
 
-def test_a_moved_export_takes_its_value_encoder_from_the_caller(exported, published, tmp_path):
-    from diffusers import DiffusionPipeline
-    from transformers import CLIPTextModel
-
+def test_an_export_names_no_path_and_loads_from_anywhere(exported, published, tmp_path):
+    """From a folder that was moved, told by argument or environment, and from a hub by its id."""
+    for file in exported.rglob("*"):
+        if file.suffix in (".py", ".md", ".json"):
+            text = file.read_text()
+            assert str(exported.parent) not in text and str(pathlib.Path(published).resolve()) not in text, file
     moved = shutil.copytree(exported, tmp_path / "moved")
-    (moved / "pipeline.py").write_text((moved / "pipeline.py").read_text().replace(str(exported), "/no/longer/here"))
-    load = lambda **kw: DiffusionPipeline.from_pretrained(
-        published, custom_pipeline=str(moved), trust_remote_code=True, safety_checker=None, **kw
-    )
-    with pytest.raises(OSError, match="/no/longer/here"):
-        load()
-    given = CLIPTextModel.from_pretrained(moved, subfolder="value_encoder")
-    assert load(value_encoder=given).value_encoder is given
+    load = """
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained(
+    %r, custom_pipeline=%r, trust_remote_code=True, safety_checker=None, **%r
+)
+print(type(pipe.value_encoder).__name__)
+"""
+    told, hub_id = {"value_encoder": str(moved)}, "owner/model"
+    with hub_of(moved) as hub:
+        for place, given, environment in (
+            (str(moved), told, {}),
+            (str(moved), {}, {"LIVO_EXPORT": str(moved)}),
+            (hub_id, {"value_encoder": hub_id}, {}),
+        ):
+            answer = load_from(hub, tmp_path / "home", load % (str(published), place, given), **environment)
+            assert answer.stdout == "CLIPTextModel\n", answer.stderr
+        answer = load_from(hub, tmp_path / "home", load % (str(published), str(moved), {}))
+        assert "give value_encoder=DIRECTORY, or the hub id" in answer.stderr
 
 
 def test_the_card_says_how_and_what(exported, config):
     card = (exported / "README.md").read_text()
     assert "| shape equality | held out | D1 | livo | 0.125 | 0.100 to 0.200 | 150 |" in card
     assert f"| {BLOODY} | seen | S | livo | 0.500 | none | 10 |" in card
-    assert f"base_model: {config.model}" in card and f"custom_pipeline={str(exported)!r}" in card
+    assert f"base_model: {name_base(config.model)}" in card
+    assert "from_pretrained(BASE, custom_pipeline=HERE" in card
     recipe = json.loads(card.split("```json")[1].split("```")[0])
     assert recipe["loss"]["beta"] == config.loss.beta and recipe["train"]["steps"] == config.train.steps
 
