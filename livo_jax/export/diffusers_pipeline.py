@@ -3,7 +3,7 @@
     from diffusers import DiffusionPipeline
 
     here = DIRECTORY_OR_HUB_ID  # of this file
-    pipe = DiffusionPipeline.from_pretrained(BASE, custom_pipeline=here, value_encoder=here, trust_remote_code=True)
+    pipe = DiffusionPipeline.from_pretrained(BASE, custom_pipeline=here, trust_remote_code=True)
     out = pipe("a photo of a doctor", values="auto", num_images_per_prompt=8)
     out.images, out.applied
 
@@ -11,6 +11,7 @@ Written by livo_jax, whose images it gives from the same noise (`latents`). Impo
 """
 
 import dataclasses
+import inspect
 import math
 import numbers
 import os
@@ -93,18 +94,24 @@ def load_exported(export: str | os.PathLike, name: str):
     return SoftTokens(root / name) if soft else CLIPTextModel.from_pretrained(root / name)
 
 
-def find_value_encoders(value_encoder, value_encoder_2=None) -> tuple:
-    """The value encoders that are given, or those of the export that is named in the place of the first.
+def custom_pipeline() -> str | None:
+    """What from_pretrained was asked for as custom_pipeline.
 
-    Diffusers runs a copy of this file, which cannot tell where the export is.
+    It runs a copy of this file, and tells the copy nothing of where the export is: only the stack knows.
     """
+    frame = inspect.currentframe()
+    while frame := frame.f_back:
+        if frame.f_code.co_name == "from_pretrained" and "custom_pipeline" in frame.f_locals:
+            return frame.f_locals["custom_pipeline"]
+    return None
+
+
+def find_value_encoders(value_encoder, value_encoder_2=None) -> tuple:
+    """The value encoders that are given, those of the export that is named in the place of the first, or of this."""
     if value_encoder is None:
-        value_encoder = os.environ.get("LIVO_EXPORT")
+        value_encoder = custom_pipeline()
     if value_encoder is None:
-        raise ValueError(
-            "give value_encoder=DIRECTORY, or the hub id, of the export that custom_pipeline names; or the environment"
-            " variable LIVO_EXPORT"
-        )
+        raise ValueError("give value_encoder=DIRECTORY, or the hub id, of the export")
     if not isinstance(value_encoder, str | os.PathLike):
         return value_encoder, value_encoder_2
     export, value_encoder = value_encoder, load_exported(value_encoder, "value_encoder")
@@ -116,9 +123,9 @@ def find_value_encoders(value_encoder, value_encoder_2=None) -> tuple:
 class LiVO:
     """What makes the images of a Stable Diffusion pipeline follow values.
 
-    `value_encoder` is given to from_pretrained: the directory or hub id of the export, or else the environment variable
-    LIVO_EXPORT, or the loaded CLIPTextModel. Its config has the values that it was trained with, and the rules by which
-    "auto" finds them.
+    `value_encoder` is the one beside this file's original, in the export that custom_pipeline names. Another can be
+    given to from_pretrained: the directory or hub id of its export, or the loaded CLIPTextModel. Its config has the
+    values that it was trained with, and the rules by which "auto" finds them.
     """
 
     def _sample_as_trained(self):

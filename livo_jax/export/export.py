@@ -187,7 +187,7 @@ It knows the values
 from diffusers import DiffusionPipeline
 
 HERE = "."  # the folder of this card, or its hub id
-pipe = DiffusionPipeline.from_pretrained({named}, custom_pipeline=HERE, value_encoder=HERE, trust_remote_code=True)
+pipe = DiffusionPipeline.from_pretrained({named}, custom_pipeline=HERE, trust_remote_code=True)
 images = pipe(
     "a photo of a doctor", values={first.statement!r}, keep_probability={first.keep_probability},
     num_images_per_prompt=4,
@@ -200,8 +200,7 @@ print(out.applied)  # for each image the values applied to it, with strength and
 an entry for each. `strength` is a number, or a dict of value to number: 0 is the base model, 1 LiVO. A `ratio`,
 "equal" or a dict of attribute to share, is what all images of a call are to show of a bias (it needs scipy).
 
-`pipeline.py` beside this card is what that runs. The environment variable LIVO_EXPORT can name the folder in the place
-of `value_encoder`. In JAX:
+`pipeline.py` beside this card is what that runs. In JAX:
 
 ```python
 from livo_jax import StableDiffusion

@@ -121,7 +121,6 @@ def pipeline(exported, published):
     pipeline = DiffusionPipeline.from_pretrained(
         published,
         custom_pipeline=str(exported),
-        value_encoder=str(exported),
         trust_remote_code=True,
         safety_checker=None,
     )
@@ -272,8 +271,7 @@ for name in ("jax", "flax", "livo_jax", "scipy", "grain", "ml_collections", "bm2
     sys.modules[name] = None  # an import of it fails
 from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained(
-    {str(published)!r}, custom_pipeline={str(exported)!r}, value_encoder={str(exported)!r}, trust_remote_code=True,
-    safety_checker=None,
+    {str(published)!r}, custom_pipeline={str(exported)!r}, trust_remote_code=True, safety_checker=None,
 )
 print(pipe("a bloody baker", "auto", strength=0.5, num_inference_steps=1).applied[0][0].reason)
 """
@@ -282,7 +280,7 @@ print(pipe("a bloody baker", "auto", strength=0.5, num_inference_steps=1).applie
 
 
 def test_an_export_names_no_path_and_loads_from_anywhere(exported, published, tmp_path):
-    """From a folder that was moved, told by argument or environment, and from a hub by its id."""
+    """From a folder that was moved, and from a hub by its id."""
     for file in exported.rglob("*"):
         if file.suffix in (".py", ".md", ".json"):
             text = file.read_text()
@@ -290,22 +288,13 @@ def test_an_export_names_no_path_and_loads_from_anywhere(exported, published, tm
     moved = shutil.copytree(exported, tmp_path / "moved")
     load = """
 from diffusers import DiffusionPipeline
-pipe = DiffusionPipeline.from_pretrained(
-    %r, custom_pipeline=%r, trust_remote_code=True, safety_checker=None, **%r
-)
+pipe = DiffusionPipeline.from_pretrained(%r, custom_pipeline=%r, trust_remote_code=True, safety_checker=None)
 print(type(pipe.value_encoder).__name__)
 """
-    told, hub_id = {"value_encoder": str(moved)}, "owner/model"
     with hub_of(moved) as hub:
-        for place, given, environment in (
-            (str(moved), told, {}),
-            (str(moved), {}, {"LIVO_EXPORT": str(moved)}),
-            (hub_id, {"value_encoder": hub_id}, {}),
-        ):
-            answer = load_from(hub, tmp_path / "home", load % (str(published), place, given), **environment)
+        for place in str(moved), "owner/model":
+            answer = load_from(hub, tmp_path / "home", load % (str(published), place))
             assert answer.stdout == "CLIPTextModel\n", answer.stderr
-        answer = load_from(hub, tmp_path / "home", load % (str(published), str(moved), {}))
-        assert "give value_encoder=DIRECTORY, or the hub id" in answer.stderr
 
 
 def test_the_card_says_how_and_what(exported, config):

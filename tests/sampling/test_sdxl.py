@@ -200,9 +200,7 @@ def test_the_exported_pipeline_draws_the_same_images(sd, made, config, published
     export.export(out, sd, made[kind], config)
     again = value_encoders.start(of_kind(config, kind, start=str(out)), sd, sharding.make_mesh())
     jax.tree.map(np.testing.assert_array_equal, split(again)[1], split(made[kind])[1])
-    pipeline = DiffusionPipeline.from_pretrained(
-        published, custom_pipeline=str(out), value_encoder=str(out), trust_remote_code=True
-    )
+    pipeline = DiffusionPipeline.from_pretrained(published, custom_pipeline=str(out), trust_remote_code=True)
     pipeline.set_progress_bar_config(disable=True)
     noise = np.stack([generate.initial_noise(5, text_hash(p), 0, sd.latent_shape) for p in PROMPTS])
     settings = dict(strength={VALUE: 0.5})
