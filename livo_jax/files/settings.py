@@ -21,21 +21,30 @@ def differences(theirs: dict, ours: dict) -> list[str]:
     ]
 
 
-def import_named(text: str, field: str):
+def import_named(text: str, field: str, wanted: tuple[str, ...] = ()):
     """The object that "package.module:Name" names, of the user's own code.
 
+    Args:
+        field: of the config, for errors. wanted: attributes that the object must have.
+
     Raises:
-        ValueError: there is no such module on Python's path, or no such name in it; an error in the module itself is
-            raised as it is.
+        ValueError: there is no such module on Python's path, no such name in it, or not what is wanted of it. An error
+            in the module itself is raised as it is.
     """
-    module, _, name = text.partition(":")
+    name, _, attribute = text.partition(":")
+    if not (name and attribute):
+        raise ValueError(f"{field}={text!r}: name one of your own as package.module:Name")
     try:
-        return getattr(importlib.import_module(module), name)
+        module = importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if not f"{module}.".startswith(f"{error.name}."):
+        if not f"{name}.".startswith(f"{error.name}."):
             raise  # the module is there, and misses another
         raise ValueError(
             f"{field}={text!r}: Python finds no module {error.name!r}: set PYTHONPATH to its folder"
         ) from None
-    except AttributeError:
-        raise ValueError(f"{field}={text!r}: the module {module!r} has no {name!r}") from None
+    if not hasattr(module, attribute):
+        raise ValueError(f"{field}={text!r}: the module {name!r} has no {attribute!r}")
+    found = getattr(module, attribute)
+    if missing := [each for each in wanted if not hasattr(found, each)]:
+        raise ValueError(f"{field}={text!r} has no {' and no '.join(missing)}")
+    return found

@@ -130,7 +130,7 @@ def trains_nothing(config) -> bool:
 def module_of(config):
     """What config.method names: a module here, or an object of the user's."""
     if ":" in config.method:
-        return import_named(config.method, "config.method")
+        return import_named(config.method, "config.method", ("KINDS", "make"))
     return importlib.import_module(f"{__name__}.{config.method}")
 
 

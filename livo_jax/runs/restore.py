@@ -37,7 +37,7 @@ def load_base(config, mesh) -> StableDiffusion:
 def load_models(config, mesh, base: StableDiffusion | None = None):
     """The frozen StableDiffusion of config.model, and the value encoder to start from, on the mesh.
 
-    A method that trains the UNet has its Update (baselines/) in the place of the value encoder.
+    A method that trains the UNet has its Update (methods/) in the place of the value encoder.
 
     Args:
         base: of load_base, if that is here already.

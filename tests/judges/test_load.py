@@ -6,6 +6,7 @@ from ml_collections import ConfigDict
 
 from data_tools.shapeworld import render
 from livo_jax import judges, values
+from livo_jax.files.settings import import_named
 
 
 def test_images_of_one_colour_cannot_be_read():
@@ -33,7 +34,22 @@ def test_a_judge_of_the_users_own(tmp_path, monkeypatch):
     for name, told in {
         "nowhere.reddest:make": "Python finds no module 'nowhere': set PYTHONPATH",
         "reddest:made": "the module 'reddest' has no 'made'",
+        ":make": "name one of your own as package.module:Name",
+        "reddest:": "name one of your own as package.module:Name",
         "reddest": "choose from clip, llava, shapeworld, vlm, or name one of your own, package.module:Name",
     }.items():
         with pytest.raises(ValueError, match=told):
             judges.load(ConfigDict({"judge": name}), (), ())
+
+
+def test_a_mistake_in_the_users_module_is_shown_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "broken.py").write_text("import math\nmath.no_such_thing\n")
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        import_named("broken:make", "config.judge")
+    (tmp_path / "misses.py").write_text("import a_module_that_is_not_there\n")
+    with pytest.raises(ModuleNotFoundError, match="a_module_that_is_not_there"):
+        import_named("misses:make", "config.judge")
+    (tmp_path / "bare.py").write_text("class Bare:\n    pass\n")
+    with pytest.raises(ValueError, match="config.method='bare:Bare' has no KINDS and no make"):
+        import_named("bare:Bare", "config.method", ("KINDS", "make"))
