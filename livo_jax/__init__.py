@@ -2,20 +2,16 @@
 
     from livo_jax import StableDiffusion, ValueEncoder, losses
 
-A folder is a room, and uses only those before it in this list: models, diffusion, sharding, files, values,
-value_encoders, retrieval, sampling, judges, data, training, methods, evaluation, runs, export, demo, modes.
+A folder is a room, and uses only those before it in this list: models, diffusion, seeds, sharding, processes, files,
+values, value_encoders, retrieval, sampling, judges, data, training, methods, evaluation, runs, export, demo, modes.
 """
 
 import importlib
-import pathlib
 import sys
 
-from livo_jax.moved import MOVED, Moved
+from livo_jax.moved import MOVED, Elsewhere
 
-sys.meta_path.append(Moved())
-# configs, data_tools and benchmarks lie in the package where it is installed, and beside it in a checkout.
-if not (pathlib.Path(__path__[0]) / "configs").is_dir():
-    __path__.append(str(pathlib.Path(__path__[0]).parent))
+sys.meta_path.append(Elsewhere())
 
 _HOMES = {
     "StableDiffusion": "livo_jax.sampling.stable_diffusion",

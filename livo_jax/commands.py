@@ -1,6 +1,7 @@
 """What the command lines have in common."""
 
 import os
+import pathlib
 import sys
 
 from absl import app, flags
@@ -41,12 +42,10 @@ def find_config(argument: str) -> str:
     name, _, file = argument.partition("=")
     if name.lstrip("-") != "config" or not file.startswith("configs/") or os.path.exists(file.split(":")[0]):
         return argument
-    import livo_jax
-
-    found = [
-        path for path in (f"{folder}/{file}" for folder in livo_jax.__path__) if os.path.exists(path.split(":")[0])
-    ]
-    return f"{name}={found[0]}" if found else argument
+    for folder in pathlib.Path(__file__).parents[:2]:  # installed, and in a checkout
+        if os.path.exists(folder / file.split(":")[0]):
+            return f"{name}={folder / file}"
+    return argument
 
 
 def parse(argv):

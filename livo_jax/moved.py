@@ -1,6 +1,8 @@
-"""Where the modules of livo_jax were before it had rooms: an import of one says where it is now."""
+"""Modules that are found elsewhere: those that livo_jax had before it had rooms, and those beside it in a checkout."""
 
 import importlib.abc
+import importlib.machinery
+import pathlib
 
 MOVED = {
     "baselines": "methods", "cases": "evaluation.cases", "charts": "evaluation.charts",
@@ -17,10 +19,15 @@ MOVED = {
 }  # fmt: skip
 
 
-class Moved(importlib.abc.MetaPathFinder):
-    """Asked last: for what nobody else finds."""
+BESIDE = ("benchmarks", "configs", "data_tools")  # in a checkout; where the package is installed they lie in it
+
+
+class Elsewhere(importlib.abc.MetaPathFinder):
+    """Asked last, for what nobody else finds: what lies beside livo_jax in a checkout, and what moved."""
 
     def find_spec(self, name, path, target=None):
         package, _, module = name.partition(".")
+        if package == "livo_jax" and module in BESIDE:
+            return importlib.machinery.PathFinder.find_spec(name, [str(pathlib.Path(__file__).parents[1])])
         if package == "livo_jax" and module in MOVED:
             raise ModuleNotFoundError(f"{name} is now livo_jax.{MOVED[module]}", name=name)

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from livo_jax.data.preferences import FEATURES, SIDES, Block
 from livo_jax.files import directories, settings
+from livo_jax.processes import ending_together
 
 SHARD_SIZE = 1024  # records
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -69,7 +70,7 @@ def under_construction(directory: pathlib.Path, config: dict):
                 f"{place} is made of another config: remove it, or build into another --out\n  " + "\n  ".join(found)
             )
 
-    with directories.ending_together():
+    with ending_together():
         finished = directory.exists()
         if finished:
             check(directory)
@@ -77,7 +78,7 @@ def under_construction(directory: pathlib.Path, config: dict):
         yield None
         return
     with held(work):
-        with directories.ending_together():
+        with ending_together():
             if jax.process_index() == 0 and not (work / "config.json").exists():
                 write_whole(work / "config.json", json.dumps(config, indent=2))
         check(work)
@@ -172,8 +173,8 @@ def write(work: pathlib.Path, directory: pathlib.Path, record: Callable[[int], d
         dataset.rename(directory)
         shutil.rmtree(work)
 
-    with directories.ending_together():
+    with ending_together():
         write_shards()
-    with directories.ending_together():
+    with ending_together():
         if jax.process_index() == 0:
             finish()

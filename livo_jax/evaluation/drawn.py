@@ -10,7 +10,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from livo_jax import sharding
-from livo_jax.files.directories import ending_together
+from livo_jax.processes import ending_together
 
 AT_ONCE = 4  # batches: so many are drawn again at most
 

@@ -12,10 +12,10 @@ import numpy as np
 from flax import nnx
 
 from livo_jax import seeds, sharding, values
-from livo_jax.files.directories import ending_together
 from livo_jax.methods import Method, by_group, drawer, networks, with_unet
 from livo_jax.models.clip import first_ids
 from livo_jax.models.weights import put, split
+from livo_jax.processes import ending_together
 from livo_jax.sampling.requests import Request
 from livo_jax.values.principles import phrase
 

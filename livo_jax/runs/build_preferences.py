@@ -32,8 +32,8 @@ from tqdm import tqdm
 from livo_jax import data, judges, seeds, sharding
 from livo_jax import values as principles
 from livo_jax.data import dataset, word_lists
-from livo_jax.files.directories import ending_together
 from livo_jax.files.modules import read_dtype
+from livo_jax.processes import ending_together
 from livo_jax.sampling.generate import generate
 from livo_jax.sampling.requests import Request
 from livo_jax.sampling.stable_diffusion import StableDiffusion

@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from livo_jax import data, sharding, values
 from livo_jax.data.dataset import held, my_share
-from livo_jax.files.directories import ending_together
 from livo_jax.models.weights import split
+from livo_jax.processes import ending_together
 from livo_jax.sampling.stable_diffusion import StableDiffusion
 
 

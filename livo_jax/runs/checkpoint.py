@@ -18,7 +18,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from livo_jax.files.directories import ending_together
+from livo_jax.processes import ending_together
 from livo_jax.training.step import norms
 
 FORMAT = 1  # of what a checkpoint holds: {"state": step, params, opt_state, perhaps ema}; 0 had no checksum

@@ -15,9 +15,10 @@ from livo_jax.data.batches import batches
 from livo_jax.data.cache import Cache, cache_directory
 from livo_jax.data.preferences import Preferences
 from livo_jax.evaluation.report import table
-from livo_jax.files.directories import ending_together, find, held, is_remote, say
+from livo_jax.files.directories import find, held, is_remote
 from livo_jax.files.modules import read_dtype
 from livo_jax.models.weights import split
+from livo_jax.processes import ending_together, say
 from livo_jax.runs import build_preferences, cache_latents
 from livo_jax.runs.check import check_config, check_with_model
 from livo_jax.runs.checkpoint import Checkpoints, Termination

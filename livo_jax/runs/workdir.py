@@ -8,8 +8,8 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from livo_jax.files.directories import ending_together
 from livo_jax.files.settings import differences, flatten
+from livo_jax.processes import ending_together
 
 # Fields that may change between the starts of a run: no parameter depends on them, but for rounding.
 FREE = (
