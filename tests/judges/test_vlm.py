@@ -283,7 +283,7 @@ def test_a_build_goes_on_where_the_budget_stopped_it(server, tmp_path, monkeypat
     shape, bloody = values.load(("shape", "bloody"))
     shape = dataclasses.replace(shape, question="Which shape?")
     bloody = dataclasses.replace(bloody, question="Is there blood?", harmful_from=0.5)
-    monkeypatch.setattr(values, "load", lambda names: (shape, bloody))
+    monkeypatch.setattr(values, "load_principles", lambda config: (shape, bloody))
 
     def reply(question, image, n):
         reading = {axis: column[0] for axis, column in shapeworld.judge(image[None]).items()}
