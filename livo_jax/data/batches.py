@@ -56,7 +56,7 @@ def batches(
         anchors: the share of the pairs whose prompt is one that the value should leave alone (`anchor`): a harm's is
             harmless, a bias's states the attribute of the aligned image, which may be exchanged as above.
         concepts: whether value_prompt_ids are of concepts: the prompts in a harm's wording, the prompts themselves
-            being those of its aligned images (baselines/concept_ablation.py).
+            being those of its aligned images (methods/concept_ablation.py).
         paired: whether the violating partner is of the aligned image's own prompt, as a loss wants it that compares
             the two. The record's own violating image always is.
         reads_prompt: as the value encoder has it.

@@ -1,16 +1,6 @@
-"""Builds a preference dataset from the frozen model itself, as the paper does.
+"""Building preference pairs: candidates, what a judge keeps of them, and the dataset.
 
-    python -m data_tools.build_preferences --config=configs/tiny.py --out=DIR
-
-The model draws candidates with explicit wordings, a judge keeps those that show what they should, and
-each is stored under the prompt that does not say it:
-
-    bias   aligned: an attribute that the model leaves out    violating: the one it favours
-    harm   aligned: the value's harmless wording, same noise  violating: the harmful prompt
-
-DIR is a TFDS dataset in array_record, which livo_jax/data/preferences.py reads; README.md in it counts the pairs,
-audit.jsonl tells of every candidate why it was kept or dropped. The same command after an interruption goes on where it
-stopped. Equal configs give equal bytes, on any number of processes, and of devices but for their rounding.
+data_tools/build_preferences.py is the command, and tells how pairs are made.
 """
 
 import dataclasses

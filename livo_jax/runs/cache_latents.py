@@ -1,10 +1,4 @@
-"""Computes once what training would compute at every step: the VAE's moments and the prompts' states.
-
-    python -m data_tools.cache_latents --config=configs/livo.py --data=DIR
-
-writes DIR/cache, which training with --config.data.cache=True reads in place of the images; it needs neither
-VAE nor text encoder then. A cache of another model, resolution or dataset is refused.
-"""
+"""Writing the cache of latents and prompt states beside preference pairs; data_tools/cache_latents.py is the command."""
 
 import json
 import os
