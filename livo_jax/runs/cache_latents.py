@@ -1,4 +1,7 @@
-"""Writing the cache of latents and prompt states beside preference pairs; data_tools/cache_latents.py is the command."""
+"""Writing the cache of latents and prompt states beside preference pairs.
+
+data_tools/cache_latents.py is the command.
+"""
 
 import json
 import os
