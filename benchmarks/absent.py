@@ -27,9 +27,10 @@ from jax.experimental import topologies
 from jax.sharding import AxisType
 
 from livo_jax import sharding, value_encoders
-from livo_jax.models.weights import split
 from livo_jax.runs import plan
-from livo_jax.training.step import init_state, jit_step, make_optimizer, make_train_step
+from livo_jax.training.objective import make_loss, split_models
+from livo_jax.training.optimizer import make_optimizer
+from livo_jax.training.step import init_state, jit_step, make_train_step
 
 # What XLA's compiler asks of a GPU.
 H200 = """
@@ -60,12 +61,11 @@ def main(_):
     mesh = jax.make_mesh((1, 1, 1), sharding.AXES, axis_types=(AxisType.Auto,) * 3, devices=[device])
     there = lambda tree, where: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree)
 
-    sd, tx, graphs, frozen = plan.abstract_model(config), make_optimizer(config), {}, {}
-    for part in ("unet", "text_encoder") if config.data.cache else ("unet", "text_encoder", "vae"):
-        graphs[part], frozen[part] = split(getattr(sd, part))
-    graphs["value_encoder"], params = split(nnx.eval_shape(lambda: value_encoders.make(config, sd)))
+    sd, tx = plan.abstract_model(config), make_optimizer(config)
+    untrained = nnx.eval_shape(lambda: value_encoders.make(config, sd))
+    networks, params, frozen = split_models(sd, untrained, with_vae=not config.data.cache)
     state = jax.eval_shape(functools.partial(init_state, tx=tx, ema_decay=config.train.ema_decay), params)
-    step = make_train_step(graphs, sd.schedule, tx, config, sd.vae.config.scaling_factor)
+    step = make_train_step(networks, tx, config, make_loss(networks, config))
     state, frozen = (there(tree, sharding.replicated(mesh)) for tree in (state, frozen))
     batch = there(plan.abstract_batch(sd, config, config.train.batch_size), sharding.over_batch(mesh))
     start = time.perf_counter()

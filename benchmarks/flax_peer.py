@@ -65,11 +65,11 @@ def loss(params, frozen, batch):
 
     def latents(side):
         mean, logvar = jnp.split(batch[f"{side}_moments"], 2, axis=-1)
-        return settings["scale"] * (mean + jnp.exp(0.5 * logvar) * batch["noise_w" if side == "aligned" else "noise_l"])
+        return settings["scale"] * (mean + jnp.exp(0.5 * logvar) * batch[f"noise_{side}"])
 
     z = jnp.concatenate([latents("aligned"), latents("violating")])
     twice = lambda x: jnp.concatenate([x, x])
-    eps, t = twice(batch["eps"]), twice(batch["t"])
+    eps, t = twice(batch["noise_eps"]), twice(batch["noise_t"])
     z_t, target = diffusion.add_noise(schedule, z, eps, t), diffusion.target(schedule, z, eps, t)
     prompt = batch["prompt_states"].astype(dtype)
     ids = batch["value_prompt_ids"]
@@ -101,7 +101,10 @@ if memory := step.memory_analysis():
     found["temporary_gib"] = memory.temp_size_in_bytes / 2**30
 times = []
 for i in range(settings["repeats"] + 3):
-    drawn = {name: rng.standard_normal(first[name].shape, np.float32) for name in ("noise_w", "noise_l", "eps")}
+    drawn = {
+        name: rng.standard_normal(first[name].shape, np.float32)
+        for name in ("noise_aligned", "noise_violating", "noise_eps")
+    }
     drawn["value_prompt_ids"] = rng.permuted(first["value_prompt_ids"][:, 1:-1], axis=1)
     drawn["value_prompt_ids"] = np.pad(drawn["value_prompt_ids"], ((0, 0), (1, 1)), mode="edge")
     batch = first if i == 0 else first | drawn

@@ -38,7 +38,7 @@ def tensor(array):
 class TrainStep:
     """step(batch) -> (loss, gradient norm): a step of AdamW.
 
-    The batch, numpy arrays, is as our step takes it, with what that draws: noise_w, noise_l, eps and t.
+    It takes (batch, noise), numpy arrays: a Batch of images, and the Noise that our step draws for it.
     """
 
     def __init__(self, sd, config, compiled: bool):
@@ -59,21 +59,22 @@ class TrainStep:
             for part in (self.unet, self.vae.encoder, self.text_encoder, self.value_encoder):
                 part.compile()
 
-    def loss(self, batch: dict):
-        batch = {name: tensor(array) for name, array in batch.items()}
+    def loss(self, batch, noise):
+        batch = type(batch)(*(x if x is None else tensor(x) for x in batch))
+        noise = type(noise)(*map(tensor, noise))
         L, errors, dtype = self.config.loss, {}, self.unet.dtype
-        eps, t = batch["eps"], batch["t"]
-        for side, noise in (("aligned", batch["noise_w"]), ("violating", batch["noise_l"])):
+        eps, t = noise.eps, noise.t
+        for side in ("aligned", "violating"):
             with torch.no_grad():
-                posterior = self.vae.encode(batch[side].to(dtype)).latent_dist
-                z = self.scale * (posterior.mean.float() + posterior.std.float() * noise)
+                posterior = self.vae.encode(getattr(batch, side).to(dtype)).latent_dist
+                z = self.scale * (posterior.mean.float() + posterior.std.float() * getattr(noise, side))
                 z_t = self.scheduler.add_noise(z, eps, t).to(dtype)
                 velocity = self.scheduler.config.prediction_type == "v_prediction"
                 target = self.scheduler.get_velocity(z, eps, t) if velocity else eps
-                c = self.text_encoder(batch["prompt_ids"]).last_hidden_state
+                c = self.text_encoder(batch.prompt_ids).last_hidden_state
                 reference = self.unet(z_t, t, c).sample
             if side == "aligned":
-                u = self.value_encoder(batch["value_prompt_ids"]).pooler_output
+                u = self.value_encoder(batch.value_prompt_ids).pooler_output
             policy = self.unet(z_t, t, torch.cat([u[:, None].to(dtype), c], dim=1)).sample
             for name, out in (("l", policy), ("r", reference)):
                 errors[name, side] = ((out.float() - target) ** 2).mean((1, 2, 3))
@@ -81,9 +82,9 @@ class TrainStep:
         hinge_l = torch.relu(L.gamma_2 + L.alpha * (errors["r", "violating"] - errors["l", "violating"]))
         return (hinge_w + hinge_l).mean()
 
-    def __call__(self, batch: dict) -> tuple[float, float]:
+    def __call__(self, given: tuple) -> tuple[float, float]:
         self.optimizer.zero_grad()
-        loss = self.loss(batch)
+        loss = self.loss(*given)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.value_encoder.parameters(), self.config.train.grad_clip)
         self.optimizer.step()

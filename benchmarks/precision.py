@@ -21,9 +21,11 @@ import optax
 from livo_jax import seeds
 from livo_jax.data.batches import batches
 from livo_jax.data.preferences import Preferences
-from livo_jax.models.weights import split
 from livo_jax.sampling.stable_diffusion import StableDiffusion
-from livo_jax.training.step import draw, init_state, make_loss, make_optimizer, make_train_step
+from livo_jax.training.batch import draw_noise
+from livo_jax.training.objective import make_loss, split_models
+from livo_jax.training.optimizer import make_optimizer
+from livo_jax.training.step import init_state, make_train_step
 from livo_jax.value_encoders.full import ValueEncoder
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The config that is trained.")
@@ -36,14 +38,13 @@ def main(_):
     config = CONFIG.value
     models = {dtype: StableDiffusion.from_pretrained(config.model, jnp.dtype(dtype)) for dtype in DTYPES}
     sd, tx = models["float32"], make_optimizer(config)
-    parts = {dtype: {name: split(getattr(model, name)) for name in ("unet", "vae", "text_encoder")}
-             for dtype, model in models.items()}  # fmt: skip
-    frozen = {dtype: {name: params for name, (_, params) in part.items()} for dtype, part in parts.items()}
-    graphs = {name: graph for name, (graph, _) in parts["float32"].items()}
-    graphs["value_encoder"], params = split(ValueEncoder.from_pretrained(config.model, subfolder="text_encoder"))
-    loss = make_loss(graphs, sd.schedule, config, sd.vae.config.scaling_factor)
+    value_encoder = ValueEncoder.from_pretrained(config.model, subfolder="text_encoder")
+    split_by_dtype = {dtype: split_models(model, value_encoder, with_vae=True) for dtype, model in models.items()}
+    frozen = {dtype: frozen for dtype, (*_, frozen) in split_by_dtype.items()}
+    networks, params, _ = split_by_dtype["float32"]
+    loss = make_loss(networks, config)
     gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))
-    step = jax.jit(make_train_step(graphs, sd.schedule, tx, config, sd.vae.config.scaling_factor))
+    step = jax.jit(make_train_step(networks, tx, config, loss))
     state = dict.fromkeys(DTYPES, init_state(params, tx, config.train.ema_decay))
     iterator = batches(
         Preferences(config.data.directory), sd.tokenize, batch_size=config.train.batch_size, image_size=sd.image_size,
@@ -55,9 +56,9 @@ def main(_):
     shape = (config.train.batch_size, *sd.latent_shape)
     for k, batch in zip(range(STEPS.value), iterator):
         key = jax.random.fold_in(seeds.key(config.seed), k)
-        drawn = batch | draw(key, shape, config.loss.timesteps)
-        (whole, _), g = gradient(state["float32"]["params"], frozen["float32"], drawn)
-        (half, _), h = gradient(state["float32"]["params"], frozen["bfloat16"], drawn)
+        noise = draw_noise(key, shape, config.loss.timesteps)
+        (whole, _), g = gradient(state["float32"]["params"], frozen["float32"], batch, noise)
+        (half, _), h = gradient(state["float32"]["params"], frozen["bfloat16"], batch, noise)
         norms = optax.tree.norm(g), optax.tree.norm(h)
         found["loss"].append(relative(half, whole))
         found["grad_norm"].append(relative(norms[1], norms[0]))

@@ -29,16 +29,18 @@ from flax import nnx
 from livo_jax import seeds, sharding, value_encoders
 from livo_jax.models.weights import split
 from livo_jax.sampling.stable_diffusion import StableDiffusion
-from livo_jax.training.step import draw, jit_step, learning_rate, make_optimizer, make_train_step, state_on
+from livo_jax.training.batch import Batch, Noise, draw_noise
+from livo_jax.training.objective import make_loss, split_models
+from livo_jax.training.optimizer import learning_rate, make_optimizer
+from livo_jax.training.step import jit_step, make_train_step, state_on
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The config whose step is timed.")
 PEERS = flags.DEFINE_list("peers", ["eager", "compile"], "Of eager, compile (PyTorch) and flax; empty for none.")
 FLAX_PYTHON = flags.DEFINE_string("flax_python", "python", "The python that has benchmarks/flax_peer.txt.")
 IMAGE_SIZE = flags.DEFINE_integer("image_size", None, "In pixels. Default: the model's.")
-DRAWN = ("noise_w", "noise_l", "eps", "t")
 
 
-def images_batch(rng, sd, config) -> dict:
+def random_pairs(rng, sd, config) -> tuple[Batch, Noise]:
     """Random images and texts for a step, and what it draws, numpy arrays."""
     rows, text = config.train.batch_size, sd.text_encoder.config
 
@@ -47,37 +49,44 @@ def images_batch(rng, sd, config) -> dict:
         ids[:, -1] = text.vocab_size - 1 if text.eos_token_id == 2 else text.eos_token_id
         return ids
 
-    image = lambda: rng.uniform(-1, 1, (rows, sd.image_size, sd.image_size, 3)).astype(np.float32)
-    batch = {"prompt_ids": ids(), "value_prompt_ids": ids(), "aligned": image(), "violating": image()}
-    drawn = draw(jax.random.key(rng.integers(2**31)), (rows, *sd.latent_shape), config.loss.timesteps)
-    return batch | jax.tree.map(np.asarray, drawn)
+    def image():
+        return rng.uniform(-1, 1, (rows, sd.image_size, sd.image_size, 3)).astype(np.float32)
+
+    batch = Batch(prompt_ids=ids(), value_prompt_ids=ids(), aligned=image(), violating=image())
+    noise = draw_noise(jax.random.key(rng.integers(2**31)), (rows, *sd.latent_shape), config.loss.timesteps)
+    return batch, jax.tree.map(np.asarray, noise)
 
 
-def cached_batch(batch: dict, sd) -> dict:
+def as_cached(batch: Batch, sd) -> Batch:
     """A batch as a cache has it: moments in place of images, states in place of prompts."""
     encode = jax.jit(lambda vae, images: jnp.concatenate(vae.encode(images), axis=-1))
-    kept = {name: batch[name] for name in ("value_prompt_ids", *DRAWN)}
-    for side in ("aligned", "violating"):
-        kept[f"{side}_moments"] = np.float32(encode(sd.vae, batch[side]))
-    return kept | {"prompt_states": np.float32(sd.text_encoder(batch["prompt_ids"]).last_hidden_state)}
+    return Batch(
+        batch.value_prompt_ids,
+        prompt_states=np.float32(sd.text_encoder(batch.prompt_ids).last_hidden_state),
+        aligned_moments=np.float32(encode(sd.vae, batch.aligned)),
+        violating_moments=np.float32(encode(sd.vae, batch.violating)),
+    )
 
 
 class Ours:
-    """step(batch) -> (loss, gradient norm) by livo_jax.training.step, compiled; `row` tells what compilation knows."""
+    """step((batch, noise)) -> (loss, gradient norm) by livo_jax.training.step, compiled, which draws its own noise.
 
-    def __init__(self, sd, config, batch: dict):
-        graphs, frozen = {}, {}
-        for part in ("unet", "text_encoder") if "prompt_states" in batch else ("unet", "text_encoder", "vae"):
-            graphs[part], frozen[part] = split(getattr(sd, part))
-        graphs["value_encoder"], _ = split(nnx.eval_shape(lambda: value_encoders.make(config, sd)))
+    `row` tells what compilation knows.
+    """
+
+    def __init__(self, sd, config, batch: Batch):
+        untrained = nnx.eval_shape(lambda: value_encoders.make(config, sd))
+        networks, _, frozen = split_models(sd, untrained, with_vae=batch.aligned is not None)
         params = frozen["text_encoder"]
         params = jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), params)  # a step uses its state up
         self.mesh, tx = sharding.make_mesh(**config.mesh), make_optimizer(config)
         self.frozen = frozen = jax.device_put(frozen, sharding.replicated(self.mesh))
         self.state = state_on(self.mesh, params, tx, config)
-        step = make_train_step(graphs, sd.schedule, tx, config, sd.vae.config.scaling_factor)
+        step = make_train_step(networks, tx, config, make_loss(networks, config))
         started = time.perf_counter()
-        lowered = jit_step(step, self.state, frozen, self.mesh).lower(self.state, frozen, self.on_mesh(batch))
+        lowered = jit_step(step, self.state, frozen, self.mesh).lower(
+            self.state, frozen, sharding.global_batch(self.mesh, batch)
+        )
         lowering = time.perf_counter() - started
         self.step = lowered.compile()
         compilation = time.perf_counter() - started - lowering
@@ -85,23 +94,22 @@ class Ours:
         if memory := self.step.memory_analysis():
             self.row["temporary_gib"] = memory.temp_size_in_bytes / 2**30
 
-    def on_mesh(self, batch: dict) -> dict:
-        return sharding.global_batch(self.mesh, {name: batch[name] for name in batch if name not in DRAWN})
-
-    def __call__(self, batch: dict) -> tuple[float, float]:
-        self.state, metrics = self.step(self.state, self.frozen, self.on_mesh(batch))
+    def __call__(self, given: tuple[Batch, Noise]) -> tuple[float, float]:
+        self.state, metrics = self.step(self.state, self.frozen, sharding.global_batch(self.mesh, given[0]))
         return float(metrics["loss"]), float(metrics["grad_norm"])
 
 
-def flax_peer(sd, config, first: dict) -> dict:
+def flax_peer(sd, config, batch: Batch, noise: Noise) -> dict:
     """What benchmarks/flax_peer.py, in a process of its own, finds of its step on a cached batch."""
+    columns = {name: x for name, x in batch._asdict().items() if x is not None}
+    columns |= {f"noise_{name}": x for name, x in noise._asdict().items()}
     with tempfile.TemporaryDirectory() as directory:
         directory = pathlib.Path(directory)
         for part in ("unet", "text_encoder"):
             leaves = jax.tree_util.tree_leaves_with_path(split(getattr(sd, part))[1])
             named = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
             np.savez(directory / f"{part}.npz", **{name: np.float32(leaf) for name, leaf in named.items()})
-        np.savez(directory / "batch.npz", **first)
+        np.savez(directory / "batch.npz", **columns)
         settings = {"root": str(sd.root.resolve()), "scale": sd.vae.config.scaling_factor}
         settings |= {"repeats": common.REPEATS.value, "config": json.loads(config.to_json_best_effort())}
         (directory / "settings.json").write_text(json.dumps(settings))
@@ -124,34 +132,36 @@ def main(_):
         sd.image_size, sd.latent_shape = IMAGE_SIZE.value, (side, side, sd.latent_shape[2])
 
     # The first step of a run draws this: all take the same.
-    first = images_batch(rng, sd, config)
+    batch, noise = random_pairs(rng, sd, config)
     key = jax.random.fold_in(seeds.key(config.seed), 0)
-    first |= jax.tree.map(np.asarray, draw(key, first["eps"].shape, config.loss.timesteps))
-    first_cached = cached_batch(first, sd)
+    noise = jax.tree.map(np.asarray, draw_noise(key, noise.eps.shape, config.loss.timesteps))
+    cached = as_cached(batch, sd)
+
+    def fresh():
+        return random_pairs(rng, sd, config)
 
     def fresh_cached():
-        """A new batch with the moments of the first: encoding others would take longer than the steps."""
-        batch = images_batch(rng, sd, config)
-        return first_cached | {name: batch[name] for name in ("value_prompt_ids", *DRAWN)}
+        """New texts and noise with the moments of the first: encoding others would take longer than the steps."""
+        other, noise = fresh()
+        return cached._replace(value_prompt_ids=other.value_prompt_ids), noise
 
     rows = []
 
-    def time_step(name: str, step, given: dict, inputs):
+    def time_step(name: str, step, given: tuple, inputs):
         loss, norm = step(given)
         rows.append({"step": name, "loss": loss, "grad_norm": norm, "seconds": common.median_seconds(step, inputs)})
         rows[-1] |= getattr(step, "row", {})
 
-    fresh = lambda: images_batch(rng, sd, config)
-    time_step("livo_jax, cached", Ours(sd, config, first_cached), first_cached, fresh_cached)
-    time_step("livo_jax, images", Ours(sd, config, first), first, fresh)
+    time_step("livo_jax, cached", Ours(sd, config, cached), (cached, noise), fresh_cached)
+    time_step("livo_jax, images", Ours(sd, config, batch), (batch, noise), fresh)
     if "flax" in PEERS.value:
-        rows.append({"step": "diffusers' Flax, cached", **flax_peer(sd, config, first_cached)})
+        rows.append({"step": "diffusers' Flax, cached", **flax_peer(sd, config, cached, noise)})
     if {"eager", "compile"} & set(PEERS.value):
         from benchmarks.official import TrainStep
 
         for mode in PEERS.value:
             if mode != "flax":
-                time_step(f"PyTorch {mode}, images", TrainStep(sd, config, mode == "compile"), first, fresh)
+                time_step(f"PyTorch {mode}, images", TrainStep(sd, config, mode == "compile"), (batch, noise), fresh)
     for row in rows:
         row["pairs_per_sec"] = config.train.batch_size / row["seconds"]
         row["cached_is_faster"] = row["seconds"] / rows[0]["seconds"]

@@ -3,7 +3,7 @@
     from livo_jax import StableDiffusion, ValueEncoder, losses
 
 A folder is a room, and uses only those before it in this list: models, diffusion, seeds, sharding, processes, files,
-values, value_encoders, retrieval, sampling, judges, data, training, methods, evaluation, runs, export, demo, modes.
+values, value_encoders, retrieval, sampling, judges, data, methods, evaluation, runs, export, demo, modes.
 """
 
 import importlib

@@ -148,7 +148,7 @@ def sd(published):
 
 @pytest.fixture(scope="session")
 def parts(sd):
-    """What a training step takes: a StableDiffusion, graphs, parameters and a batch."""
+    """What a training step takes: a StableDiffusion, its Networks, parameters and a batch."""
     return sd, *parts_of(sd), batch_of(sd)
 
 
@@ -183,27 +183,26 @@ def little_memory():
     gc.collect()
 
 
-def parts_of(sd) -> tuple[dict, dict]:
-    """Graphs and parameters that make_train_step and its step take; the value encoder is one of the text encoder's."""
+def parts_of(sd):
+    """The Networks and parameters of a step whose value encoder has the text encoder's shapes."""
     from livo_jax import ValueEncoder
     from livo_jax.files.modules import skeleton
-    from livo_jax.models.weights import split
+    from livo_jax.training.objective import split_models
 
-    graphs, params = {}, {}
-    for name in ("text_encoder", "unet", "vae"):
-        graphs[name], params[name] = split(getattr(sd, name))
-    graphs["value_encoder"], _ = skeleton(ValueEncoder, sd.root / "text_encoder")
-    return graphs, params
+    networks, params, frozen = split_models(sd, sd.text_encoder, with_vae=True)
+    graph, _ = skeleton(ValueEncoder, sd.root / "text_encoder")
+    return networks._replace(graphs=networks.graphs | {"trained": graph}), frozen
 
 
-def batch_of(sd) -> dict:
+def batch_of(sd):
     """Eight pairs of noise."""
+    from livo_jax.training.batch import Batch
+
     rng, size = np.random.default_rng(0), sd.image_size
     prompts = [f"a photo of a {word}" for word in "baker cook smith tailor farmer miller sailor diver".split()]
-    batch = {name: rng.uniform(-1, 1, (8, size, size, 3)).astype(np.float32) for name in ("aligned", "violating")}
-    batch["prompt_ids"] = sd.tokenize(prompts)
-    batch["value_prompt_ids"] = sd.tokenize(["shape equality, " + prompt for prompt in prompts])
-    return batch
+    images = {name: rng.uniform(-1, 1, (8, size, size, 3)).astype(np.float32) for name in ("aligned", "violating")}
+    value_prompts = ["shape equality, " + prompt for prompt in prompts]
+    return Batch(sd.tokenize(value_prompts), prompt_ids=sd.tokenize(prompts), **images)
 
 
 @pytest.fixture(scope="session")

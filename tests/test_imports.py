@@ -14,7 +14,7 @@ from livo_jax.moved import MOVED
 
 ROOT = pathlib.Path(__file__).parents[1]
 ROOMS = (  # each uses only those before it
-    "models diffusion seeds sharding processes files values value_encoders retrieval sampling judges data training"
+    "models diffusion seeds sharding training processes files values value_encoders retrieval sampling judges data"
     " methods evaluation runs export demo modes"
 ).split()
 BY_ANOTHER_NAME = {("livo_jax/values/__init__.py", "livo_jax.retrieval.retriever.Retriever")}  # values.Retriever

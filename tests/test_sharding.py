@@ -16,6 +16,7 @@ from livo_jax.models.unet import UNet2DConditionModel
 from livo_jax.models.vae import AutoencoderKL
 from livo_jax.models.weights import one_key, split
 from livo_jax.runs import plan, restore
+from livo_jax.training.objective import make_loss, split_models
 from livo_jax.training.step import jit_step, make_train_step
 
 BYTES = {"f32": 4, "s32": 4, "u32": 4, "pred": 1}
@@ -109,21 +110,17 @@ def compiled_step(mesh, **settings):
     config.data.cache = False
     config.update(mesh=dict(mesh.shape), **settings)
     sd, value_encoder = restore.load_models(config, mesh)
-    graphs, params = {}, {}
-    for name, module in dict(
-        text_encoder=sd.text_encoder, unet=sd.unet, vae=sd.vae, value_encoder=value_encoder
-    ).items():
-        graphs[name], params[name] = split(module)
+    networks, trained, params = split_models(sd, value_encoder, with_vae=True)
     tx = optax.sgd(1.0)
-    state = {"step": np.int32(0), "params": params.pop("value_encoder")}
+    state = {"step": np.int32(0), "params": trained}
     state = jax.jit(lambda s: s | {"opt_state": tx.init(s["params"])})(state)
     state = jax.device_put(state, sharding.by_rules(state, mesh))
-    step = make_train_step(graphs, sd.schedule, tx, config, sd.vae.config.scaling_factor)
+    step = make_train_step(networks, tx, config, make_loss(networks, config))
     batch = plan.abstract_batch(sd, config, 8)
     # In the order that needs the least memory, as accelerators run it; the CPU's own favours concurrency.
     options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED", "xla_backend_optimization_level": 0}
     compiled = jit_step(step, state, params, mesh).lower(state, params, batch).compile(options)
-    return compiled, state, params, plan.traffic(sd, state["params"], params, mesh, config)
+    return compiled, state, params, plan.traffic(sd, state["params"], sharding.RULES, params, mesh, config)
 
 
 def test_data_parallel_steps_send_gradients_alone():

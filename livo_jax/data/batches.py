@@ -13,9 +13,10 @@ import jax
 import numpy as np
 
 from livo_jax.data.cache import Cache
-from livo_jax.data.preferences import Preferences, decode
-from livo_jax.data.rewording import anchor, harm_wordings, reworded, shows
-from livo_jax.values.principles import Value, attributed, value_prompt
+from livo_jax.data.preferences import Block, Preferences, decode
+from livo_jax.data.texts import PairTexts
+from livo_jax.training.batch import Batch
+from livo_jax.values.principles import Value
 
 
 def batches(
@@ -62,79 +63,61 @@ def batches(
         reads_prompt: as the value encoder has it.
 
     Returns:
-        A grain DatasetIterator of dicts: `prompt_ids` and `value_prompt_ids`
-        [b, L] int32, `aligned` and `violating` [b, H, W, 3] float32 in [-1, 1]; from a cache
-        `prompt_states` [b, L, D] (of XL also `text_embeds` [b, P]), `aligned_moments` and `violating_moments`
-        [b, h, w, 2C] in place of prompt_ids and the images. With `beside` also `beside_prompt_ids` [b, L], what the
-        value encoder reads of the second value, and `beside` [b] bool, whether there is one. With `anchors` also
-        `anchor` [b] bool, whether the prompt is one that the value should leave alone.
+        A grain DatasetIterator of training.batch.Batch, numpy arrays.
     """
     import grain
 
     source, blocks = preferences.source, preferences.blocks
     starts = np.array([b.start for b in blocks])
-    ids = functools.cache(lambda text: tokenize([text])[0])
-    by_statement = {value.statement: value for value in principles}
+    texts = PairTexts(principles, beside, attributes, anchors, concepts, reads_prompt)
 
     @functools.cache
-    def prompts_in(block):
+    def ids_of(text: str):
+        return tokenize([text])[0]
+
+    @functools.cache
+    def prompts_in(block: Block) -> list[bytes]:
         return [source[i]["prompt"] for i in range(block.start, block.start + block.count)]
 
-    def pair(index, rng: np.random.Generator):
-        block = blocks[np.searchsorted(starts, index, side="right") - 1]
-        record, partners = source[index], range(block.count)
+    def draw_partner(rng, block: Block, prompt: bytes) -> int:
+        """The record of the violating image."""
+        places = range(block.count)
         if paired:
-            partners = [i for i, prompt in enumerate(prompts_in(block)) if prompt == record["prompt"]]
-        partner = block.start + int(partners[rng.integers(len(partners))])
-        flip = random_flip and rng.random() < 0.5
-        prompt, statement = record["prompt"].decode(), record["value"].decode()
-        value, read, stands_beside = by_statement.get(statement), {}, ""
-        if beside and len(principles) > 1:
-            second = principles[rng.choice([i for i, other in enumerate(principles) if other is not value])]
-            read["beside"] = rng.random() < beside
-            if read["beside"] and (value.kind, second.kind) == ("bias", "harm"):
-                prompt = reworded(prompt, block.scene, rng.choice(second.wordings))
-            stands_beside = second.statement  # or that with an attribute: it may be any token that can stand there
-            if second.attributes and rng.random() < attributes:
-                stands_beside = attributed(stands_beside, rng.choice(second.attributes))
-        images = {"aligned": (index, "aligned"), "violating": (partner, "violating")}
-        anchored = anchors and rng.random() < anchors and prompt == record["prompt"].decode()
-        named = attributes and not anchored and rng.random() < attributes
-        own_prompt = prompt
-        if (anchored or named) and (shown := shows(record, source[partner])):
-            exchanged = rng.random() < 1 / len(value.attributes)
-            if exchanged:
-                images = dict(zip(images, reversed(images.values())))
-            if anchored:
-                prompt = anchor(value, prompt, block.scene, shown[exchanged])
-            else:
-                statement = attributed(statement, shown[exchanged])
-        if anchored and value.kind == "harm":
-            prompt = anchor(value, prompt, block.scene)
-        if anchors:
-            read["anchor"] = prompt != own_prompt
-        text = value_prompt(statement, prompt if reads_prompt else "")
-        if stands_beside:  # it reads the prompt as it is now, as where images are drawn
-            read["beside_prompt_ids"] = ids(value_prompt(stands_beside, prompt if reads_prompt else ""))
-        if concepts:
-            if value.kind == "harm":
-                text, prompt = prompt, anchor(value, prompt, block.scene)
-            else:
-                text = reworded(prompt, block.scene, rng.choice(harm_wordings(principles)))
-        read["value_prompt_ids"] = ids(text)
-        if cache:
-            read["prompt_states"] = cache.states[cache.place[prompt]]
-            if cache.text_embeds is not None:
-                read["text_embeds"] = cache.text_embeds[cache.place[prompt]]
-            for side, (i, stored) in images.items():
-                read[f"{side}_moments"] = getattr(cache, stored)[i, int(flip)]
-            return read
-        for side, (i, stored) in images.items():
-            where = f"{preferences.directory}, record {i}, {stored}"
-            read[side] = decode((record if i == index else source[i])[stored], image_size, flip, where)
-        return read | {"prompt_ids": ids(prompt)}
+            places = [place for place, other in enumerate(prompts_in(block)) if other == prompt]
+        return block.start + int(places[rng.integers(len(places))])
 
-    dataset = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat().random_map(pair)
+    def read_cached(images: dict, flip: bool, prompt: str, record_of) -> dict:
+        place = cache.place[prompt]
+        moments = {f"{side}_moments": getattr(cache, stored)[i, int(flip)] for side, (i, stored) in images.items()}
+        pooled = None if cache.text_embeds is None else cache.text_embeds[place]
+        return moments | {"prompt_states": cache.states[place], "text_embeds": pooled}
+
+    def read_images(images: dict, flip: bool, prompt: str, record_of) -> dict:
+        decoded = {
+            side: decode(record_of(i)[stored], image_size, flip, f"{preferences.directory}, record {i}, {stored}")
+            for side, (i, stored) in images.items()
+        }
+        return decoded | {"prompt_ids": ids_of(prompt)}
+
+    def read_pair(index: int, rng: np.random.Generator) -> Batch:
+        block = blocks[np.searchsorted(starts, index, side="right") - 1]
+        record_of = functools.cache(source.__getitem__)
+        partner = draw_partner(rng, block, record_of(index)["prompt"])
+        flip = bool(random_flip and rng.random() < 0.5)
+        text = texts.draw(rng, block.scene, record_of(index), lambda: record_of(partner))
+        images = {"aligned": (index, "aligned"), "violating": (partner, "violating")}
+        if text.exchanged:
+            images = {"aligned": images["violating"], "violating": images["aligned"]}
+        read = read_cached if cache else read_images
+        return Batch(
+            value_prompt_ids=ids_of(text.value),
+            beside_prompt_ids=ids_of(text.beside) if text.beside else None,
+            beside=text.stands_beside,
+            anchor=text.anchor,
+            **read(images, flip, text.prompt, record_of),
+        )
+
+    dataset = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat().random_map(read_pair)
     # Process p takes rows p*b .. (p+1)*b - 1 of each batch, so that rows do not depend on their number.
     mine, processes = jax.process_index(), jax.process_count()
     dataset = dataset.batch(batch_size // processes)[start * processes + mine :: processes]

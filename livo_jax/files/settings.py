@@ -21,15 +21,15 @@ def differences(theirs: dict, ours: dict) -> list[str]:
     ]
 
 
-def import_named(text: str, field: str, wanted: tuple[str, ...] = ()):
+def import_named(text: str, field: str):
     """The object that "package.module:Name" names, of the user's own code.
 
     Args:
-        field: of the config, for errors. wanted: attributes that the object must have.
+        field: of the config, for errors.
 
     Raises:
-        ValueError: there is no such module on Python's path, no such name in it, or not what is wanted of it. An error
-            in the module itself is raised as it is.
+        ValueError: there is no such module on Python's path, or no such name in it. An error in the module
+            itself is raised as it is.
     """
     name, _, attribute = text.partition(":")
     if not (name and attribute):
@@ -44,7 +44,4 @@ def import_named(text: str, field: str, wanted: tuple[str, ...] = ()):
         ) from None
     if not hasattr(module, attribute):
         raise ValueError(f"{field}={text!r}: the module {name!r} has no {attribute!r}")
-    found = getattr(module, attribute)
-    if missing := [each for each in wanted if not hasattr(found, each)]:
-        raise ValueError(f"{field}={text!r} has no {' and no '.join(missing)}")
-    return found
+    return getattr(module, attribute)

@@ -15,12 +15,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from livo_jax import sharding
+from livo_jax.methods.of_unet import UNetMethod
 from livo_jax.models import low_rank
 from livo_jax.models.weights import split
 from livo_jax.training import losses
-from livo_jax.training.step import noised, prompt_states
+from livo_jax.training.batch import Batch
+from livo_jax.training.objective import add_noise, prompt_states
 
-KINDS = ("harm",)
 TARGETS = ("attn2.to_k", "attn2.to_v")
 
 
@@ -54,20 +55,34 @@ class Update(nnx.Module):
         return low_rank.replaced(unet, lambda layer, kernel: Rounded(kernel), self.kernels)
 
 
-def make_loss(graphs: dict, schedule, config, scaling_factor: float, time_ids=None):
-    """The loss of a batch whose value_prompt_ids are of the concept and prompt_ids of the anchor; as step.make_loss."""
+class ConceptAblation(UNetMethod):
+    """The value_prompt_ids of its batches are of the concept, the prompt_ids of the anchor."""
 
-    def loss(params, frozen, batch):
-        unet = nnx.merge(graphs["update"], params).applied(nnx.merge(graphs["unet"], frozen["unet"]))
-        z_t, t, target = noised(graphs, schedule, scaling_factor, frozen, batch, ("aligned",))
+    KINDS = ("harm",)
+    Update = Update
+    CONCEPTS = True
 
-        def predict(batch):
-            c, text_embeds = prompt_states(graphs, frozen, batch)
-            return unet(z_t, t, c, None, text_embeds, time_ids)
+    @property
+    def passes(self):  # the concept's prompt and the anchor's
+        return 1, 2, 2 if self.config.concept_ablation.prior else 1, 2
 
-        anchor, concept = predict(batch), predict({"prompt_ids": batch["value_prompt_ids"]})
-        ablation = losses.denoising_error(concept, jax.lax.stop_gradient(anchor)).mean()
-        kept = losses.denoising_error(anchor, target).mean()
-        return ablation + config.concept_ablation.prior * kept, {"ablation": ablation, "kept": kept}
+    def problems(self):
+        if not self.config.data.cache:
+            return []
+        return ["config.data.cache=True: the anchor prompts of concept_ablation are in no cache, set it to False"]
 
-    return loss
+    def make_loss(self, networks):
+        def loss(params, frozen, batch, noise):
+            unet = networks.merge("trained", params).applied(networks.merge("unet", frozen["unet"]))
+            z_t, t, target = add_noise(networks, frozen, batch, noise, ("aligned",))
+
+            def predict(ids):
+                c, text_embeds = prompt_states(networks, frozen, Batch(batch.value_prompt_ids, prompt_ids=ids))
+                return unet(z_t, t, c, None, text_embeds, networks.time_ids)
+
+            anchor, concept = predict(batch.prompt_ids), predict(batch.value_prompt_ids)
+            ablation = losses.denoising_error(concept, jax.lax.stop_gradient(anchor)).mean()
+            kept = losses.denoising_error(anchor, target).mean()
+            return ablation + self.config.concept_ablation.prior * kept, {"ablation": ablation, "kept": kept}
+
+        return loss

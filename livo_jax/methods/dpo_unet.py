@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from livo_jax import sharding
+from livo_jax.methods.of_unet import UNetMethod
 from livo_jax.models import low_rank
 from livo_jax.training import losses
-from livo_jax.training.step import noised, prompt_states
+from livo_jax.training.objective import add_noise, prompt_states
 
-KINDS = ("bias", "harm")
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
@@ -31,17 +31,29 @@ class Update(nnx.Module):
         return low_rank.updated(unet, self.updates, self.scale)
 
 
-def make_loss(graphs: dict, schedule, config, scaling_factor: float, time_ids=None):
-    """losses.dpo of a batch; as step.make_loss, with graphs["update"]."""
+class DPOUNet(UNetMethod):
+    """config.loss.beta is the weight of the divergence from the reference."""
 
-    def loss(params, frozen, batch):
-        unet = nnx.merge(graphs["unet"], frozen["unet"])
-        policy = nnx.merge(graphs["update"], params).applied(unet)
-        z_t, t, target = noised(graphs, schedule, scaling_factor, frozen, batch)
-        twice = lambda x: x if x is None else jnp.repeat(x, 2, axis=0)
-        c, text_embeds = map(twice, prompt_states(graphs, frozen, batch))
-        predict = lambda unet: unet(z_t, t, c, None, text_embeds, time_ids)
-        errors = lambda unet: losses.denoising_error(predict(unet), target).reshape(-1, 2).T
-        return losses.dpo(*errors(policy), *errors(unet), beta=config.loss.beta, T=schedule.num_timesteps)
+    UNREAD = tuple(name for name in UNetMethod.UNREAD if name != "loss.beta")
+    Update = Update
+    compares_pairs = True
 
-    return loss
+    def make_loss(self, networks):
+        beta, T = self.config.loss.beta, networks.schedule.num_timesteps
+
+        def per_side(x):
+            return x if x is None else jnp.repeat(x, 2, axis=0)
+
+        def loss(params, frozen, batch, noise):
+            unet = networks.merge("unet", frozen["unet"])
+            policy = networks.merge("trained", params).applied(unet)
+            z_t, t, target = add_noise(networks, frozen, batch, noise)
+            c, text_embeds = map(per_side, prompt_states(networks, frozen, batch))
+
+            def errors(unet):
+                eps_hat = unet(z_t, t, c, None, text_embeds, networks.time_ids)
+                return losses.denoising_error(eps_hat, target).reshape(-1, 2).T
+
+            return losses.dpo(*errors(policy), *errors(unet), beta=beta, T=T)
+
+        return loss

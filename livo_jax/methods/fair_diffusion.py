@@ -11,10 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from livo_jax import values
-from livo_jax.methods import Method, by_group, drawer, networks
+from livo_jax.methods.base import Drawing, Method, by_group, drawer, weights_of
 from livo_jax.sampling.guidance import EditGuidance
-
-KINDS = ("bias",)
 
 
 class SemanticGuidance(EditGuidance):
@@ -49,19 +47,28 @@ def directions(value, text: str, seed: int, prompt: str, index: int) -> tuple[tu
     return tuple((edit, 1.0 if k == chosen else -1.0 / (K - 1)) for k, edit in enumerate(texts))
 
 
-def make(config, sd, mesh, *_) -> Method:
+class FairDiffusion(Method):
     """config.fair_diffusion has `edit`, the text of an attribute, and SemanticGuidance's fields."""
-    c = config.fair_diffusion.to_dict()
-    text = c.pop("edit")
-    guidance = SemanticGuidance(**c).of_steps(config.sampling.steps)
-    biases = {value.statement: value for value in values.load_principles(config) if value.kind == "bias"}
 
-    def fair(r):
-        edits = (directions(biases[dose.value], text, config.eval.seed, r.prompt, r.index) for dose in r.values)
-        return r._replace(edits=sum(edits, ()), values=())
+    KINDS = ("bias",)
 
-    # Values have numbers of edits of their own, and so a program each.
-    together = lambda _, rows: drawer(config, mesh)(sd, rows, guidance=guidance)
-    draw = lambda requests: by_group([fair(request) for request in requests], lambda r: len(r.edits), together)
-    settings = {"method": "fair_diffusion", "edit": text, "dealt": "evenly", "guidance": dataclasses.asdict(guidance)}
-    return Method(draw, networks(sd), settings, kinds=KINDS, even=True)
+    def make_drawing(self, models, mesh, workdir, judge):
+        config, c = self.config, self.config.fair_diffusion.to_dict()
+        text = c.pop("edit")
+        guidance = SemanticGuidance(**c).of_steps(config.sampling.steps)
+        biases = {value.statement: value for value in values.load_principles(config) if value.kind == "bias"}
+
+        def lead(r):
+            edits = (directions(biases[dose.value], text, config.eval.seed, r.prompt, r.index) for dose in r.values)
+            return r._replace(edits=sum(edits, ()), values=())
+
+        def draw_alike(number_of_edits, requests):
+            return drawer(config, mesh)(models.sd, requests, guidance=guidance)
+
+        def draw(requests):  # values have numbers of edits of their own, and so a program each
+            return by_group([lead(request) for request in requests], lambda r: len(r.edits), draw_alike)
+
+        settings = {
+            "method": "fair_diffusion", "edit": text, "dealt": "evenly", "guidance": dataclasses.asdict(guidance),
+        }  # fmt: skip
+        return Drawing(draw, weights_of(models.sd), settings, even=True)

@@ -1,12 +1,18 @@
 """Negative prompt: guidance away from the harm's words in the place of the empty prompt (Ho & Salimans 2022, eq. 6)."""
 
-from livo_jax.methods import Method, concepts, drawer, networks
-
-KINDS = ("harm",)
+from livo_jax.methods.base import Drawing, Method, concepts, drawer, weights_of
 
 
-def make(config, sd, mesh, *_) -> Method:
-    texts = concepts(config)
-    avoid = lambda request: request._replace(negative=", ".join(texts[d.value] for d in request.values), values=())
-    draw = lambda requests: drawer(config, mesh)(sd, [avoid(request) for request in requests])
-    return Method(draw, networks(sd), {"method": "negative", "texts": texts}, kinds=KINDS)
+class NegativePrompt(Method):
+    KINDS = ("harm",)
+
+    def make_drawing(self, models, mesh, workdir, judge):
+        texts = concepts(self.config)
+
+        def avoid(request):
+            return request._replace(negative=", ".join(texts[dose.value] for dose in request.values), values=())
+
+        def draw(requests):
+            return drawer(self.config, mesh)(models.sd, [avoid(request) for request in requests])
+
+        return Drawing(draw, weights_of(models.sd), {"method": "negative", "texts": texts})

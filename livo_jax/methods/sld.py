@@ -4,10 +4,8 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from livo_jax.methods import Method, concepts, drawer, networks
+from livo_jax.methods.base import Drawing, Method, concepts, drawer, weights_of
 from livo_jax.sampling.guidance import EditGuidance
-
-KINDS = ("harm",)
 
 
 class SafeGuidance(EditGuidance):
@@ -30,20 +28,30 @@ PRESETS = {  # table 2, appendix
 }
 
 
-def make(config, sd, mesh, *_) -> Method:
+class SafeLatentDiffusion(Method):
     """config.sld.preset is one of PRESETS; its warm-up is of STEPS steps, of fewer the same share."""
-    if config.sld.preset not in PRESETS:
-        raise ValueError(f"config.sld.preset={config.sld.preset!r}: choose from {', '.join(PRESETS)}")
-    if sd.schedule.prediction_type != "epsilon":
-        raise ValueError(
-            f"config.method='sld': {sd.name} has prediction_type={sd.schedule.prediction_type!r}, and its scale and"
-            " threshold are of predicted noise: compare with another method"
-        )
-    guidance, texts = PRESETS[config.sld.preset].of_steps(config.sampling.steps), concepts(config)
 
-    def safe(request):
-        return request._replace(edits=((", ".join(texts[dose.value] for dose in request.values), 1.0),), values=())
+    KINDS = ("harm",)
 
-    draw = lambda requests: drawer(config, mesh)(sd, [safe(request) for request in requests], guidance=guidance)
-    settings = {"method": "sld", "guidance": dataclasses.asdict(guidance), "texts": texts}
-    return Method(draw, networks(sd), settings, kinds=KINDS)
+    def problems(self):
+        preset = self.config.sld.preset
+        return [] if preset in PRESETS else [f"config.sld.preset={preset!r}: choose from {', '.join(PRESETS)}"]
+
+    def make_drawing(self, models, mesh, workdir, judge):
+        config, sd = self.config, models.sd
+        if sd.schedule.prediction_type != "epsilon":
+            raise ValueError(
+                f"config.method='sld': {sd.name} has prediction_type={sd.schedule.prediction_type!r}, and its scale and"
+                " threshold are of predicted noise: compare with another method"
+            )
+        guidance, texts = PRESETS[config.sld.preset].of_steps(config.sampling.steps), concepts(config)
+
+        def avoid(request):
+            text = ", ".join(texts[dose.value] for dose in request.values)
+            return request._replace(edits=((text, 1.0),), values=())
+
+        def draw(requests):
+            return drawer(config, mesh)(sd, [avoid(request) for request in requests], guidance=guidance)
+
+        settings = {"method": "sld", "guidance": dataclasses.asdict(guidance), "texts": texts}
+        return Drawing(draw, weights_of(sd), settings)

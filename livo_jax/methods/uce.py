@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from livo_jax import seeds, sharding, values
-from livo_jax.methods import Method, by_group, drawer, networks, with_unet
+from livo_jax.methods.base import TOKENS, TRAINING, Drawing, Method, by_group, drawer, weights_of, with_unet
 from livo_jax.models.clip import first_ids
 from livo_jax.models.weights import put, split
 from livo_jax.processes import ending_together
@@ -20,7 +20,6 @@ from livo_jax.sampling.requests import Request
 from livo_jax.values.principles import phrase
 
 FILE = "uce.safetensors"
-KINDS = ("bias", "harm")
 
 
 def matrix(C, X, P, regularisation: float) -> np.ndarray:
@@ -124,28 +123,49 @@ def _prompts(config, wording: str) -> list[str]:
     return [phrase(t, wording.format(subject=s)) for t in config.preferences.templates for s in config.uce.subjects]
 
 
-def make(config, sd, mesh, workdir, judge) -> Method:
-    """A model for each value, with W = M W_old; the matrices are kept in `workdir`, for the same config and model.
-
-    Its parameters are those that are edited in all of these models.
+class UnifiedConceptEditing(Method):
+    """A model for each value, with W = M W_old. Its parameters are those that are edited in all of these models.
 
     config.uce has the subjects whose prompts are edited, the regularisation, and of a bias: how many rounds there are,
     of how many images of each prompt, the step of alpha, and the tolerance of a share.
     """
-    from safetensors import safe_open
-    from safetensors.numpy import save_file
 
-    found, file = values.load_principles(config), workdir / FILE
-    settings = {"method": "uce", **config.uce.to_dict(), "seed": config.seed, "templates": config.preferences.templates}
-    key = json.dumps({**settings, "values": [v.statement for v in found], "model": config.model}, default=str)
-    matrices = {}
-    if file.exists():
-        with safe_open(file, framework="numpy") as kept:
-            if kept.metadata()["settings"] == key:
-                matrices = {name: kept.get_tensor(name) for name in kept.keys()}
-                seconds = float(kept.metadata()["seconds"])
-    if not matrices:
-        start = time.perf_counter()
+    UNREAD = (*TRAINING, *TOKENS)
+
+    def make_drawing(self, models, mesh, workdir, judge):
+        config, sd = self.config, models.sd
+        settings = {
+            "method": "uce", **config.uce.to_dict(), "seed": config.seed, "templates": config.preferences.templates,
+        }  # fmt: skip
+        matrices, seconds = self.find_matrices(settings, sd, mesh, workdir, judge)
+        edited_by_value = {statement: edited(sd, M) for statement, M in matrices.items()}
+
+        def draw_edited(statement, requests):
+            plain = [request._replace(values=()) for request in requests]
+            return drawer(config, mesh)(edited_by_value[statement], plain)
+
+        def draw(requests):
+            return by_group(requests, lambda request: request.values[0].value, draw_edited)
+
+        unet = jax.tree_util.tree_leaves_with_path(split(sd.unet)[1])
+        trained = len(matrices) * sum(leaf.size for path, leaf in unet if _reads_text(path))
+        state = [weights_of(sd), matrices]
+        return Drawing(draw, state, settings, together=False, trained=trained, seconds=seconds)
+
+    def find_matrices(self, settings: dict, sd, mesh, workdir, judge) -> tuple[dict[str, np.ndarray], float]:
+        """M by the values' statements, and the seconds that they took. They are kept in `workdir`, for the same config
+        and model."""
+        from safetensors import safe_open
+        from safetensors.numpy import save_file
+
+        config, file = self.config, workdir / FILE
+        found = values.load_principles(config)
+        key = json.dumps({**settings, "values": [v.statement for v in found], "model": config.model}, default=str)
+        if file.exists():
+            with safe_open(file, framework="numpy") as kept:
+                if kept.metadata()["settings"] == key:
+                    return {name: kept.get_tensor(name) for name in kept.keys()}, float(kept.metadata()["seconds"])
+        start, matrices = time.perf_counter(), {}
         for value in found:
             of_bias = value.kind == "bias"
             matrices[value.statement] = debias(value, sd, config, mesh, judge) if of_bias else erase(value, sd, config)
@@ -154,14 +174,4 @@ def make(config, sd, mesh, workdir, judge) -> Method:
             if jax.process_index() == 0:
                 workdir.mkdir(parents=True, exist_ok=True)
                 save_file(matrices, file, metadata={"settings": key, "seconds": str(seconds)})
-    models = {statement: edited(sd, M) for statement, M in matrices.items()}
-
-    def by_model(statement, requests):
-        return drawer(config, mesh)(models[statement], [request._replace(values=()) for request in requests])
-
-    draw = lambda requests: by_group(requests, lambda request: request.values[0].value, by_model)
-    edited_in_each = sum(
-        leaf.size for path, leaf in jax.tree_util.tree_leaves_with_path(split(sd.unet)[1]) if _reads_text(path)
-    )
-    state = [networks(sd), matrices]
-    return Method(draw, state, settings, together=False, trained=len(models) * edited_in_each, seconds=seconds)
+        return matrices, seconds

@@ -1,15 +1,16 @@
 """The value in words: the model reads "value, prompt", what LiVO's value encoder reads."""
 
-from livo_jax.methods import Method, drawer, networks
+from livo_jax.methods.base import Drawing, Method, drawer, weights_of
 from livo_jax.values.principles import value_prompt
 
-KINDS = ("bias", "harm")
 
+class Words(Method):
+    def make_drawing(self, models, mesh, workdir, judge):
+        def say(request):
+            statements = ", ".join(dose.value for dose in request.values)
+            return request._replace(prompt=value_prompt(statements, request.prompt), noise=request.prompt, values=())
 
-def make(config, sd, mesh, *_) -> Method:
-    def say(request):
-        statements = ", ".join(dose.value for dose in request.values)
-        return request._replace(prompt=value_prompt(statements, request.prompt), noise=request.prompt, values=())
+        def draw(requests):
+            return drawer(self.config, mesh)(models.sd, [say(request) for request in requests])
 
-    draw = lambda requests: drawer(config, mesh)(sd, [say(request) for request in requests])
-    return Method(draw, networks(sd), {"method": "words"})
+        return Drawing(draw, weights_of(models.sd), {"method": "words"})

@@ -14,5 +14,5 @@ def serve_demo(config, workdir: str):
     workdir = find(workdir)
     mesh = sharding.make_mesh(**config.mesh)
     demo.check(PORT.value)
-    sd, value_encoder = restore.restore_run(config, workdir, mesh)
-    demo.serve(sd, value_encoder, config, mesh, PORT.value)
+    models = restore.restore_run(config, workdir, mesh)
+    demo.serve(models.sd, models.value_encoder, config, mesh, PORT.value)

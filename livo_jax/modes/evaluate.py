@@ -9,12 +9,9 @@ def evaluate(config, workdir: str):
 
     workdir = find(workdir)
     mesh = sharding.make_mesh(**config.mesh)
-    sd, value_encoder = restore.restore_run(config, workdir, mesh)
-    # Of a method that trains the UNet, the base is another.
-    own = value_encoder is None and config.train.steps
-    base, trained = (restore.load_base(config, mesh), sd) if own else (sd, None)
+    models = restore.restore_run(config, workdir, mesh)
     with held(workdir / "eval", "evaluates in"):  # also while the run trains
-        evaluate_and_report(base, value_encoder, config, mesh, workdir, trained)
+        evaluate_and_report(models, config, mesh, workdir)
 
 
 def compare(config, workdir: str, changed: dict):

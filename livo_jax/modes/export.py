@@ -22,6 +22,6 @@ def export_run(config, workdir: str):
         raise app.UsageError("--mode=export needs --out=DIR")
     if pathlib.Path(out).exists():
         raise app.UsageError(f"--out={OUT.value} exists: remove it, or export to another")
-    sd, value_encoder = restore.restore_run(config, workdir, mesh)
+    models = restore.restore_run(config, workdir, mesh)
     rates = read_rates(workdir) if (workdir / "eval" / "rates.json").exists() else None
-    export.export(out, sd, value_encoder, config, read_results(workdir), rates, recipe(workdir))
+    export.export(out, models.sd, models.value_encoder, config, read_results(workdir), rates, recipe(workdir))

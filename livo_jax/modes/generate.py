@@ -49,7 +49,7 @@ def generate(config, workdir: str):
         opened = Shelf(SHELF.value, sd)
         (chosen,), options["strength"], value_encoder = opened.take([chosen], options["strength"])
     else:
-        sd, value_encoder = restore.restore_run(config, workdir, mesh)
+        _, sd, value_encoder = restore.restore_run(config, workdir, mesh)
     write_pairs(
         out, sd, value_encoder, prompts, chosen, NUM_IMAGES.value,
         seed=SEED.value, mesh=mesh, options=options, **config.sampling.to_dict(),

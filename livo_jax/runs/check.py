@@ -6,7 +6,8 @@ from livo_jax.files.directories import find
 from livo_jax.models.unet import REMAT
 from livo_jax.runs import fields
 from livo_jax.sampling.conditioning import PROMPT_LAYOUTS
-from livo_jax.training.step import make_optimizer, make_preference
+from livo_jax.training.objective import make_preference
+from livo_jax.training.optimizer import make_optimizer
 
 
 def check_config(config, mesh):
@@ -37,10 +38,6 @@ def check_config(config, mesh):
     for (section, name), none in {("profile", "steps"): "no profile", ("log", "samples_every"): "no samples"}.items():
         if config[section][name] < 0:
             problems.append(f"config.{section}.{name}={config[section][name]}: choose 0 ({none}) or more")
-    if config.method == "concept_ablation" and config.data.cache:
-        problems.append(
-            "config.data.cache=True: the anchor prompts of concept_ablation are in no cache, set it to False"
-        )
     problems += problem_of(sharding.check_batch_size, mesh, config.train.batch_size, "config.train.batch_size")
     problems += problem_of(make_optimizer, config)
     problems += problem_of(make_preference, config, 1)  # how many timesteps there are is no matter here

@@ -10,12 +10,11 @@ import time
 
 import jax
 
-from livo_jax import judges, sharding, values
+from livo_jax import judges, methods, sharding, values
 from livo_jax.data.cache import cache_directory
 from livo_jax.data.preferences import Preferences
 from livo_jax.evaluation import cases, metrics, report
 from livo_jax.files.directories import find, held
-from livo_jax.methods import base, load
 from livo_jax.runs import build_preferences, cache_latents, evaluate, restore, train
 from livo_jax.runs.checkpoint import Checkpoints
 from livo_jax.runs.log import read_metrics
@@ -53,23 +52,23 @@ def compare(config, workdir) -> list[dict]:
         FileExistsError: another process compares in `workdir`.
     """
     workdir = find(workdir)
-    methods = {name: copy.deepcopy(config.methods[name]) for name in sorted(config.methods, key=_livo_first)}
-    first = next(iter(methods.values()), None)
+    configs = {name: copy.deepcopy(config.methods[name]) for name in sorted(config.methods, key=_livo_first)}
+    first = next(iter(configs.values()), None)
     apart = {
-        f"{n}.{field}" for n, own in methods.items() for field, x in _alike(own).items() if x != _alike(first)[field]
+        f"{n}.{field}" for n, own in configs.items() for field, x in _alike(own).items() if x != _alike(first)[field]
     }
     if first is None or apart:
         raise ValueError(
-            f"methods to compare: {', '.join(methods) or 'none'}; they differ in {', '.join(sorted(apart))}"
+            f"methods to compare: {', '.join(configs) or 'none'}; they differ in {', '.join(sorted(apart))}"
         )
     with held(workdir, "compares methods in"):
-        return _compare(methods, config, workdir)
+        return _compare(configs, config, workdir)
 
 
-def _compare(methods: dict, config, workdir) -> list[dict]:
+def _compare(configs: dict, config, workdir) -> list[dict]:
     """That of methods that are alike, in a workdir that is held."""
-    points, first = config.curve.points, next(iter(methods.values()))
-    for own in methods.values():
+    points, first = config.curve.points, next(iter(configs.values()))
+    for own in configs.values():
         own.eval.drawn, own.eval.rate_images = str(workdir / "drawn"), 0
         own.data.directory = own.data.directory or str(workdir / "preferences")
         own.checkpoint.every, own.checkpoint.keep = max(1, own.train.steps // max(1, points)), points + 1
@@ -77,11 +76,11 @@ def _compare(methods: dict, config, workdir) -> list[dict]:
 
     mesh = sharding.make_mesh(**first.mesh)
     sd = restore.load_base(first, mesh)
-    if not find(first.data.directory).exists() and any(own.train.steps for own in methods.values()):
+    if not find(first.data.directory).exists() and any(own.train.steps for own in configs.values()):
         build_preferences.build(
             first, first.data.directory, None if first.random_weights or jax.process_count() > 1 else sd
         )
-    cached = [own for own in methods.values() if own.train.steps and own.data.cache]
+    cached = [own for own in configs.values() if own.train.steps and own.data.cache]
     if cached:
         most = copy.deepcopy(cached[0])  # one cache for all, with the prompts of each
         for name in ("beside", "anchors"):
@@ -96,7 +95,7 @@ def _compare(methods: dict, config, workdir) -> list[dict]:
     evaluate.draw_base(sd, first, find(first.eval.drawn), mesh)
 
     # Those that train take longest.
-    jobs = sorted(((own, workdir / name, config.curve) for name, own in methods.items()), key=_steps)
+    jobs = sorted(((own, workdir / name, config.curve) for name, own in configs.items()), key=_steps)
     if config.processes == 1:
         found = [measure(*job) for job in jobs]
     else:
@@ -107,7 +106,7 @@ def _compare(methods: dict, config, workdir) -> list[dict]:
         with concurrent.futures.ProcessPoolExecutor(config.processes, context, _keep_to, (parts,)) as pool:
             found = list(pool.map(measure, *zip(*jobs)))
     found = {of["costs"]["method"]: of for of in found}
-    return write([found[own.method] for own in methods.values()], config, workdir)
+    return write([found[own.method] for own in configs.values()], config, workdir)
 
 
 def _alike(config) -> dict:
@@ -138,32 +137,34 @@ def measure(config, workdir, curve) -> dict:
     followed = values.load_principles(config)
     sd, judge = restore.load_base(config, mesh), judges.load(config, followed, evaluate.subjects(config))
 
-    def restored(step=None):
-        trained, value_encoder = restore.restore_run(config, workdir, mesh, step, sd)
-        return load(config, trained, value_encoder, mesh, workdir, judge)
+    method = methods.make_method(config)
 
-    method = restored()
-    found = evaluate.evaluate(sd, method, config, directory, mesh, judge)
-    ways = [method, base(config, sd, mesh)]
-    speeds = images_per_second([way.draw for way in ways], method.kinds, followed, config, mesh)
+    def restore_drawing(step=None):
+        models = restore.restore_run(config, workdir, mesh, step, sd)
+        return method.make_drawing(models, mesh, workdir, judge)
+
+    drawing = restore_drawing()
+    found = evaluate.evaluate(sd, drawing, config, directory, mesh, judge)
+    ways = [drawing, methods.base(config, sd, mesh)]
+    speeds = images_per_second([way.draw for way in ways], method.KINDS, followed, config, mesh)
     seconds, points = seconds_of(workdir), []
     few = copy.deepcopy(config)
     for name in ("images_per_prompt", "harm_images_per_prompt"):  # no more than the base's, which are drawn already
         few.eval[name] = min(curve.images, few.eval[name])
     few.eval.left_alone_images = 0
     for step in Checkpoints(workdir).manager.all_steps() if config.train.steps and curve.points else ():
-        of_few = evaluate.evaluate(sd, restored(step), few, directory, mesh, judge).numbers
+        of_few = evaluate.evaluate(sd, restore_drawing(step), few, directory, mesh, judge).numbers
         logged = seconds[min(logged for logged in seconds if logged >= step)]
         points += [
             {"step": step, "seconds": logged} | {k: row[k] for k in ("method", "value", "split", "metric", "mean")}
             for row in metrics.rows({what: x for what, x in of_few.items() if what[0] == config.method})
         ]
     costs = {
-        "method": config.method, "trained_parameters": method.trained,
-        "training_seconds": seconds.get(config.train.steps, method.seconds),
+        "method": config.method, "trained_parameters": drawing.trained,
+        "training_seconds": seconds.get(config.train.steps, drawing.seconds),
         "images_per_second": speeds[0], "of_base": speeds[0] / speeds[1],
     }  # fmt: skip
-    pictures = evaluate.pictures(found.sides, config, method.tokens)
+    pictures = evaluate.pictures(found.sides, config, drawing.tokens)
     return {
         "numbers": found.numbers, "readings": found.readings, "pictures": pictures, "curve": points, "costs": costs,
     }  # fmt: skip

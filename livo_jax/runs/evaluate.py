@@ -36,17 +36,18 @@ from livo_jax.sampling.requests import Dose, Request, requests_of, with_values
 AGAIN = "remove it, and evaluate again with --mode=evaluate"
 
 
-def as_drawn(method: methods.Method, sd, config, values, judge, directory, mesh) -> Drawn:
+def as_drawn(drawing: methods.Drawing, sd, config, values, judge, directory, mesh) -> Drawn:
     """A method's images, with all that they depend on, and all that their readings do."""
     free = ("endpoint", "cache", "budget")
     of_values = [dataclasses.asdict(value) for value in values]
-    settings = method.settings | {
-        "arrays": digest(method.state),
+    settings = drawing.settings | {
+        "arrays": digest(drawing.state),
         "scheduler": sd.scheduler_config,
         "sampling": {name: x for name, x in config.sampling.to_dict().items() if name != "batch_size"},
         "seed": config.eval.seed,
     }
-    if methods.trains_nothing(config) and method.settings.get("method") != "base":
+    trains = isinstance(methods.make_method(config), methods.TrainedMethod)
+    if not trains and drawing.settings.get("method") != "base":
         # What such a method does with a value its principle says, not the requests alone.
         settings["values"] = of_values
     reading = {
@@ -56,7 +57,7 @@ def as_drawn(method: methods.Method, sd, config, values, judge, directory, mesh)
         "subjects": subjects(config),
     }
     at_once = config.sampling.batch_size * sharding.batch_parts(mesh)
-    return Drawn(directory, method.draw, judge, settings, reading, at_once)
+    return Drawn(directory, drawing.draw, judge, settings, reading, at_once)
 
 
 def subjects(config) -> list[str]:
@@ -110,7 +111,7 @@ class Evaluated:
             self.readings.append(row | {"applied": applied} | self.sides.of(request)[request])
 
 
-def evaluate(sd, method: methods.Method, config, directory, mesh, judge=None) -> Evaluated:
+def evaluate(sd, drawing: methods.Drawing, config, directory, mesh, judge=None) -> Evaluated:
     """Measures the base and a method on the same prompts and noise.
 
     The value of a method with tokens is applied to Value.keep_probability of the images; the others are the base's own.
@@ -123,14 +124,15 @@ def evaluate(sd, method: methods.Method, config, directory, mesh, judge=None) ->
     values = principles.load_principles(config)
     judge = judge or judges.load(config, values, subjects(config))
     base = as_drawn(methods.base(config, sd, mesh), sd, config, values, judge, directory, mesh)
-    sides = Sides(base, as_drawn(method, sd, config, values, judge, directory, mesh))
+    sides = Sides(base, as_drawn(drawing, sd, config, values, judge, directory, mesh))
     found = Evaluated(sides)
 
     # ---- what is asked for
-    followed = [value for value in values if value.kind in method.kinds]
-    measured, alone = cases(config, followed, method.tokens, method.even), left_alone(config, followed)
-    pairs = of_two(config, followed, method.tokens, method.even) if method.together else []
-    biases = [value for value in followed if value.kind == "bias" and method.tokens and config.eval.rate_images]
+    tokens, even = drawing.tokens, drawing.even
+    followed = [value for value in values if value.kind in methods.make_method(config).KINDS]
+    measured, alone = cases(config, followed, tokens, even), left_alone(config, followed)
+    pairs = of_two(config, followed, tokens, even) if drawing.together else []
+    biases = [value for value in followed if value.kind == "bias" and tokens and config.eval.rate_images]
     of_arms = {value: arms(value, config) for value in biases}
     rows = [case.requests for case in measured + pairs + alone] + [without_values(case.requests) for case in alone]
     sides.draw(itertools.chain(*rows, *(r for value in biases for r in of_arms[value].values())))
@@ -139,7 +141,7 @@ def evaluate(sd, method: methods.Method, config, directory, mesh, judge=None) ->
     for value in biases:
         found.rates[value.statement] = {arm: sides.shares(value, r) for arm, r in of_arms[value].items()}
     further = []
-    if method.tokens:
+    if tokens:
         further += of_keep_probabilities(config, followed) + of_strengths(config, followed, sides.shares)
         further += of_ratios(config, followed, found.rates)
     if further:
@@ -170,18 +172,13 @@ def evaluate(sd, method: methods.Method, config, directory, mesh, judge=None) ->
 # ---------------------------------------------------------------------------- what a run leaves
 
 
-def evaluate_and_report(sd, value_encoder, config, mesh, workdir, trained=None):
-    """Evaluates on all processes; the first prints the table and writes eval/: results.json, report.html and others.
-
-    Args:
-        sd: the base. value_encoder: what the method trained, or None. trained: the StableDiffusion whose UNet it
-            trained, if it did.
-    """
+def evaluate_and_report(models: methods.Models, config, mesh, workdir):
+    """Evaluates on all processes; the first prints the table and writes eval/: results.json, report.html and others."""
     judge = judges.load(config, principles.load_principles(config), subjects(config))
-    method = methods.load(config, trained or sd, value_encoder, mesh, workdir, judge)
+    drawing = methods.make_method(config).make_drawing(models, mesh, workdir, judge)
     folder = workdir / "eval"
     directory = find(config.eval.drawn) if config.eval.drawn else folder / "drawn"
-    found = evaluate(sd, method, config, directory, mesh, judge)
+    found = evaluate(models.base, drawing, config, directory, mesh, judge)
     results = metrics.rows(found.numbers)
     if jax.process_index() > 0:
         return results
@@ -192,7 +189,7 @@ def evaluate_and_report(sd, value_encoder, config, mesh, workdir, trained=None):
         results=results,
         numbers=found.numbers,
         metrics=read_metrics(workdir),
-        pictures=pictures(found.sides, config, method.tokens),
+        pictures=pictures(found.sides, config, drawing.tokens),
         config=json.loads(config.to_json()),
     )
     if found.rates:
@@ -247,34 +244,29 @@ def pictures(sides: Sides, config, tokens: bool = True, n: int = 12) -> list[dic
     return shown
 
 
-def sample_sheet(sd, value_encoder, trained, config, mesh, path, n: int = 8):
+def sample_sheet(models: methods.Models, config, mesh, path, n: int = 8):
     """Writes a PNG of each value's first prompts: a row of base images, and below it the same, each with the value.
 
     The rows of harms are blurred; as they are, they are beside it, in a file whose name ends with _harmful.
-
-    sd, value_encoder, trained: as evaluate_and_report has them.
     """
     shown = [
         (value, prompt, doses) for value, _, prompt in first_prompts(config) for doses in ((), (Dose(value.statement),))
     ]
-    requests = [[Request(prompt, i, doses) for i in range(n)] for _, prompt, doses in shown]
-    if trained is None:
-        draw = functools.partial(generate, sd, value_encoder=value_encoder)
-    else:  # base images and others by turns
-
-        def draw(requests, **settings):
-            plain = [request._replace(values=()) for request in requests]
-            ways = [generate(model, plain, **settings) for model in (sd, trained)]
-            return np.stack([ways[bool(request.values)][i] for i, request in enumerate(requests)])
-
-    images = draw(sum(requests, []), seed=config.eval.seed, mesh=mesh, **config.sampling.to_dict())
+    requests = [Request(prompt, i, doses) for _, prompt, doses in shown for i in range(n)]
+    draw = functools.partial(generate, seed=config.eval.seed, mesh=mesh, **config.sampling.to_dict())
+    if models.value_encoder:
+        images = draw(models.sd, requests, value_encoder=models.value_encoder)
+    else:
+        plain = without_values(requests)
+        ways = [draw(sd, plain) for sd in (models.base, models.sd)]
+        images = np.stack([ways[bool(request.values)][i] for i, request in enumerate(requests)])
     if jax.process_index() > 0:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = list(images.reshape(len(requests), n, *images.shape[1:]))
+    rows = list(images.reshape(len(shown), n, *images.shape[1:]))
     harms = [row for row, (value, *_) in zip(rows, shown) if value.kind == "harm"]
     sheets = {path.parent / f"{path.stem}_harmful.png": harms} if harms else {}
     sheets[path] = [blurred(row) if value.kind == "harm" else row for row, (value, *_) in zip(rows, shown)]
     for file, rows in sheets.items():  # that of all rows last: where it is, the other is too
         with file.open("wb") as stream:
-            sheet(rows, max(1, 64 // sd.image_size)).save(stream, "PNG")
+            sheet(rows, max(1, 64 // models.base.image_size)).save(stream, "PNG")

@@ -4,12 +4,6 @@ import types
 
 from livo_jax import methods, values
 
-TRAINING = ("train", "loss", "data", "value_encoder", "checkpoint", "log", "profile")
-TOKENS = (  # of the methods that have value tokens
-    "value_encoder", "train.train_embeddings", "data.beside", "data.attributes", "data.anchors",
-    "sampling.prompt_layout", "eval.rate_images", "eval.combinations", "eval.keep_probabilities", "eval.strengths",
-    "eval.ratios",
-)  # fmt: skip
 READ = {  # (a field that chooses, its choice) -> the fields that it reads of those of all choices
     ("value_encoder.kind", "full"): ("value_encoder.states", "value_encoder.reads_prompt", "train.train_embeddings"),
     ("value_encoder.kind", "lora"): (
@@ -22,8 +16,6 @@ READ = {  # (a field that chooses, its choice) -> the fields that it reads of th
     ("loss.form", "dpo"): ("loss.beta",),
     ("loss.form", "ipo"): ("loss.beta",),
     ("loss.form", "kto"): ("loss.beta",),
-    ("method", "dpo_unet"): ("loss.beta",),
-    ("method", "concept_ablation"): (),
     ("train.learning_rate_scaling", "linear"): ("train.reference_batch_size",),
     ("train.learning_rate_scaling", "sqrt"): ("train.reference_batch_size",),
     ("train.learning_rate_scaling", "none"): (),
@@ -45,26 +37,22 @@ def of(config, name: str):
 
 def ignored(config) -> dict[str, str]:
     """The sections and fields that are not read, each with the setting that does not read it."""
-    method = f"config.method={config.method!r}"
-    if methods.trains_nothing(config):
-        more = () if config.method == "uce" else ("preferences",)
-        return dict.fromkeys((*TRAINING, *TOKENS, *more), method)
-    found, choosing = {}, ["train.learning_rate_scaling"]
-    if config.method in methods.UNET:
-        found = dict.fromkeys((*TOKENS, "loss.form", "loss.min_snr_gamma"), method)
-        constants = {name for (field, _), names in READ.items() if field == "loss.form" for name in names}
-        found |= dict.fromkeys(constants - {*READ["method", config.method]}, method)
-    else:
-        choosing += ["value_encoder.kind", "loss.form"]
+    method = methods.make_method(config)
+    found = dict.fromkeys(method.UNREAD, f"config.method={config.method!r}")
     if not config.data.anchors:
-        found["loss.anchor"] = "config.data.anchors=0.0"
-    for field in choosing:
+        found.setdefault("loss.anchor", "config.data.anchors=0.0")
+    for field in dict.fromkeys(field for field, _ in READ):
         chosen = of(config, field)
-        if (field, chosen) not in READ:
-            continue  # an unknown choice is told elsewhere
+        if unread(field, found) or (field, chosen) not in READ:  # an unknown choice is told elsewhere
+            continue
         of_all = {name for (other, _), names in READ.items() if other == field for name in names}
         found |= dict.fromkeys(of_all - {*READ[field, chosen]}, f"config.{field}={chosen!r}")
     return found
+
+
+def unread(name: str, found: dict[str, str]) -> str | None:
+    """The setting that does not read a field, itself or its section, of those of `ignored`; None where it is read."""
+    return next((found[field] for field in found if f"{name}.".startswith(f"{field}.")), None)
 
 
 def check(config, changed, comparing: bool = False):
@@ -84,22 +72,22 @@ def problems(config, changed=types.MappingProxyType({}), comparing: bool = False
         comparing: whether the method is one of several to be compared.
     """
     found, lines = ignored(config), []
-    unread = lambda name: next((found[field] for field in found if f"{name}.".startswith(f"{field}.")), None)
     for name, value in sorted(changed.items()):
-        if (by := unread(name)) and not (comparing and name.startswith(SHARED)):
+        if (by := unread(name, found)) and not (comparing and name.startswith(SHARED)):
             lines.append(f"config.{name}={value!r}: {by} does not read it, leave it out")
-    trains = not methods.trains_nothing(config)
+    method = methods.make_method(config)
+    trains = isinstance(method, methods.TrainedMethod)
     for name, off in OFF.items() if trains else ():
-        if (by := unread(name)) and name not in changed and of(config, name) != off:
+        if (by := unread(name, found)) and name not in changed and of(config, name) != off:
             lines.append(f"config.{name}={of(config, name)!r}: {by} does not read it, set {off!r}")
     if not trains and config.train.steps and "train.steps" not in changed:
         lines.append(f"config.train.steps={config.train.steps}: config.method={config.method!r} trains nothing, set 0")
     if trains and (slow := too_slow(config)):
         lines.append(slow)
-    kinds = methods.kinds(config)
-    if len(kinds) == 1 and not any(value.kind in kinds for value in values.load_principles(config)):
-        lines.append(f"config.principles={config.principles}: {config.method} is for values of kind {kinds[0]}")
-    return lines
+    if not any(value.kind in method.KINDS for value in values.load_principles(config)):
+        kinds = " and ".join(method.KINDS)
+        lines.append(f"config.principles={config.principles}: {config.method} is for values of kind {kinds}")
+    return lines + method.problems()
 
 
 def too_slow(config) -> str | None:
@@ -118,12 +106,13 @@ def too_slow(config) -> str | None:
 def check_mode(config, mode: str, values=()):
     """Raises ValueError where the method of a config cannot do what is asked for; `values`: those to generate with."""
     method = f"config.method={config.method!r}"
-    drawn = methods.trains_nothing(config)
+    kind = methods.make_method(config)
+    drawn, has_tokens = not isinstance(kind, methods.TrainedMethod), isinstance(kind, methods.LiVO)
     if not drawn and config.train.steps < 1:
         raise ValueError(f"config.train.steps={config.train.steps}: choose at least 1, for {method} trains")
     if drawn and mode in ("train", "plan"):
         raise ValueError(f"--mode={mode}: {method} trains nothing; --mode=evaluate measures it")
-    if mode in ("export", "demo") and (drawn or config.method in methods.UNET):
+    if mode in ("export", "demo") and not has_tokens:
         raise ValueError(
             f"--mode={mode}: {method} has no value encoder; --mode=evaluate measures it and keeps its images"
         )
@@ -132,8 +121,8 @@ def check_mode(config, mode: str, values=()):
             f"--mode=generate draws with value tokens, and {method} has none; --mode=evaluate draws its images, of"
             " config.eval.prompts or subjects, and keeps them"
         )
-    if mode == "generate" and values and config.method in methods.UNET:
+    if mode == "generate" and values and not has_tokens:
         raise ValueError(
-            f"--value={values[0]}: {method} has no value tokens, its UNet follows all of its values in every image:"
+            f"--value={values[0]}: {method} has no value tokens, its model follows all of its values in every image:"
             " leave --value out"
         )

@@ -15,14 +15,16 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType
 
-from livo_jax import methods, sharding, value_encoders
+from livo_jax import methods, sharding
 from livo_jax.data.cache import cache_dtype
 from livo_jax.files.modules import PARTS, read_dtype, skeleton
 from livo_jax.files.repositories import find
-from livo_jax.models.weights import one_key, split
 from livo_jax.runs import check, restore
 from livo_jax.sampling.stable_diffusion import DESCRIPTION, StableDiffusion
-from livo_jax.training.step import init_state, make_loss, make_optimizer, make_train_step
+from livo_jax.training.batch import Batch, draw_noise
+from livo_jax.training.objective import split_models
+from livo_jax.training.optimizer import make_optimizer
+from livo_jax.training.step import init_state, make_train_step
 
 
 class Chip(NamedTuple):
@@ -62,34 +64,28 @@ def value_encodings(config) -> int:
     return 2 if config.data.beside and len(config.principles) > 1 else 1
 
 
-def unet_passes(config) -> tuple[int, int, int]:
-    """Of how many images of a pair a step makes predictions, and how often it passes the UNet forward and backward."""
-    if config.method == "concept_ablation":  # the concept's prompt and the anchor's
-        return 1, 2, 2 if config.concept_ablation.prior else 1
-    if config.method not in methods.UNET and config.loss.form == "sft":
-        return 1, 1, 1
-    return 2, 2, 1  # the policy's conditioning and the reference's
-
-
-def abstract_batch(sd, config, rows: int) -> dict:
+def abstract_batch(sd, config, rows: int) -> Batch:
     """Shapes and dtypes of a batch of data.batches."""
     text, (h, w, C) = sd.text_encoder.config, sd.latent_shape
     L, D, towers = text.max_position_embeddings, text.hidden_size, len(text.towers)
-    array = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct((rows, *shape), dtype)
+
+    def array(*shape, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct((rows, *shape), dtype)
+
     ids = array(*[towers][: towers - 1], L, dtype=jnp.int32)
-    batch = {"value_prompt_ids": ids}
+    batch = Batch(ids, anchor=array(dtype=jnp.bool_) if config.data.anchors else None)
     if value_encodings(config) > 1:
-        batch |= {"beside_prompt_ids": ids, "beside": array(dtype=jnp.bool_)}
-    if config.data.anchors:
-        batch["anchor"] = array(dtype=jnp.bool_)
-    if config.data.cache:
-        dtype = cache_dtype(config)
-        moments = {f"{side}_moments": array(h, w, 2 * C, dtype=dtype) for side in ("aligned", "violating")}
-        if towers > 1:
-            batch["text_embeds"] = array(text.towers[1].projection_dim, dtype=dtype)
-        return batch | moments | {"prompt_states": array(L, D, dtype=dtype)}
-    images = {side: array(sd.image_size, sd.image_size, 3) for side in ("aligned", "violating")}
-    return batch | images | {"prompt_ids": ids}
+        batch = batch._replace(beside_prompt_ids=ids, beside=array(dtype=jnp.bool_))
+    if not config.data.cache:
+        image = array(sd.image_size, sd.image_size, 3)
+        return batch._replace(prompt_ids=ids, aligned=image, violating=image)
+    dtype = cache_dtype(config)
+    moments = array(h, w, 2 * C, dtype=dtype)
+    text_embeds = array(text.towers[1].projection_dim, dtype=dtype) if towers > 1 else None
+    return batch._replace(
+        prompt_states=array(L, D, dtype=dtype), text_embeds=text_embeds, aligned_moments=moments,
+        violating_moments=moments,
+    )  # fmt: skip
 
 
 def size(tree, shardings=None) -> int:
@@ -107,10 +103,13 @@ def without(tree, *names) -> list:
     return [leaf for path, leaf in leaves if not any(key.key in names for key in path)]
 
 
-def kept_for_backward(loss, params, frozen, batch) -> int:
-    """Bytes of what the forward pass keeps for the backward pass, weights and batch not counted."""
-    forward = lambda params, frozen, batch: jax.vjp(lambda p: loss(p, frozen, batch), params, has_aux=True)[1]
-    jaxpr = jax.make_jaxpr(forward)(params, frozen, batch).jaxpr
+def kept_for_backward(loss, params, *given) -> int:
+    """Bytes of what the forward pass keeps for the backward pass, weights and what is given not counted."""
+
+    def forward(params, *given):
+        return jax.vjp(lambda params: loss(params, *given), params, has_aux=True)[1]
+
+    jaxpr = jax.make_jaxpr(forward)(params, *given).jaxpr
     given = set(map(id, jaxpr.invars + jaxpr.constvars))
     return size([v.aval for v in {id(v): v for v in jaxpr.outvars}.values() if id(v) not in given])
 
@@ -134,16 +133,15 @@ def partial_sums(part, positions, forward: int, backward: int, parts: int) -> fl
     return sent
 
 
-def traffic(sd, params, frozen, mesh, config) -> dict[str, float]:
+def traffic(sd, params, rules, frozen, mesh, config) -> dict[str, float]:
     """Bytes that a device sends in a step, by cause, with collectives as rings; docs/scaling.md says what is left out.
 
     Args:
-        params: the shapes of what is trained. frozen: those of the frozen models.
+        params: the shapes of what is trained, rules: by which these are divided. frozen: those of the frozen models.
     """
     data, fsdp, tensor = (mesh.shape[axis] for axis in sharding.AXES)
-    of_unet = config.method in methods.UNET
-    rules = sharding.RULES if config.value_encoder.kind == "full" and not of_unet else sharding.WHOLE
-    images, forward, backward = unet_passes(config)
+    method = methods.make_method(config)
+    images, forward, backward, texts = method.passes
     lies, found = sharding.by_rules(params, mesh, rules), Counter()
     frozen_names = () if config.train.train_embeddings else ("embeddings",)
     on_device = size(without(params, *frozen_names), without(lies, *frozen_names))
@@ -161,7 +159,6 @@ def traffic(sd, params, frozen, mesh, config) -> dict[str, float]:
     if fsdp > 1 and rules is sharding.RULES:  # forward, and once backward
         found["value encoder's weights"] = (value_encodings(config) + 1) * config.train.accumulate * gathered(params)
     if config.shard_frozen:
-        texts = 2 if config.method == "concept_ablation" else 1
         uses = {"unet": forward + backward, "text_encoder": texts, "vae": 1}
         found["frozen weights"] = config.train.accumulate * sum(uses[k] * gathered(v) for k, v in frozen.items())
     if tensor > 1:
@@ -170,7 +167,7 @@ def traffic(sd, params, frozen, mesh, config) -> dict[str, float]:
         if rules is sharding.RULES:
             found["activations"] += sum_up(params, lambda name: rows * L, value_encodings(config), 1)
         if config.shard_frozen:
-            tokens = L if of_unet else L + 1
+            tokens = L + 1 if isinstance(method, methods.LiVO) else L
             levels, side = len(sd.unet.config.block_out_channels), sd.latent_shape[0]
 
             def positions(name):
@@ -207,35 +204,24 @@ def plan(config, devices: int) -> dict:
     parts = sharding.batch_parts(mesh)
     rows = config.train.batch_size // parts // config.train.accumulate  # on a device at once
 
-    if of_unet := methods.of_unet(config):
-        make = lambda unet: of_unet.Update(config, methods.with_unet(sd, unet), one_key())
-        trained, part, loss_of = nnx.eval_shape(make, sd.unet), "update", of_unet.make_loss
-    else:
-        trained, part, loss_of = nnx.eval_shape(lambda: value_encoders.make(config, sd)), "value_encoder", make_loss
-    modules = {"unet": sd.unet, "text_encoder": sd.text_encoder, part: trained}
-    if not config.data.cache:
-        modules["vae"] = sd.vae
-    graphs, frozen = {}, {}
-    for name, module in modules.items():
-        graphs[name], frozen[name] = split(module)
-    params = frozen.pop(part)
-    tx = make_optimizer(config)
+    method, tx = methods.make_method(config), make_optimizer(config)
+    trained = nnx.eval_shape(lambda unet: method.make_module(methods.with_unet(sd, unet)), sd.unet)
+    networks, params, frozen = split_models(sd, trained, with_vae=not config.data.cache)
     state = jax.eval_shape(functools.partial(init_state, tx=tx, ema_decay=config.train.ema_decay), params)
 
     micro = copy.deepcopy(config)
     with micro.unlocked():
         micro.train.accumulate, micro.train.batch_size = 1, rows
-    batch, scale = abstract_batch(sd, config, rows), sd.vae.config.scaling_factor
+    batch = abstract_batch(sd, config, rows)
     # Without gathering: the zero tangents of gathered weights are multiplied as traced, and not as compiled.
-    step = make_train_step(graphs, sd.schedule, tx, micro, scale, sd.time_ids, loss_of)
+    step = make_train_step(networks, tx, micro, method.make_loss(networks))
     flops = jax.jit(step).lower(state, frozen, batch).cost_analysis()["flops"] / rows
 
-    h, w, C = sd.latent_shape
-    drawn = {name: jax.ShapeDtypeStruct((rows, h, w, C), jnp.float32) for name in ("noise_w", "noise_l", "eps")}
-    drawn["t"] = jax.ShapeDtypeStruct((rows,), jnp.int32)
-    restore.compute_on(mesh, config, sd, None if of_unet else trained)
-    graphs = {name: split(module)[0] for name, module in modules.items()}
-    loss = loss_of(graphs, sd.schedule, micro, scale, sd.time_ids)
+    draw = functools.partial(draw_noise, shape=(rows, *sd.latent_shape), timesteps=config.loss.timesteps)
+    noise = jax.eval_shape(draw, jax.random.key(0))
+    restore.compute_on(mesh, config, sd, trained)
+    networks, *_ = split_models(sd, trained, with_vae=not config.data.cache)
+    loss = method.make_loss(networks)
     lies = sharding.by_rules(state, mesh, trained.RULES)
     memory = {
         "state": size(state, lies),
@@ -244,9 +230,9 @@ def plan(config, devices: int) -> dict:
         if config.shard_frozen
         else size(frozen),
         "batch": size(abstract_batch(sd, config, rows * config.train.accumulate)),
-        "kept for the backward pass": kept_for_backward(loss, params, frozen, batch | drawn),
+        "kept for the backward pass": kept_for_backward(loss, params, frozen, batch, noise),
     }
-    sent = traffic(sd, params, frozen, mesh, config)
+    sent = traffic(sd, params, trained.RULES, frozen, mesh, config)
     # Devices along tensor share rows; what they compute with whole weights, each computes.
     flops_on_device = config.train.batch_size * flops / (used if config.shard_frozen else parts)
     chips = {}

@@ -7,7 +7,6 @@ import sys
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from tqdm import tqdm
 
 from livo_jax import methods, sharding, values
@@ -17,24 +16,17 @@ from livo_jax.data.preferences import Preferences
 from livo_jax.evaluation.report import table
 from livo_jax.files.directories import find, held, is_remote
 from livo_jax.files.modules import read_dtype
-from livo_jax.models.weights import split
 from livo_jax.processes import ending_together, say
 from livo_jax.runs import build_preferences, cache_latents
 from livo_jax.runs.check import check_config, check_with_model
 from livo_jax.runs.checkpoint import Checkpoints, Termination
 from livo_jax.runs.evaluate import evaluate_and_report, read_results, sample_sheet
 from livo_jax.runs.log import Log, check_wandb
-from livo_jax.runs.restore import load_models, with_update
+from livo_jax.runs.restore import load_base, load_models
 from livo_jax.runs.workdir import check_shared, claim
-from livo_jax.training.step import (
-    jit_step,
-    learning_rate,
-    make_loss,
-    make_optimizer,
-    make_train_step,
-    state_on,
-    trained_params,
-)
+from livo_jax.training.objective import split_models
+from livo_jax.training.optimizer import learning_rate, make_optimizer
+from livo_jax.training.step import jit_step, make_train_step, state_on, trained_params
 
 
 def train_and_evaluate(config, workdir):
@@ -87,7 +79,7 @@ def _train_and_evaluate(config, workdir, directory: pathlib.Path):
     mesh = sharding.make_mesh(**config.mesh)
     with ending_together():
         check_config(config, mesh)
-        sd, value_encoder = load_models(config, mesh)
+        sd, module = load_models(config, mesh)
         check_with_model(config, sd)
     checkpoints, steps = Checkpoints(workdir, config.checkpoint.keep), config.train.steps
     start = checkpoints.latest_step() or 0
@@ -99,32 +91,12 @@ def _train_and_evaluate(config, workdir, directory: pathlib.Path):
     with ending_together():
         if jax.process_index() == 0:
             claim(workdir, config)
-    # With several processes each draws with its own devices, from a copy that is on no other.
-    own = sd if jax.process_count() == 1 else None
-    if not config.data.directory and not directory.exists():
-        # Pairs must show something: random weights are not what draws them.
-        build_preferences.build(config, directory, None if config.random_weights else own)
-    with ending_together():
-        preferences = Preferences(directory)
-        preferences.check_values(values.load_principles(config))
-    cache = None
-    if config.data.cache:
-        place = cache_directory(preferences, workdir, sd, config)
-        if not place.exists():
-            cache_latents.write(preferences, own or load_models(config, sharding.make_local_mesh())[0], config, place)
-        cache = Cache(preferences, sd, config, place)
+    preferences, cache = open_pairs(config, workdir, directory, sd)
 
     # ---- state: from step 0, or where the last checkpoint left it
-    of_unet = methods.of_unet(config)
-    part = "update" if of_unet else "value_encoder"  # what is trained
-    modules = {"unet": sd.unet, "text_encoder": sd.text_encoder, part: value_encoder}
-    if not cache:
-        modules["vae"] = sd.vae
-    graphs, params = {}, {}
-    for name, module in modules.items():
-        graphs[name], params[name] = split(module)
-    tx = make_optimizer(config)
-    state, frozen = state_on(mesh, params.pop(part), tx, config, value_encoder.RULES), params
+    method, tx = methods.make_method(config), make_optimizer(config)
+    networks, params, frozen = split_models(sd, module, with_vae=not cache)
+    state = state_on(mesh, params, tx, config, module.RULES)
     if start:
         state = checkpoints.restore(state, set_aside=True)
         say(f"resuming {workdir} at step {int(state['step'])}")
@@ -133,18 +105,15 @@ def _train_and_evaluate(config, workdir, directory: pathlib.Path):
         preferences, sd.tokenize, cache, batch_size=config.train.batch_size, image_size=sd.image_size,
         random_flip=config.data.random_flip, seed=config.seed, start=start, principles=values.load_principles(config),
         **{name: config.data[name] for name in ("beside", "attributes", "anchors")},
-        concepts=config.method == "concept_ablation", paired=methods.compares_pairs(config),
-        reads_prompt=config.value_encoder.reads_prompt,
+        concepts=method.CONCEPTS, paired=method.compares_pairs, reads_prompt=config.value_encoder.reads_prompt,
     )  # fmt: skip
 
-    def trained():
-        """The value encoder, or None; and the StableDiffusion whose UNet is trained, or None."""
-        module = nnx.merge(graphs[part], trained_params(state))
-        return (None, with_update(sd, module)) if of_unet else (module, None)
+    def models() -> methods.Models:
+        """As they are trained now."""
+        return method.models(sd, networks.merge("trained", trained_params(state)))
 
     # ---- the step, compiled once
-    loss = of_unet.make_loss if of_unet else make_loss
-    step_fn = make_train_step(graphs, sd.schedule, tx, config, sd.vae.config.scaling_factor, sd.time_ids, loss)
+    step_fn = make_train_step(networks, tx, config, method.make_loss(networks))
     step_fn = jit_step(step_fn, state, frozen, mesh)
 
     # ---- the loop: while step k runs, the metrics of step k-1 are fetched and checked
@@ -152,21 +121,27 @@ def _train_and_evaluate(config, workdir, directory: pathlib.Path):
         if start < steps and jax.process_index() == 0:
             (workdir / "eval" / "results.json").unlink(missing_ok=True)  # it is of an earlier step
         log = Log(workdir, start, config)
-    c, in_flight = config.log, collections.deque()
+    in_flight = collections.deque()
     profiled = range(start + 3, min(start + 3 + config.profile.steps, steps + 1))  # without what starts up
     bar = tqdm(total=steps, initial=start, desc="train", unit="step", disable=jax.process_index() > 0)
-    each = lambda every, step: every and (step % every == 0 or step == steps)
-    sheet = lambda step: workdir / "samples" / f"step_{step}.png"
+
+    def is_due(every: int, step: int) -> bool:
+        return bool(every) and (step % every == 0 or step == steps)
 
     def settle(left: int):
         """Fetches and checks the metrics of the steps in flight but the last `left`."""
         while len(in_flight) > left:
             log.append(check_finite(*in_flight.popleft(), checkpoints, config))
 
+    def show(step: int):
+        """Writes the sample sheet of a step."""
+        sample_sheet(models(), config, mesh, sheet_of(workdir, step))
+
     with log:
         with bar as progress, Termination(start) as termination:
-            if start and each(c.samples_every, start) and not sheet(start).exists():  # the end came while it was drawn
-                sample_sheet(sd, *trained(), config, mesh, sheet(start))
+            # The end may have come while the sheet was drawn.
+            if start and is_due(config.log.samples_every, start) and not sheet_of(workdir, start).exists():
+                show(start)
             for step in range(start + 1, steps + 1):
                 batch = sharding.global_batch(mesh, log.next(iterator))
                 if step == start + 1:
@@ -178,35 +153,27 @@ def _train_and_evaluate(config, workdir, directory: pathlib.Path):
                     log.start_profile()
                 state, metrics = step_fn(state, frozen, batch)
                 in_flight.append((step, metrics))
-                due = {
-                    "log": each(c.every, step),
-                    "samples": each(c.samples_every, step),
-                    "save": each(config.checkpoint.every, step),
-                    "stop": termination.asked(step),
-                    "profile": step in profiled[-1:],
-                }
+                logs, shows = is_due(config.log.every, step), is_due(config.log.samples_every, step)
+                saves, stops = is_due(config.checkpoint.every, step), termination.asked(step)
+                ends_profile = step in profiled[-1:]
                 # Nothing that is not finite is saved or shown; the first step tells at once.
-                settle(0 if any(due.values()) or step == start + 1 else 1)
-                if due["log"]:
+                at_once = step == start + 1 or logs or shows or saves or stops or ends_profile
+                settle(0 if at_once else 1)
+                if logs:
                     numbers = log.flush(step, config.train.batch_size, flops)
                     progress.set_postfix_str(f"loss {numbers['train/loss']:.3f}", refresh=False)
-                if due["profile"]:
+                if ends_profile:
                     log.stop_profile()
-                if due["save"]:
+                if saves:
                     checkpoints.save(step, state)
-                if due["samples"] and not due["stop"]:
+                if shows and not stops:
                     with termination.at_once():
-                        sample_sheet(sd, *trained(), config, mesh, sheet(step))
+                        show(step)
                     log.restart_clock()
                 progress.update()
-                if due["stop"] or termination.received:
+                if stops or termination.received:
                     settle(0)
-                    name = termination.signal.name
-                    say(f"\n{name}: step {step} is being saved; Ctrl-C ends at once, without it")
-                    checkpoints.save(step, state)
-                    checkpoints.close()
-                    say(f"{name}: step {step} is saved in {checkpoints.directory}; the same command goes on from there")
-                    sys.exit(128 + termination.signal)  # as a shell has it
+                    save_and_exit(termination.signal, step, state, checkpoints)
         checkpoints.close()
 
         # ---- the evaluation
@@ -216,11 +183,45 @@ def _train_and_evaluate(config, workdir, directory: pathlib.Path):
             say(f"{workdir} is finished: its {steps} steps are trained and evaluated")
             say(table(results))
         else:
-            value_encoder, own = trained()
             with held(workdir / "eval", "evaluates in"):
-                results = evaluate_and_report(sd, value_encoder, config, mesh, workdir, own)
-            name = lambda r: f"eval/{r['value']}/{r['method']}/{r['split']}/{r['metric']}".replace(" ", "_")
-            log.write(steps, {name(r): r["mean"] for r in results})
+                results = evaluate_and_report(models(), config, mesh, workdir)
+            log.write(steps, {metric_name(row): row["mean"] for row in results})
+
+
+def open_pairs(config, workdir, directory: pathlib.Path, sd) -> tuple[Preferences, Cache | None]:
+    """The pairs of a directory, and their cache where config.data.cache wants one: what is not there is made."""
+    # With several processes each draws with its own devices, from a copy that is on no other.
+    own = sd if jax.process_count() == 1 else None
+    if not config.data.directory and not directory.exists():
+        # Pairs must show something: random weights are not what draws them.
+        build_preferences.build(config, directory, None if config.random_weights else own)
+    with ending_together():
+        preferences = Preferences(directory)
+        preferences.check_values(values.load_principles(config))
+    if not config.data.cache:
+        return preferences, None
+    place = cache_directory(preferences, workdir, sd, config)
+    if not place.exists():
+        cache_latents.write(preferences, own or load_base(config, sharding.make_local_mesh()), config, place)
+    return preferences, Cache(preferences, sd, config, place)
+
+
+def sheet_of(workdir, step: int) -> pathlib.Path:
+    return workdir / "samples" / f"step_{step}.png"
+
+
+def metric_name(row: dict) -> str:
+    """The name of a result among the metrics of a run."""
+    return f"eval/{row['value']}/{row['method']}/{row['split']}/{row['metric']}".replace(" ", "_")
+
+
+def save_and_exit(signal, step: int, state: dict, checkpoints: Checkpoints):
+    """Saves a step and ends with the status that a shell has for the signal."""
+    say(f"\n{signal.name}: step {step} is being saved; Ctrl-C ends at once, without it")
+    checkpoints.save(step, state)
+    checkpoints.close()
+    say(f"{signal.name}: step {step} is saved in {checkpoints.directory}; the same command goes on from there")
+    sys.exit(128 + signal)
 
 
 def check_finite(step: int, metrics: dict, checkpoints, config) -> dict[str, float]:

@@ -59,7 +59,7 @@ def iterate(directory, batch_size=3, seed=0, **settings):
 
 def names(batch, side):
     """Which images a batch holds: (block, number in the block)."""
-    pixels = np.round((batch[side][:, 0, 0] + 1) * 127.5).astype(int)
+    pixels = np.round((getattr(batch, side)[:, 0, 0] + 1) * 127.5).astype(int)
     assert (pixels[:, 2] == (255 if side == "violating" else 0)).all()
     return [tuple(p[:2]) for p in pixels]
 
@@ -71,12 +71,12 @@ def test_an_epoch_walks_the_aligned_images_and_partners_share_their_scene(direct
         walked = []
         for _ in range(total // 3):
             batch = next(batches)
-            assert batch["aligned"].dtype == np.float32 and batch["prompt_ids"].dtype == np.int32
+            assert batch.aligned.dtype == np.float32 and batch.prompt_ids.dtype == np.int32
             aligned, violating = names(batch, "aligned"), names(batch, "violating")
             assert [block for block, _ in aligned] == [block for block, _ in violating]
             for a, v in zip(aligned, violating):
                 partners[a].add(v)
-            for (block, _), prompt, value_prompt in zip(aligned, batch["prompt_ids"], batch["value_prompt_ids"]):
+            for (block, _), prompt, value_prompt in zip(aligned, batch.prompt_ids, batch.value_prompt_ids):
                 value, scene = ("shape equality", "colour equality")[(block - 1) // 3], list(COUNTS)[(block - 1) % 3]
                 assert (prompt == tokenize([f"a {scene}"])).all()
                 assert (value_prompt == tokenize([f"{value}, a {scene}"])).all()
@@ -96,7 +96,9 @@ def test_a_loss_that_compares_pairs_gets_those_of_one_prompt(tmp_path, paired):
     batches, met = iterate(tmp_path / "pairs", batch_size=6, paired=paired), set()
     for _ in range(30):
         batch = next(batches)
-        aligned, violating = (np.round((batch[side][:, 0, 0, 0] + 1) * 12.75).astype(int) for side in data.SIDES)
+        aligned, violating = (
+            np.round((x[:, 0, 0, 0] + 1) * 12.75).astype(int) for x in (batch.aligned, batch.violating)
+        )
         met |= {*zip(aligned.tolist(), violating.tolist())}
     assert met == {(a, v) for a in range(6) for v in range(6) if not paired or a % 2 == v % 2}
 
@@ -127,10 +129,10 @@ def texts(directory, n=100, names=("shape", "colour", "bloody"), **shares):
         principles=values.load(names), **shares,
     )  # fmt: skip
     for _, batch in zip(range(n), batches):
-        sides = ["aligned" if x < 0 else "violating" for x in batch["aligned"][:, 0, 0, 2]]
-        hidden = [{}] * 8 if "beside" not in batch else zip(batch["beside"], batch["beside_prompt_ids"][:, 0])
+        sides = ["aligned" if x < 0 else "violating" for x in batch.aligned[:, 0, 0, 2]]
+        hidden = [{}] * 8 if batch.beside is None else zip(batch.beside, batch.beside_prompt_ids[:, 0])
         for k, (side, second) in enumerate(zip(sides, hidden)):
-            prompt, value = (known[batch[name][k, 0]] for name in ("prompt_ids", "value_prompt_ids"))
+            prompt, value = (known[getattr(batch, name)[k, 0]] for name in ("prompt_ids", "value_prompt_ids"))
             yield prompt, value, side, known[second[1]] if second and second[0] else None
 
 
@@ -165,7 +167,7 @@ def test_some_prompts_are_ones_that_the_value_should_leave_alone(directory, tmp_
     stated = [(prompt, value, side) for prompt, value, side, _ in rows if len(prompt.split()) > 2]
     assert len(stated) / len(rows) == pytest.approx(0.3, abs=0.06)
     batches = iterate(directory, batch_size=8, anchors=0.3, principles=values.load(("shape", "colour", "bloody")))
-    told = np.concatenate([next(batches)["anchor"] for _ in range(100)])
+    told = np.concatenate([next(batches).anchor for _ in range(100)])
     assert told.tolist() == [len(prompt.split()) > 2 for prompt, *_ in rows]
     for prompt, value, side in stated:
         _, attribute, scene = prompt.split()
@@ -235,8 +237,8 @@ def test_images_are_cropped_to_the_size_and_flipped_together(tmp_path):
     record = dict(prompt="a", value="shape equality", scene="a", aligned=png(ramp), violating=png(ramp), provenance="")
     write([record], [data.Block("shape equality", "a", 0, 1)], tmp_path / "ramp")
     batch = next(iterate(tmp_path / "ramp", batch_size=32, image_size=40, random_flip=True))
-    assert np.array_equal(batch["aligned"], batch["violating"])
-    rising = batch["aligned"][:, 0, -1, 0] > batch["aligned"][:, 0, 0, 0]
+    assert np.array_equal(batch.aligned, batch.violating)
+    rising = batch.aligned[:, 0, -1, 0] > batch.aligned[:, 0, 0, 0]
     assert 0 < rising.sum() < 32
 
 

@@ -118,8 +118,8 @@ def test_the_reader_makes_batches_of_it(source, tmp_path):
         data.Preferences(tmp_path / "out"), tokenize, batch_size=5, image_size=24, random_flip=False, seed=0
     )
     batch = next(batches)
-    assert batch["aligned"].shape == batch["violating"].shape == (5, 24, 24, 3)
-    reds = lambda side: np.round((batch[side][:, 0, 0, 0] + 1) * 127.5 / 8).astype(int).tolist()
+    assert batch.aligned.shape == batch.violating.shape == (5, 24, 24, 3)
+    reds = lambda side: np.round((getattr(batch, side)[:, 0, 0, 0] + 1) * 127.5 / 8).astype(int).tolist()
     assert sorted(reds("aligned")) == [0, 0, 2, 2, 3] and set(reds("violating")) <= {0, 1, 4}
 
 

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from configs import livo, tiny
-from livo_jax import StableDiffusion, judges, methods, sharding, value_encoders, values
+from livo_jax import StableDiffusion, judges, methods, sharding, values
 from livo_jax.evaluation import cases, metrics, prompt_sets
 from livo_jax.runs import evaluate
 
@@ -123,8 +123,9 @@ def test_an_evaluation_with_sets(tmp_path):
     mesh, found = sharding.make_mesh(data=8), values.load(config.principles)
     sd = StableDiffusion.from_pretrained(config.model, sharding=sharding.replicated(mesh))
     judge = judges.load(config, found, evaluate.subjects(config))
-    method = methods.load(config, sd, value_encoders.start(config, sd, mesh), mesh, tmp_path, judge)
-    results = metrics.rows(evaluate.evaluate(sd, method, config, tmp_path, mesh, judge).numbers)
+    method = methods.make_method(config)
+    drawing = method.make_drawing(method.models(sd, method.start(sd, mesh)), mesh, tmp_path, judge)
+    results = metrics.rows(evaluate.evaluate(sd, drawing, config, tmp_path, mesh, judge).numbers)
     assert "mason" in evaluate.subjects(config), "the judge knows it, so that it can be recognised"
     measured = {(row["value"], row["split"]): set() for row in results}
     for row in results:

@@ -50,6 +50,3 @@ def test_a_mistake_in_the_users_module_is_shown_as_it_is(tmp_path, monkeypatch):
     (tmp_path / "misses.py").write_text("import a_module_that_is_not_there\n")
     with pytest.raises(ModuleNotFoundError, match="a_module_that_is_not_there"):
         import_named("misses:make", "config.judge")
-    (tmp_path / "bare.py").write_text("class Bare:\n    pass\n")
-    with pytest.raises(ValueError, match="config.method='bare:Bare' has no KINDS and no make"):
-        import_named("bare:Bare", "config.method", ("KINDS", "make"))

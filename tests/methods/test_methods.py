@@ -219,9 +219,13 @@ def test_uce_is_kept_and_made_again_for_another_config(sd, config, tmp_path):
         asked.append(len(images))
         return shape_judge(images)
 
-    first = uce.make(config, sd, mesh, epath.Path(tmp_path), judge)
+    def make_drawing():
+        return uce.UnifiedConceptEditing(config).make_drawing(models, mesh, epath.Path(tmp_path), judge)
+
+    models = methods.Models(sd, sd)
+    first = make_drawing()
     assert asked == [2, 2], "a round each: two subjects"
-    again = uce.make(config, sd, mesh, epath.Path(tmp_path), judge)
+    again = make_drawing()
     assert len(asked) == 2 and again.seconds == first.seconds
     assert np.array_equal(first.draw([request]), again.draw([request]))
     base = methods.base(config, sd, mesh)
@@ -231,7 +235,7 @@ def test_uce_is_kept_and_made_again_for_another_config(sd, config, tmp_path):
     kernels = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(split(sd.unet)[1]) if uce._reads_text(path)]
     assert first.trained == 2 * sum(leaf.size for leaf in kernels) > 0, "a model for each value"
     config.uce.regularisation = 0.2
-    uce.make(config, sd, mesh, epath.Path(tmp_path), judge)
+    make_drawing()
     assert len(asked) == 4
     config.uce.regularisation = 0.1
 
@@ -242,7 +246,7 @@ def test_uce_is_kept_and_made_again_for_another_config(sd, config, tmp_path):
 def test_words_and_negative_prompts_say_the_value_over_the_same_noise(sd, config):
     mesh, draw = sharding.make_mesh(data=1), {}
     for config.method in ("words", "negative"):
-        draw[config.method] = methods.load(config, sd, None, mesh, None).draw
+        draw[config.method] = methods.make_method(config).make_drawing(methods.Models(sd, sd), mesh, None, None).draw
     settings = dict(mesh=mesh, seed=config.eval.seed, **config.sampling.to_dict())
     request = Request("a bloody cook", 3, (Dose("bloody considered inappropriate"),))
     said = Request("bloody considered inappropriate, a bloody cook", 3, noise="a bloody cook")
@@ -253,15 +257,15 @@ def test_words_and_negative_prompts_say_the_value_over_the_same_noise(sd, config
 
 def test_losses_that_compare_the_images_of_a_pair(config):
     compare = {"dpo", "ipo", "dpo_unet"}
-    for name in ("sft", "dpo", "ipo", "kto", *methods.UNET):
+    for name in ("sft", "dpo", "ipo", "kto", "dpo_unet", "concept_ablation"):
         own = importlib.import_module(f"configs.baselines.{name}").get_config()
-        assert methods.compares_pairs(own) == (name in compare), name
+        assert methods.make_method(own).compares_pairs == (name in compare), name
 
 
 def test_unknown_methods_and_presets_are_refused(sd, config):
     config.method = "magic"
     with pytest.raises(ValueError, match="'magic'.*fair_diffusion, negative, sld, uce, words"):
-        methods.load(config, sd, None, None, None)
+        methods.make_method(config)
     with pytest.raises(ValueError, match="there is tiny and livo"):
         fair_config.get_config("large")
 
@@ -269,26 +273,31 @@ def test_unknown_methods_and_presets_are_refused(sd, config):
 def test_a_method_of_the_users_own(sd, tmp_path, monkeypatch):
     """It is named by its module, which is on Python's path; its fields are checked as those of the methods here."""
     (tmp_path / "loud.py").write_text("""
-from livo_jax.methods import Method, drawer, networks
+from livo_jax.methods import Drawing, Method, drawer, weights_of
 
-class Loud:
+class Loud(Method):
     KINDS = ("harm",)
 
-    def make(config, sd, mesh, workdir, judge):
+    def make_drawing(self, models, mesh, workdir, judge):
         def draw(requests):
-            return drawer(config, mesh)(sd, [r._replace(prompt=r.prompt.upper(), values=()) for r in requests])
+            asked = [r._replace(prompt=r.prompt.upper(), values=()) for r in requests]
+            return drawer(self.config, mesh)(models.sd, asked)
 
-        return Method(draw, networks(sd), {"method": "loud"}, kinds=Loud.KINDS)
+        return Drawing(draw, weights_of(models.sd), {"method": "loud"})
 """)
     monkeypatch.syspath_prepend(tmp_path)
     config = fair_config.get_config("tiny")
     config.method, config.principles = "loud:Loud", ("bloody",)
     config.sampling.steps, config.sampling.batch_size = 2, 1
     mesh = sharding.make_mesh(1)
-    loud, base = methods.load(config, sd, None, mesh, tmp_path), methods.base(config, sd, mesh)
+    method, base = methods.make_method(config), methods.base(config, sd, mesh)
+    loud = method.make_drawing(methods.Models(sd, sd), mesh, tmp_path, None)
     requests = [Request("a photo of a baker", values=(Dose("bloody considered inappropriate"),))]
     shouted = [Request("A PHOTO OF A BAKER")]
-    assert loud.kinds == ("harm",) and methods.trains_nothing(config) and methods.kinds(config) == ("harm",)
+    assert method.KINDS == ("harm",) and not isinstance(method, methods.TrainedMethod)
     np.testing.assert_array_equal(loud.draw(requests), base.draw(shouted))
     config.train.steps = 5
     assert any("trains nothing, set 0" in line for line in fields.problems(config))
+    config.method = "loud:drawer"
+    with pytest.raises(ValueError, match="'loud:drawer': it is no subclass of livo_jax.methods.Method"):
+        methods.make_method(config)

@@ -12,12 +12,12 @@ from flax import nnx
 from livo_jax import methods, sharding, values
 from livo_jax.data.batches import batches
 from livo_jax.data.preferences import Block, Preferences
-from livo_jax.methods import concept_ablation, dpo_unet
 from livo_jax.models.weights import split, to_published
 from livo_jax.runs import check, plan, restore, train
 from livo_jax.sampling.requests import Dose, Request
 from livo_jax.training import losses
-from livo_jax.training.step import draw, noised
+from livo_jax.training.batch import Batch, draw_noise
+from livo_jax.training.objective import add_noise
 from tests import small_run
 from tests.data import test_data
 
@@ -35,29 +35,39 @@ def sd(small):
 
 @pytest.fixture(scope="module")
 def batch(sd):
-    rng, shape = np.random.default_rng(0), (2, *sd.latent_shape)
+    rng = np.random.default_rng(0)
     image = lambda: rng.uniform(-1, 1, (2, sd.image_size, sd.image_size, 3)).astype(np.float32)
-    return {
-        "prompt_ids": sd.tokenize(["a baker", "a photo of a cook"]),
-        "value_prompt_ids": sd.tokenize(["a bloody baker", "a photo of a cook on a bloody day"]),
-        "aligned": image(), "violating": image(),
-    } | draw(jax.random.key(0), shape, (0, 1000))  # fmt: skip
+    return Batch(
+        value_prompt_ids=sd.tokenize(["a bloody baker", "a photo of a cook on a bloody day"]),
+        prompt_ids=sd.tokenize(["a baker", "a photo of a cook"]),
+        aligned=image(),
+        violating=image(),
+    )
+
+
+@pytest.fixture(scope="module")
+def noise(sd):
+    return draw_noise(jax.random.key(0), (2, *sd.latent_shape), (0, 1000))
 
 
 @pytest.fixture(scope="module")
 def parts(small):
-    _, graphs, params, _ = small
-    return graphs, params
+    _, networks, frozen, _ = small
+    return networks, frozen
 
 
-def loss_of(module, config, sd, parts):
+def loss_of(config, sd, parts, noise):
     """The method's untrained Update, and its jitted loss with gradients."""
-    graphs, frozen = parts
-    update = module.Update(config, sd, nnx.Rngs(config.seed))
+    method, (networks, frozen) = methods.make_method(config), parts
+    update = method.Update(config, sd, nnx.Rngs(config.seed))
     graph, params = split(update)
-    loss = module.make_loss(graphs | {"update": graph}, sd.schedule, config, sd.vae.config.scaling_factor)
+    loss = method.make_loss(networks._replace(graphs=networks.graphs | {"trained": graph}))
     gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))
-    return update, params, lambda params, batch: gradient(params, frozen, batch)  # as constants they would be folded
+
+    def gradient_of(params, batch):
+        return gradient(params, frozen, batch, noise)  # as constants they would be folded
+
+    return update, params, gradient_of
 
 
 def changed(ours, theirs) -> set[str]:
@@ -67,8 +77,8 @@ def changed(ours, theirs) -> set[str]:
     return moved | {name for name in theirs if not np.array_equal(ours[name], theirs[name])}
 
 
-def test_dpo_starts_at_the_reference_and_updates_all_attention(sd, parts, batch):
-    update, params, gradient = loss_of(dpo_unet, config_of("dpo_unet"), sd, parts)
+def test_dpo_starts_at_the_reference_and_updates_all_attention(sd, parts, batch, noise):
+    update, params, gradient = loss_of(config_of("dpo_unet"), sd, parts, noise)
     assert not changed(update.applied(sd.unet), sd.unet)
     (loss, metrics), grads = gradient(params, batch)
     # Rounding of the errors, about 1e-7 each, times the slope, beta T = 200.
@@ -83,13 +93,13 @@ def test_dpo_starts_at_the_reference_and_updates_all_attention(sd, parts, batch)
     assert changed(update.applied(sd.unet), sd.unet) == attention
 
 
-def test_ablation_leads_the_concept_to_its_anchor_by_keys_and_values(sd, parts, batch):
+def test_ablation_leads_the_concept_to_its_anchor_by_keys_and_values(sd, parts, batch, noise):
     config = config_of("concept_ablation")
     config.concept_ablation.prior = 0.0
-    batch = {name: x for name, x in batch.items() if name != "violating"}  # which it does not ask for
-    update, params, gradient = loss_of(concept_ablation, config, sd, parts)
+    batch = batch._replace(violating=None)  # which it does not ask for
+    update, params, gradient = loss_of(config, sd, parts, noise)
     assert not changed(update.applied(sd.unet), sd.unet)
-    same = batch | {"value_prompt_ids": batch["prompt_ids"]}
+    same = batch._replace(value_prompt_ids=batch.prompt_ids)
     (loss, _), grads = gradient(params, same)
     assert max(loss, optax.tree.norm(grads)) < 1e-6, "an anchor asks for nothing: what it predicts stays"
     first = gradient(params, batch)[0][0]
@@ -104,16 +114,16 @@ def test_ablation_leads_the_concept_to_its_anchor_by_keys_and_values(sd, parts, 
     assert all(".attn2.to_k." in name or ".attn2.to_v." in name for name in changed(update.applied(sd.unet), sd.unet))
 
 
-def test_ablation_keeps_what_its_anchors_show(sd, parts, batch):
+def test_ablation_keeps_what_its_anchors_show(sd, parts, batch, noise):
     config = config_of("concept_ablation")
     config.concept_ablation.prior = 2.0
-    _, params, gradient = loss_of(concept_ablation, config, sd, parts)
+    _, params, gradient = loss_of(config, sd, parts, noise)
     (loss, metrics), _ = gradient(params, batch)
     assert float(loss) == pytest.approx(float(metrics["ablation"] + 2 * metrics["kept"]), rel=1e-5)
-    z_t, t, target = noised(parts[0], sd.schedule, sd.vae.config.scaling_factor, parts[1], batch, ("aligned",))
-    predicted = sd.unet(z_t, t, sd.text_encoder(batch["prompt_ids"]).last_hidden_state)
+    z_t, t, target = add_noise(*parts, batch, noise, ("aligned",))
+    predicted = sd.unet(z_t, t, sd.text_encoder(batch.prompt_ids).last_hidden_state)
     assert float(metrics["kept"]) == pytest.approx(float(losses.denoising_error(predicted, target).mean()), rel=1e-4)
-    same = batch | {"value_prompt_ids": batch["prompt_ids"]}
+    same = batch._replace(value_prompt_ids=batch.prompt_ids)
     assert optax.tree.norm(gradient(params, same)[1]) > 1e-3, "what holds an anchor where it is"
 
 
@@ -132,7 +142,7 @@ def test_prompts_of_a_harm_are_concepts_and_those_without_it_anchors(tmp_path):
         principles=values.load(("shape", "bloody")), concepts=True,
     )  # fmt: skip
     read = [next(rows) for _ in range(4)]
-    ids = (np.concatenate([row[name].ravel() for row in read]) for name in ("value_prompt_ids", "prompt_ids"))
+    ids = (np.concatenate([getattr(row, name).ravel() for row in read]) for name in ("value_prompt_ids", "prompt_ids"))
     found = {(texts[concept], texts[anchor]) for concept, anchor in zip(*ids)}
     assert found == {
         ("a photo of an ugly bloody cook", "a photo of an ugly cook"),
@@ -142,7 +152,7 @@ def test_prompts_of_a_harm_are_concepts_and_those_without_it_anchors(tmp_path):
     }
 
 
-@pytest.mark.parametrize("name", methods.UNET)
+@pytest.mark.parametrize("name", ["concept_ablation", "dpo_unet"])
 def test_a_run_trains_the_unet_alone_and_is_restored(name, root, tmp_path):
     config = config_of(name)
     config.model, config.random_weights, config.judge = str(root / "model"), True, ""
@@ -155,26 +165,27 @@ def test_a_run_trains_the_unet_alone_and_is_restored(name, root, tmp_path):
     config.train.steps, config.sampling.batch_size = 2, 2
     train.train_and_evaluate(config, tmp_path / "run")
     mesh = sharding.make_mesh(**config.mesh)
-    sd, value_encoder = restore.restore_run(config, tmp_path / "run", mesh)
-    base = restore.load_base(config, mesh)
+    models = restore.restore_run(config, tmp_path / "run", mesh)
+    base, sd, value_encoder = models
     assert value_encoder is None
     kinds = (".attn2.to_k.", ".attn2.to_v.") if name == "concept_ablation" else (".to_",)
     names = changed(sd.unet, base.unet)
     assert names and all(any(kind in name for kind in kinds) for name in names)
     assert not changed(sd.text_encoder, base.text_encoder) and (tmp_path / "run/samples/step_2.png").exists()
-    method = methods.load(config, sd, None, mesh, tmp_path)
-    assert method.kinds == (("harm",) if name == "concept_ablation" else ("bias", "harm"))
-    assert method.trained == sum(x.size for x in small_run.final(tmp_path / "run").values() if x.ndim) // 3, (
+    method = methods.make_method(config)
+    drawing = method.make_drawing(models, mesh, tmp_path, None)
+    assert method.KINDS == (("harm",) if name == "concept_ablation" else ("bias", "harm"))
+    assert drawing.trained == sum(x.size for x in small_run.final(tmp_path / "run").values() if x.ndim) // 3, (
         "Adam's two"
     )
     config.shard_frozen = True
     planned = plan.plan(config, 4)
-    assert planned["parameters"]["trained"] == method.trained and planned["traffic"].keys() == {
+    assert planned["parameters"]["trained"] == drawing.trained and planned["traffic"].keys() == {
         "gradient",
         "frozen weights",
     }
     request = [Request("a bloody cook", 0, (Dose("bloody considered inappropriate"),))]
-    assert (method.draw(request) != methods.base(config, base, mesh).draw(request)).any()
+    assert (drawing.draw(request) != methods.base(config, base, mesh).draw(request)).any()
 
 
 def test_what_ablation_cannot_work_with_is_told_at_once():

@@ -402,7 +402,7 @@ tokenize = lambda texts: np.zeros((len(texts), 16), np.int32)
 preferences = Preferences({directory!r})
 iterator = batches(preferences, tokenize, batch_size=100, image_size=32, random_flip=False, seed=0)
 start = time.perf_counter()
-seen = sum(len(next(iterator)["aligned"]) for _ in range(860))
+seen = sum(len(next(iterator).aligned) for _ in range(860))
 rate = seen / (time.perf_counter() - start)
 print(f"read {{seen}} pairs, {{rate:.0f}} a second,", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, "GiB")
 """

@@ -26,11 +26,14 @@ from livo_jax.export.export import SCHEDULERS
 from livo_jax.files.modules import PARTS, skeleton
 from livo_jax.files.repositories import read_json
 from livo_jax.methods import uce
-from livo_jax.models.weights import TO_PUBLISHED, one_key, published_name, split, to_published
+from livo_jax.models.weights import TO_PUBLISHED, published_name, split, to_published
 from livo_jax.runs import restore, train
 from livo_jax.sampling import generate, pairs
 from livo_jax.sampling.requests import Dose, Request
-from livo_jax.training.step import but_embeddings, draw, init_state, make_loss, make_optimizer, make_train_step
+from livo_jax.training.batch import Batch, draw_noise
+from livo_jax.training.objective import make_loss, split_models
+from livo_jax.training.optimizer import but_embeddings, make_optimizer
+from livo_jax.training.step import init_state, make_train_step
 from livo_jax.value_encoders.lora import LoRA
 from livo_jax.value_encoders.shelf import Shelf
 from livo_jax.value_encoders.soft_tokens import SoftTokens
@@ -39,7 +42,7 @@ from tests import small_run
 from tests.conftest import LEVELS, UNET, VAE, randomised, text_model, write_pipeline
 from tests.data import test_data
 from tests.runs.test_run import run
-from tests.training.test_train import CONFIG, SCALE, torch_step
+from tests.training.test_train import CONFIG, torch_step
 
 INDEX = {
     "_class_name": "StableDiffusionXLPipeline", "_diffusers_version": "0.27.0", "force_zeros_for_empty_prompt": True,
@@ -331,22 +334,14 @@ def batch(sd):
     rng = np.random.default_rng(0)
     images = {side: rng.uniform(-1, 1, (2, 16, 16, 3)).astype(np.float32) for side in ("aligned", "violating")}
     values = [f"{VALUE}, {prompt}" for prompt in PROMPTS]
-    return {"prompt_ids": sd.tokenize(PROMPTS), "value_prompt_ids": sd.tokenize(values)} | images
-
-
-def parts(sd, value_encoder):
-    """Graphs and parameters, by name."""
-    modules = dict(text_encoder=sd.text_encoder, unet=sd.unet, vae=sd.vae)
-    modules |= {"value_encoder": value_encoder} if value_encoder else {}
-    return [dict(zip(modules, column)) for column in zip(*map(split, modules.values()))]
+    return Batch(sd.tokenize(values), prompt_ids=sd.tokenize(PROMPTS), **images)
 
 
 def gradients(sd, value_encoder, batch):
     """Gradients of a step, by our names, and its loss."""
-    graphs, frozen = parts(sd, value_encoder)
-    params = frozen.pop("value_encoder")
+    networks, params, frozen = split_models(sd, value_encoder, with_vae=True)
     tx = optax.trace(0.0)  # its state is the gradient
-    step = jax.jit(make_train_step(graphs, sd.schedule, tx, CONFIG, SCALE, sd.time_ids))
+    step = jax.jit(make_train_step(networks, tx, CONFIG, make_loss(networks, CONFIG)))
     state, metrics = step(init_state(params, tx), frozen, batch)
     return to_published(state["opt_state"].trace), float(metrics["loss"])
 
@@ -358,7 +353,7 @@ def test_a_step_is_pytorchs(sd, config, theirs, batch):
     frozen, trained = (Towers(theirs["text_encoder"], theirs["text_encoder_2"]) for _ in range(2))
     trained = copy.deepcopy(trained)
     with torch.no_grad():
-        added = {"text_embeds": frozen(torch.tensor(batch["prompt_ids"])).text_embeds}
+        added = {"text_embeds": frozen(torch.tensor(batch.prompt_ids)).text_embeds}
     added["time_ids"] = torch.tensor(sd.time_ids).expand(2, 6)
     unet = lambda z, t, c: theirs["unet"](z, t, c, added_cond_kwargs=added)
     models = dict(unet=unet, vae=theirs["vae"], text_encoder=frozen)
@@ -374,17 +369,20 @@ def test_a_step_is_pytorchs(sd, config, theirs, batch):
 
 
 def test_a_step_from_cached_states_is_the_same(sd, made, batch):
-    graphs, frozen = parts(sd, made["full"])
-    params = frozen.pop("value_encoder")
-    loss = make_loss(graphs, sd.schedule, CONFIG, SCALE, sd.time_ids)
-    drawn = draw(jax.random.key(0), (2, *sd.latent_shape), (0, 1000))
-    of = jax.jit(lambda batch: loss(params, frozen, batch | drawn)[0])
-    text = sd.text_encoder(batch["prompt_ids"])
-    cached = {"value_prompt_ids": batch["value_prompt_ids"], "prompt_states": text.last_hidden_state}
-    cached |= {f"{side}_moments": jnp.concatenate(sd.vae.encode(batch[side]), -1) for side in ("aligned", "violating")}
+    networks, params, frozen = split_models(sd, made["full"], with_vae=True)
+    loss = make_loss(networks, CONFIG)
+    noise = draw_noise(jax.random.key(0), (2, *sd.latent_shape), (0, 1000))
+    of = jax.jit(lambda batch: loss(params, frozen, batch, noise)[0])
+    text = sd.text_encoder(batch.prompt_ids)
+    aligned, violating = (jnp.concatenate(sd.vae.encode(x), -1) for x in (batch.aligned, batch.violating))
+    cached = Batch(
+        batch.value_prompt_ids, prompt_states=text.last_hidden_state, text_embeds=text.text_embeds,
+        aligned_moments=aligned, violating_moments=violating,
+    )  # fmt: skip
     expected = float(of(batch))
-    assert float(of(cached | {"text_embeds": text.text_embeds})) == pytest.approx(expected, rel=1e-5)
-    assert float(of(cached | {"text_embeds": text.text_embeds + 1})) != pytest.approx(expected, rel=1e-3)
+    assert float(of(cached)) == pytest.approx(expected, rel=1e-5)
+    other = cached._replace(text_embeds=text.text_embeds + 1)
+    assert float(of(other)) != pytest.approx(expected, rel=1e-3)
 
 
 def test_embeddings_of_both_towers_may_stay(made):
@@ -408,19 +406,19 @@ def test_uce_reads_a_harm_as_its_absence(sd):
     (bloody,) = values.load(("bloody",))
     M = uce.erase(bloody, sd, config)
     assert np.linalg.norm(harm @ M - plain) < 0.6 * np.linalg.norm(harm - plain)
-    assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, methods.weights(uce.edited(sd, M).unet, sd.unet))))
+    edited, plain = (jax.tree.leaves(split(unet)[1]) for unet in (uce.edited(sd, M).unet, sd.unet))
+    assert any((a != b).any() for a, b in zip(edited, plain))
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("method", methods.UNET)
+@pytest.mark.parametrize("method", ["concept_ablation", "dpo_unet"])
 def test_methods_that_train_the_unet_take_a_step(sd, batch, method, prediction_type):
     """On shapes alone."""
     config = importlib.import_module(f"configs.baselines.{method}").get_config("tiny:smoke")
-    graphs, frozen = parts(sd, None)
-    graphs["update"], params = split(methods.of_unet(config).Update(config, sd, one_key()))
-    tx, schedule = make_optimizer(config), dataclasses.replace(sd.schedule, prediction_type=prediction_type)
-    loss_of = methods.of_unet(config).make_loss
-    step = make_train_step(graphs, schedule, tx, config, SCALE, sd.time_ids, loss_of)
+    method, tx = methods.make_method(config), make_optimizer(config)
+    networks, params, frozen = split_models(sd, method.make_module(sd), with_vae=True)
+    networks = networks._replace(schedule=dataclasses.replace(sd.schedule, prediction_type=prediction_type))
+    step = make_train_step(networks, tx, config, method.make_loss(networks))
     state = jax.eval_shape(functools.partial(init_state, tx=tx), params)
     after, _ = jax.eval_shape(step, state, frozen, batch)
     assert jax.tree.map(lambda x: x.shape, after) == jax.tree.map(lambda x: x.shape, state)
@@ -430,14 +428,15 @@ def test_safe_diffusion_draws_and_wants_predicted_noise(sd):
     config = importlib.import_module("configs.baselines.sld").get_config("tiny:smoke")
     config.sampling.update(steps=1, sampler="euler", batch_size=1)
     request = Request("a bloody cook", 0, (Dose("bloody considered inappropriate"),))
-    draw = methods.load(config, sd, None, SETTINGS["mesh"], None).draw
+    method = methods.make_method(config)
+    draw = method.make_drawing(methods.Models(sd, sd), SETTINGS["mesh"], None, None).draw
     assert draw([request]).shape == (1, 16, 16, 3)
     velocity = copy.copy(sd)
     velocity.schedule = dataclasses.replace(sd.schedule, prediction_type="v_prediction")
     with pytest.raises(
         ValueError, match="prediction_type='v_prediction', and its scale and threshold are of predicted"
     ):
-        methods.load(config, velocity, None, SETTINGS["mesh"], None)
+        method.make_drawing(methods.Models(velocity, velocity), SETTINGS["mesh"], None, None)
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ import torch
 from livo_jax import StableDiffusion
 from livo_jax.files.modules import load
 from livo_jax.models.unet import UNet2DConditionModel
+from livo_jax.training.batch import Batch
 from tests.conftest import parts_of, randomised, relative_error
 from tests.small_run import ROOT
 from tests.training.test_train import compare_training, torch_training
@@ -123,15 +124,16 @@ def test_three_livo_steps(both):
     """Loss, gradients and updated parameters; 64 px, where a step fits this machine's memory."""
     theirs, ours, _ = both
     rng = np.random.default_rng(1)
-    batch = {name: rng.uniform(-1, 1, (2, 64, 64, 3)).astype(np.float32) for name in ("aligned", "violating")}
+    columns = {name: rng.uniform(-1, 1, (2, 64, 64, 3)).astype(np.float32) for name in ("aligned", "violating")}
     for name in ("prompt_ids", "value_prompt_ids"):
         ids = rng.integers(0, 49406, (2, 77)).astype(np.int32)
         ids[:, 0], ids[:, 20:] = 49406, 49407
-        batch[name] = ids
-    graphs, frozen = parts_of(ours)
+        columns[name] = ids
+    batch = Batch(**columns)
+    networks, frozen = parts_of(ours)
     expected = torch_training(theirs, batch, ours.scheduler_config)
     theirs.clear()  # for memory
-    compare_training(expected, graphs, frozen, batch, ours.schedule)
+    compare_training(expected, networks, frozen, batch)
 
 
 @torch.no_grad()

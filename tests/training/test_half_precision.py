@@ -15,8 +15,10 @@ from livo_jax.methods import concept_ablation
 from livo_jax.models import low_rank
 from livo_jax.models.weights import split
 from livo_jax.runs import restore
-from livo_jax.training.step import draw, init_state, make_loss, make_optimizer, make_train_step
-from tests.conftest import parts_of
+from livo_jax.training.batch import draw_noise
+from livo_jax.training.objective import split_models
+from livo_jax.training.optimizer import make_optimizer
+from livo_jax.training.step import init_state, make_train_step
 
 
 def config_of(method, model):
@@ -31,7 +33,8 @@ def config_of(method, model):
     return config
 
 
-METHODS = ["full", "lora", "token", "sft", "dpo", "ipo", "kto", *methods.UNET]
+OF_UNET = ["concept_ablation", "dpo_unet"]
+METHODS = ["full", "lora", "token", "sft", "dpo", "ipo", "kto", *OF_UNET]
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +48,10 @@ def models(small):
 
 
 def parts(config, sd):
-    """What the step of a method takes: the maker of its loss, graphs, trained and frozen parameters."""
-    graphs, frozen = parts_of(sd)
-    of_unet = methods.of_unet(config)
-    module = restore.load_models(config, sharding.make_mesh(1), sd)[1]
-    graphs["update" if of_unet else "value_encoder"], params = split(module)
-    return of_unet.make_loss if of_unet else make_loss, graphs, params, frozen
+    """What the step of a method takes: its loss, networks, trained and frozen parameters."""
+    sd, module = restore.load_models(config, sharding.make_mesh(1), sd)
+    networks, params, frozen = split_models(sd, module, with_vae=True)
+    return methods.make_method(config).make_loss(networks), networks, params, frozen
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -60,30 +61,29 @@ def test_a_step(models, small, method):
     The loss of value encoders and of the UNet's methods is that in float32 but for bfloat16's 8 bits.
     """
     config, batch, sd = config_of(method, small[0].root), small[3], models[jnp.bfloat16]
-    loss_of, graphs, params, frozen = parts(config, sd)
-    scale, tx = sd.vae.config.scaling_factor, make_optimizer(config)
-    step = jax.jit(make_train_step(graphs, sd.schedule, tx, config, scale, make_loss=loss_of))
+    loss, networks, params, frozen = parts(config, sd)
+    tx = make_optimizer(config)
+    step = jax.jit(make_train_step(networks, tx, config, loss))
     state, metrics = step(init_state(params, tx), frozen, batch)
     assert all(np.isfinite(x) for x in metrics.values()) and metrics["grad_norm"] > 0
     before, after = jax.tree.leaves(params), jax.tree.leaves(state["params"])
     assert {x.dtype for x in before + after} == {jnp.dtype(jnp.float32)} and all(np.isfinite(x).all() for x in after)
     assert any((a != b).any() for a, b in zip(before, after))
-    if method in methods.UNET:
+    if method in OF_UNET:
         z, t, c = jnp.ones((2, *sd.latent_shape)), jnp.array([10, 500]), jnp.ones((2, 16, 20))
-        predict = jax.jit(lambda params: nnx.merge(graphs["update"], params).applied(sd.unet)(z, t, c))
+        predict = jax.jit(lambda params: networks.merge("trained", params).applied(sd.unet)(z, t, c))
         one, two = predict(params), predict(state["params"])
         assert one.dtype == jnp.bfloat16
         assert (one != two).mean() > 0.05, "what a step of 3e-4 changes is not rounded away"
         if method == "dpo_unet":
             # The policy starts at the reference: what is left is how the compiler fuses and rounds each.
             assert max(abs(metrics["margin_w"]), abs(metrics["margin_l"])) < 1e-4
-    if method not in ("full", *methods.UNET):  # those of value encoders differ in what these compare
+    if method not in ("full", *OF_UNET):  # those of value encoders differ in what these compare
         return
     key = jax.random.fold_in(jax.random.key(config.seed), 0)
-    loss_of, graphs, params, frozen = parts(config, models[jnp.float32])
-    loss = jax.jit(loss_of(graphs, sd.schedule, config, scale))
-    drawn = draw(key, (8, *sd.latent_shape), config.loss.timesteps)
-    assert metrics["loss"] == pytest.approx(float(loss(params, frozen, batch | drawn)[0]), rel=0.03)
+    loss, _, params, frozen = parts(config, models[jnp.float32])
+    noise = draw_noise(key, (8, *sd.latent_shape), config.loss.timesteps)
+    assert metrics["loss"] == pytest.approx(float(jax.jit(loss)(params, frozen, batch, noise)[0]), rel=0.03)
 
 
 @pytest.mark.parametrize("kind", ["low rank", "whole"])

@@ -21,12 +21,14 @@ from livo_jax.models.weights import split, to_published
 from livo_jax.runs import plan, restore, train
 from livo_jax.sampling import conditioning, generate
 from livo_jax.sampling.requests import Dose, Request
+from livo_jax.training.batch import Batch
+from livo_jax.training.objective import make_loss, split_models
 from livo_jax.training.step import init_state, make_train_step
 from livo_jax.value_encoders.lora import LoRA
 from livo_jax.value_encoders.soft_tokens import SoftTokens
 from livo_jax.values.principles import text_hash
 from tests import small_run
-from tests.training.test_train import CONFIG, SCALE, torch_step
+from tests.training.test_train import CONFIG, torch_step
 
 STATEMENTS = ("shape equality", "colour equality")
 PROMPTS = [f"a photo of a {word}" for word in ("baker", "cook", "smith", "tailor")]
@@ -73,15 +75,12 @@ def step(sd, ids):
     """step(value encoder) -> gradients by parameter, the loss, and the batch that they are of."""
     rng = np.random.default_rng(0)
     images = {side: rng.uniform(-1, 1, (len(ids), 16, 16, 3)).astype(np.float32) for side in ("aligned", "violating")}
-    batch = {"prompt_ids": sd.tokenize(PROMPTS), "value_prompt_ids": ids} | images
-    graphs, frozen = {}, {}
-    for name in ("text_encoder", "unet", "vae"):
-        graphs[name], frozen[name] = split(getattr(sd, name))
+    batch = Batch(ids, prompt_ids=sd.tokenize(PROMPTS), **images)
 
     def step(value_encoder):
-        graph, params = split(value_encoder)
+        networks, params, frozen = split_models(sd, value_encoder, with_vae=True)
         tx = optax.trace(0.0)  # its state is the gradient
-        run = jax.jit(make_train_step(graphs | {"value_encoder": graph}, sd.schedule, tx, CONFIG, SCALE))
+        run = jax.jit(make_train_step(networks, tx, CONFIG, make_loss(networks, CONFIG)))
         state, metrics = run(init_state(params, tx), frozen, batch)
         return state["opt_state"].trace, float(metrics["loss"]), batch
 
@@ -185,7 +184,8 @@ def test_a_value_encoder_of_the_value_alone(sd, config, tmp_path):
     requests = [Request(prompt, 0, (Dose("shape equality"),)) for prompt in PROMPTS]
     columns, _ = conditioning.value_columns(sd, requests, reads_prompt=False)
     assert (columns.value_prompt_ids == sd.tokenize(["shape equality, "])).all()
-    settings = methods.load(alone, sd, value_encoder, None, tmp_path).settings
+    method = methods.make_method(alone)
+    settings = method.make_drawing(method.models(sd, value_encoder), None, tmp_path, None).settings
     assert settings == {"method": "value tokens", "states": 3, "reads_prompt": False}, "other images than the default's"
     images = generate.generate(sd, requests, value_encoder, seed=0, **SETTINGS)
     plain = generate.generate(sd, [r._replace(values=()) for r in requests], seed=0, **SETTINGS)
@@ -271,7 +271,7 @@ def test_a_run_trains_its_kind_alone(root, tmp_path, kind):
     train.train_and_evaluate(config, tmp_path)
     assert not (tmp_path / "samples").exists()
     config.mesh = dict(data=1, fsdp=1, tensor=1)
-    sd, value_encoder = restore.restore_run(config, tmp_path, sharding.make_mesh(1))
+    _, sd, value_encoder = restore.restore_run(config, tmp_path, sharding.make_mesh(1))
     arrays = small_run.final(tmp_path)
     of = lambda name: {k.removeprefix(f"['{name}']"): x for k, x in arrays.items() if k.startswith(f"['{name}']")}
     restored = {jax.tree_util.keystr(p): x for p, x in jax.tree_util.tree_leaves_with_path(split(value_encoder)[1])}

@@ -1,0 +1,176 @@
+"""What every method is: the interface, and what methods share."""
+
+import abc
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+
+from livo_jax import values
+from livo_jax.models.weights import split
+from livo_jax.sampling.generate import generate
+
+TRAINING = ("train", "loss", "data", "value_encoder", "checkpoint", "log", "profile")
+TOKENS = (  # of the methods that have value tokens
+    "value_encoder", "train.train_embeddings", "data.beside", "data.attributes", "data.anchors",
+    "sampling.prompt_layout", "eval.rate_images", "eval.combinations", "eval.keep_probabilities", "eval.strengths",
+    "eval.ratios",
+)  # fmt: skip
+
+
+class Drawing(NamedTuple):
+    """How a method draws.
+
+    draw: draw(requests) -> [N, H, W, 3] uint8, from each request's noise; its values are those to follow.
+    state: a tree of all arrays that it draws with, settings: what else its images depend on, for JSON: where these are
+        equal, so are the images.
+    tokens: whether it has a token of each value, which is for the value's keep_probability's share of a prompt's
+        images. Otherwise a value is followed in all of them.
+    together: whether it follows several values in one image.
+    even: whether it deals a bias's attributes themselves to a prompt's images, each to as many.
+    trained: how many parameters it sets.
+    seconds: that this took, where no training did it.
+    """
+
+    draw: Callable[[list], np.ndarray]
+    state: Any
+    settings: dict
+    tokens: bool = False
+    together: bool = True
+    even: bool = False
+    trained: int = 0
+    seconds: float = 0.0
+
+
+class Models(NamedTuple):
+    """The models of a run.
+
+    base: the StableDiffusion of config.model, as it is. sd: the one that draws, which may have another UNet.
+    value_encoder: None, of a method that has none.
+    """
+
+    base: Any
+    sd: Any
+    value_encoder: nnx.Module | None = None
+
+
+class Method(abc.ABC):
+    """A way to follow values, of a config. This one draws with the model as it is; a TrainedMethod trains first.
+
+    KINDS: of the values that it is for. UNREAD: sections and fields of a config that it does not read.
+    """
+
+    KINDS: tuple[str, ...] = ("bias", "harm")
+    UNREAD: tuple[str, ...] = (*TRAINING, *TOKENS, "preferences")
+
+    def __init__(self, config):
+        self.config = config
+
+    def problems(self) -> list[str]:
+        """What in the config it cannot work with, beside fields that it does not read."""
+        return []
+
+    @abc.abstractmethod
+    def make_drawing(self, models: Models, mesh, workdir, judge) -> Drawing:
+        """How it draws with the models of a run.
+
+        Args:
+            workdir: where it keeps what it makes. judge: as judges.load makes it, for a method that looks at images.
+
+        Raises:
+            ValueError: it cannot work with such a model.
+        """
+
+
+class TrainedMethod(Method):
+    """A method that trains a module, whose RULES say how it is divided over a mesh.
+
+    CONCEPTS: whether its batches have concepts, as data.batches has them.
+    """
+
+    UNREAD = ()
+    CONCEPTS = False
+
+    @abc.abstractmethod
+    def make_module(self, sd) -> nnx.Module:
+        """The untrained module for a StableDiffusion. Under nnx.eval_shape its shapes, without weights."""
+
+    @abc.abstractmethod
+    def start(self, sd, mesh) -> nnx.Module:
+        """The module that training starts from, on the mesh."""
+
+    @abc.abstractmethod
+    def make_loss(self, networks):
+        """loss(params, frozen, batch, noise) -> (loss, metrics), as training.objective.make_loss."""
+
+    @abc.abstractmethod
+    def models(self, sd, module) -> Models:
+        """The models of a run with the module, trained so far."""
+
+    @property
+    def compares_pairs(self) -> bool:
+        """Whether the loss compares the two images of a pair: a log-ratio of both, which is of one prompt."""
+        return False
+
+    @property
+    def passes(self) -> tuple[int, int, int, int]:
+        """Of a step: images of a pair, the UNet's forward and backward passes, and readings of the text encoder."""
+        return 2, 2, 1, 1  # the policy's conditioning and the reference's
+
+
+def count(tree) -> int:
+    """How many numbers a tree of arrays, or of shapes, has."""
+    return sum(x.size for x in jax.tree.leaves(tree))
+
+
+def with_unet(sd, unet):
+    """The StableDiffusion with another UNet."""
+    other = copy.copy(sd)
+    other.unet = unet
+    return other
+
+
+def weights_of(sd) -> list[dict]:
+    return [split(module)[1] for module in (sd.text_encoder, sd.unet, sd.vae)]
+
+
+def drawer(config, mesh):
+    """generate with the settings of config.sampling and config.eval.seed."""
+    return functools.partial(generate, seed=config.eval.seed, mesh=mesh, **config.sampling.to_dict())
+
+
+def draw_plain(config, sd, mesh, settings: dict, **facts) -> Drawing:
+    """The Drawing of a StableDiffusion as it is, whatever is asked of it."""
+
+    def draw(requests):
+        return drawer(config, mesh)(sd, [request._replace(values=()) for request in requests])
+
+    return Drawing(draw, weights_of(sd), settings, **facts)
+
+
+def base(config, sd, mesh) -> Drawing:
+    """The model that methods are compared with."""
+    return draw_plain(config, sd, mesh, {"method": "base"})
+
+
+def concepts(config) -> dict[str, str]:
+    """The harms by their statements, in words: the negative prompt, or else what calls for it first."""
+    harms = (value for value in values.load_principles(config) if value.kind == "harm")
+    return {value.statement: value.negative or value.keywords[0] for value in harms}
+
+
+def by_group(requests, group, draw) -> np.ndarray:
+    """The images of requests, those of one group(request) drawn together, by draw(group, requests).
+
+    The groups come as the requests do: in every process the same.
+    """
+    places, images = {}, {}
+    for i, request in enumerate(requests):
+        places.setdefault(group(request), []).append(i)
+    for key, rows in places.items():
+        images |= zip(rows, draw(key, [requests[i] for i in rows]))
+    return np.stack([images[i] for i in range(len(requests))])

@@ -1,0 +1,177 @@
+"""What a step minimises: preferences between images, of a policy with the value and a reference without it."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from livo_jax import diffusion
+from livo_jax.models.weights import split
+from livo_jax.training import losses
+from livo_jax.training.batch import Batch, Noise
+from livo_jax.training.optimizer import but_embeddings
+
+SIDES = ("aligned", "violating")
+
+
+class Networks(NamedTuple):
+    """What a step computes with beside arrays.
+
+    graphs: GraphDefs of unet, text_encoder, trained (what is trained) and, where batches have images, vae.
+    scaling_factor: of the VAE's latents. time_ids: of XL, as StableDiffusion has them.
+    """
+
+    graphs: dict[str, nnx.GraphDef]
+    schedule: diffusion.NoiseSchedule
+    scaling_factor: float
+    time_ids: jax.Array | None = None
+
+    def merge(self, name: str, params) -> nnx.Module:
+        return nnx.merge(self.graphs[name], params)
+
+
+def split_models(sd, trained, with_vae: bool) -> tuple[Networks, dict, dict]:
+    """The Networks of a StableDiffusion and what is trained, its parameters, and those that are frozen, by name."""
+    modules = {"unet": sd.unet, "text_encoder": sd.text_encoder, "trained": trained}
+    if with_vae:
+        modules["vae"] = sd.vae
+    graphs, params = {}, {}
+    for name, module in modules.items():
+        graphs[name], params[name] = split(module)
+    return Networks(graphs, sd.schedule, sd.vae.config.scaling_factor, sd.time_ids), params.pop("trained"), params
+
+
+def moments(networks: Networks, frozen: dict, batch: Batch, side: str):
+    """Mean and log-variance [B, h, w, C] of the posterior of one side's images."""
+    stored = getattr(batch, f"{side}_moments")
+    if stored is not None:
+        return jnp.split(stored, 2, axis=-1)
+    return networks.merge("vae", frozen["vae"]).encode(getattr(batch, side))
+
+
+def add_noise(networks: Networks, frozen: dict, batch: Batch, noise: Noise, sides=SIDES):
+    """z_t [n B, h, w, C], t [n B] and the target of the images of n sides, with the same eps and t.
+
+    They go through the UNet as one batch: side by side, so that no row leaves its device.
+    """
+
+    def sample_latents(side):
+        mean, logvar = (x.astype(jnp.float32) for x in moments(networks, frozen, batch, side))
+        return networks.scaling_factor * (mean + jnp.exp(0.5 * logvar) * getattr(noise, side))
+
+    z = jnp.stack([sample_latents(side) for side in sides], axis=1)
+    z = z.reshape(-1, *z.shape[2:])
+    eps, t = (jnp.repeat(x, len(sides), axis=0) for x in (noise.eps, noise.t))
+    return diffusion.add_noise(networks.schedule, z, eps, t), t, diffusion.target(networks.schedule, z, eps, t)
+
+
+def prompt_states(networks: Networks, frozen: dict, batch: Batch):
+    """c [B, L, D] and, of XL, text_embeds [B, P] of a batch's prompts, from the cache or the text encoder."""
+    if batch.prompt_states is not None:
+        return batch.prompt_states.astype(frozen["unet"]["conv_in"]["kernel"].dtype), batch.text_embeds
+    text = networks.merge("text_encoder", frozen["text_encoder"])(batch.prompt_ids)
+    return text.last_hidden_state, text.text_embeds
+
+
+def condition(value_encoder, text_encoder, batch: Batch, c):
+    """What the policy and the reference read: ([u; c], mask), (c, mask). The mask [B, tokens] bool is None for all.
+
+    Where a second value stands beside, both have it: what is learned is what u adds to it. Another pair trains its
+    token.
+    """
+
+    def prepend(u, c):
+        return jnp.concatenate([u.astype(c.dtype), c], axis=1)
+
+    u = value_encoder.tokens(batch.value_prompt_ids, text_encoder)  # [B, n, D]
+    if batch.beside is None:
+        return (prepend(u, c), None), (c, None)
+    u_beside = jax.lax.stop_gradient(value_encoder.tokens(batch.beside_prompt_ids, text_encoder))
+    beside = jnp.broadcast_to(batch.beside[:, None], u.shape[:2])
+    mask = jnp.concatenate([beside, jnp.ones(c.shape[:2], bool)], axis=1)
+    c = prepend(u_beside, c)
+    return (prepend(u, c), jnp.concatenate([jnp.ones(u.shape[:2], bool), mask], axis=1)), (c, mask)
+
+
+def make_preference(config, T: int):
+    """The function of losses.py that config.loss.form names, with its constants; T timesteps.
+
+    Raises:
+        ValueError: an unknown form, or one that micro-batches would change.
+    """
+    c, of_ratios = config.loss, {"beta": config.loss.beta, "T": T}
+    forms = {
+        "livo": {name: c[name] for name in ("alpha", "beta", "gamma_1", "gamma_2")},
+        "sft": {},
+        "dpo": of_ratios,
+        "ipo": of_ratios,
+        "kto": of_ratios,
+    }
+    if c.form not in forms:
+        raise ValueError(f"config.loss.form={c.form!r}: choose from {', '.join(forms)}")
+    if c.form == "kto" and config.train.accumulate > 1:
+        raise ValueError(
+            f"config.train.accumulate={config.train.accumulate}: kto compares with the mean of a whole batch, set 1"
+        )
+    return functools.partial(getattr(losses, c.form), **forms[c.form])
+
+
+def make_loss(networks: Networks, config):
+    """The function loss(params, frozen, batch, noise) -> (loss, metrics) of config.loss.
+
+    params: of the value encoder. frozen: parameters of text_encoder, unet and vae. batch: a Batch, noise: its Noise.
+    """
+    schedule, form, min_snr_gamma = networks.schedule, config.loss.form, config.loss.min_snr_gamma
+    preference = make_preference(config, schedule.num_timesteps)
+    anchor = config.loss.get("anchor", 0.0) if form == "livo" else 0.0  # other forms take anchors as pairs
+    has_reference = form != "sft"
+    sides = SIDES if has_reference else ("aligned",)
+
+    def per_side(x):
+        """The rows [B, ...] once for each side: [n B, ...]."""
+        return x if x is None else jnp.repeat(x, len(sides), axis=0)
+
+    def loss(params, frozen, batch, noise):
+        if not config.train.train_embeddings:
+            params = stop_embeddings(params)
+        value_encoder = networks.merge("trained", params)
+        text_encoder, unet = (networks.merge(name, frozen[name]) for name in ("text_encoder", "unet"))
+
+        z_t, t, target = add_noise(networks, frozen, batch, noise, sides)
+        c, text_embeds = prompt_states(networks, frozen, batch)
+        of_policy, of_reference = condition(value_encoder, text_encoder, batch, c)
+
+        def predict(cond, mask):
+            return unet(z_t, t, per_side(cond), per_side(mask), per_side(text_embeds), networks.time_ids)
+
+        def errors(eps_hat):  # of each side, [n, B]
+            weight = diffusion.min_snr_weight(schedule, t, min_snr_gamma) if min_snr_gamma else 1.0
+            return (weight * losses.denoising_error(eps_hat, target)).reshape(-1, len(sides)).T
+
+        if not has_reference:
+            return preference(*errors(predict(*of_policy)))
+        reference, policy = predict(*of_reference), predict(*of_policy)
+        reference_errors, policy_errors = errors(reference), errors(policy)
+        if not anchor or batch.anchor is None:
+            return preference(*policy_errors, *reference_errors)
+        # What the value should leave alone has no hinges, but a prediction that is to stay.
+        constants = {name: jnp.where(batch.anchor, 0.0, x) for name, x in preference.keywords.items()}
+        hinges, metrics = preference(*policy_errors, *reference_errors, **constants)
+        moved = jnp.mean(jnp.where(per_side(batch.anchor), losses.denoising_error(policy, reference), 0.0))
+        return hinges + anchor * moved, metrics | {"anchor_moved": moved, "hinged": 1 - jnp.mean(batch.anchor)}
+
+    return loss
+
+
+def stop_embeddings(params: dict) -> dict:
+    """The parameters, with no gradient to the embeddings.
+
+    make_optimizer leaves these as they are; here no time and no part of the gradient's norm goes to them.
+    """
+
+    def stop(trained, part):
+        return part if trained else jax.lax.stop_gradient(part)
+
+    return jax.tree.map(stop, but_embeddings(params), params)
