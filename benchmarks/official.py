@@ -10,7 +10,7 @@ import transformers
 
 from livo_jax.files.repositories import read_json
 from livo_jax.models.weights import split, to_published
-from livo_jax.training.step import learning_rate
+from livo_jax.training.optimizer import learning_rate
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MODELS = {

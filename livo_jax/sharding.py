@@ -13,7 +13,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from livo_jax.models.weights import split
+from livo_jax.models.weights import put, split
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -145,6 +145,12 @@ def on_mesh(params: dict, mesh: Mesh) -> dict:
     """Weights that lie on the mesh as they are, others on each of its devices: without a copy where they lie there."""
     there = lambda x: getattr(x.sharding, "mesh", None) == mesh
     return jax.tree.map(lambda x: x if there(x) else jax.device_put(x, replicated(mesh)), params)
+
+
+def replicate(module: nnx.Module, mesh: Mesh) -> nnx.Module:
+    """The module with all of its weights, which every process has whole, on each device of the mesh."""
+    graph, params = split(module)
+    return nnx.merge(graph, jax.tree.map(lambda x: put(np.asarray(x), replicated(mesh)), params))
 
 
 def rule(path, rules=RULES) -> tuple[str | None, tuple]:

@@ -11,8 +11,8 @@ import tempfile
 from livo_jax.diffusion.schedule import SOLVER
 from livo_jax.files.modules import read_dtype, save
 from livo_jax.files.repositories import read_json
+from livo_jax.value_encoders import KINDS, copy_of
 from livo_jax.value_encoders.full import ValueEncoder
-from livo_jax.value_encoders.kinds import KINDS, copy_of
 from livo_jax.value_encoders.lora import LoRA
 from livo_jax.value_encoders.soft_tokens import SoftTokens
 from livo_jax.values import dealing

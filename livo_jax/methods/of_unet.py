@@ -1,12 +1,10 @@
 """What the methods that train the UNet share."""
 
-import jax
-import numpy as np
 from flax import nnx
 
 from livo_jax import seeds, sharding
 from livo_jax.methods.base import TOKENS, Models, TrainedMethod, count, draw_plain, with_unet
-from livo_jax.models.weights import one_key, put, split
+from livo_jax.models.weights import one_key, split
 
 
 class UNetMethod(TrainedMethod):
@@ -26,9 +24,7 @@ class UNetMethod(TrainedMethod):
         return self.Update(self.config, sd, one_key())
 
     def start(self, sd, mesh):
-        graph, params = split(self.Update(self.config, sd, nnx.Rngs(seeds.key(self.config.seed))))
-        whole = sharding.replicated(mesh)
-        return nnx.merge(graph, jax.tree.map(lambda x: put(np.asarray(x), whole), params))
+        return sharding.replicate(self.Update(self.config, sd, nnx.Rngs(seeds.key(self.config.seed))), mesh)
 
     def models(self, sd, module):
         return Models(sd, with_unet(sd, module.applied(sd.unet)))

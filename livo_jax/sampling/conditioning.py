@@ -95,8 +95,9 @@ def condition(batch: Batch, text_encoder, value_encoder=None) -> Conditioning:
     value_ids = merge_rows(columns.value_prompt_ids)
     u = value_encoder.tokens(value_ids, text_encoder).astype(cond.dtype)  # [B V, n, D]
     visible = jnp.repeat(columns.visible, u.shape[1], axis=2)
-    if hasattr(value_encoder, "seen"):  # of a shelf's, which may have unequally many tokens
-        visible &= value_encoder.seen(value_ids).reshape(B, 1, -1)
+    seen = value_encoder.seen(value_ids)
+    if seen is not None:  # values may have unequally many tokens
+        visible &= seen.reshape(B, 1, -1)
     u = jnp.broadcast_to(u.reshape(B, 1, -1, D), (B, rows, visible.shape[2], D))
 
     def repeat_prompts(x):

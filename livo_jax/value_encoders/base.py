@@ -1,27 +1,93 @@
-"""Value encoders, of three kinds: each makes the tokens that go before the prompt's of "value, prompt".
+"""What every value encoder is: it makes the tokens that go before the prompt's of "value, prompt"."""
 
-All have tokens(ids, text_encoder), which takes ids [B, L] int32 (of XL [B, 2, L]) and the model's frozen text encoder
-and returns [B, n, D] float32, and
-
-    config      of the text encoder that it belongs to; FITS: the fields of it that must be the model's
-    files()     where its files may lie in a directory or hub repository
-    statements  of the values that it knows; None: of any
-    RULES       by which its parameters are divided over a mesh
-    SETTINGS    what config.value_encoder says of it, beside the kind
-    reads_prompt   whether the ids are of "value, prompt", or of the value alone
-"""
-
+import abc
 import pathlib
 import warnings
 
 import jax.numpy as jnp
+from flax import nnx
 
+from livo_jax import sharding
 from livo_jax.files.repositories import read_json
 from livo_jax.models.clip import CLIPTextModel, CLIPTextModels, end_of_text
 
 WIDTHS = ("hidden_size", "vocab_size", "max_position_embeddings")
 
 EXPORTED = "value_encoder/config.json"  # of any kind, in an export
+
+
+class ValueTokens(nnx.Module):
+    """A value encoder of any kind.
+
+    config: of the text encoder that it belongs to; FITS: the fields of it that must be the model's.
+    statements: of the values that it knows; None: of any.
+    reads_prompt: whether its ids are of "value, prompt", or of the value alone. states: how many tokens it gives, as
+        text_tokens has them, where it reads a text.
+    RULES: by which its parameters are divided over a mesh.
+    """
+
+    FITS: tuple[str, ...] = WIDTHS
+    RULES = sharding.WHOLE
+    statements: tuple[str, ...] | None = None
+    states, reads_prompt = 1, True
+
+    @abc.abstractmethod
+    def tokens(self, ids, text_encoder):
+        """The tokens [B, n, D] float32 of ids [B, L] int32, of XL [B, 2, L]; text_encoder: the model's, frozen."""
+
+    def seen(self, ids):
+        """Which of the tokens [B, n] bool are no padding; None for all."""
+        return None
+
+
+class TrainableTokens(ValueTokens):
+    """A value encoder that config.value_encoder names by its kind.
+
+    SETTINGS: what config.value_encoder says of it, beside the kind.
+    """
+
+    SETTINGS: tuple[str, ...] = ()
+
+    @classmethod
+    @abc.abstractmethod
+    def make(cls, config, sd) -> "TrainableTokens":
+        """A value encoder of config.value_encoder for a StableDiffusion, with shapes that matter and weights to be set.
+
+        Raises:
+            ValueError: it cannot be.
+        """
+
+    @classmethod
+    @abc.abstractmethod
+    def start(cls, config, sd, mesh) -> "TrainableTokens":
+        """The value encoder that training starts from without config.value_encoder.start, float32, on the mesh."""
+
+    @classmethod
+    @abc.abstractmethod
+    def files(cls) -> list[str]:
+        """Where its files may lie in a directory or hub repository."""
+
+    @classmethod
+    @abc.abstractmethod
+    def from_pretrained(cls, path_or_hub_id, *, sd=None, sharding=None) -> "TrainableTokens":
+        """Loads what an export wrote, for a StableDiffusion."""
+
+
+def set_reading(value_encoder: ValueTokens, config) -> ValueTokens:
+    """Has a value encoder read, and give, what config.value_encoder says.
+
+    Raises:
+        ValueError: it says what cannot be.
+    """
+    c, length = config.value_encoder, value_encoder.config.max_position_embeddings
+    towers = len(value_encoder.config.towers)
+    if not 0 <= c.states <= length or (c.states != 1 and towers > 1):
+        raise ValueError(
+            f"config.value_encoder.states={c.states}: choose 0 (all) to {length} of one text encoder, 1 of several;"
+            f" there are {towers}"
+        )
+    value_encoder.states, value_encoder.reads_prompt = c.states, c.reads_prompt
+    return value_encoder
 
 
 def text_tokens(encoder: CLIPTextModel | CLIPTextModels, ids, states: int):
@@ -91,7 +157,10 @@ def check_value_encoder(sd, value_encoder, statements=()):
     """Raises ValueError unless the value encoder fits this model and knows the values of these statements."""
     if value_encoder.statements and (unknown := sorted(set(statements) - set(value_encoder.statements))):
         raise ValueError(f"the value encoder knows {', '.join(value_encoder.statements)}, not {', '.join(unknown)}")
-    of = lambda config, name: " and ".join(str(getattr(tower, name)) for tower in config.towers)
+
+    def of(config, name: str) -> str:
+        return " and ".join(str(getattr(tower, name)) for tower in config.towers)
+
     differences = [
         f"{name}: {theirs} in the value encoder, {ours} in the text encoder of {sd.name}"
         for name in value_encoder.FITS

@@ -2,26 +2,40 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from livo_jax import sharding
 from livo_jax.files.modules import load
 from livo_jax.files.repositories import describe, find, read_json, weight_patterns
-from livo_jax.models.clip import CLIPTextModel, CLIPTextModels
-from livo_jax.value_encoders.base import WIDTHS, check_base, check_dealing, text_tokens
+from livo_jax.models.clip import CLIPTextConfig, CLIPTextConfigs, CLIPTextModel, CLIPTextModels
+from livo_jax.models.weights import one_key, split
+from livo_jax.value_encoders.base import TrainableTokens, check_base, check_dealing, set_reading, text_tokens
 
 
-class ValueEncoder(CLIPTextModel):
-    """The paper's, kind "full": a text encoder of its own, whose pooled output [B, D] is the value token."""
+class FullTokens(TrainableTokens):
+    """Kind "full": a text encoder, or one for each of the model's, whose pooled output [B, D] is the value token."""
 
-    FITS, RULES, SETTINGS, statements = WIDTHS, sharding.RULES, (), None
-    states, reads_prompt = 1, True
+    RULES = sharding.RULES
 
     def tokens(self, ids, text_encoder=None):
         return text_tokens(self, ids, self.states)
 
-    @staticmethod
-    def files(subfolder: str = "", variant=None) -> list[str]:
+    @classmethod
+    def make(cls, config, sd):
+        return set_reading(untrained(sd.text_encoder.config), config)
+
+    @classmethod
+    def start(cls, config, sd, mesh):
+        if config.random_weights:  # copied, for training gives the arrays of its state away
+            return set_reading(copy_of(sd.text_encoder), config)
+        place = functools.partial(sharding.by_rules, mesh=mesh)
+        own = {"subfolder": "text_encoder", "variant": config.variant or None}
+        return set_reading(cls.from_pretrained(config.model, **own, sharding=place), config)
+
+    @classmethod
+    def files(cls, subfolder: str = "", variant=None) -> list[str]:
         places = [subfolder, f"{subfolder}_2"] if subfolder else ["", "value_encoder", "value_encoder_2"]
         names = ["config.json", *weight_patterns("model", variant)]
         return [f"{place}/{name}".lstrip("/") for place in places for name in names]
@@ -29,7 +43,7 @@ class ValueEncoder(CLIPTextModel):
     @classmethod
     def from_pretrained(
         cls, path_or_hub_id, dtype=jnp.float32, *, sd=None, subfolder: str = "", variant=None, sharding=None
-    ) -> "ValueEncoder":
+    ) -> "FullTokens":
         """Loads a CLIP text model, with or without the `text_model.` prefix on its names.
 
         Args:
@@ -50,11 +64,29 @@ class ValueEncoder(CLIPTextModel):
         check_dealing(root)
         if place and (root / f"{place}_2").is_dir():
             return ValueEncoders(tower(CLIPTextModel, root / place), tower(CLIPTextModel, root / f"{place}_2"))
-        return tower(cls, root / place)
+        return tower(ValueEncoder, root / place)
 
 
-class ValueEncoders(CLIPTextModels):
-    """Kind "full" for XL: a text encoder beside each of the model's, whose pooled outputs together are the token."""
+class ValueEncoder(FullTokens, CLIPTextModel):
+    """The paper's: a text encoder of its own."""
 
-    FITS, RULES, SETTINGS, statements = WIDTHS, sharding.RULES, (), None
-    states, reads_prompt, tokens = 1, True, ValueEncoder.tokens
+
+class ValueEncoders(FullTokens, CLIPTextModels):
+    """That of XL: a text encoder beside each of the model's, whose pooled outputs together are the token."""
+
+
+def untrained(config: CLIPTextConfig | CLIPTextConfigs) -> ValueEncoder | ValueEncoders:
+    if len(config.towers) > 1:
+        return ValueEncoders(*(CLIPTextModel(tower, rngs=one_key()) for tower in config.towers))
+    return ValueEncoder(config, rngs=one_key())
+
+
+def copy_of(text_encoder) -> ValueEncoder | ValueEncoders:
+    """A value encoder, float32, whose token is the pooled output of a text encoder: its copy."""
+    graph, abstract = split(nnx.eval_shape(lambda: untrained(text_encoder.config)))
+    theirs = dict(jax.tree_util.tree_leaves_with_path(split(text_encoder)[1]))
+
+    def copied(path, _):
+        return jnp.array(theirs[path], jnp.float32, copy=True)
+
+    return nnx.merge(graph, jax.tree_util.tree_map_with_path(copied, abstract))

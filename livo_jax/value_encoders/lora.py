@@ -8,15 +8,23 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from livo_jax import sharding
+from livo_jax import seeds, sharding
 from livo_jax.files.repositories import describe, find, open_tensors, read_json
 from livo_jax.models import low_rank
 from livo_jax.models.clip import CLIPTextModel, CLIPTextModels
 from livo_jax.models.weights import from_published, one_key, split, to_published
-from livo_jax.value_encoders.base import EXPORTED, WIDTHS, check_base, check_dealing, text_tokens
+from livo_jax.value_encoders.base import (
+    EXPORTED,
+    WIDTHS,
+    TrainableTokens,
+    check_base,
+    check_dealing,
+    set_reading,
+    text_tokens,
+)
 
 
-class LoRA(nnx.Module):
+class LoRA(TrainableTokens):
     """Kind "lora": the frozen text encoder, its kernels W as W + alpha / rank * A B (Hu et al. 2022).
 
     Args:
@@ -29,9 +37,8 @@ class LoRA(nnx.Module):
     """
 
     TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
-    FITS, RULES = (*WIDTHS, "intermediate_size", "num_hidden_layers"), sharding.WHOLE
-    SETTINGS, statements = ("rank", "alpha", "targets"), None
-    states, reads_prompt = 1, True
+    FITS = (*WIDTHS, "intermediate_size", "num_hidden_layers")
+    SETTINGS = ("rank", "alpha", "targets")
     UNSUPPORTED = (  # fields of an adapter_config.json that ask for another computation
         "use_rslora use_dora use_qalora lora_bias fan_in_fan_out modules_to_save rank_pattern alpha_pattern"
         " layers_to_transform layer_replication exclude_modules target_parameters trainable_token_indices".split()
@@ -51,13 +58,22 @@ class LoRA(nnx.Module):
     def tokens(self, ids, text_encoder):
         # It computes in float32 from its embeddings on; a layer widens its kernel as it computes.
         graph, params = split(text_encoder)
-        widened = lambda path, x: x if path[-1].key == "kernel" else x.astype(jnp.float32)
-        text_encoder = nnx.merge(graph, jax.tree_util.tree_map_with_path(widened, params))
+        text_encoder = nnx.merge(graph, jax.tree_util.tree_map_with_path(_widened, params))
         return text_tokens(low_rank.updated(text_encoder, self.updates, self.alpha / self.rank), ids, self.states)
 
     def merged(self, text_encoder):
         """The text encoder with the updates in its weights, float32: to be saved."""
         return low_rank.merged(text_encoder, self.updates, self.alpha / self.rank)
+
+    @classmethod
+    def make(cls, config, sd):
+        c = config.value_encoder
+        rngs = nnx.Rngs(seeds.key(config.seed))
+        return set_reading(cls(sd.text_encoder, rank=c.rank, alpha=c.alpha, targets=c.targets, rngs=rngs), config)
+
+    @classmethod
+    def start(cls, config, sd, mesh):
+        return sharding.replicate(cls.make(config, sd), mesh)
 
     @classmethod
     def files(cls) -> list[str]:
@@ -91,9 +107,8 @@ class LoRA(nnx.Module):
         if settings[0] != settings[-1]:
             raise ValueError(f"{root} and {roots[-1].name} are of two kinds: {settings[0]} and {settings[-1]}")
         graph, abstract = split(nnx.eval_shape(lambda: cls(sd.text_encoder, **settings[0], rngs=one_key())))
-        ours = lambda name: name.removeprefix(cls.PREFIX).removeprefix("text_model.")
         tensors = {
-            f"updates.{part}{ours(name)}": tensor
+            f"updates.{part}{name.removeprefix(cls.PREFIX).removeprefix('text_model.')}": tensor
             for place, part in zip(roots, parts)
             for name, tensor in open_tensors([place / cls.FILES[1]]).items()
         }
@@ -140,6 +155,10 @@ class LoRA(nnx.Module):
             (place / self.FILES[0]).write_text(json.dumps(settings, indent=2) + "\n")
             published = {prefix + n.removeprefix(part): x for n, x in updates.items() if n.startswith(part)}
             save_file(published, place / self.FILES[1], metadata={"format": "pt"})
+
+
+def _widened(path, x):
+    return x if path[-1].key == "kernel" else x.astype(jnp.float32)
 
 
 def _parts(module) -> tuple[str, ...]:

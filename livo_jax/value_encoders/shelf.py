@@ -14,7 +14,7 @@ from flax import nnx
 
 from livo_jax.files.repositories import find
 from livo_jax.models.clip import first_ids
-from livo_jax.value_encoders.base import WIDTHS, check_base, check_value_encoder, values_by_prompt
+from livo_jax.value_encoders.base import ValueTokens, check_base, check_value_encoder, values_by_prompt
 from livo_jax.value_encoders.kinds import KINDS
 from livo_jax.value_encoders.soft_tokens import SoftTokens, beginnings
 
@@ -22,10 +22,8 @@ INDEX = "shelf.json"
 FIELDS = ("statement", "kind", "folder")
 
 
-class Fixed(nnx.Module):
+class Fixed(ValueTokens):
     """Soft tokens [n, D] of one value: those of another on the shelf have the same graph."""
-
-    FITS, statements, reads_prompt = WIDTHS, None, True
 
     def __init__(self, config, table):
         self.config, self.table = config, nnx.Param(table)
@@ -34,7 +32,7 @@ class Fixed(nnx.Module):
         return jnp.broadcast_to(self.table[...], (len(ids), *self.table.shape))
 
 
-class Together(nnx.Module):
+class Together(ValueTokens):
     """Several value encoders as one: each reads the texts that begin with its statement.
 
     Args:
@@ -42,8 +40,6 @@ class Together(nnx.Module):
         counts: [E], how many each has. beginnings: [E, L] int32, the ids that each one's texts begin with, -1 after
             them. These are arrays of the module, so that other values run in the same compiled program.
     """
-
-    statements, reads_prompt = None, True
 
     def __init__(self, encoders: list, counts: list[int], beginnings: np.ndarray):
         self.encoders, self.n = nnx.List(encoders), max(counts)

@@ -11,8 +11,8 @@ from flax import nnx
 from livo_jax import sharding, values
 from livo_jax.files.repositories import describe, find, open_tensors
 from livo_jax.models.clip import CLIPTextConfig, CLIPTextConfigs, first_ids
-from livo_jax.models.weights import put, split
-from livo_jax.value_encoders.base import EXPORTED, WIDTHS, check_base, check_dealing
+from livo_jax.models.weights import for_each_leaf, put, split
+from livo_jax.value_encoders.base import EXPORTED, TrainableTokens, check_base, check_dealing
 
 
 def beginnings(statements, tokenizer, length: int) -> list[list[int]]:
@@ -21,7 +21,7 @@ def beginnings(statements, tokenizer, length: int) -> list[list[int]]:
     return [row[:-1][: length - 1] for row in ids]
 
 
-class SoftTokens(nnx.Module):
+class SoftTokens(TrainableTokens):
     """Kind "token": n learned tokens of each value (Lester et al. 2021), whatever the prompt.
 
     Args:
@@ -34,8 +34,7 @@ class SoftTokens(nnx.Module):
         ValueError: no statements, or no tokens.
     """
 
-    FITS, RULES, SETTINGS = WIDTHS, sharding.WHOLE, ("count", "statements")
-    reads_prompt = True  # its rows are told by how the ids begin
+    SETTINGS = ("count", "statements")
     FILE = "value_tokens.safetensors"
 
     def __init__(self, config: CLIPTextConfig | CLIPTextConfigs, *, statements, tokenizer, count: int):
@@ -64,6 +63,21 @@ class SoftTokens(nnx.Module):
         graph, params = split(sd.text_encoder)
         states = jax.jit(lambda params, ids: nnx.merge(graph, params)(ids).last_hidden_state)(params, ids)
         return np.stack([row[e : e + count] for row, e in zip(sharding.fetch(states), end)]).astype(np.float32)
+
+    @classmethod
+    def make(cls, config, sd):
+        principles = values.load_principles(config)
+        statements = [value.statement for value in principles]
+        if config.data.attributes:  # then these are read too
+            statements += [values.attributed(v.statement, a) for v in principles for a in v.attributes]
+        count = config.value_encoder.tokens
+        return cls(sd.text_encoder.config, statements=statements, tokenizer=sd.tokenizer, count=count)
+
+    @classmethod
+    def start(cls, config, sd, mesh):
+        value_encoder = cls.make(config, sd)
+        value_encoder.table[...] = value_encoder.untrained(sd)
+        return sharding.replicate(value_encoder, mesh)
 
     @classmethod
     def files(cls) -> list[str]:
@@ -102,7 +116,8 @@ class SoftTokens(nnx.Module):
                 f" {config.hidden_size} wide"
             )
         value_encoder = cls(config, statements=statements, tokenizer=sd.tokenizer, count=shape[1])
-        value_encoder.table[...] = put(np.asarray(tensors["table"], np.float32), sharding)
+        table = np.asarray(tensors["table"], np.float32)
+        value_encoder.table[...] = put(table, for_each_leaf(sharding, table))
         check_base(file, metadata.get("base"), sd)
         check_dealing(root)
         return value_encoder

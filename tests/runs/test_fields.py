@@ -9,7 +9,7 @@ from configs.compare_tiny import BASELINES
 from livo_jax import methods
 from livo_jax.files.settings import flatten
 from livo_jax.runs import fields
-from livo_jax.training.step import learning_rate
+from livo_jax.training.optimizer import learning_rate
 
 FORMS = ("sft", "dpo", "ipo", "kto")
 
