@@ -84,11 +84,17 @@ def export(directory: str | os.PathLike, sd, value_encoder, config, results: lis
 
     Raises:
         FileExistsError: `directory` exists.
-        ValueError: the config samples in the official layout, which the pipeline does not draw.
+        ValueError: the config samples in the official layout, which the pipeline does not draw; or has a kind of value
+            encoder that it does not know.
     """
     if config.sampling.prompt_layout != "padded":
         raise ValueError(
             f"config.sampling.prompt_layout={config.sampling.prompt_layout!r}: pipelines draw padded alone"
+        )
+    if config.value_encoder.kind not in WHAT:
+        raise ValueError(
+            f"config.value_encoder.kind={config.value_encoder.kind!r}: pipelines know {', '.join(WHAT)}; its own code"
+            " has to save another"
         )
     if not isinstance(value_encoder, SoftTokens) and (value_encoder.states != 1 or not value_encoder.reads_prompt):
         raise ValueError(
