@@ -14,9 +14,10 @@ def get_sets() -> ConfigDict:
     it holds subjects, which the template makes prompts of. `subject`, if not empty, is a column too, of what is in the
     prompt: "recognised" needs it. `limit` is how many prompts are chosen at most, by config.eval.seed; 0 takes all.
     """
-    entry = lambda file, repo="", column="prompt", template="", subject="": ConfigDict(
-        dict(repo=repo, file=file, column=column, template=template, subject=subject, limit=0)
-    )
+
+    def entry(file, repo="", column="prompt", template="", subject="") -> ConfigDict:
+        return ConfigDict(dict(repo=repo, file=file, column=column, template=template, subject=subject, limit=0))
+
     sets = {
         # Yours.
         "own": entry("prompts.jsonl"),

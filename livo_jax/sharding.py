@@ -4,6 +4,7 @@ A batch is divided over the axes "data" and "fsdp". Weights that are sharded are
 layer can compute with its part alone (Shoeybi et al. 2019) over "tensor" too: the devices of that axis share rows.
 """
 
+import math
 import re
 import sys
 
@@ -143,8 +144,11 @@ def settle(module, home: Mesh):
 
 def on_mesh(params: dict, mesh: Mesh) -> dict:
     """Weights that lie on the mesh as they are, others on each of its devices: without a copy where they lie there."""
-    there = lambda x: getattr(x.sharding, "mesh", None) == mesh
-    return jax.tree.map(lambda x: x if there(x) else jax.device_put(x, replicated(mesh)), params)
+
+    def put_there(x):
+        return x if getattr(x.sharding, "mesh", None) == mesh else jax.device_put(x, replicated(mesh))
+
+    return jax.tree.map(put_there, params)
 
 
 def replicate(module: nnx.Module, mesh: Mesh) -> nnx.Module:
@@ -164,8 +168,12 @@ def _weight(path, shape, mesh, rules, gathered: bool) -> tuple[str | None, Named
     pattern, axes = rule(path, rules)
     axes = (None,) * (len(shape) - len(axes)) + tuple(axes)
     axes = [None if gathered and "fsdp" in (axis or ()) else axis for axis in axes]
-    parts = lambda axis: int(np.prod([mesh.shape[a] for a in ((axis,) if isinstance(axis, str) else axis)]))
-    spec = [axis if axis and size % parts(axis) == 0 else None for axis, size in zip(axes, shape)]
+
+    def divides(axis, size: int) -> bool:
+        names = (axis,) if isinstance(axis, str) else axis
+        return size % math.prod(mesh.shape[name] for name in names) == 0
+
+    spec = [axis if axis and divides(axis, size) else None for axis, size in zip(axes, shape)]
     return pattern, NamedSharding(mesh, PartitionSpec(*spec))
 
 
@@ -202,7 +210,10 @@ def gather(x, params, mesh: Mesh, rules=RULES):
     Without it the compiler may move rows to the weights' parts: traffic that grows with the batch.
     """
     rows = NamedSharding(mesh, PartitionSpec(PartitionSpec.UNCONSTRAINED, *[None] * (x.ndim - 1)))
-    place = lambda path, leaf: _weight(path, leaf.shape, mesh, rules, gathered=True)[1]
+
+    def place(path, leaf):
+        return _weight(path, leaf.shape, mesh, rules, gathered=True)[1]
+
     return jax.lax.with_sharding_constraint((x, params), (rows, jax.tree_util.tree_map_with_path(place, params)))
 
 

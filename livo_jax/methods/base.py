@@ -6,7 +6,6 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from flax import nnx
 
@@ -120,11 +119,6 @@ class TrainedMethod(Method):
     def passes(self) -> tuple[int, int, int, int]:
         """Of a step: images of a pair, the UNet's forward and backward passes, and readings of the text encoder."""
         return 2, 2, 1, 1  # the policy's conditioning and the reference's
-
-
-def count(tree) -> int:
-    """How many numbers a tree of arrays, or of shapes, has."""
-    return sum(x.size for x in jax.tree.leaves(tree))
 
 
 def with_unet(sd, unet):

@@ -76,10 +76,10 @@ def edited(sd, M):
 
 def erase(value, sd, config) -> np.ndarray:
     """M that reads the prompts of a harm as those of its aligned images; plain prompts stay."""
-    say = lambda wording: _prompts(config, wording)
-    plain, aligned = [*say("{subject}"), ""], say(value.aligned)
-    texts = Texts(sd, [*sum(map(say, value.wordings), []), *aligned, *plain])
-    pairs = [texts.tails(pair) for wording in value.wordings for pair in zip(say(wording), aligned)]
+    plain, aligned = [*_prompts(config, "{subject}"), ""], _prompts(config, value.aligned)
+    harmful = [_prompts(config, wording) for wording in value.wordings]
+    texts = Texts(sd, [*sum(harmful, []), *aligned, *plain])
+    pairs = [texts.tails(pair) for prompts in harmful for pair in zip(prompts, aligned)]
     C, X = (np.concatenate([pair[side] for pair in pairs]) for side in (0, 1))
     return matrix(C, X, texts.whole(plain), config.uce.regularisation)
 
@@ -91,8 +91,8 @@ def debias(value, sd, config, mesh, judge) -> np.ndarray:
     subject and attribute; where they are not, it stays. Prompts that state an attribute stay as they are.
     """
     c = config.uce
-    say = lambda attribute: _prompts(config, value.wordings[0].format(attribute=attribute, subject="{subject}"))
-    plain, stated = _prompts(config, "{subject}"), [say(attribute) for attribute in value.attributes]
+    wordings = [value.wordings[0].format(attribute=a, subject="{subject}") for a in value.attributes]
+    plain, stated = _prompts(config, "{subject}"), [_prompts(config, wording) for wording in wordings]
     stay = [*sum(stated, []), ""]
     texts = Texts(sd, [*plain, *stay])
     tails = [texts.tails(rows) for rows in zip(plain, *stated)]  # of each prompt [1 + K, n, D]

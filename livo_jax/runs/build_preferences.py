@@ -155,8 +155,8 @@ def draw(folder: pathlib.Path, requests: list[Request], sd, judge, config) -> Dr
     images_of, reading_of = ([folder / f"{k:05d}.{kind}" for k in range(len(chunks))] for kind in ("images", "json"))
     mine = dataset.my_share(len(chunks))
     missing = [k for k in mine if not reading_of[k].exists()]
-    count = lambda which: sum(len(chunks[k]) for k in which)
-    bar = tqdm(total=count(mine), initial=count(mine) - count(missing), desc=folder.name, unit="image")
+    total, left = (sum(len(chunks[k]) for k in which) for which in (mine, missing))
+    bar = tqdm(total=total, initial=total - left, desc=folder.name, unit="image")
     with ending_together(), bar as progress:
         for k in missing:
             images = generate(sd, chunks[k], seed=config.seed, mesh=mesh, **config.sampling.to_dict())

@@ -64,7 +64,9 @@ def write(preferences: data.Preferences, sd: StableDiffusion, config, directory:
         return {name: array for name, array in found.items() if array is not None}
 
     read = on_the_mesh(sd.text_encoder, states_of, at_once)
-    chunks = lambda rows: [rows[i : i + at_once] for i in range(0, len(rows), at_once)]
+
+    def chunks(rows):
+        return [rows[i : i + at_once] for i in range(0, len(rows), at_once)]
 
     def create(name, shape, dtype=dtype):
         array = np.lib.format.open_memmap(work / f"{name}.npy", "w+", dtype, shape)

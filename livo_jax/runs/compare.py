@@ -201,10 +201,9 @@ def write(found: list[dict], config, workdir) -> list[dict]:
     numbers, readings, pictures = {}, {}, {}
     for of in found:
         one = of["costs"]["method"]
-        apart = f"{one}, plain" if one != "livo" else "plain"  # "plain" is of the method that is measured
-        called = lambda name, apart=apart: apart if name == "plain" else name
-        numbers |= {(called(name), *rest): x for (name, *rest), x in of["numbers"].items()}
-        rows = [row | {"method": called(row["method"])} for row in of["readings"]]
+        names = {} if one == "livo" else {"plain": f"{one}, plain"}  # "plain" is of the method that is measured
+        numbers |= {(names.get(name, name), *rest): x for (name, *rest), x in of["numbers"].items()}
+        rows = [row | {"method": names.get(row["method"], row["method"])} for row in of["readings"]]
         readings |= {tuple(row.values())[:6]: row for row in rows}  # the base's once
         for picture in of["pictures"]:
             place = pictures.setdefault((picture["value"], picture["split"]), picture)

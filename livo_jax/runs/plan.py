@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType
 
@@ -147,9 +148,9 @@ def traffic(sd, params, rules, frozen, mesh, config) -> dict[str, float]:
     on_device = size(without(params, *frozen_names), without(lies, *frozen_names))
 
     def gathered(part):  # but for tables, which are read where they lie, and what only draws
-        used = lambda tree: without(tree, "embeddings", "decoder", "post_quant_conv")
-        rest, whole = sharding.by_rules(part, mesh), sharding.by_rules(part, mesh, gathered=True)
-        return size(used(part), used(whole)) - size(used(part), used(rest))
+        trees = part, sharding.by_rules(part, mesh), sharding.by_rules(part, mesh, gathered=True)
+        used, rest, whole = (without(tree, "embeddings", "decoder", "post_quant_conv") for tree in trees)
+        return size(used, whole) - size(used, rest)
 
     # For each micro-batch. The gradient: summed over fsdp, of which a part stays here, and that over data.
     if rules is sharding.WHOLE:  # or over both, where every device has all of it
@@ -243,9 +244,8 @@ def plan(config, devices: int) -> dict:
             "pairs_per_sec": config.train.batch_size / seconds,
             "fits": sum(memory.values()) < chip.memory,
         }
-    count = lambda tree: sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
     return {
-        "parameters": {"trained": count(params), "frozen": count(frozen)},
+        "parameters": {"trained": optax.tree.size(params), "frozen": optax.tree.size(frozen)},
         "mesh": dict(zip(sharding.AXES, shape)),
         "memory": memory,
         "flops_per_pair": flops,
