@@ -8,6 +8,7 @@ On a CPU the second wants --config.dtype=float32 --config.train.batch_size=1 --i
 Loss and gradient norm of all are compared first, on the same noise. Then each is timed on fresh random batches.
 """
 
+import functools
 import json
 import pathlib
 import subprocess
@@ -47,8 +48,10 @@ def images_batch(rng, sd, config) -> dict:
         ids[:, -1] = text.vocab_size - 1 if text.eos_token_id == 2 else text.eos_token_id
         return ids
 
-    image = lambda: rng.uniform(-1, 1, (rows, sd.image_size, sd.image_size, 3)).astype(np.float32)
-    batch = {"prompt_ids": ids(), "value_prompt_ids": ids(), "aligned": image(), "violating": image()}
+    def images():
+        return rng.uniform(-1, 1, (rows, sd.image_size, sd.image_size, 3)).astype(np.float32)
+
+    batch = {"prompt_ids": ids(), "value_prompt_ids": ids(), "aligned": images(), "violating": images()}
     drawn = draw(jax.random.key(rng.integers(2**31)), (rows, *sd.latent_shape), config.loss.timesteps)
     return batch | jax.tree.map(np.asarray, drawn)
 
@@ -141,9 +144,9 @@ def main(_):
         rows.append({"step": name, "loss": loss, "grad_norm": norm, "seconds": common.median_seconds(step, inputs)})
         rows[-1] |= getattr(step, "row", {})
 
-    fresh = lambda: images_batch(rng, sd, config)
+    fresh_images = functools.partial(images_batch, rng, sd, config)
     time_step("livo_jax, cached", Ours(sd, config, first_cached), first_cached, fresh_cached)
-    time_step("livo_jax, images", Ours(sd, config, first), first, fresh)
+    time_step("livo_jax, images", Ours(sd, config, first), first, fresh_images)
     if "flax" in PEERS.value:
         rows.append({"step": "diffusers' Flax, cached", **flax_peer(sd, config, first_cached)})
     if {"eager", "compile"} & set(PEERS.value):
@@ -151,7 +154,7 @@ def main(_):
 
         for mode in PEERS.value:
             if mode != "flax":
-                time_step(f"PyTorch {mode}, images", TrainStep(sd, config, mode == "compile"), first, fresh)
+                time_step(f"PyTorch {mode}, images", TrainStep(sd, config, mode == "compile"), first, fresh_images)
     for row in rows:
         row["pairs_per_sec"] = config.train.batch_size / row["seconds"]
         row["cached_is_faster"] = row["seconds"] / rows[0]["seconds"]

@@ -33,9 +33,9 @@ def anchor(value: Value, prompt: str, subject: str, attribute: str = "") -> str:
     """A pair's prompt in words that the value should leave alone: that state an attribute, or without the harm."""
     if value.kind == "bias":
         return reworded(prompt, subject, value.wordings[0].format(attribute=attribute, subject="{subject}"))
-    worded = lambda wording: wording.format(subject=subject)
+    aligned = value.aligned.format(subject=subject)
     for wording in value.wordings:
-        prompt = reworded(prompt, worded(wording), worded(value.aligned))
+        prompt = reworded(prompt, wording.format(subject=subject), aligned)
     return prompt
 
 
