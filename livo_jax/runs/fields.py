@@ -84,9 +84,8 @@ def problems(config, changed=types.MappingProxyType({}), comparing: bool = False
         lines.append(f"config.train.steps={config.train.steps}: config.method={config.method!r} trains nothing, set 0")
     if trains and (slow := too_slow(config)):
         lines.append(slow)
-    if not any(value.kind in method.KINDS for value in values.load_principles(config)):
-        kinds = " and ".join(method.KINDS)
-        lines.append(f"config.principles={config.principles}: {config.method} is for values of kind {kinds}")
+    if len(method.KINDS) == 1 and not any(value.kind in method.KINDS for value in values.load_principles(config)):
+        lines.append(f"config.principles={config.principles}: {config.method} is for values of kind {method.KINDS[0]}")
     return lines + method.problems()
 
 
