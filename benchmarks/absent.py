@@ -59,15 +59,17 @@ def main(_):
     jax.devices()  # the plug-ins are found
     device = topologies.get_topology_desc(**TARGETS[TARGET.value]).devices[0]
     mesh = jax.make_mesh((1, 1, 1), sharding.AXES, axis_types=(AxisType.Auto,) * 3, devices=[device])
-    there = lambda tree, where: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree)
+
+    def shapes_on(where, tree):
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree)
 
     sd, tx = plan.abstract_model(config), make_optimizer(config)
     untrained = nnx.eval_shape(lambda: value_encoders.make(config, sd))
     networks, params, frozen = split_models(sd, untrained, with_vae=not config.data.cache)
     state = jax.eval_shape(functools.partial(init_state, tx=tx, ema_decay=config.train.ema_decay), params)
     step = make_train_step(networks, tx, config, make_loss(networks, config))
-    state, frozen = (there(tree, sharding.replicated(mesh)) for tree in (state, frozen))
-    batch = there(plan.abstract_batch(sd, config, config.train.batch_size), sharding.over_batch(mesh))
+    state, frozen = shapes_on(sharding.replicated(mesh), (state, frozen))
+    batch = shapes_on(sharding.over_batch(mesh), plan.abstract_batch(sd, config, config.train.batch_size))
     start = time.perf_counter()
     compiled = jit_step(step, state, frozen, mesh).lower(state, frozen, batch).compile()
     seconds, memory, gib = time.perf_counter() - start, compiled.memory_analysis(), 2**30

@@ -51,8 +51,8 @@ def device() -> str:
 def report(benchmark: str, settings: dict, rows: list[dict]):
     """Prints rows as a table and writes them as RESULTS/NAME.json: device, versions, date, settings, rows."""
     names = list(dict.fromkeys(name for row in rows for name in row))
-    show = lambda value: f"{value:.4g}" if isinstance(value, float) else str(value)
-    cells = [names] + [[show(row.get(name, "")) for name in names] for row in rows]
+    values = [[row.get(name, "") for name in names] for row in rows]
+    cells = [names] + [[f"{x:.4g}" if isinstance(x, float) else str(x) for x in row] for row in values]
     widths = [max(map(len, column)) for column in zip(*cells)]
     print("\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in cells))
     if os.path.isabs(settings.get("model", "")):

@@ -32,7 +32,10 @@ directory = pathlib.Path(sys.argv[1])
 settings = json.loads((directory / "settings.json").read_text())
 root, config = pathlib.Path(settings["root"]), settings["config"]
 dtype = jnp.dtype(config["dtype"])
-read = lambda part, name="config.json": json.loads((root / part / name).read_text())
+
+
+def read_config(part: str, name: str = "config.json") -> dict:
+    return json.loads((root / part / name).read_text())
 
 
 def weights(part: str, dtype, rename) -> dict:
@@ -43,14 +46,16 @@ def weights(part: str, dtype, rename) -> dict:
 
 # The published modules have 32 groups whatever their config says, and GELU's tanh approximation.
 group_norm = linen.GroupNorm
-linen.GroupNorm = lambda num_groups, epsilon: group_norm(read("unet").get("norm_num_groups", 32), epsilon=epsilon)
+linen.GroupNorm = lambda num_groups, epsilon: group_norm(
+    read_config("unet").get("norm_num_groups", 32), epsilon=epsilon
+)
 linen.gelu = functools.partial(linen.gelu, approximate=False)
 
-unet = FlaxUNet2DConditionModel.from_config(read("unet"), dtype=dtype)
+unet = FlaxUNet2DConditionModel.from_config(read_config("unet"), dtype=dtype)
 frozen = weights("unet", dtype, lambda name: re.sub(r"\.(\d+)", r"_\1", name))  # down_blocks_0.resnets_0
-value_encoder = FlaxCLIPTextModule(CLIPTextConfig(**read("text_encoder")))
+value_encoder = FlaxCLIPTextModule(CLIPTextConfig(**read_config("text_encoder")))
 params = weights("text_encoder", jnp.float32, lambda name: f"text_model.{name}")
-schedule = diffusion.NoiseSchedule.from_json(read("scheduler", "scheduler_config.json"))
+schedule = diffusion.NoiseSchedule.from_json(read_config("scheduler", "scheduler_config.json"))
 c = config["train"]
 tx = optax.chain(
     optax.clip_by_global_norm(c["grad_clip"]),
@@ -68,8 +73,7 @@ def loss(params, frozen, batch):
         return settings["scale"] * (mean + jnp.exp(0.5 * logvar) * batch[f"noise_{side}"])
 
     z = jnp.concatenate([latents("aligned"), latents("violating")])
-    twice = lambda x: jnp.concatenate([x, x])
-    eps, t = twice(batch["noise_eps"]), twice(batch["noise_t"])
+    eps, t = jnp.tile(batch["noise_eps"], (2, 1, 1, 1)), jnp.tile(batch["noise_t"], 2)
     z_t, target = diffusion.add_noise(schedule, z, eps, t), diffusion.target(schedule, z, eps, t)
     prompt = batch["prompt_states"].astype(dtype)
     ids = batch["value_prompt_ids"]
@@ -77,7 +81,8 @@ def loss(params, frozen, batch):
     u = value_encoder.apply({"params": params}, ids, jnp.ones_like(ids), positions).pooler_output
 
     def errors(cond):
-        out = unet.apply({"params": frozen}, z_t.transpose(0, 3, 1, 2).astype(dtype), t, twice(cond)).sample
+        cond = jnp.tile(cond, (2, 1, 1))
+        out = unet.apply({"params": frozen}, z_t.transpose(0, 3, 1, 2).astype(dtype), t, cond).sample
         return losses.denoising_error(out.transpose(0, 2, 3, 1), target).reshape(2, -1)
 
     r_w, r_l = errors(prompt)

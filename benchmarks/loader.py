@@ -6,6 +6,7 @@
 The pairs are written to a temporary directory first; what is timed comes from the system's page cache.
 """
 
+import functools
 import itertools
 import pathlib
 import tempfile
@@ -66,6 +67,11 @@ def random_cache(directory: pathlib.Path, rng, sd, config):
     )
 
 
+def take(batches, n: int):
+    for _ in itertools.islice(batches, n):
+        pass
+
+
 def main(_):
     logging.set_verbosity(logging.WARNING)
     config, rng, rows = CONFIG.value, np.random.default_rng(0), []
@@ -78,8 +84,7 @@ def main(_):
                 data.Preferences(directory / "pairs"), sd.tokenize, cache, batch_size=config.train.batch_size,
                 image_size=sd.image_size, random_flip=config.data.random_flip, seed=0,
             )  # fmt: skip
-            read = lambda n, batches=batches: [None for _ in itertools.islice(batches, n)]
-            seconds = common.median_seconds(read, lambda: BATCHES.value)
+            seconds = common.median_seconds(functools.partial(take, batches), lambda: BATCHES.value)
             rows.append({"from": name, "pairs_per_sec": config.train.batch_size * BATCHES.value / seconds})
     settings = {"model": config.model, "image_size": sd.image_size, "batch_size": config.train.batch_size}
     common.report("loader", settings | {"pairs": PAIRS.value, "batches": BATCHES.value}, rows)

@@ -33,6 +33,11 @@ STEPS = flags.DEFINE_integer("steps", 100, "Of training.", lower_bound=1)
 DTYPES = ("float32", "bfloat16")
 
 
+def relative(a, b) -> float:
+    """The relative deviation of a from b."""
+    return abs(float(a) / float(b) - 1)
+
+
 def main(_):
     logging.set_verbosity(logging.WARNING)
     config = CONFIG.value
@@ -52,7 +57,6 @@ def main(_):
     )  # fmt: skip
 
     found = {name: [] for name in ("loss", "grad_norm", "gradient", "cosine", "loss_trained_apart")}
-    relative = lambda a, b: abs(float(a) / float(b) - 1)
     shape = (config.train.batch_size, *sd.latent_shape)
     for k, batch in zip(range(STEPS.value), iterator):
         key = jax.random.fold_in(seeds.key(config.seed), k)

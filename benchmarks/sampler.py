@@ -72,11 +72,10 @@ def main(_):
     sd, n = make(config.model, jnp.dtype(config.dtype)), config.sampling.batch_size
     requests, mesh = [Request(PROMPT, i) for i in range(n)], sharding.make_mesh(**config.mesh)
     divided = config.sampling.to_dict() | {"batch_size": -(-n // sharding.batch_parts(mesh))}  # of each device
-    ours = lambda seed: generate(sd, requests, seed=seed, mesh=mesh, **divided)
-    samplers = {"livo_jax": ours} | {
+    samplers = {"livo_jax": lambda seed: generate(sd, requests, seed=seed, mesh=mesh, **divided)} | {
         f"diffusers, PyTorch {mode}": Pipeline(sd, config, mode == "compile") for mode in PEERS.value
     }
-    first, seeds, rows = ours(0).astype(int), itertools.count(1), []
+    first, seeds, rows = samplers["livo_jax"](0).astype(int), itertools.count(1), []
     for name, sample in samplers.items():
         difference = float(np.abs(sample(0) - first).mean())
         seconds = common.median_seconds(sample, lambda: next(seeds))

@@ -115,24 +115,29 @@ def check(preferences: data.Preferences, against=None, held_out=(), least_distan
                 identical += 1
     progress.close()
 
-    listed = lambda items: ", ".join(f"{name} {count}" for name, count in items)
     lines = [f"{preferences.directory}: {len(source)} pairs", "", "pairs of each value"]
     for value, scenes in pairs.items():
         fewest, counts = sorted(scenes.items(), key=lambda item: item[1])[:FEW], scenes.values()
         middle = f"min {min(counts)}, median {statistics.median(counts):g}, max {max(counts)}"
-        lines.append(f"  {value}: {scenes.total()}; of each of {len(scenes)} scenes {middle}; fewest: {listed(fewest)}")
+        lines.append(
+            f"  {value}: {scenes.total()}; of each of {len(scenes)} scenes {middle}; fewest: {_listed(fewest)}"
+        )
     lines += ["", f"images: {sizes.total()} of {2 * len(source)} decode; pairs of the same picture twice: {identical}"]
-    lines += [f"  of {len(sizes)} sizes, most: {listed(sizes.most_common(FEW))}"]
+    lines += [f"  of {len(sizes)} sizes, most: {_listed(sizes.most_common(FEW))}"]
     lines += ["", f"images like an earlier one of value, scene and side (near: under {least_distance} of 64 bits)"]
     for side, kind in itertools.product(data.SIDES, ("byte-identical", "near")):
         found = twins[side, kind]
         examples = ", ".join(f"{i} like {earlier}" for i, earlier in found[:FEW])
         lines.append(f"  {side}, {kind}: {len(found)} ({len(found) / len(source):.1%}) {examples}".rstrip())
     lines += ["", "what the images show"]
-    lines += [f"  {value}, {side}: {listed(counts.most_common())}" for (value, side), counts in labels.items()]
+    lines += [f"  {value}, {side}: {_listed(counts.most_common())}" for (value, side), counts in labels.items()]
     where = ([str(against.directory)] if against else []) + (["config.eval.held_out"] if unseen else [])
     lines += ["", f"scenes and prompts of {' and '.join(where)}: {len(leaks)}" if where else "leakage: not looked for"]
     return lines, problems + [f"record {i}: {leak}" for leak, i in leaks.items()]
+
+
+def _listed(counts) -> str:
+    return ", ".join(f"{name} {count}" for name, count in counts)
 
 
 def sheets(preferences: data.Preferences, out: pathlib.Path, show_unknown: bool = False) -> list[str]:

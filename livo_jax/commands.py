@@ -66,11 +66,11 @@ def parse(argv):
     except (AttributeError, KeyError):
         from livo_jax.files.settings import flatten
 
-        override = lambda arg: arg.lstrip("-").startswith("config.")
-        given = [arg.lstrip("-").split("=")[0] for arg in argv if override(arg)]
-        sys.argv[:] = [arg for arg in argv if not override(arg)]  # where config_flags looks for overrides
+        overrides = [arg for arg in argv if arg.lstrip("-").startswith("config.")]
+        sys.argv[:] = [arg for arg in argv if arg not in overrides]  # where config_flags looks for overrides
         app.parse_flags_with_usage(sys.argv)
         fields = [f"config.{name}" for name in flatten(flags.FLAGS.config.to_dict())]
+        given = [arg.lstrip("-").split("=")[0] for arg in overrides]
         unknown = [name for name in given if name not in fields]
         sys.exit(f"the config has no {', '.join(unknown)}. It has\n  " + "\n  ".join(fields))
     if "config" in flags.FLAGS and (config := flags.FLAGS.config):

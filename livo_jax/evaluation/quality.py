@@ -130,11 +130,17 @@ def kernel_distance(a, b) -> float:
     """
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     size = min(KID_SUBSET_SIZE, len(a), len(b))
-    kernel = lambda x, y: (x @ y.T / x.shape[1] + 1) ** 3
-    within = lambda x: ((k := kernel(x, x)).sum() - np.trace(k)) / (size * (size - 1))
+
+    def kernel(x, y):
+        return (x @ y.T / x.shape[1] + 1) ** 3
+
+    def mean_within(x):
+        k = kernel(x, x)
+        return (k.sum() - np.trace(k)) / (size * (size - 1))  # of pairs of two images: the diagonal is of one
+
     rng = np.random.RandomState(SEED)  # noqa: NPY002
     draws = ((a[rng.choice(len(a), size, False)], b[rng.choice(len(b), size, False)]) for _ in range(KID_SUBSETS))
-    return float(np.mean([within(x) + within(y) - 2 * kernel(x, y).mean() for x, y in draws]))
+    return float(np.mean([mean_within(x) + mean_within(y) - 2 * kernel(x, y).mean() for x, y in draws]))
 
 
 def inception_score(logits) -> float:
@@ -145,5 +151,9 @@ def inception_score(logits) -> float:
     log_p = log_softmax(np.asarray(logits, np.float64)[order], axis=1)
     N, splits = len(log_p), min(SPLITS, len(log_p))
     parts = [log_p[i * N // splits : (i + 1) * N // splits] for i in range(splits)]
-    divergence = lambda log_p: (np.exp(log_p) * (log_p - np.log(np.exp(log_p).mean(0)))).sum(1).mean()
-    return float(np.mean([np.exp(divergence(part)) for part in parts]))
+    scores = []
+    for part in parts:
+        p = np.exp(part)
+        divergence = (p * (part - np.log(p.mean(0)))).sum(1)  # of each image's classes from those of all
+        scores.append(np.exp(divergence.mean()))
+    return float(np.mean(scores))

@@ -33,9 +33,9 @@ def table(results: list[dict]) -> str:
     cells = {(r["value"], r["split"], r["metric"], r["method"]): r for r in results}
     columns = list(dict.fromkeys(method for *_, method in cells))
     width = max(len(value) for value, *_ in cells) + 2
-    line = lambda value, split, metric, shown: (
-        f"{value:{width}}{split:10}{metric:23}" + "".join(f"{cell:>25}" for cell in shown)
-    )
+
+    def line(value, split, metric, shown):
+        return f"{value:{width}}{split:10}{metric:23}" + "".join(f"{cell:>25}" for cell in shown)
 
     def mean(r):
         interval = "[{:.3f}, {:.3f}]".format(*r["ci95"]) if r["ci95"] else "[no interval]"
@@ -75,8 +75,11 @@ def as_csv(rows: list[dict]) -> str:
 
 def _csv(results: list[dict]) -> bytes:
     """The rows of results.json, a column for each end of the interval."""
-    ends = lambda r: dict(zip(("ci95_low", "ci95_high"), r["ci95"] or (None, None)))
-    return as_csv([{k: v for k, v in r.items() if k != "ci95"} | ends(r) for r in results]).encode()
+    rows = []
+    for r in results:
+        low, high = r["ci95"] or (None, None)
+        rows.append({k: v for k, v in r.items() if k != "ci95"} | {"ci95_low": low, "ci95_high": high})
+    return as_csv(rows).encode()
 
 
 def _of_prompts(numbers: dict) -> list[dict]:
@@ -89,16 +92,16 @@ def _headline(value: str, metric: str, split: str, cells: dict, methods: list[st
     """What happened to a value's metric on a split, in words; `cells`: (value, split, metric) -> {method: row}."""
     effect, known = cells[value, split, metric], cells.get((value, split, "recognised"), {})
     readable = cells.get((value, split, "readable"), {})
-    number = lambda r: f"{r['mean']:.0%}" if metric == "R" else f"{r['mean']:.2f}"
+    number = {m: f"{r['mean']:.0%}" if metric == "R" else f"{r['mean']:.2f}" for m, r in effect.items()}
     shown = [m for m in methods if m in effect and m != "plain"]
-    text = f"{EFFECTS[metric]} {number(effect[shown[0]])} in images of the {_label(shown[0])}"
+    text = f"{EFFECTS[metric]} {number[shown[0]]} in images of the {_label(shown[0])}"
     for m in shown[1:] if len(shown) < 4 else [m for m in shown if m == "livo"]:
-        text += f", {number(effect[m])} with {_label(m)}"
+        text += f", {number[m]} with {_label(m)}"
         text += f", whose subjects are recognised in {known[m]['mean']:.1%}" if m in known else ""
         text += f" ({1 - readable[m]['mean']:.1%} cannot be read)" if m in readable and readable[m]["mean"] < 1 else ""
     if len(shown) > 3:
         best = min(shown, key=lambda m: effect[m]["mean"])
-        text += f"; the lowest is {_label(best)}'s, {number(effect[best])}"
+        text += f"; the lowest is {_label(best)}'s, {number[best]}"
         text += f" at {known[best]['mean']:.1%} recognised" if best in known else ""
     return text + "."
 
@@ -109,10 +112,15 @@ def _sweeps(results: list[dict], values: list[str], sweeps) -> dict[str, bytes]:
     plots, base = {}, results[0]["method"] if results else None
     for title, points in sweeps if values else ():
         settings = [("", base, ""), *points]
-        found = lambda v, metric, of=settings: [cells.get((method, v + suffix, metric)) for _, method, suffix in of]
-        lines = {f"{value}: {metric}": found(value, metric) for value in values for metric in EFFECTS}
-        known = [filter(None, rows) for rows in zip(*(found(value, "recognised") for value in values))]
-        lines["subjects recognised, the lowest"] = [min(rows, key=lambda r: r["mean"], default=None) for rows in known]
+        lines = {
+            f"{value}: {metric}": [cells.get((method, value + suffix, metric)) for _, method, suffix in settings]
+            for value in values
+            for metric in EFFECTS
+        }
+        lines["subjects recognised, the lowest"] = lowest = []
+        for _, method, suffix in settings:
+            rows = [cells[key] for value in values if (key := (method, value + suffix, "recognised")) in cells]
+            lowest.append(min(rows, key=lambda r: r["mean"], default=None))
         of_base = {name: row["mean"] for name, (row, *_) in lines.items() if row}
         lines = {name: rows for name, (row, *rows) in lines.items() if row and any(rows)}
         if lines:
@@ -145,6 +153,10 @@ def _plots(results: list[dict], values: list[str], curves, metrics: list[dict], 
                 svg = charts.convergence(title, line, labels, against, unit)
                 plots["Convergence"][f"{title}, against {unit}"] = svg
     return {heading: shown for heading, shown in plots.items() if shown}
+
+
+def _row_uri(images: list[np.ndarray]) -> str:
+    return png_uri(sheet([images], max(1, 64 // images[0].shape[0])))
 
 
 def write(
@@ -189,23 +201,25 @@ def write(
         if metric in EFFECTS and value in values:
             text = _headline(value, metric, split, cells, methods)
             headlines.setdefault(value, []).append(f"{split.replace('_', ' ')}: {text}")
-    draw = lambda images: png_uri(sheet([images], max(1, 64 // images[0].shape[0])))
     shown = [
-        p | {"sides": {side: (draw(images), len(images)) for side, images in p["sides"].items() if images}}
+        p | {"sides": {side: (_row_uri(images), len(images)) for side, images in p["sides"].items() if images}}
         for p in pictures
     ]
-    as_json = lambda content: _uri("application/json", json.dumps(content, indent=2).encode())
-    files = {"results.csv": _uri("text/csv", _csv(results)), "results.json": as_json(document(results))}
-    if differences:
-        files["differences.json"] = as_json(document(differences))
+    documents = {
+        "results.json": document(results),
+        "differences.json": differences and document(differences),
+        "prompts.json": _of_prompts(numbers),
+        "curves.json": list(curves),
+        "costs.json": list(costs),
+        "training.json": metrics,
+        "config.json": config,
+    }
+    files = {"results.csv": _uri("text/csv", _csv(results))}
     files |= {
-        name: as_json(list(content))
-        for name, content in (
-            ("prompts.json", _of_prompts(numbers)), ("curves.json", curves), ("costs.json", costs),
-            ("training.json", metrics),
-        )
+        name: _uri("application/json", json.dumps(content, indent=2).encode())
+        for name, content in documents.items()
         if content
-    }  # fmt: skip
+    }
     plots = _plots(results, values, curves, metrics, sweeps)
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["label"] = _label
@@ -223,7 +237,7 @@ def write(
         },
         costs=costs,
         differences=[d for d in differences if d["metric"] in TOLD and d["other"] in methods[1:]],
-        files=files | {"config.json": as_json(config)},
+        files=files,
         config=json.dumps(config, indent=2),
     )
     path.write_text(page)

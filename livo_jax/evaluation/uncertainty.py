@@ -83,11 +83,14 @@ def of_shares(hits: np.ndarray, trials: np.ndarray) -> tuple[float, float]:
 @functools.cache
 def _grid():
     """Cells of equal prior mass: their edges of m, [MEANS + 1], and a and b in them, [MEANS, CORRELATIONS]."""
-    quantile = lambda u: np.sin(np.pi / 2 * u) ** 2  # of beta(1/2, 1/2)
-    middles = lambda n: (np.arange(n) + 0.5) / n
-    mean = quantile(middles(MEANS))[:, None]
-    size = 1 / middles(CORRELATIONS) ** 2 - 1  # a + b: the quantiles of beta(1/2, 1) are squares
-    return quantile(np.linspace(0, 1, MEANS + 1)), mean * size, (1 - mean) * size
+
+    def quantiles(u):
+        return np.sin(np.pi / 2 * u) ** 2  # of beta(1/2, 1/2)
+
+    mean = quantiles((np.arange(MEANS) + 0.5) / MEANS)[:, None]
+    correlation = ((np.arange(CORRELATIONS) + 0.5) / CORRELATIONS) ** 2  # the quantiles of beta(1/2, 1) are squares
+    size = 1 / correlation - 1  # a + b
+    return quantiles(np.linspace(0, 1, MEANS + 1)), mean * size, (1 - mean) * size
 
 
 @functools.lru_cache(256)

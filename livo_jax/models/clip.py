@@ -204,7 +204,7 @@ class CLIPEncoder(nnx.Module):
 
     def __call__(self, x):
         """The states after the last layer, and before it."""
-        run = lambda layer, x: layer(x)
+        run = CLIPEncoderLayer.__call__
         if self.gather:
             run = nnx.remat(gathered(self.gather), policy=all_but_gathered)
         for layer in self.layers:

@@ -1,5 +1,7 @@
 """Low-rank updates (LoRA, Hu et al. 2022) of the linear layers of any module."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -41,12 +43,14 @@ def updates(module, targets, rank: int, rngs) -> nnx.Dict:
     """
     found, ends = nnx.Dict(), tuple(f".{target}" for target in targets)
     small, zero = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform"), nnx.initializers.zeros
-    linear = lambda rows, columns, init: nnx.Linear(rows, columns, use_bias=False, kernel_init=init, rngs=rngs)
+    linear = functools.partial(nnx.Linear, use_bias=False, rngs=rngs)
     for (*layer, leaf), weight in jax.tree_util.tree_leaves_with_path(split(module)[1]):
         name = name_of(layer)
         if leaf.key == "kernel" and name.endswith(ends):
             rows, columns = weight.shape
-            found[name] = nnx.Dict(lora_A=linear(rows, rank, small), lora_B=linear(rank, columns, zero))
+            found[name] = nnx.Dict(
+                lora_A=linear(rows, rank, kernel_init=small), lora_B=linear(rank, columns, kernel_init=zero)
+            )
     return found
 
 

@@ -1,6 +1,7 @@
 """The conditional UNet of Stable Diffusion 1.x, 2.x (Rombach et al. 2022) and XL (Podell et al. 2023)."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -149,9 +150,9 @@ class Transformer2DModel(nnx.Module):
         layers = config.per_level("transformer_layers_per_block")[level]
         self.norm = group_norm(channels, config.norm_num_groups, 1e-6, rngs=rngs)
         if config.use_linear_projection:
-            projection = lambda: nnx.Linear(channels, channels, rngs=rngs)
+            projection = functools.partial(nnx.Linear, channels, channels, rngs=rngs)
         else:
-            projection = lambda: nnx.Conv(channels, channels, (1, 1), rngs=rngs)
+            projection = functools.partial(nnx.Conv, channels, channels, (1, 1), rngs=rngs)
         self.proj_in = projection()
         self.transformer_blocks = nnx.List(
             [BasicTransformerBlock(channels, heads, config.cross_attention_dim, rngs=rngs) for _ in range(layers)]
@@ -166,15 +167,21 @@ class Transformer2DModel(nnx.Module):
         return x + self.proj_out(h.reshape(B, H, W, C))
 
 
+def resnet_block(in_channels: int, out_channels: int, config: UNetConfig, *, rngs) -> ResnetBlock2D:
+    """A residual block as a UNet of this config has it."""
+    time_dim = 4 * config.block_out_channels[0]
+    return ResnetBlock2D(in_channels, out_channels, config.norm_num_groups, config.norm_eps, time_dim, rngs=rngs)
+
+
 class DownBlock2D(nnx.Module):
     """A level of the down path: DownBlock2D, or CrossAttnDownBlock2D where it `attends`."""
 
     def __init__(self, level: int, attends: bool, config: UNetConfig, *, rngs):
-        channels, time_dim = config.block_out_channels, 4 * config.block_out_channels[0]
+        channels, layers = config.block_out_channels, config.per_level("layers_per_block")[level]
         in_channels, out_channels = channels[max(level - 1, 0)], channels[level]
-        layers = config.per_level("layers_per_block")[level]
-        resnet = lambda c: ResnetBlock2D(c, out_channels, config.norm_num_groups, config.norm_eps, time_dim, rngs=rngs)
-        self.resnets = nnx.List([resnet(out_channels if i else in_channels) for i in range(layers)])
+        self.resnets = nnx.List(
+            [resnet_block(out_channels if i else in_channels, out_channels, config, rngs=rngs) for i in range(layers)]
+        )
         if attends:
             self.attentions = nnx.List([Transformer2DModel(level, config, rngs=rngs) for _ in range(layers)])
         self.attends = attends
@@ -197,13 +204,8 @@ class DownBlock2D(nnx.Module):
 
 class UNetMidBlock2DCrossAttn(nnx.Module):
     def __init__(self, config: UNetConfig, *, rngs):
-        channels, time_dim = config.block_out_channels[-1], 4 * config.block_out_channels[0]
-        self.resnets = nnx.List(
-            [
-                ResnetBlock2D(channels, channels, config.norm_num_groups, config.norm_eps, time_dim, rngs=rngs)
-                for _ in range(2)
-            ]
-        )
+        channels = config.block_out_channels[-1]
+        self.resnets = nnx.List([resnet_block(channels, channels, config, rngs=rngs) for _ in range(2)])
         self.attentions = nnx.List([Transformer2DModel(len(config.block_out_channels) - 1, config, rngs=rngs)])
 
     def __call__(self, x, time, cond, mask):
@@ -218,11 +220,13 @@ class UpBlock2D(nnx.Module):
     """
 
     def __init__(self, level: int, skip_channels, attends: bool, config: UNetConfig, *, rngs):
-        channels, time_dim = config.block_out_channels, 4 * config.block_out_channels[0]
+        channels = config.block_out_channels
         in_channels, out_channels = channels[min(level + 1, len(channels) - 1)], channels[level]
-        resnet = lambda c: ResnetBlock2D(c, out_channels, config.norm_num_groups, config.norm_eps, time_dim, rngs=rngs)
         self.resnets = nnx.List(
-            [resnet((out_channels if i else in_channels) + skip) for i, skip in enumerate(skip_channels)]
+            [
+                resnet_block((out_channels if i else in_channels) + skip, out_channels, config, rngs=rngs)
+                for i, skip in enumerate(skip_channels)
+            ]
         )
         if attends:
             self.attentions = nnx.List([Transformer2DModel(level, config, rngs=rngs) for _ in skip_channels])
@@ -250,7 +254,6 @@ class UNet2DConditionModel(nnx.Module):
         self.gather = None  # of who shards it: makes a block's weights whole while it computes (sharding.gather)
         channels = config.block_out_channels
         layers = config.per_level("layers_per_block")
-        attends = lambda block_type: block_type.startswith("CrossAttn")
 
         self.conv_in = conv3x3(config.in_channels, channels[0], rngs=rngs)
         self.time_embedding = TimestepEmbedding(channels[0], 4 * channels[0], rngs=rngs)
@@ -260,7 +263,7 @@ class UNet2DConditionModel(nnx.Module):
 
         down, skip_channels = [], [channels[0]]
         for level, block_type in enumerate(config.down_block_types):
-            down.append(DownBlock2D(level, attends(block_type), config, rngs=rngs))
+            down.append(DownBlock2D(level, block_type.startswith("CrossAttn"), config, rngs=rngs))
             skip_channels += [channels[level]] * (layers[level] + len(down[-1].downsamplers))
         self.down_blocks = nnx.List(down)
 
@@ -269,7 +272,7 @@ class UNet2DConditionModel(nnx.Module):
         up = []
         for level, block_type in zip(reversed(range(len(channels))), config.up_block_types):
             taken = [skip_channels.pop() for _ in range(layers[level] + 1)]
-            up.append(UpBlock2D(level, taken, attends(block_type), config, rngs=rngs))
+            up.append(UpBlock2D(level, taken, block_type.startswith("CrossAttn"), config, rngs=rngs))
         self.up_blocks = nnx.List(up)
 
         self.conv_norm_out = group_norm(channels[0], config.norm_num_groups, config.norm_eps, rngs=rngs)
@@ -307,8 +310,10 @@ class UNet2DConditionModel(nnx.Module):
             ).reshape(len(z_t), -1)  # fmt: skip
             time += self.add_embedding(jnp.concatenate([text_embeds.astype(dtype), sizes.astype(dtype)], axis=-1))
         run = gathered(self.gather) if self.gather else lambda block, x, *args: block(x, *args)
-        if self.remat != "none" or self.gather:
-            run = nnx.remat(run, policy=REMAT[self.remat] or all_but_gathered)
+        if self.remat != "none":
+            run = nnx.remat(run, policy=REMAT[self.remat])  # which keeps no gathered weights either
+        elif self.gather:
+            run = nnx.remat(run, policy=all_but_gathered)
         x = self.conv_in(z_t)
         skips = [x]
         for block in self.down_blocks:

@@ -1,5 +1,6 @@
 """StableDiffusion: a published model, and images of it."""
 
+import functools
 import pathlib
 import re
 import warnings
@@ -153,8 +154,8 @@ class StableDiffusion:
         ]
         dtype = read_dtype(dtype)
         root = find(path_or_hub_id, DESCRIPTION + files)
-        make = lambda kind, place: load(kind, place, dtype, variant=variant, sharding=sharding)
-        return cls(root, make, str(path_or_hub_id))
+        load_part = functools.partial(load, dtype=dtype, variant=variant, sharding=sharding)
+        return cls(root, load_part, str(path_or_hub_id))
 
     @classmethod
     def from_config(cls, path_or_hub_id, dtype=jnp.float32, *, seed: int = 0, sharding=None) -> "StableDiffusion":
@@ -164,8 +165,8 @@ class StableDiffusion:
         """
         dtype = read_dtype(dtype)
         root = find(path_or_hub_id, DESCRIPTION + [f"{part}/config.json" for part in PARTS])
-        make = lambda kind, place: initialise(kind, place, dtype, seed=seed, sharding=sharding)
-        return cls(root, make, str(path_or_hub_id))
+        make_part = functools.partial(initialise, dtype=dtype, seed=seed, sharding=sharding)
+        return cls(root, make_part, str(path_or_hub_id))
 
     def tokenize(self, texts: list[str]) -> np.ndarray:
         """Token ids [B, L] int32, of XL [B, 2, L], padded and cut to the text encoder's length.
