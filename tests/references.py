@@ -86,9 +86,9 @@ def fill(network):
     """Gives it `weights`."""
     import torch
 
+    shapes = {name: tuple(x.shape) for name, x in network.state_dict().items() if not name.endswith("batches_tracked")}
     # lpips lists its layers twice, and keeps the constants that normalise colours among its weights.
-    ours = lambda name: not name.endswith("num_batches_tracked") and not name.startswith(("lins.", "scaling_layer."))
-    drawn = weights({name: tuple(x.shape) for name, x in network.state_dict().items() if ours(name)})
+    drawn = weights({k: shape for k, shape in shapes.items() if not k.startswith(("lins.", "scaling_layer."))})
     network.load_state_dict({name: torch.tensor(x) for name, x in drawn.items()}, strict=False)
     return network.eval()
 
@@ -96,7 +96,13 @@ def fill(network):
 def compute() -> dict[str, np.ndarray]:
     import torch
 
-    found, to_torch = {}, lambda images: torch.tensor(images).permute(0, 3, 1, 2)
+    def to_torch(images):
+        return torch.tensor(images).permute(0, 3, 1, 2)
+
+    def distance(a, b):
+        return lpips(*(to_torch(x) / 127.5 - 1 for x in (a, b))).flatten().numpy()
+
+    found = {}
     module = theirs("torch_fidelity.feature_extractor_inceptionv3").FeatureExtractorInceptionV3
     with patch.object(module, "load_state_dict"), tempfile.NamedTemporaryFile() as none:
         torch.save({}, none.name)
@@ -108,7 +114,6 @@ def compute() -> dict[str, np.ndarray]:
             outputs = inception(to_torch(pictures(2, *size)))
             found |= {f"inception.{name}.{size[0]}": x.numpy() for name, x in zip(("features", "logits"), outputs)}
         for size in LPIPS_SIZES:
-            distance = lambda a, b: lpips(*(to_torch(x) / 127.5 - 1 for x in (a, b))).flatten().numpy()
             a, b = np.split(pictures(6, *size), 2)
             pairs = np.array(list(itertools.combinations(a, 2)))
             found[f"lpips.distance.{size[0]}"] = distance(a, b)

@@ -69,7 +69,7 @@ def final(workdir) -> dict:
     """The arrays of the newest checkpoint: {path: array}."""
     step = max((p for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
     checkpointer = ocp.PyTreeCheckpointer()
-    as_numpy = lambda _: ocp.RestoreArgs(restore_type=np.ndarray)
-    args = jax.tree.map(as_numpy, checkpointer.metadata(step / "state").item_metadata.tree)
+    tree = checkpointer.metadata(step / "state").item_metadata.tree
+    args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
     leaves = jax.tree_util.tree_leaves_with_path(checkpointer.restore(step / "state", restore_args=args))
     return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}

@@ -143,13 +143,17 @@ def test_dry_run_prints_what_is_executed(command, settings, expected, launch, tm
     assert calls(tmp_path) == executed
 
 
+def remote(call: list[str]) -> str:
+    """The command that a call has run on another machine."""
+    return next(word.removeprefix("--command=") for word in call if word.startswith("--command="))
+
+
 def test_arguments_arrive_as_they_were_given(launch, tmp_path):
     worker = tmp_path / "worker" / "livo_jax"
     (worker / ".venv" / "bin").mkdir(parents=True)
     (worker / ".venv" / "bin" / "activate").touch()
     (worker / "launch").mkdir()
     (worker / "launch" / "gpu_box.sh").symlink_to(tmp_path / "fake")
-    remote = lambda call: next(word.removeprefix("--command=") for word in call if word.startswith("--command="))
     environment = dict(PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}", CALLS=str(tmp_path / "calls"))
     workdir = "--workdir=gs://b/r"
 
@@ -173,7 +177,10 @@ def test_arguments_arrive_as_they_were_given(launch, tmp_path):
 
 
 def test_a_slurm_job_is_requeued_when_it_was_stopped_before_its_end(launch, tmp_path):
-    last = lambda **settings: (launch("slurm.sh", "run", NODES="1", GPUS="1", **settings), calls(tmp_path)[-1])[1]
+    def last(**settings):
+        launch("slurm.sh", "run", NODES="1", GPUS="1", **settings)
+        return calls(tmp_path)[-1]
+
     assert last(SRUN="exit 143") == ["scontrol", "requeue", "7"]
     assert last(SRUN="exit 0")[0] == last(SRUN="exit 1")[0] == "srun"
     assert last(SRUN="launch/slurm.sh stop; exit 143")[0] == "scancel"

@@ -9,7 +9,10 @@ from livo_jax.sampling import generate
 from livo_jax.sampling.requests import Request, requests_of
 
 SEEDS = (0, 1, 2**31, 2**32 - 1, 2**32, 2**32 + 1, 2**33, 2**63 - 1)
-data = lambda key: np.asarray(jax.random.key_data(key))
+
+
+def data(key) -> np.ndarray:
+    return np.asarray(jax.random.key_data(key))
 
 
 def test_seeds_have_streams_of_their_own():
@@ -37,6 +40,5 @@ def test_numpys_integers_are_seeds():
 
 def test_large_seeds_draw_other_images(small):
     sd, *_ = small
-    draw = lambda seed: generate.generate(sd, [Request("a baker")], seed=seed, steps=1)
-    images = [draw(seed) for seed in (0, 2**32, 2**32 + 1)]
+    images = [generate.generate(sd, [Request("a baker")], seed=seed, steps=1) for seed in (0, 2**32, 2**32 + 1)]
     assert len({image.tobytes() for image in images}) == 3

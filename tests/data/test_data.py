@@ -103,8 +103,12 @@ def test_a_loss_that_compares_pairs_gets_those_of_one_prompt(tmp_path, paired):
     assert met == {(a, v) for a in range(6) for v in range(6) if not paired or a % 2 == v % 2}
 
 
+def take(batches, n: int) -> list[tuple]:
+    """The names of the images of n batches; one batch more is used up."""
+    return [(names(b, "aligned"), names(b, "violating")) for b, _ in zip(batches, range(n))]
+
+
 def test_order_depends_on_the_seed_and_survives_a_restart(directory):
-    take = lambda batches, n: [(names(b, "aligned"), names(b, "violating")) for b, _ in zip(batches, range(n))]
     whole = take(iterate(directory), 12)
     assert whole == take(iterate(directory), 12)
     assert whole != take(iterate(directory, seed=1), 12)
@@ -112,7 +116,6 @@ def test_order_depends_on_the_seed_and_survives_a_restart(directory):
     begun = take(first, 5)
     second = iterate(directory)
     second.set_state(first.get_state())
-    # zip draws one batch more than it needs: begin the comparison from where the state stands
     assert take(second, 5) == take(iterate(directory), 12)[6:11] and begun == whole[:5]
 
 

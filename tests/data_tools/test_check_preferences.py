@@ -2,7 +2,6 @@
 
 import io
 import itertools
-import json
 import pathlib
 import subprocess
 import sys
@@ -147,9 +146,10 @@ def test_near_duplicates_differ_in_fewer_bits_than_the_flag(tmp_path):
     assert 0 < distance
     near = pair(2, aligned=png(changed))
     preferences = make(tmp_path / "near", pair(0), pair(1), near, pair(3, "cook", aligned=png(changed)))
-    count = lambda least: next(line for line in check(preferences, least_distance=least)[0] if "aligned, near" in line)
-    assert count(distance) == "  aligned, near: 0 (0.0%)"
-    assert count(distance + 1) == "  aligned, near: 1 (25.0%) 2 like 0", "and not 3, of another scene"
+    lines, _ = check(preferences, least_distance=distance)
+    assert "  aligned, near: 0 (0.0%)" in lines
+    lines, _ = check(preferences, least_distance=distance + 1)
+    assert "  aligned, near: 1 (25.0%) 2 like 0" in lines, "and not 3, of another scene"
 
 
 def test_a_speck_makes_a_near_duplicate_by_default(tmp_path):
@@ -161,13 +161,12 @@ def test_a_speck_makes_a_near_duplicate_by_default(tmp_path):
 
 
 def test_what_the_images_show(tmp_path):
-    told = lambda aligned, violating: json.dumps({"aligned_shows": aligned, "violating_shows": violating})
+    told = '{"aligned_shows": "%s", "violating_shows": "%s"}'
     untold = ["", "{}", "null", "drawn by hand", '["aligned_shows"]', "[1"]
-    records = [
-        pair(i, provenance=text) for i, text in enumerate([told("round", "square")] * 2 + [told("square", "round")])
-    ]
+    shapes = [("round", "square")] * 2 + [("square", "round")]
+    records = [pair(i, provenance=told % shown) for i, shown in enumerate(shapes)]
     records += [pair(i, value="colour equality", provenance=text) for i, text in enumerate(untold)]
-    records += [pair(0, value="bloody considered inappropriate", provenance=told("", ""))]
+    records += [pair(0, value="bloody considered inappropriate", provenance=told % ("", ""))]
     lines, _ = check(make(tmp_path / "labels", *records))
     start = lines.index("what the images show") + 1
     assert lines[start : start + 6] == [
@@ -242,11 +241,11 @@ def test_the_sheet_shows_pairs_from_all_over_the_dataset(tmp_path):
     assert line.startswith(f"{tmp_path / 'deep' / 'sheets' / 'shape_equality.png'}: 48 pairs")
     sheet = small_sheet(tmp_path / "deep" / "sheets" / "shape_equality.png", scale=2)
     assert sheet.shape == (8 * 34 - 2, 12 * 34 - 2, 3)
-    tile = lambda row, column: sheet[row * 34 : row * 34 + 32, column * 34 : column * 34 + 32]
+    tiles = np.pad(sheet, ((0, 2), (0, 2), (0, 0))).reshape(8, 34, 12, 34, 3)[:, :32, :, :32].swapaxes(1, 2)
     for row, column, number in ((0, 0, 0), (6, 11, 49)):
-        assert np.array_equal(tile(row, column), picture(2 * number))
-        assert np.array_equal(tile(row + 1, column), picture(2 * number + 1))
-    assert len({tile(row, column).tobytes() for row in range(8) for column in range(12)}) == 96
+        assert np.array_equal(tiles[row, column], picture(2 * number))
+        assert np.array_equal(tiles[row + 1, column], picture(2 * number + 1))
+    assert len({tile.tobytes() for row in tiles for tile in row}) == 96
 
 
 def test_sheets_crop_to_a_common_size_and_leave_broken_images_black(tmp_path):

@@ -103,9 +103,11 @@ def test_violating_lines_as_the_authors_read_them(tmp_path):
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, entries)))
     root, found = tmp_path / "livo_data", import_preferences.read(tmp_path / "livo_data")
     import_preferences.check(root, found)
-    at = lambda side, value: [pathlib.Path(x.file).name for x in found.lines if (x.side, x.value) == (side, value)]
-    assert at("aligned", GENDER) == ["a.png"] and at("violating", GENDER) == ["c.png", "d.png"]
-    assert at("aligned", RACE) == ["b.png"] and at("violating", RACE) == ["c.png", "d.png", "a.png"]
+    images = {}
+    for line in found.lines:
+        images.setdefault((line.side, line.value), []).append(pathlib.Path(line.file).name)
+    assert images["aligned", GENDER] == ["a.png"] and images["violating", GENDER] == ["c.png", "d.png"]
+    assert images["aligned", RACE] == ["b.png"] and images["violating", RACE] == ["c.png", "d.png", "a.png"]
     assert found.stray == 0
     build(root, tmp_path / "out")
     assert data.Preferences(tmp_path / "out").source[0]["prompt"] == b"a kind person"
@@ -113,14 +115,18 @@ def test_violating_lines_as_the_authors_read_them(tmp_path):
 
 def test_the_reader_makes_batches_of_it(source, tmp_path):
     build(source, tmp_path / "out")
-    tokenize = lambda texts: np.array([[text_hash(text) % 1000] for text in texts], np.int32)
+
+    def tokenize(texts):
+        return np.array([[text_hash(text) % 1000] for text in texts], np.int32)
+
     batches = data.batches(
         data.Preferences(tmp_path / "out"), tokenize, batch_size=5, image_size=24, random_flip=False, seed=0
     )
     batch = next(batches)
-    assert batch.aligned.shape == batch.violating.shape == (5, 24, 24, 3)
-    reds = lambda side: np.round((getattr(batch, side)[:, 0, 0, 0] + 1) * 127.5 / 8).astype(int).tolist()
-    assert sorted(reds("aligned")) == [0, 0, 2, 2, 3] and set(reds("violating")) <= {0, 1, 4}
+    images = batch.aligned, batch.violating
+    assert [side.shape for side in images] == [(5, 24, 24, 3)] * 2
+    aligned, violating = (np.round((side[:, 0, 0, 0] + 1) * 127.5 / 8).tolist() for side in images)
+    assert sorted(aligned) == [0, 0, 2, 2, 3] and set(violating) <= {0, 1, 4}
 
 
 def test_the_card_counts_and_what_is_left_out_is_said(source, tmp_path, capsys):
@@ -291,17 +297,16 @@ def test_a_tar_gives_what_its_folder_gives(source, tmp_path, name):
 
 def test_a_tar_cannot_write_elsewhere(source, tmp_path):
     path = pack(source, tmp_path / "livo_data.tar")
-    member = lambda name, kind=tarfile.REGTYPE, link="": (name, kind, link)
     with tarfile.open(path, "a") as tar:
         for name, kind, link in [
-            member("../evil"),
-            member(str(tmp_path / "absolute")),
-            member("livo_data/out", tarfile.SYMTYPE, "/etc"),
-            member("livo_data/in", tarfile.SYMTYPE, "harm"),
-            member("livo_data/hard", tarfile.LNKTYPE, "../../evil"),
-            member("livo_data/device", tarfile.CHRTYPE),
-            member("livo_data/pipe", tarfile.FIFOTYPE),
-            member("livo_data/harm"),
+            ("../evil", tarfile.REGTYPE, ""),
+            (str(tmp_path / "absolute"), tarfile.REGTYPE, ""),
+            ("livo_data/out", tarfile.SYMTYPE, "/etc"),
+            ("livo_data/in", tarfile.SYMTYPE, "harm"),
+            ("livo_data/hard", tarfile.LNKTYPE, "../../evil"),
+            ("livo_data/device", tarfile.CHRTYPE, ""),
+            ("livo_data/pipe", tarfile.FIFOTYPE, ""),
+            ("livo_data/harm", tarfile.REGTYPE, ""),
         ]:
             info = tarfile.TarInfo(name)
             info.type, info.linkname = kind, link
@@ -375,9 +380,8 @@ def test_an_interrupted_import_goes_on(source, tmp_path, monkeypatch, packed):
     work = tmp_path / ".out.partial"
     assert not (tmp_path / "out").exists() and (work / "source").exists() == packed
     assert len(list((work / "shards").iterdir())) == 1
-    again = lambda *_: pytest.fail("this was done already")
-    monkeypatch.setattr(import_preferences, "unusable", again)
-    monkeypatch.setattr(import_preferences, "extract", again)
+    for done in ("unusable", "extract"):
+        monkeypatch.setattr(import_preferences, done, lambda *_: pytest.fail("this was done already"))
     (shard,) = (work / "dataset").glob("preferences-train*00000-of-*")
     made = shard.stat().st_mtime_ns
     build(source, tmp_path / "out")
@@ -397,12 +401,10 @@ def test_a_mended_source_is_imported(source, tmp_path):
 
 def test_command(source, tmp_path):
     path, out = pack(source, tmp_path / "livo_data.tgz"), tmp_path / "out"
-    run = lambda *more: subprocess.run(
-        [sys.executable, "-m", "data_tools.import_preferences", f"--source={path}", f"--out={out}", *more],
-        capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"},
-    )  # fmt: skip
-    refused = run("--max_members=2")
+    command = [sys.executable, "-m", "data_tools.import_preferences", f"--source={path}", f"--out={out}"]
+    options = dict(capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    refused = subprocess.run([*command, "--max_members=2"], **options)
     assert refused.returncode and "ValueError" in refused.stderr and "--max_members=2" in refused.stderr
-    imported = run()
+    imported = subprocess.run(command, **options)
     assert not imported.returncode, imported.stderr
     assert len(data.Preferences(out).source) == 5

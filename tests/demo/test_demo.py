@@ -153,12 +153,11 @@ def test_values_strength_and_seed(page):
 
 
 def test_what_may_be_disturbing_is_blurred_until_it_is_asked_for(page):
+    def blurred() -> list[bool]:
+        images = page.locator(".run").first.locator("img")
+        return images.evaluate_all("images => images.map(image => getComputedStyle(image).filter.includes('blur'))")
+
     page.get_by_label("Images").fill("1")
-    blurred = lambda: (
-        page.locator(".run")
-        .first.locator("img")
-        .evaluate_all("images => images.map(image => getComputedStyle(image).filter.includes('blur'))")
-    )
     page.get_by_label("Prompt").fill("a cook")
     draw(page, 1)
     assert blurred() == [False, False]

@@ -88,9 +88,14 @@ def test_ratios_are_measured_where_the_config_says_so():
 
 def draw_into(directory, requests, settings=(), draw=None, reading=()):
     """A Drawn with these requests' images, of one colour each."""
-    blank = lambda rows: np.stack([np.full((4, 4, 3), row.index, np.uint8) for row in rows])
-    judge = lambda images: {"red": images[:, 0, 0, 0].astype(int), "subject": np.array(["cook"] * len(images))}
-    drawn = Drawn(directory, draw or blank, judge, {"method": "x", **dict(settings)}, dict(reading), at_once=2)
+
+    def draw_index(rows):
+        return np.stack([np.full((4, 4, 3), row.index, np.uint8) for row in rows])
+
+    def judge(images):
+        return {"red": images[:, 0, 0, 0].astype(int), "subject": np.array(["cook"] * len(images))}
+
+    drawn = Drawn(directory, draw or draw_index, judge, {"method": "x", **dict(settings)}, dict(reading), at_once=2)
     with tqdm(disable=True) as progress:
         drawn.draw(requests, progress)
     return drawn
@@ -226,9 +231,6 @@ def test_prompts_that_a_value_should_leave_alone():
 def test_methods_without_tokens_follow_a_value_in_all_images():
     config, (shape,) = tiny.get_config("smoke"), values.load(("shape",))
     config.method, config.eval.images_per_prompt = "other", 20
-    share = lambda tokens: [
-        sum(bool(r.values) for r in case.requests) / len(case.requests)
-        for case in evaluate.cases(config, (shape,), tokens)
-        if case.method == "other"
-    ]
-    assert set(share(True)) == {0.5} and set(share(False)) == {1.0}
+    for tokens, share in ((True, 0.5), (False, 1.0)):
+        cases = [case for case in evaluate.cases(config, (shape,), tokens) if case.method == "other"]
+        assert {np.mean([bool(r.values) for r in case.requests]) for case in cases} == {share}

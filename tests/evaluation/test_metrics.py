@@ -88,7 +88,10 @@ def test_readings_that_are_not_there():
 def test_joint_distributions_by_hand():
     """Even shapes and even colours, of which each shape has one: D1 of both is 0."""
     a, b = (dataclasses.replace(value, attributes=("x", "y")) for value in values.load(("shape", "colour")))
-    reading = lambda first, second: {"shape": np.array([*first]), "colour": np.array([*second])}
+
+    def reading(first, second):
+        return {"shape": np.array([*first]), "colour": np.array([*second])}
+
     tied = metrics.joint(a, b, reading("xxyy" * 5, "xxyy" * 5))
     assert tied == pytest.approx({"joint_TV": 0.5, "joint_D1": 0.5, "mutual_information": np.log(2)})
     apart = metrics.joint(a, b, reading("xxyy" * 5, "xyxy" * 5))
@@ -106,8 +109,10 @@ def test_the_floor_of_two_biases_is_that_of_their_dealing():
     dealt = metrics.joint_floor(*[metrics.dealt(60, 30, 0.5, half)] * 2)
     found = []
     for seed in range(300):
-        token = lambda name, seed=seed: [dealing.applies(name, 0.5, seed, "a baker", i) for i in range(60)]
-        reading = {"shape": np.where(token("A"), "x", "y"), "colour": np.where(token("B"), "x", "y")}
+        reading = {}
+        for value, axis in (("A", "shape"), ("B", "colour")):
+            applied = [dealing.applies(value, 0.5, seed, "a baker", i) for i in range(60)]
+            reading[axis] = np.where(applied, "x", "y")
         found.append(metrics.joint(a, b, reading))
     for metric, floor in dealt.items():
         assert np.mean([numbers[metric] for numbers in found]) == pytest.approx(floor, rel=0.15)
@@ -120,7 +125,10 @@ def test_the_floor_of_two_biases_is_that_of_their_dealing():
 def test_a_floor_is_what_a_fair_generator_shows():
     """Drawn one by one: of two images D1 is 1 or 0 alike. Dealt out: what the dealing leaves to chance."""
     half, fifth = (0.5, 0.5), (0.2,) * 5
-    drawn = lambda n, target: metrics.floor(metrics.dealt(n, 0, 0.0, target), target)["D1"]
+
+    def drawn(n, target):
+        return metrics.floor(metrics.dealt(n, 0, 0.0, target), target)["D1"]
+
     assert drawn(2, half) == pytest.approx(0.5, abs=0.01)
     assert [drawn(50, half), drawn(10, half)] == pytest.approx([0.112, 0.246], abs=0.003)
     assert [drawn(50, fifth), drawn(10, fifth)] == pytest.approx([0.146, 0.322], abs=0.003)
@@ -174,13 +182,13 @@ def test_documents_of_every_schema_are_read():
 
 
 def test_a_method_is_paired_with_every_other_by_prompt():
-    of = lambda *numbers: dict(zip("abcd", ((x, 50) for x in numbers)))
-    numbers = {
-        ("base", "v", "seen", "D1"): of(0.8, 0.6, 0.7),
-        ("livo", "v", "seen", "D1"): of(0.1, 0.2, 0.3, 0.9),
-        ("sld", "v", "seen", "D1"): of(0.2, 0.1, 0.2, 0.9),
-        ("sld", "v", "seen", "distance"): of(0.2),
+    measured = {
+        ("base", "v", "seen", "D1"): (0.8, 0.6, 0.7),
+        ("livo", "v", "seen", "D1"): (0.1, 0.2, 0.3, 0.9),
+        ("sld", "v", "seen", "D1"): (0.2, 0.1, 0.2, 0.9),
+        ("sld", "v", "seen", "distance"): (0.2,),
     }
+    numbers = {what: {prompt: (x, 50) for prompt, x in zip("abcd", of)} for what, of in measured.items()}
     base, sld = metrics.differences(numbers, "livo")
     assert base["other"] == "base" and base["prompts"] == 3 and base["p_value"] == pytest.approx(2 / 8)
     assert base["difference"] == pytest.approx(-0.5)

@@ -73,12 +73,11 @@ def test_a_browser_shows_it(tmp_path, browser):
     shown = page.locator("img").evaluate_all(decoded)
     assert len(shown) == 12 and all(shown)
 
-    harmful = page.locator("figure.harmful img").first
-    blur = lambda: harmful.evaluate("image => getComputedStyle(image).filter")
-    assert "blur" in blur()
+    harmful, filter_of = page.locator("figure.harmful img").first, "image => getComputedStyle(image).filter"
+    assert "blur" in harmful.evaluate(filter_of)
     page.get_by_label("show these images").focus()
     page.keyboard.press("Space")
-    assert blur() == "none"
+    assert harmful.evaluate(filter_of) == "none"
 
     with page.expect_download() as download:
         page.get_by_role("link", name="results.csv").click()

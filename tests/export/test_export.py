@@ -1,6 +1,7 @@
 """What is exported is what was trained: bit for bit in transformers, image for image in diffusers."""
 
 import copy
+import functools
 import json
 import pathlib
 import shutil
@@ -80,7 +81,7 @@ def test_another_base_is_warned_of(sd, config, exported, monkeypatch):
     """A value encoder of kind full knows its base, too; on it nothing is said."""
     config = config.copy_and_resolve_references()
     config.value_encoder.start = str(exported)
-    start = lambda: value_encoders.start(config, sd, sharding.make_mesh())
+    start = functools.partial(value_encoders.start, config, sd, sharding.make_mesh())
     start()
     ValueEncoder.from_pretrained(sd.root / "text_encoder", sd=sd)
     monkeypatch.setattr(sd, "name", "another/model")
@@ -185,14 +186,11 @@ def test_the_pipeline_draws_the_same_images(options, sd, value_encoder, pipeline
     """As JAX from the same noise, values of several strengths on a share of the images; and says the same of them."""
     n, values = 3, [[VALUE, BLOODY], "auto", None]
     settings = dict(strength={VALUE: 0.5}, seed=7, guidance_scale=3.0)
-    latents = noise(PROMPTS, n)
-    draw = lambda *args, **kw: pipeline(
-        PROMPTS, *args, num_images_per_prompt=n, latents=latents, output_type="np", **settings, **kw
-    )
-    theirs, base = draw(values, **options), draw(None)
-    each = lambda rows: [row for row in rows for _ in range(n)]
+    in_torch = dict(num_images_per_prompt=n, latents=noise(PROMPTS, n), output_type="np", **settings)
+    theirs, base = pipeline(PROMPTS, values, **options, **in_torch), pipeline(PROMPTS, **in_torch)
+    prompts, entries = zip(*(row for row in zip(PROMPTS, values) for _ in range(n)))
     ours = sd.generate(
-        each(PROMPTS), each(values), value_encoder, retriever=RETRIEVER, rates=RATES, steps=4, batch_size=3,
+        list(prompts), list(entries), value_encoder, retriever=RETRIEVER, rates=RATES, steps=4, batch_size=3,
         mesh=sharding.make_mesh(1), **settings, **options,
     )  # fmt: skip
     assert np.abs(ours - theirs.images * 255).max() < 1.0
@@ -205,7 +203,7 @@ def test_the_pipeline_draws_the_same_images(options, sd, value_encoder, pipeline
 def test_a_value_has_a_name_a_strength_and_a_reason(pipeline):
     """Few steps tell: strength 0 is the base, a name is its statement, and one prompt may have several values."""
     settings = dict(latents=noise(PROMPTS[:1], 1), num_inference_steps=1, output_type="np")
-    draw = lambda *args, **kw: pipeline(PROMPTS[0], *args, **settings, **kw)
+    draw = functools.partial(pipeline, PROMPTS[0], **settings)
     base, full = draw(), draw(VALUE)
     assert base.applied == [()] and full.applied == [((VALUE, 1.0, ""),)]
     np.testing.assert_array_equal(draw(VALUE, strength=0).images, base.images)

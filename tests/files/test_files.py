@@ -165,9 +165,11 @@ def png(depth: int, colour_type: int, samples, **chunks: bytes) -> bytes:
     header = struct.pack(">IIBBBBB", samples.shape[1], len(samples), depth, colour_type, 0, 0, 0)
     pixels = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
     parts = {"IHDR": header, **chunks, "IDAT": pixels, "IEND": b""}
-    crc = lambda part: struct.pack(">I", zlib.crc32(part))
-    whole = [(struct.pack(">I", len(data)), name.encode() + data) for name, data in parts.items()]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(length + part + crc(part) for length, part in whole)
+    whole = b"\x89PNG\r\n\x1a\n"
+    for name, data in parts.items():
+        part = name.encode() + data
+        whole += struct.pack(">I", len(data)) + part + struct.pack(">I", zlib.crc32(part))
+    return whole
 
 
 def before_white(colours, alpha):

@@ -48,7 +48,10 @@ def test_numbers_are_pytorchs(case):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_no_probabilities_are_kept(dtype):
-    forward = lambda *qkv: jax.vjp(functools.partial(attention, heads=HEADS), *qkv)[1]
+
+    def forward(*qkv):
+        return jax.vjp(functools.partial(attention, heads=HEADS), *qkv)[1]
+
     kept = jax.make_jaxpr(forward)(*qkv(dtype=dtype)).jaxpr.outvars
     assert max(v.aval.size for v in kept) <= B * L * HEADS * K < B * HEADS * L * L
 
@@ -62,7 +65,10 @@ def cudnn_is_there(monkeypatch):
 def kernels(platform, arrays, **options) -> list[str]:
     """The kernels in the attention and its gradient, lowered for a platform that is not here."""
     mesh = jax.make_mesh((1, 1, 1), sharding.AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
-    loss = lambda *qkv: attention(*qkv, heads=HEADS, **options).astype(jnp.float32).sum()
+
+    def loss(*qkv):
+        return attention(*qkv, heads=HEADS, **options).astype(jnp.float32).sum()
+
     with jax.set_mesh(mesh):
         traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(*arrays)
         text = traced.lower(lowering_platforms=(platform,)).as_text()
@@ -89,8 +95,10 @@ def test_without_cudnn_there_is_xla():
 def test_the_tpu_kernel_computes_the_same():
     """In its interpreter, which runs anywhere."""
     arrays = qkv()
-    split = lambda x: x.reshape(B, L, HEADS, K)
-    flash = lambda q, k, v: _flash(split(q), split(k), split(v)).reshape(q.shape)
+
+    def flash(*qkv):
+        return _flash(*(x.reshape(B, L, HEADS, K) for x in qkv)).reshape(B, L, HEADS * K)
+
     with pltpu.force_tpu_interpret_mode():
         found = [flash(*arrays), *gradients(flash, arrays)]
     attend = functools.partial(attention, heads=HEADS)

@@ -38,7 +38,10 @@ def last(x):
 def compute(module, *args, method="__call__", **kw):
     """What a module computes, as one compiled program."""
     graph, params = split(module)
-    call = lambda params, args, kw: getattr(nnx.merge(graph, params), method)(*args, **kw)
+
+    def call(params, args, kw):
+        return getattr(nnx.merge(graph, params), method)(*args, **kw)
+
     return jax.jit(call)(params, args, kw)
 
 
@@ -83,7 +86,10 @@ def test_gradients_of_the_unet(sd, torch_models):
     mask, weight = torch.rand(3, 9) > 0.4, torch.randn(3, 4, 8, 8)
     given = [x.clone().requires_grad_() for x in (z, cond)]
     (torch_models["unet"](given[0], t, given[1], encoder_attention_mask=mask).sample * weight).sum().backward()
-    total = lambda z, cond: (compute(sd.unet, z, t.numpy(), cond, mask.numpy()) * last(weight)).sum()
+
+    def total(z, cond):
+        return (compute(sd.unet, z, t.numpy(), cond, mask.numpy()) * last(weight)).sum()
+
     of_z, of_cond = jax.grad(total, argnums=(0, 1))(last(z), cond.numpy())
     assert relative_error(of_z, last(given[0].grad)) < 1e-4
     assert relative_error(of_cond, given[1].grad) < 1e-4

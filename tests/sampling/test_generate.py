@@ -88,8 +88,10 @@ def test_few_prompts_are_few_images_and_weights_stay_where_they_lie(small, monke
         drawn.append((batch.index.shape[0], *map(len, devices)))
         return jnp.zeros((drawn[-1][0], 1, 1, 3), np.uint8), jnp.ones(drawn[-1][0], bool)
 
+    def pointers():
+        return [shard.data.unsafe_buffer_pointer() for shard in sd.unet.conv_in.kernel[...].addressable_shards]
+
     monkeypatch.setattr(generate, "_sample", sample)
-    pointers = lambda: [shard.data.unsafe_buffer_pointer() for shard in sd.unet.conv_in.kernel[...].addressable_shards]
     for n in (1, 3, 8, 9, 40, 1):
         assert len(sd.generate(["a baker"] * n, batch_size=4)) == n
     assert drawn == [(1, 1), (3, 3), (8, 8), (16, 8), (32, 8), (32, 8), (1, 1)]
@@ -121,7 +123,10 @@ def test_what_is_not_finite_is_no_image(small):
 def test_the_official_layout(sd, published, torch_models, value_encoder):
     """Value token and the prompt's own n tokens, against n + 1 tokens of the negative prompt, as unpadded PyTorch."""
     text, tokenizer = torch_models["text_encoder"], sd.tokenizer
-    encode = lambda t, **kw: text(tokenizer(t, return_tensors="pt", **kw).input_ids)
+
+    def encode(t, **kw):
+        return text(tokenizer(t, return_tensors="pt", **kw).input_ids)
+
     for prompt, negative in (("a photo of a baker", ""), ("a baker", "a picture of a cook at work on a bloody day")):
         n = len(tokenizer(prompt)["input_ids"])
         with torch.no_grad():
@@ -274,9 +279,12 @@ RATES = {
 }
 
 
+def counts(requests) -> Counter:
+    return Counter(tuple(dose.value for dose in r.values) for r in requests)
+
+
 def test_a_ratio_deals_out_tokens():
     """Over all images and each prompt's, in the place of the keep probability, with strengths as they are."""
-    counts = lambda requests: Counter(tuple(dose.value for dose in r.values) for r in requests)
     ratio = {"round": 0.7, "square": 0.3}
     requests = requests_of(["a", "b"] * 10, VALUE, keep_probability=0.1, ratio=ratio, rates=RATES, strength=0.5)
     for group, share in ((requests[::2], 10), (requests[1::2], 10), (requests, 20)):

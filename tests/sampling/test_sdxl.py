@@ -355,7 +355,7 @@ def test_a_step_is_pytorchs(sd, config, theirs, batch):
     with torch.no_grad():
         added = {"text_embeds": frozen(torch.tensor(batch.prompt_ids)).text_embeds}
     added["time_ids"] = torch.tensor(sd.time_ids).expand(2, 6)
-    unet = lambda z, t, c: theirs["unet"](z, t, c, added_cond_kwargs=added)
+    unet = functools.partial(theirs["unet"], added_cond_kwargs=added)
     models = dict(unet=unet, vae=theirs["vae"], text_encoder=frozen)
     expected, _ = torch_step(models, trained, batch, CONFIG, sd.scheduler_config)
     assert loss == pytest.approx(expected, rel=1e-4)
