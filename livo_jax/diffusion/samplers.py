@@ -169,38 +169,52 @@ def pndm(schedule: NoiseSchedule, config: dict, steps: int) -> SamplerTable:
     Z, ORIGIN, SUM, E1, E2, E3, OUT = range(7)
     timesteps, rows = [], []
 
-    def evaluate(t: int, start: int, end: int, weights: dict, origin: int = Z, remember: bool = True, add: float = 0.0):
-        """A row: from z at `start`, state[origin], to z at `end`, by a weighted prediction (equation 9)."""
-        row = np.zeros((6, 8))
+    def transfer(origin: int, start: int, end: int, prediction: dict) -> np.ndarray:
+        """[8] z at `end` from state[origin], which is z at `start`, along {column: weight} (equation 9)."""
         b, b_end = bar[start], bar[max(end, -1)]
         move = (b_end - b) / (b * np.sqrt(1 - b_end) + np.sqrt(b * (1 - b) * b_end))
         eps_z, eps_out = _eps(schedule, np.sqrt(b), np.sqrt(1 - b))
-        row[Z, list(weights)] = -move * eps_out * np.array(list(weights.values()))
-        row[Z, origin] += np.sqrt(b_end / b) - move * eps_z
-        row[ORIGIN, origin] = 1
-        row[SUM, SUM], row[SUM, OUT] = origin == ORIGIN, add
-        row[[E1, E2, E3], [OUT, E1, E2] if remember else [E1, E2, E3]] = 1
+        z = np.zeros(8)
+        z[list(prediction)] = -move * eps_out * np.array(list(prediction.values()))
+        z[origin] += np.sqrt(b_end / b) - move * eps_z
+        return z
+
+    def begin(start: int, end: int, prediction: dict, weight: float = 0.0):
+        """The first or only evaluation of a step: remembers z and the prediction, whose weight in the sum is given."""
+        row = np.zeros((6, 8))
+        row[Z] = transfer(Z, start, end, prediction)
+        row[ORIGIN, Z] = row[E1, OUT] = row[E2, E1] = row[E3, E2] = 1
+        row[SUM, OUT] = weight
+        timesteps.append(start)
+        rows.append(row)
+
+    def proceed(t: int, start: int, end: int, prediction: dict, weight: float = 0.0):
+        """A further evaluation of a step, at t, by which z moves once more from where the step began."""
+        row = np.zeros((6, 8))
+        row[Z] = transfer(ORIGIN, start, end, prediction)
+        row[ORIGIN, ORIGIN] = row[E1, E1] = row[E2, E2] = row[E3, E3] = row[SUM, SUM] = 1
+        row[SUM, OUT] = weight
         timesteps.append(t)
         rows.append(row)
 
     if config.get("skip_prk_steps"):
-        evaluate(spaced[0], spaced[0], spaced[0] - stride, {OUT: 1})
-        for t in spaced[1:2]:
-            evaluate(t, t + stride, t, {OUT: 1 / 2, E1: 1 / 2}, ORIGIN, remember=False)
+        begin(spaced[0], spaced[0] - stride, {OUT: 1})
+        if steps > 1:
+            proceed(spaced[1], spaced[1] + stride, spaced[1], {OUT: 1 / 2, E1: 1 / 2})
         orders = [2, 3] + [4] * steps
         multisteps = spaced[1:]
     else:
         for start, end in zip(spaced[:3], spaced[1:4]):
             middle = end + half
-            evaluate(start, start, start - half, {OUT: 1}, add=1 / 6)
-            evaluate(middle, start, middle, {OUT: 1}, ORIGIN, remember=False, add=1 / 3)
-            evaluate(middle, start, middle - half, {OUT: 1}, ORIGIN, remember=False, add=1 / 3)
-            evaluate(end, start, end, {SUM: 1, OUT: 1 / 6}, ORIGIN, remember=False)
+            begin(start, start - half, {OUT: 1}, 1 / 6)
+            proceed(middle, start, middle, {OUT: 1}, 1 / 3)
+            proceed(middle, start, middle - half, {OUT: 1}, 1 / 3)
+            proceed(end, start, end, {SUM: 1, OUT: 1 / 6})
         orders = [4] * steps
         multisteps = spaced[3:]
     adams_bashforth = {2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12), 4: (55 / 24, -59 / 24, 37 / 24, -9 / 24)}
     for t, order in zip(multisteps, orders):
-        evaluate(t, t, t - stride, dict(zip((OUT, E1, E2, E3), adams_bashforth[order])))
+        begin(t, t - stride, dict(zip((OUT, E1, E2, E3), adams_bashforth[order])))
     n = len(rows)
     return SamplerTable(np.array(timesteps), np.ones(n), np.zeros(n), np.zeros(n), np.stack(rows))
 
