@@ -20,7 +20,8 @@ from livo_jax import seeds, sharding
 from livo_jax.retrieval.retriever import Retriever
 from livo_jax.sampling import generate
 from livo_jax.sampling.pairs import write_pair
-from livo_jax.sampling.requests import Request, choose, with_doses
+from livo_jax.sampling.requests import Request, with_doses
+from livo_jax.values.dealing import choose
 from livo_jax.values.principles import load_principles, phrase, value_prompt
 
 HERE = pathlib.Path(__file__).parent

@@ -18,7 +18,6 @@ import os
 import pathlib
 from collections import Counter
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import diffusers
 import torch
@@ -27,20 +26,12 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedModel
 
-from .livo_dealing import applies
+from .livo_dealing import Dose, applied, choose
 from .livo_ratio import deal
 from .livo_rules import Rules
 
 # How the value encoder was trained to be sampled; `livo_jax.export.export` fills this in.
 SETTINGS = dict(xl=False, size=512, scheduler="DDIMScheduler", options={}, steps=25, guidance_scale=7.5)
-
-
-class Dose(NamedTuple):
-    """A value that is applied to an image."""
-
-    value: str  # the statement that the value encoder reads
-    strength: float  # 1 is LiVO; below and past it the effect is scaled
-    reason: str  # why it was chosen, for values="auto"
 
 
 @dataclasses.dataclass
@@ -50,9 +41,12 @@ class LiVOPipelineOutput(StableDiffusionPipelineOutput):
     applied: list[tuple[Dose, ...]]
 
 
-def faults(prompts, values, strength, keep_probability, known) -> list[str]:
+def is_number(x) -> bool:
+    return isinstance(x, numbers.Real) and math.isfinite(x)
+
+
+def argument_problems(prompts, values, strength, keep_probability, known) -> list[str]:
     """What is wrong with the arguments of a call; `values` has an entry for each prompt."""
-    number = lambda x: isinstance(x, numbers.Real) and math.isfinite(x)
     problems = [f"prompt {prompt!r} is no text" for prompt in prompts if not isinstance(prompt, str)]
     if len(values) != len(prompts) or not prompts:
         problems.append(
@@ -69,8 +63,8 @@ def faults(prompts, values, strength, keep_probability, known) -> list[str]:
             "values='auto' needs values with keywords in the value encoder's config, as livo_jax exports it"
         )
     strengths = strength if isinstance(strength, dict) else {"all values": strength}
-    problems += [f"strength={x!r} of {text} is no number" for text, x in strengths.items() if not number(x)]
-    if not (keep_probability is None or number(keep_probability) and 0 <= keep_probability <= 1):
+    problems += [f"strength={x!r} of {text} is no number" for text, x in strengths.items() if not is_number(x)]
+    if not (keep_probability is None or is_number(keep_probability) and 0 <= keep_probability <= 1):
         problems.append(f"keep_probability={keep_probability!r} is not 0 to 1")
     return problems
 
@@ -142,23 +136,22 @@ class LiVO:
         """For each prompt its values, each with the share of the prompt's images that it is for."""
         livo = getattr(self.value_encoder.config, "livo", {"values": [], "lists": {}})
         known = sorted((SimpleNamespace(**value) for value in livo["values"]), key=lambda value: value.kind != "harm")
-        if problems := faults(prompts, values, strength, keep_probability, known):
+        if problems := argument_problems(prompts, values, strength, keep_probability, known):
             raise ValueError("; ".join(problems))
-        statements = {value.name: value.statement for value in known}
-        named = lambda text: statements.get(text, text)
-        others = 1.0 if isinstance(strength, dict) else strength
-        strengths = {named(text): x for text, x in strength.items()} if isinstance(strength, dict) else {}
         rules = Rules(known, livo["lists"]) if "auto" in values else None
-        override = lambda share: share if keep_probability is None else keep_probability
+
+        def retrieve(prompt):
+            found = {name: f"keywords: {reason}" for name, (_, reason) in rules(prompt).items()}
+            return [SimpleNamespace(**vars(v), reason=found[v.name]) for v in known if v.name in found]
+
+        statements = {value.name: value.statement for value in known}
+        if isinstance(strength, dict):
+            strength = {statements.get(text, text): x for text, x in strength.items()}
         chosen = []
         for prompt, entry in zip(prompts, values):
-            if entry == "auto":
-                found = {name: f"keywords: {reason}" for name, (_, reason) in rules(prompt).items()}
-                rows = [(v.statement, v.keep_probability, found[v.name]) for v in known if v.name in found]
-            else:
-                rows = [(named(text), 1.0, "") for text in ([entry] if isinstance(entry, str) else entry or ())]
-            doses = [(Dose(text, float(strengths.get(text, others)), reason), share) for text, share, reason in rows]
-            chosen.append([(dose, override(share)) for dose, share in doses if dose.strength])
+            texts = [entry] if isinstance(entry, str) else entry or ()
+            named = tuple(statements.get(text, text) for text in texts)
+            chosen.append(choose(prompt, named, strength, keep_probability, retrieve))
         return chosen
 
     def _condition(self, rows: list[tuple[str | None, tuple[Dose, ...]]]) -> tuple[torch.Tensor, torch.Tensor, dict]:
@@ -241,14 +234,13 @@ class LiVO:
         elif values is None or isinstance(values, str):
             values = [values] * len(prompt)
         chosen = self._choose(prompt, values, strength, keep_probability)
-        each = lambda rows: [row for row in rows for _ in range(num_images_per_prompt)]
-        texts, chosen = each(prompt), each(chosen)
+        texts = [text for text in prompt for _ in range(num_images_per_prompt)]
+        chosen = [doses for doses in chosen for _ in range(num_images_per_prompt)]
         if ratio is not None:
             chosen = deal(chosen, texts, ratio, getattr(self.value_encoder.config, "livo", {}).get("rates"), seed)
         seen, images = Counter(), []
         for text, doses in zip(texts, chosen):
-            kept = (dose for dose, share in doses if applies(dose.value, share, seed, text, seen[text]))
-            images.append((text, tuple(kept)))
+            images.append((text, applied(doses, seed, text, seen[text])))
             seen[text] += 1
 
         # The UNet's rows: prompts with the values of full strength, negative prompts, and the first once more with each

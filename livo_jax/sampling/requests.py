@@ -7,16 +7,8 @@ from livo_jax import seeds
 from livo_jax.retrieval.retriever import Retriever
 from livo_jax.value_encoders.base import values_by_prompt
 from livo_jax.values import ratio as ratios
-from livo_jax.values.dealing import applies
+from livo_jax.values.dealing import Dose, applied, choose
 from livo_jax.values.principles import Value
-
-
-class Dose(NamedTuple):
-    """A value that is applied to an image."""
-
-    value: str  # the statement that the value encoder reads
-    strength: float = 1.0  # 0 is the base model, 1 LiVO; between and past it the effect is scaled
-    reason: str = ""  # why it was chosen, where a retriever chose it
 
 
 class Request(NamedTuple):
@@ -30,33 +22,9 @@ class Request(NamedTuple):
     edits: tuple[tuple[str, float], ...] = ()  # texts, with a weight each, for a guidance of livo_jax.sampling.guidance
 
 
-def choose(
-    prompt: str, values: tuple[str, ...], strength=1.0, keep_probability: float | None = None, retriever=None
-) -> list[tuple[Dose, float]]:
-    """The values of a prompt's images, each with the share of the images that it is for: [(Dose, share), ...].
-
-    Args:
-        values: statements; or ("auto",) for those that the retriever finds, biases for their keep_probability's share.
-        strength: of all, or a dict of statement -> strength, 1 where it has none; 0 is no value.
-        keep_probability: the share, for all; None for 1 of named values.
-        retriever: a values.Retriever, for "auto".
-    """
-    if values == ("auto",):
-        rows = [(value.statement, value.keep_probability, value.reason) for value in retriever(prompt)]
-    else:
-        rows = [(statement, 1.0, "") for statement in values]
-    doses = []
-    for statement, share, reason in rows:
-        own = float(strength.get(statement, 1.0) if isinstance(strength, dict) else strength)
-        if own:
-            doses.append((Dose(statement, own, reason), share if keep_probability is None else keep_probability))
-    return doses
-
-
 def with_doses(request: Request, doses: list[tuple[Dose, float]], seed: int) -> Request:
-    """The request with those of `choose`'s values that it gets by their shares (dealing.applies)."""
-    kept = (dose for dose, share in doses if applies(dose.value, share, seed, request.prompt, request.index))
-    return request._replace(values=tuple(kept))
+    """The request with those of `choose`'s values that it gets by their shares."""
+    return request._replace(values=applied(doses, seed, request.prompt, request.index))
 
 
 def requests_of(prompts, values=None, seed: int = 0, ratio=None, rates=None, **options) -> list[Request]:

@@ -1,10 +1,50 @@
-"""Which of a prompt's images a value is for. Exports carry this file as it is: it needs the standard library alone."""
+"""Which values are for a prompt, and for which of its images.
+
+Exports carry this file as it is: it needs the standard library alone.
+"""
 
 import functools
 import hashlib
 import json
+from typing import NamedTuple
 
 BLOCK = 20  # consecutive images of a prompt, among which a share is exact
+
+
+class Dose(NamedTuple):
+    """A value that is applied to an image."""
+
+    value: str  # the statement that the value encoder reads
+    strength: float = 1.0  # 0 is the base model, 1 LiVO; between and past it the effect is scaled
+    reason: str = ""  # why it was chosen, where a retriever chose it
+
+
+def choose(
+    prompt: str, values: tuple[str, ...], strength=1.0, keep_probability: float | None = None, retriever=None
+) -> list[tuple[Dose, float]]:
+    """The values of a prompt's images, each with the share of the images that it is for: [(Dose, share), ...].
+
+    Args:
+        values: statements; or ("auto",) for those that the retriever finds, biases for their keep_probability's share.
+        strength: of all, or a dict of statement -> strength, 1 where it has none; 0 is no value.
+        keep_probability: the share, for all; None for 1 of named values.
+        retriever: a Retriever, for "auto".
+    """
+    if values == ("auto",):
+        rows = [(value.statement, value.keep_probability, value.reason) for value in retriever(prompt)]
+    else:
+        rows = [(statement, 1.0, "") for statement in values]
+    doses = []
+    for statement, share, reason in rows:
+        own = float(strength.get(statement, 1.0) if isinstance(strength, dict) else strength)
+        if own:
+            doses.append((Dose(statement, own, reason), share if keep_probability is None else keep_probability))
+    return doses
+
+
+def applied(doses: list[tuple[Dose, float]], seed: int, prompt: str, index: int) -> tuple[Dose, ...]:
+    """Those of `choose`'s doses that the image (seed, prompt, index) gets by their shares."""
+    return tuple(dose for dose, share in doses if applies(dose.value, share, seed, prompt, index))
 
 
 def uniforms(n: int, *key) -> list[float]:
