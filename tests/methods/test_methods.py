@@ -14,7 +14,7 @@ from etils import epath
 from configs.baselines import fair_diffusion as fair_config
 from configs.baselines import uce as uce_config
 from livo_jax import methods, sharding, values
-from livo_jax.files.modules import load
+from livo_jax.files.modules import load_module
 from livo_jax.methods import fair_diffusion, sld, uce
 from livo_jax.models.weights import split
 from livo_jax.runs import fields
@@ -194,7 +194,7 @@ def test_uce_reads_a_harm_as_its_absence_and_leaves_other_weights(sd, config, tm
     torch.manual_seed(7)
     text_model(len(sd.tokenizer), sd.tokenizer.eos_token_id, num_hidden_layers=3).save_pretrained(tmp_path)
     sd = copy.copy(sd)
-    sd.text_encoder = load(type(sd.text_encoder), tmp_path)
+    sd.text_encoder = load_module(type(sd.text_encoder), tmp_path)
     (bloody,) = values.load(("bloody",))
     edited = uce.edited(sd, uce.erase(bloody, sd, config))
     before, after = (dict(jax.tree_util.tree_leaves_with_path(split(model.unet)[1])) for model in (sd, edited))
