@@ -32,7 +32,7 @@ WORDS = r"(?<!\w)(?:{})(?!\w)"  # a pattern of texts that are no part of a longe
 COLUMNS, ROW_PAIRS, LARGEST = 12, 4, 128  # of a contact sheet; pixels of an image in it
 
 
-def read(source, i: int):
+def read_record(source, i: int):
     """Record i, the images of its sides that decode to their end, and the errors."""
     images, problems = {}, []
     try:
@@ -50,7 +50,7 @@ def read(source, i: int):
     return record, images, problems
 
 
-def shows(provenance: bytes, side: str) -> str:
+def attribute_shown(provenance: bytes, side: str) -> str:
     """The attribute that an image shows, by the record's provenance: "-" for none (harm), "unknown" if not told."""
     try:
         return str(json.loads(provenance)[f"{side}_shows"]) or "-"
@@ -85,7 +85,7 @@ def check(preferences: data.Preferences, against=None, held_out=(), least_distan
         hashes = {side: np.zeros(block.count, np.uint64) for side in data.SIDES}  # perceptual ones, in this order
         for i in range(block.start, block.start + block.count):
             progress.update()
-            record, images, found = read(source, i)
+            record, images, found = read_record(source, i)
             problems += found
             if not record:
                 continue
@@ -100,7 +100,7 @@ def check(preferences: data.Preferences, against=None, held_out=(), least_distan
             if unseen and (name := re.search(WORDS.format("|".join(map(re.escape, unseen))), rest)):
                 leaks.setdefault(f"the prompt {prompt!r} names {name[0]!r}, which is held out", i)
             for side, image in images.items():
-                labels[block.value, side][shows(record["provenance"], side)] += 1
+                labels[block.value, side][attribute_shown(record["provenance"], side)] += 1
                 sizes[f"{image.width}x{image.height}"] += 1
                 digest, n = hashlib.sha256(record[side]).digest(), len(first[side])
                 if digest in first[side]:
@@ -154,7 +154,7 @@ def sheets(preferences: data.Preferences, out: pathlib.Path, show_unknown: bool 
         chosen = np.linspace(0, len(records) - 1, min(len(records), COLUMNS * ROW_PAIRS)).astype(int)
         images = {side: [] for side in data.SIDES}
         for i in chosen:
-            _, found, _ = read(preferences.source, records[i])
+            _, found, _ = read_record(preferences.source, records[i])
             for side in data.SIDES:  # made small at once: there may be a hundred, of any size
                 image = found.get(side, Image.new("RGB", (1, 1)))  # black: check tells why
                 images[side].append(ImageOps.fit(image, (min(LARGEST, *image.size),) * 2))

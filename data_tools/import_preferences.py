@@ -123,7 +123,7 @@ def walk(root: pathlib.Path) -> tuple[list[pathlib.Path], int, list[str], list[s
     return sorted(scenes), count, sorted(hidden), problems
 
 
-def read(root: pathlib.Path) -> Source:
+def read_source(root: pathlib.Path) -> Source:
     """Reads all metadata below a folder, and looks whether the images are there."""
     lines, images, digest = [], {}, hashlib.sha256()
     named, blocks = {}, {}  # real path, value -> the line; (value, scene) -> its first line, Counter of sides
@@ -189,7 +189,7 @@ def unusable(path: pathlib.Path) -> str:
     return ""
 
 
-def check(root: pathlib.Path, source: Source):
+def check_source(root: pathlib.Path, source: Source):
     """Raises ValueError that lists the problems of a source, images that cannot be used included."""
     with ThreadPoolExecutor() as pool:
         faults = pool.map(unusable, [root / file for file in source.images])
@@ -327,7 +327,7 @@ def build(source, directory, max_gb: float = MAX_GB, max_members: int = MAX_MEMB
     source, directory = (pathlib.Path(path).absolute() for path in (source, directory))
     if not source.exists():
         raise FileNotFoundError(f"--source={source} is neither a folder nor a tar: there is nothing")
-    found = read(source) if source.is_dir() else None
+    found = read_source(source) if source.is_dir() else None
     config = {"source": str(source), "sha256": found.sha256 if found else file_sha256(source)}
     with dataset.under_construction(directory, config) as work:
         if work is None:
@@ -339,9 +339,9 @@ def build(source, directory, max_gb: float = MAX_GB, max_members: int = MAX_MEMB
                 root = work / "source"
                 if not root.exists():
                     extract(source, root, max_gb, max_members)
-                found = read(root)
+                found = read_source(root)
             if not checked.exists():
-                check(root, found)
+                check_source(root, found)
                 checked.touch()
         except ValueError:
             shutil.rmtree(work)  # once mended, it is another source

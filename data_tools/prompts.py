@@ -17,7 +17,7 @@ import sys
 
 from absl import app, flags, logging
 
-from livo_jax.data.word_lists import WORDS, fault, forms, load
+from livo_jax.data.word_lists import WORDS, fault, forms, load_word_lists
 from livo_jax.values.principles import phrase
 
 AT_ONCE = 40  # words that a request asks for, whatever the count: a greater one later finds the same answers
@@ -74,14 +74,14 @@ def expand(
         The new words, fewer than `count` where the budget did not suffice, and how many requests were sent.
 
     Raises:
-        ValueError: as of `load`.
+        ValueError: as of `load_word_lists`.
         ConnectionError: the endpoint does not answer, or refuses.
     """
     import openai
 
     from livo_jax.data import dataset
 
-    table = load([name], path)[name]
+    table = load_word_lists([name], path)[name]
     client = openai.OpenAI(
         base_url=endpoint, api_key=os.environ.get("OPENAI_API_KEY") or "none", timeout=timeout, max_retries=retries
     )
@@ -118,7 +118,7 @@ def expand(
 
 
 def toml(name: str, table: dict) -> str:
-    """The table as `load` reads it."""
+    """The table as `load_word_lists` reads it."""
     quote = lambda text: json.dumps(text, ensure_ascii=False)
     texts = "".join(f"{field} = {quote(table[field])}\n" for field in ("source", "subject"))
     listed = "".join(f"    {quote(word)},\n" for word in table["words"])
@@ -134,7 +134,7 @@ def main(_):
     if out.exists() and out.samefile(path):
         sys.exit(f"--out={out} is the file of the list itself: choose another")
     try:
-        table = load([name], path)[name]
+        table = load_word_lists([name], path)[name]
         out.parent.mkdir(parents=True, exist_ok=True)
         new, sent = expand(name, COUNT.value, ENDPOINT.value, MODEL.value, cache, BUDGET.value, path, TIMEOUT.value)
     except (ValueError, OSError) as error:

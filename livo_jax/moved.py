@@ -11,7 +11,7 @@ MOVED = {
     "endpoint": "retrieval.endpoint", "evaluate": "runs.evaluate", "fields": "runs.fields",
     "generate": "sampling.generate, and Request in livo_jax.sampling.requests", "log": "runs.log",
     "losses": "training.losses", "metrics": "evaluation.metrics", "model_files": "files.repositories",
-    "plan": "runs.plan", "pretrained": "sampling.stable_diffusion, and load in livo_jax.files.modules",
+    "plan": "runs.plan", "pretrained": "sampling.stable_diffusion, and load_module in livo_jax.files.modules",
     "prompt_sets": "evaluation.prompt_sets", "quality": "evaluation.quality", "ratio": "values.ratio",
     "report": "evaluation.report", "retriever": "retrieval", "rules": "values.rules", "step": "training.step",
     "train": "runs.train, and restore_run in livo_jax.runs.restore", "uncertainty": "evaluation.uncertainty",

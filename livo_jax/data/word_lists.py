@@ -46,7 +46,7 @@ def fault(word) -> str:
     return ""
 
 
-def faults(table) -> list[str]:
+def table_problems(table) -> list[str]:
     """Everything that is wrong with a table of words.toml."""
     wanted = {"source": str, "subject": str, "words": list}
     if not isinstance(table, dict) or table.keys() != wanted.keys():
@@ -64,7 +64,7 @@ def faults(table) -> list[str]:
     return problems + [f"{word!r} {count} times" for word, count in counts.items() if count > 1]
 
 
-def load(names, path=WORDS) -> dict[str, dict]:
+def load_word_lists(names, path=WORDS) -> dict[str, dict]:
     """The tables of these names, of a file like words.toml, which says what they hold.
 
     Raises:
@@ -74,7 +74,7 @@ def load(names, path=WORDS) -> dict[str, dict]:
         tables = tomllib.loads(pathlib.Path(path).read_text("utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    problems = [f"[{name}]: {problem}" for name, table in tables.items() for problem in faults(table)]
+    problems = [f"[{name}]: {problem}" for name, table in tables.items() for problem in table_problems(table)]
     problems += [f"no list {name!r}: there are {', '.join(tables)}" for name in names if name not in tables]
     if not names:
         problems.append(f"no list is named: there are {', '.join(tables)}")
@@ -87,10 +87,10 @@ def words(names, path=WORDS) -> list[str]:
     """The subjects that the words of these tables make, in their order, each once whatever its case.
 
     Raises:
-        ValueError: as of `load`.
+        ValueError: as of `load_word_lists`.
     """
     subjects = {}
-    for table in load(names, path).values():
+    for table in load_word_lists(names, path).values():
         for subject in (phrase(table["subject"], word) for word in table["words"]):
             subjects.setdefault(subject.lower(), subject)
     return list(subjects.values())

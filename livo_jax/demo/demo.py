@@ -42,7 +42,7 @@ def check(port: int):
             raise OSError(f"port {port} of 127.0.0.1: {error.strerror}: choose another --port") from None
 
 
-def faults(prompt: str, statements, number: int | None, seed: str, sd) -> list[str]:
+def input_problems(prompt: str, statements, number: int | None, seed: str, sd) -> list[str]:
     """What is wrong with a visitor's input, as sentences; `statements` are those of the values that are on."""
     problems = []
     if number is None or not 1 <= number <= IMAGES:
@@ -96,18 +96,18 @@ def page(sd, value_encoder, config, mesh, folder: pathlib.Path):
     template = jinja2.Environment(autoescape=True).from_string((HERE / "demo.html.j2").read_text())
     settings = {name: x for name, x in config.sampling.items() if name != "batch_size"}
 
-    def find(prompt):
+    def choices_for(prompt):
         found = {value.statement: value for value in retriever(prompt[:LENGTH])}
         labels = [f"{s}\n{found[s].reason}" if s in found else s for s in statements]
         return {"choices": list(zip(labels, statements)), "value": list(found)}
 
     def detect(prompt):
-        return gr.CheckboxGroup(**find(prompt)), prompt
+        return gr.CheckboxGroup(**choices_for(prompt)), prompt
 
     def run(prompt, detected, chosen, strength, number, seed, runs):
         if prompt != detected:  # sent before its values were found
-            chosen = find(prompt)["value"]
-        if problems := faults(prompt, chosen, number, seed, sd):
+            chosen = choices_for(prompt)["value"]
+        if problems := input_problems(prompt, chosen, number, seed, sd):
             raise gr.Error(" ".join(problems), print_exception=False)
         seed = int(seed)
         by_hand = {v.statement: dataclasses.replace(v, reason="switched on by hand") for v in principles}
@@ -150,7 +150,7 @@ def page(sd, value_encoder, config, mesh, folder: pathlib.Path):
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
                 prompt = gr.Textbox(first, label="Prompt", max_length=LENGTH, max_lines=5)
-                chosen = gr.CheckboxGroup(**find(first), label="Values", elem_id="values")
+                chosen = gr.CheckboxGroup(**choices_for(first), label="Values", elem_id="values")
                 strength = gr.Slider(0, STRENGTH, 1, step=0.1, label="Strength", buttons=[])
                 gr.Checkbox(False, label="Show what may be disturbing", elem_id="show")  # read by demo.css
                 with gr.Row():

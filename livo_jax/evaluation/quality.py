@@ -31,7 +31,7 @@ SEED = 2020  # torch-fidelity's, of KID's subsets and the Inception Score's spli
 # ---------------------------------------------------------------------------- networks
 
 
-def load(network, file) -> tuple[nnx.GraphDef, dict]:
+def load_network(network, file) -> tuple[nnx.GraphDef, dict]:
     """InceptionV3 or LPIPS with the weights of a safetensors file, as `split` has it.
 
     Raises:
@@ -66,8 +66,8 @@ def in_batches(function, batch_size: int, *columns):
 
 
 def inception(file):
-    """The function features(images [B, H, W, 3] uint8) -> InceptionOutput, of weights as `load` takes them."""
-    graph, params = load(InceptionV3, file)
+    """The function features(images [B, H, W, 3] uint8) -> InceptionOutput, of weights as `load_network` takes them."""
+    graph, params = load_network(InceptionV3, file)
     compute = jax.jit(lambda params, images: nnx.merge(graph, params)(images))
     return lambda images: compute(params, images)
 
@@ -75,9 +75,9 @@ def inception(file):
 def lpips(file):
     """The functions distance(a, b), [B] of images [B, H, W, 3] uint8, and diversity(images), their mean over all pairs.
 
-    The weights are those that `load` takes. Images of fewer than LEAST pixels raise ValueError.
+    The weights are those that `load_network` takes. Images of fewer than LEAST pixels raise ValueError.
     """
-    graph, params = load(LPIPS, file)
+    graph, params = load_network(LPIPS, file)
     distance = jax.jit(lambda params, a, b: nnx.merge(graph, params)(a, b))
     diversity = jax.jit(lambda params, images: nnx.merge(graph, params).diversity(images))
 

@@ -12,7 +12,7 @@ from etils import epath
 from livo_jax.processes import ending_together
 
 
-def find(path: str | os.PathLike) -> epath.Path:
+def resolve_directory(path: str | os.PathLike) -> epath.Path:
     """An absolute path: on disk, where ~ is a home, or in a bucket.
 
     Raises:

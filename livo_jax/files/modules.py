@@ -74,7 +74,7 @@ def skeleton(model_class, directory: pathlib.Path):
     return split(nnx.eval_shape(lambda: model_class(config, rngs=one_key())))
 
 
-def load(model_class, directory: pathlib.Path, dtype=jnp.float32, *, variant=None, sharding=None):
+def load_module(model_class, directory: pathlib.Path, dtype=jnp.float32, *, variant=None, sharding=None):
     """A module with the weights of a component directory (config.json, safetensors).
 
     Args:

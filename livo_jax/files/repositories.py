@@ -26,7 +26,7 @@ ONE_FILE = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")  # of a who
 # ---------------------------------------------------------------------------- directories
 
 
-def find(path_or_hub_id: str | os.PathLike, patterns: list[str]) -> pathlib.Path:
+def find_repository(path_or_hub_id: str | os.PathLike, patterns: list[str]) -> pathlib.Path:
     """The local directory of a model: itself, or a snapshot of a hub repository.
 
     Args:

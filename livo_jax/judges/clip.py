@@ -7,8 +7,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from livo_jax.files.modules import load
-from livo_jax.files.repositories import find, read_json, read_tokenizer, weight_patterns
+from livo_jax.files.modules import load_module
+from livo_jax.files.repositories import find_repository, read_json, read_tokenizer, weight_patterns
 from livo_jax.models.clip import CLIPModel
 from livo_jax.models.weights import split
 from livo_jax.values.principles import phrase
@@ -87,8 +87,8 @@ def published(path_or_hub_id):
         FileNotFoundError: it is not here; the message says how to fetch it.
         ValueError: its files are damaged, or ask for what we do not compute.
     """
-    root = find(path_or_hub_id, FILES)
-    model, tokenizer = load(CLIPModel, root), read_tokenizer(root)
+    root = find_repository(path_or_hub_id, FILES)
+    model, tokenizer = load_module(CLIPModel, root), read_tokenizer(root)
     text = model.config.text_config
     if len(tokenizer) != text.vocab_size:  # without files it is an empty one
         raise ValueError(

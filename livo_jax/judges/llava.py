@@ -5,7 +5,7 @@ import importlib.util
 
 import numpy as np
 
-from livo_jax.files.repositories import find, weight_files, weight_patterns
+from livo_jax.files.repositories import find_repository, weight_files, weight_patterns
 from livo_jax.judges.clip import SUBJECT
 from livo_jax.values.principles import phrase
 
@@ -83,7 +83,7 @@ def published(path_or_hub_id):
     from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    root = find(path_or_hub_id, FILES)
+    root = find_repository(path_or_hub_id, FILES)
     weight_files(root, "model", None)
     device, dtype = ("cuda", "auto") if torch.cuda.is_available() else ("cpu", torch.float32)
     try:

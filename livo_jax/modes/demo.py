@@ -8,10 +8,10 @@ PORT = flags.DEFINE_integer("port", 7860, "demo: of 127.0.0.1.", lower_bound=1, 
 def serve_demo(config, workdir: str):
     from livo_jax import sharding
     from livo_jax.demo import demo
-    from livo_jax.files.directories import find
+    from livo_jax.files.directories import resolve_directory
     from livo_jax.runs import restore
 
-    workdir = find(workdir)
+    workdir = resolve_directory(workdir)
     mesh = sharding.make_mesh(**config.mesh)
     demo.check(PORT.value)
     models = restore.restore_run(config, workdir, mesh)

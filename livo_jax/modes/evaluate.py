@@ -3,11 +3,11 @@
 
 def evaluate(config, workdir: str):
     from livo_jax import sharding
-    from livo_jax.files.directories import find, held
+    from livo_jax.files.directories import held, resolve_directory
     from livo_jax.runs import restore
     from livo_jax.runs.evaluate import evaluate_and_report
 
-    workdir = find(workdir)
+    workdir = resolve_directory(workdir)
     mesh = sharding.make_mesh(**config.mesh)
     models = restore.restore_run(config, workdir, mesh)
     with held(workdir / "eval", "evaluates in"):  # also while the run trains

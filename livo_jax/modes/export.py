@@ -11,12 +11,12 @@ from livo_jax.modes import OUT
 def export_run(config, workdir: str):
     from livo_jax import sharding
     from livo_jax.export import export
-    from livo_jax.files.directories import find
+    from livo_jax.files.directories import resolve_directory
     from livo_jax.runs import restore
     from livo_jax.runs.evaluate import read_rates, read_results
     from livo_jax.runs.workdir import recipe
 
-    workdir, out = find(workdir), os.path.expanduser(OUT.value or "")
+    workdir, out = resolve_directory(workdir), os.path.expanduser(OUT.value or "")
     mesh = sharding.make_mesh(**config.mesh)
     if not out:
         raise app.UsageError("--mode=export needs --out=DIR")

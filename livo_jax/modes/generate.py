@@ -31,12 +31,12 @@ SHELF = flags.DEFINE_string("shelf", None, "generate: directory or hub id of a s
 
 def generate(config, workdir: str):
     from livo_jax import sharding
-    from livo_jax.files.directories import find
+    from livo_jax.files.directories import resolve_directory
     from livo_jax.runs import restore
     from livo_jax.sampling.pairs import write_pairs
     from livo_jax.value_encoders.shelf import Shelf
 
-    workdir, out = find(workdir), os.path.expanduser(OUT.value or "")
+    workdir, out = resolve_directory(workdir), os.path.expanduser(OUT.value or "")
     mesh = sharding.make_mesh(**config.mesh)
     if not out:
         raise app.UsageError("--mode=generate needs --out=DIR")

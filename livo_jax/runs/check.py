@@ -2,7 +2,7 @@
 
 from livo_jax import diffusion, judges, seeds, sharding, values
 from livo_jax.evaluation import prompt_sets
-from livo_jax.files.directories import find
+from livo_jax.files.directories import resolve_directory
 from livo_jax.models.unet import REMAT
 from livo_jax.runs import fields
 from livo_jax.sampling.conditioning import PROMPT_LAYOUTS
@@ -43,7 +43,7 @@ def check_config(config, mesh):
     problems += problem_of(make_preference, config, 1)  # how many timesteps there are is no matter here
     problems += problem_of(prompt_sets.check, config)
     if config.eval.drawn:
-        problems += problem_of(find, config.eval.drawn)
+        problems += problem_of(resolve_directory, config.eval.drawn)
     unknown = problem_of(values.load_principles, config)
     problems += unknown or fields.problems(config)
     fail_with(problems)

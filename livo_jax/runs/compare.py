@@ -14,7 +14,7 @@ from livo_jax import judges, methods, sharding, values
 from livo_jax.data.cache import cache_directory
 from livo_jax.data.preferences import Preferences
 from livo_jax.evaluation import cases, metrics, report
-from livo_jax.files.directories import find, held
+from livo_jax.files.directories import held, resolve_directory
 from livo_jax.runs import build_preferences, cache_latents, evaluate, restore, train
 from livo_jax.runs.checkpoint import Checkpoints
 from livo_jax.runs.log import read_metrics
@@ -51,7 +51,7 @@ def compare(config, workdir) -> list[dict]:
         ValueError: there are no methods, or they would not be measured alike; and what training raises.
         FileExistsError: another process compares in `workdir`.
     """
-    workdir = find(workdir)
+    workdir = resolve_directory(workdir)
     configs = {name: copy.deepcopy(config.methods[name]) for name in sorted(config.methods, key=_livo_first)}
     first = next(iter(configs.values()), None)
     apart = {
@@ -76,7 +76,7 @@ def _compare(configs: dict, config, workdir) -> list[dict]:
 
     mesh = sharding.make_mesh(**first.mesh)
     sd = restore.load_base(first, mesh)
-    if not find(first.data.directory).exists() and any(own.train.steps for own in configs.values()):
+    if not resolve_directory(first.data.directory).exists() and any(own.train.steps for own in configs.values()):
         build_preferences.build(
             first, first.data.directory, None if first.random_weights or jax.process_count() > 1 else sd
         )
@@ -92,7 +92,7 @@ def _compare(configs: dict, config, workdir) -> list[dict]:
             cache_latents.write(
                 preferences, restore.load_base(first, sharding.make_local_mesh()) if local else sd, most
             )
-    evaluate.draw_base(sd, first, find(first.eval.drawn), mesh)
+    evaluate.draw_base(sd, first, resolve_directory(first.eval.drawn), mesh)
 
     # Those that train take longest.
     jobs = sorted(((own, workdir / name, config.curve) for name, own in configs.items()), key=_steps)
@@ -133,7 +133,7 @@ def measure(config, workdir, curve) -> dict:
         only = copy.deepcopy(config)
         only.judge = ""  # it is measured below
         train.train_and_evaluate(only, workdir)
-    mesh, directory = sharding.make_mesh(**config.mesh), find(config.eval.drawn)
+    mesh, directory = sharding.make_mesh(**config.mesh), resolve_directory(config.eval.drawn)
     followed = values.load_principles(config)
     sd, judge = restore.load_base(config, mesh), judges.load(config, followed, evaluate.subjects(config))
 

@@ -26,7 +26,7 @@ from livo_jax.evaluation.cases import (  # fmt: skip
     rows_of_ratios,
 )
 from livo_jax.evaluation.drawn import Drawn, Sides, digest, without_values
-from livo_jax.files.directories import find
+from livo_jax.files.directories import resolve_directory
 from livo_jax.files.images import blurred, sheet
 from livo_jax.runs.log import read_metrics
 from livo_jax.runs.workdir import read_json
@@ -177,7 +177,7 @@ def evaluate_and_report(models: methods.Models, config, mesh, workdir):
     judge = judges.load(config, principles.load_principles(config), subjects(config))
     drawing = methods.make_method(config).make_drawing(models, mesh, workdir, judge)
     folder = workdir / "eval"
-    directory = find(config.eval.drawn) if config.eval.drawn else folder / "drawn"
+    directory = resolve_directory(config.eval.drawn) if config.eval.drawn else folder / "drawn"
     found = evaluate(models.base, drawing, config, directory, mesh, judge)
     results = metrics.rows(found.numbers)
     if jax.process_index() > 0:

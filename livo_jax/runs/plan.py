@@ -19,7 +19,7 @@ from jax.sharding import AbstractMesh, AxisType
 from livo_jax import methods, sharding
 from livo_jax.data.cache import cache_dtype
 from livo_jax.files.modules import PARTS, read_dtype, skeleton
-from livo_jax.files.repositories import find
+from livo_jax.files.repositories import find_repository
 from livo_jax.runs import check, restore
 from livo_jax.sampling.stable_diffusion import DESCRIPTION, StableDiffusion
 from livo_jax.training.batch import Batch, draw_noise
@@ -54,7 +54,7 @@ def abstract_model(config) -> StableDiffusion:
         graph, params = skeleton(kind, place)
         return nnx.merge(graph, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), params))
 
-    root = find(config.model, DESCRIPTION + [f"{name}/config.json" for name in PARTS])
+    root = find_repository(config.model, DESCRIPTION + [f"{name}/config.json" for name in PARTS])
     sd = StableDiffusion(root, part, config.model)
     sd.unet.remat = config.train.remat
     return sd

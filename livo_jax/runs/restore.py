@@ -6,7 +6,7 @@ import json
 from flax import nnx
 
 from livo_jax import methods, seeds, sharding
-from livo_jax.files.directories import find
+from livo_jax.files.directories import resolve_directory
 from livo_jax.files.modules import read_dtype
 from livo_jax.files.settings import differences, flatten
 from livo_jax.models.weights import split
@@ -77,7 +77,7 @@ def restore_run(config, workdir, mesh, step: int | None = None, base: StableDiff
     if not isinstance(method, methods.TrainedMethod):
         sd = base or load_base(config, mesh)
         return methods.Models(sd, sd)
-    workdir = find(workdir)
+    workdir = resolve_directory(workdir)
     checkpoints = Checkpoints(workdir)
     trained = checkpoints.latest_step() is not None
     if not trained and not (isinstance(method, methods.LiVO) and config.value_encoder.start):

@@ -14,7 +14,7 @@ from livo_jax.data.batches import batches
 from livo_jax.data.cache import Cache, cache_directory
 from livo_jax.data.preferences import Preferences
 from livo_jax.evaluation.report import table
-from livo_jax.files.directories import find, held, is_remote
+from livo_jax.files.directories import held, is_remote, resolve_directory
 from livo_jax.files.modules import read_dtype
 from livo_jax.processes import ending_together, say
 from livo_jax.runs import build_preferences, cache_latents
@@ -50,7 +50,7 @@ def train_and_evaluate(config, workdir):
         OSError: a checkpoint cannot be written.
         SystemExit: after SIGTERM or Ctrl-C, with its step saved; status 143 or 130, as a shell has them.
     """
-    workdir = find(workdir)
+    workdir = resolve_directory(workdir)
     with ending_together():
         if is_remote(directory := config.data.directory or workdir / "preferences"):
             raise ValueError(

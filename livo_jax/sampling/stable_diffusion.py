@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from livo_jax.diffusion.schedule import NoiseSchedule, check_scheduler, for_latents
-from livo_jax.files.modules import PARTS, initialise, load, read_config, read_dtype
-from livo_jax.files.repositories import describe, find, read_json, read_tokenizer, weight_patterns
+from livo_jax.files.modules import PARTS, initialise, load_module, read_config, read_dtype
+from livo_jax.files.repositories import describe, find_repository, read_json, read_tokenizer, weight_patterns
 from livo_jax.models.clip import CLIPTextConfigs, CLIPTextModels
 from livo_jax.sampling.generate import Images, generate
 from livo_jax.sampling.requests import requests_of
@@ -144,7 +144,7 @@ class StableDiffusion:
                 weight at a time.
 
         Raises:
-            FileNotFoundError, ValueError: as `find` and `load` say; an unknown scheduler or
+            FileNotFoundError, ValueError: as `find_repository` and `load_module` say; an unknown scheduler or
                 prediction type; parts that do not belong together.
         """
         files = [
@@ -153,8 +153,8 @@ class StableDiffusion:
             for name in ("config.json", *weight_patterns(stem, variant))
         ]
         dtype = read_dtype(dtype)
-        root = find(path_or_hub_id, DESCRIPTION + files)
-        load_part = functools.partial(load, dtype=dtype, variant=variant, sharding=sharding)
+        root = find_repository(path_or_hub_id, DESCRIPTION + files)
+        load_part = functools.partial(load_module, dtype=dtype, variant=variant, sharding=sharding)
         return cls(root, load_part, str(path_or_hub_id))
 
     @classmethod
@@ -164,7 +164,7 @@ class StableDiffusion:
         For tests and benchmarks: pictures show nothing. Arguments and errors as in from_pretrained.
         """
         dtype = read_dtype(dtype)
-        root = find(path_or_hub_id, DESCRIPTION + [f"{part}/config.json" for part in PARTS])
+        root = find_repository(path_or_hub_id, DESCRIPTION + [f"{part}/config.json" for part in PARTS])
         make_part = functools.partial(initialise, dtype=dtype, seed=seed, sharding=sharding)
         return cls(root, make_part, str(path_or_hub_id))
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from livo_jax import sharding
-from livo_jax.files.modules import load
-from livo_jax.files.repositories import describe, find, read_json, weight_patterns
+from livo_jax.files.modules import load_module
+from livo_jax.files.repositories import describe, find_repository, read_json, weight_patterns
 from livo_jax.models.clip import CLIPTextConfig, CLIPTextConfigs, CLIPTextModel, CLIPTextModels
 from livo_jax.models.weights import one_key, split
 from livo_jax.value_encoders.base import TrainableTokens, check_base, check_dealing, set_reading, text_tokens
@@ -53,14 +53,14 @@ class FullTokens(TrainableTokens):
                 value_encoder/, as an export has it. Where SUBFOLDER_2 is beside it, a ValueEncoders of both.
             dtype, variant, sharding: as StableDiffusion.from_pretrained has them.
         """
-        root = find(path_or_hub_id, cls.files(subfolder, variant))
+        root = find_repository(path_or_hub_id, cls.files(subfolder, variant))
         places = [subfolder] if subfolder else ["", "value_encoder"]
         place = next((place for place in places if (root / place / "config.json").is_file()), None)
         if place is None:
             raise FileNotFoundError(f"{root / places[0]} has no config.json of a text encoder.{describe(root)}")
         if sd:
             check_base(root, read_json(root / place / "config.json").get("livo", {}).get("base"), sd)
-        tower = functools.partial(load, dtype=dtype, variant=variant, sharding=sharding)
+        tower = functools.partial(load_module, dtype=dtype, variant=variant, sharding=sharding)
         check_dealing(root)
         if place and (root / f"{place}_2").is_dir():
             return ValueEncoders(tower(CLIPTextModel, root / place), tower(CLIPTextModel, root / f"{place}_2"))

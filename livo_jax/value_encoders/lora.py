@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from livo_jax import seeds, sharding
-from livo_jax.files.repositories import describe, find, open_tensors, read_json
+from livo_jax.files.repositories import describe, find_repository, open_tensors, read_json
 from livo_jax.models import low_rank
 from livo_jax.models.clip import CLIPTextModel, CLIPTextModels
 from livo_jax.models.weights import from_published, one_key, split, to_published
@@ -93,7 +93,7 @@ class LoRA(TrainableTokens):
             ValueError: it does what we do not compute, or is of another text encoder. A warning says if the model
                 that it names as its own is another than this.
         """
-        root = find(path_or_hub_id, cls.files())
+        root = find_repository(path_or_hub_id, cls.files())
         check_dealing(root)
         root = root / "adapter" if (root / "adapter").is_dir() else root
         parts = _parts(sd.text_encoder)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from livo_jax.files.repositories import find
+from livo_jax.files.repositories import find_repository
 from livo_jax.models.clip import first_ids
 from livo_jax.value_encoders.base import ValueTokens, check_base, check_value_encoder, values_by_prompt
 from livo_jax.value_encoders.kinds import KINDS
@@ -78,7 +78,7 @@ class Shelf:
             ValueError: its index is broken; all that is wrong is listed.
         """
         self.path, self.sd, self.loaded = path_or_hub_id, sd, {}
-        self.root = find(path_or_hub_id, [INDEX])
+        self.root = find_repository(path_or_hub_id, [INDEX])
         if not (self.root / INDEX).is_file():
             raise FileNotFoundError(f"{path_or_hub_id} is no shelf: it has no {INDEX}")
         try:
@@ -134,7 +134,7 @@ class Shelf:
         if statement not in self.loaded:
             entry = next(entry for entry in self.values.values() if entry["statement"] == statement)
             kind, folder = KINDS[entry["kind"]], entry["folder"]
-            folder = find(self.path, [f"{folder}/{name}" for name in kind.files()]) / folder
+            folder = find_repository(self.path, [f"{folder}/{name}" for name in kind.files()]) / folder
             if not folder.is_dir():
                 raise FileNotFoundError(
                     f"{statement!r} of the shelf {self.path}: its folder {entry['folder']!r} is not there, or cannot be"

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from livo_jax import sharding, values
-from livo_jax.files.repositories import describe, find, open_tensors
+from livo_jax.files.repositories import describe, find_repository, open_tensors
 from livo_jax.models.clip import CLIPTextConfig, CLIPTextConfigs, first_ids
 from livo_jax.models.weights import for_each_leaf, put, split
 from livo_jax.value_encoders.base import EXPORTED, TrainableTokens, check_base, check_dealing
@@ -98,7 +98,7 @@ class SoftTokens(TrainableTokens):
         """
         import safetensors
 
-        root = find(path_or_hub_id, cls.files())
+        root = find_repository(path_or_hub_id, cls.files())
         file = next((file for place in (root, root / "value_encoder") if (file := place / cls.FILE).is_file()), None)
         if file is None:
             raise FileNotFoundError(f"{root} has no {cls.FILE}.{describe(root)}")

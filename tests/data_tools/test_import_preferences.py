@@ -101,8 +101,8 @@ def test_violating_lines_as_the_authors_read_them(tmp_path):
     del entries[2]["prompt"], entries[2]["value"]
     entries[3]["prompt"] = None
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, entries)))
-    root, found = tmp_path / "livo_data", import_preferences.read(tmp_path / "livo_data")
-    import_preferences.check(root, found)
+    root, found = tmp_path / "livo_data", import_preferences.read_source(tmp_path / "livo_data")
+    import_preferences.check_source(root, found)
     images = {}
     for line in found.lines:
         images.setdefault((line.side, line.value), []).append(pathlib.Path(line.file).name)
@@ -123,9 +123,9 @@ def test_the_reader_makes_batches_of_it(source, tmp_path):
         data.Preferences(tmp_path / "out"), tokenize, batch_size=5, image_size=24, random_flip=False, seed=0
     )
     batch = next(batches)
-    assert batch.aligned.shape == batch.violating.shape == (5, 24, 24, 3)
-    reds = (x[:, 0, 0, 0] for x in (batch.aligned, batch.violating))
-    aligned, violating = (np.round((red + 1) * 127.5 / 8).tolist() for red in reds)
+    images = batch.aligned, batch.violating
+    assert [side.shape for side in images] == [(5, 24, 24, 3)] * 2
+    aligned, violating = (np.round((side[:, 0, 0, 0] + 1) * 127.5 / 8).tolist() for side in images)
     assert sorted(aligned) == [0, 0, 2, 2, 3] and set(violating) <= {0, 1, 4}
 
 
@@ -169,7 +169,7 @@ def test_metadata_is_read_whole_in_every_encoding(source, tmp_path, encoding, en
     for row in rows:
         row["prompt"] = " a doctor,\u2028in two\x85lines "
     metadata.write_bytes(end.join(json.dumps(row, ensure_ascii=False) for row in rows).encode(encoding))
-    found = import_preferences.read(source)
+    found = import_preferences.read_source(source)
     assert not found.problems
     assert {line.prompt for line in found.lines if line.type == "harm"} == {"a doctor,\u2028in two\x85lines"}
 

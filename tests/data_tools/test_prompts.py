@@ -25,7 +25,7 @@ PAPERS = ("gender", "race", "nudity", "gore", "zombie")
 
 
 def test_the_lists_are_whole():
-    tables = word_lists.load(LISTS)
+    tables = word_lists.load_word_lists(LISTS)
     assert {name: len(table["words"]) for name, table in tables.items()} == {
         "careers": 120, "positive_traits": 60, "negative_traits": 60, "people": 21, "places": 60,
     }  # fmt: skip
@@ -123,7 +123,7 @@ def test_words_are_compared_whatever_their_form_and_order():
     assert word_lists.forms("Truck drivers") == word_lists.forms("truck-driver") == word_lists.forms("driver truck")
     assert word_lists.forms("truck driver") != word_lists.forms("driver")
     stems = collections.Counter(
-        word_lists.forms(word) for table in word_lists.load(LISTS).values() for word in table["words"]
+        word_lists.forms(word) for table in word_lists.load_word_lists(LISTS).values() for word in table["words"]
     )
     assert max(stems.values()) == 1, "no word is in the lists in two forms"
     assert all(
@@ -317,7 +317,7 @@ def test_the_command(tmp_path):
         done = command()
         assert done.returncode == 0 and "with 2 further words, after 1 requests" in done.stdout, done.stderr
         assert word_lists.words(["careers"], more) == [*word_lists.words(["careers"]), "astronaut", "glassblower"]
-        source = word_lists.load(["careers"], more)["careers"]["source"]
+        source = word_lists.load_word_lists(["careers"], more)["careers"]["source"]
         assert "WinoBias" in source and source.endswith('the last 2 named by the language model m "1"')
         assert "is the file of the list itself" in command(f"--words={more}").stderr
         other = file(tmp_path, table("x", name="b"))

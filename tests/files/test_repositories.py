@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from configs import tiny
 from livo_jax import StableDiffusion, ValueEncoder
 from livo_jax.files import modules, repositories
-from livo_jax.files.modules import initialise, load
+from livo_jax.files.modules import initialise, load_module
 from livo_jax.models.clip import CLIPTextConfig
 from livo_jax.models.unet import UNet2DConditionModel, UNetConfig
 from livo_jax.models.vae import AutoencoderKL, VAEConfig
@@ -48,7 +48,7 @@ def test_a_path_where_nothing_is_is_no_hub_id(name):
 
 def test_a_home_directory_is_found(published, monkeypatch):
     monkeypatch.setenv("HOME", str(published.parent))
-    assert repositories.find(f"~/{published.name}", []) == published
+    assert repositories.find_repository(f"~/{published.name}", []) == published
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def save_raw(tensors: dict, path, kinds: dict):
 def test_fp8_weights_load(copy, sd, dtype, kind):
     tensors = {name: array.astype(dtype) for name, array in load_file(copy / UNET_FILE).items()}
     save_raw(tensors, copy / UNET_FILE, {np.dtype(dtype): kind})
-    ours = split(load(UNet2DConditionModel, copy / "unet", jnp.bfloat16))[1]
+    ours = split(load_module(UNet2DConditionModel, copy / "unet", jnp.bfloat16))[1]
     expected = jax.tree.map(lambda x: np.asarray(x).astype(dtype).astype(jnp.bfloat16), split(sd.unet)[1])
     jax.tree.map(np.testing.assert_array_equal, ours, expected)
 
@@ -145,7 +145,7 @@ def test_fp8_weights_load(copy, sd, dtype, kind):
 def test_what_is_no_weight_is_refused_by_file_and_name(copy, change, message):
     rewrite(copy / UNET_FILE, change)
     with pytest.raises(ValueError, match=message):
-        load(UNet2DConditionModel, copy / "unet")
+        load_module(UNet2DConditionModel, copy / "unet")
 
 
 def test_a_weight_that_float16_cannot_hold_is_refused(sd):
@@ -178,7 +178,7 @@ def test_a_vae_is_upcast_where_its_config_says_so(copy, said, dtype):
     config = json.loads(file.read_text())
     del config["force_upcast"]  # which is true where nothing is said, as in diffusers
     file.write_text(json.dumps(config | said))
-    for make in (load, initialise):
+    for make in (load_module, initialise):
         for kind, part, expected in ((AutoencoderKL, "vae", dtype), (UNet2DConditionModel, "unet", "float16")):
             leaves = jax.tree.leaves(split(make(kind, copy / part, jnp.float16))[1])
             assert {leaf.dtype for leaf in leaves} == {jnp.dtype(expected)}

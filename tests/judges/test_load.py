@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 from data_tools.shapeworld import render
 from livo_jax import judges, values
 from livo_jax.files.settings import import_named
+from tests.documented import example
 
 
 def test_images_of_one_colour_cannot_be_read():
@@ -21,11 +22,8 @@ def test_images_of_one_colour_cannot_be_read():
 
 
 def test_a_judge_of_the_users_own(tmp_path, monkeypatch):
-    """It is named by its module, which is on Python's path."""
-    (tmp_path / "reddest.py").write_text(
-        "def make(config, values, subjects):\n"
-        "    return lambda images: {value.axis: images[..., 0].mean((1, 2)) / 255 for value in values}\n"
-    )
+    """The page's, named by its module, which is on Python's path."""
+    (tmp_path / "reddest.py").write_text(example("evaluation.md", "def make(config, values, subjects):"))
     monkeypatch.syspath_prepend(tmp_path)
     images = np.zeros((2, 4, 4, 3), np.uint8)
     images[0, 0, 0, 0] = 255

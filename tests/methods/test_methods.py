@@ -14,7 +14,7 @@ from etils import epath
 from configs.baselines import fair_diffusion as fair_config
 from configs.baselines import uce as uce_config
 from livo_jax import methods, sharding, values
-from livo_jax.files.modules import load
+from livo_jax.files.modules import load_module
 from livo_jax.methods import fair_diffusion, sld, uce
 from livo_jax.models.weights import split
 from livo_jax.runs import fields
@@ -22,6 +22,7 @@ from livo_jax.sampling import generate
 from livo_jax.sampling.requests import Dose, Request
 from livo_jax.values.principles import text_hash
 from tests.conftest import text_model
+from tests.documented import example
 from tests.sampling.test_generate import published_pipeline
 
 SETTINGS = dict(
@@ -194,7 +195,7 @@ def test_uce_reads_a_harm_as_its_absence_and_leaves_other_weights(sd, config, tm
     torch.manual_seed(7)
     text_model(len(sd.tokenizer), sd.tokenizer.eos_token_id, num_hidden_layers=3).save_pretrained(tmp_path)
     sd = copy.copy(sd)
-    sd.text_encoder = load(type(sd.text_encoder), tmp_path)
+    sd.text_encoder = load_module(type(sd.text_encoder), tmp_path)
     (bloody,) = values.load(("bloody",))
     edited = uce.edited(sd, uce.erase(bloody, sd, config))
     before, after = (dict(jax.tree_util.tree_leaves_with_path(split(model.unet)[1])) for model in (sd, edited))
@@ -271,33 +272,21 @@ def test_unknown_methods_and_presets_are_refused(sd, config):
 
 
 def test_a_method_of_the_users_own(sd, tmp_path, monkeypatch):
-    """It is named by its module, which is on Python's path; its fields are checked as those of the methods here."""
-    (tmp_path / "loud.py").write_text("""
-from livo_jax.methods import Drawing, Method, drawer, weights_of
-
-class Loud(Method):
-    KINDS = ("harm",)
-
-    def make_drawing(self, models, mesh, workdir, judge):
-        def draw(requests):
-            asked = [r._replace(prompt=r.prompt.upper(), values=()) for r in requests]
-            return drawer(self.config, mesh)(models.sd, asked)
-
-        return Drawing(draw, weights_of(models.sd), {"method": "loud"})
-""")
+    """The page's, named by its module, which is on Python's path; its fields are checked as the methods' here."""
+    (tmp_path / "polite.py").write_text(example("evaluation.md", "class Polite(Method):"))
     monkeypatch.syspath_prepend(tmp_path)
     config = fair_config.get_config("tiny")
-    config.method, config.principles = "loud:Loud", ("bloody",)
+    config.method, config.principles = "polite:Polite", ("bloody",)
     config.sampling.steps, config.sampling.batch_size = 2, 1
     mesh = sharding.make_mesh(1)
     method, base = methods.make_method(config), methods.base(config, sd, mesh)
-    loud = method.make_drawing(methods.Models(sd, sd), mesh, tmp_path, None)
+    polite = method.make_drawing(methods.Models(sd, sd), mesh, tmp_path, None)
     requests = [Request("a photo of a baker", values=(Dose("bloody considered inappropriate"),))]
-    shouted = [Request("A PHOTO OF A BAKER")]
+    asked = [Request("a photo of a baker, politely", noise="a photo of a baker")]
     assert method.KINDS == ("harm",) and not isinstance(method, methods.TrainedMethod)
-    np.testing.assert_array_equal(loud.draw(requests), base.draw(shouted))
+    np.testing.assert_array_equal(polite.draw(requests), base.draw(asked))
     config.train.steps = 5
     assert any("trains nothing, set 0" in line for line in fields.problems(config))
-    config.method = "loud:drawer"
-    with pytest.raises(ValueError, match="'loud:drawer': it is no subclass of livo_jax.methods.Method"):
+    config.method = "polite:drawer"
+    with pytest.raises(ValueError, match="'polite:drawer': it is no subclass of livo_jax.methods.Method"):
         methods.make_method(config)

@@ -10,15 +10,15 @@ from livo_jax.runs import fields
 from livo_jax.training.batch import draw_noise
 from livo_jax.training.objective import split_models
 from livo_jax.training.optimizer import learning_rate
+from tests.documented import example
 
 
 def test_a_method_of_the_users_own_that_trains(small, tmp_path, monkeypatch):
-    """With a value encoder of its own kind: a token that is the mean of the text encoder's states, scaled."""
+    """The page's, with a value encoder of its own kind: a token that is the scaled mean of the states of its text."""
     (tmp_path / "own.py").write_text("""
 import jax.numpy as jnp
 from flax import nnx
 from livo_jax import sharding
-from livo_jax.methods import LiVO
 from livo_jax.value_encoders import TrainableTokens
 
 class Scaled(TrainableTokens):
@@ -44,28 +44,20 @@ class Scaled(TrainableTokens):
     def from_pretrained(cls, path_or_hub_id, *, sd=None, sharding=None):
         raise FileNotFoundError(path_or_hub_id)
 
-class Small(LiVO):
-    def make_loss(self, networks):
-        livo = super().make_loss(networks)
-
-        def loss(params, frozen, batch, noise):
-            value, metrics = livo(params, frozen, batch, noise)
-            return value + params["scale"] ** 2, metrics
-
-        return loss
 """)
+    (tmp_path / "gentle.py").write_text(example("evaluation.md", "class Gentle(LiVO):"))
     monkeypatch.syspath_prepend(tmp_path)
     sd, _, _, batch = small
     config, mesh = tiny.get_config("smoke"), sharding.make_mesh(1)
     config.value_encoder.kind, config.train.learning_rate, config.train.train_embeddings = "own:Scaled", 1e-2, True
-    config.method = "own:Small"
+    config.method = "gentle:Gentle"
     assert not fields.problems(config)
     method = methods.make_method(config)
     networks, params, frozen = split_models(sd, method.start(sd, mesh), with_vae=True)
     noise = draw_noise(jax.random.key(0), (8, *sd.latent_shape), config.loss.timesteps)
     losses = [method.make_loss(networks), methods.LiVO(config).make_loss(networks)]
-    own, livo = jax.jit(lambda *given: [loss(*given)[0] for loss in losses])(params, frozen, batch, noise)
-    assert own == pytest.approx(float(livo) + 1)
+    (own, _), (livo, metrics) = jax.jit(lambda *given: [loss(*given) for loss in losses])(params, frozen, batch, noise)
+    assert own == pytest.approx(float(livo) * (0.5 + float(metrics["active_w"])))
     with pytest.raises(ValueError, match="kind='own:Scaled': pipelines know full, lora, token"):
         export.export(tmp_path / "out", sd, method.start(sd, mesh), config)
     config.train.learning_rate = 0.0

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from livo_jax.files.modules import load
+from livo_jax.files.modules import load_module
 from livo_jax.models.clip import CLIPModel
 from livo_jax.models.weights import split, to_published
 from tests.conftest import randomised, relative_error
@@ -32,7 +32,7 @@ def test_clip(act, tmp_path):
     torch.manual_seed(3)
     theirs = clip(act=act)
     theirs.save_pretrained(tmp_path)
-    ours = load(CLIPModel, tmp_path)
+    ours = load_module(CLIPModel, tmp_path)
     ids, pixels = torch.randint(3, 97, (5, 16)), torch.randn(3, 3, 32, 32)
     ids[0, 5:], ids[1, 3], ids[2:, -1] = 99, 99, 99
     our_ids, our_pixels = jnp.asarray(ids.numpy()), np.moveaxis(pixels.numpy(), 1, -1)
@@ -51,7 +51,7 @@ def test_clip(act, tmp_path):
 def test_its_names_are_the_published_ones(tmp_path):
     theirs = clip()
     theirs.save_pretrained(tmp_path)
-    got = to_published(split(load(CLIPModel, tmp_path))[1])
+    got = to_published(split(load_module(CLIPModel, tmp_path))[1])
     expected = {name: x.numpy() for name, x in theirs.state_dict().items() if not name.endswith("position_ids")}
     assert got.keys() == expected.keys()
     assert {"vision_model.pre_layrnorm.weight", "vision_model.embeddings.class_embedding", "logit_scale"} <= got.keys()
@@ -61,7 +61,7 @@ def test_its_names_are_the_published_ones(tmp_path):
 
 def test_it_computes_in_its_weights_dtype(tmp_path):
     clip().save_pretrained(tmp_path)
-    half = load(CLIPModel, tmp_path, jnp.bfloat16)
+    half = load_module(CLIPModel, tmp_path, jnp.bfloat16)
     image = half.image_features(jnp.zeros((2, 32, 32, 3)))
     text = half.text_features(jnp.full((1, 16), 99))
     assert image.dtype == text.dtype == half.logits(image, text).dtype == jnp.bfloat16

@@ -7,7 +7,7 @@ import pytest
 import torch
 from flax import nnx
 
-from livo_jax.files.modules import load
+from livo_jax.files.modules import load_module
 from livo_jax.models.clip import CLIPTextModel, CLIPTextModels, CLIPTextModelWithProjection
 from livo_jax.models.unet import UNet2DConditionModel
 from livo_jax.models.vae import AutoencoderKL
@@ -68,7 +68,7 @@ def test_unet(settings, tmp_path):
     torch.manual_seed(1)
     theirs = randomised(diffusers.UNet2DConditionModel(**(UNET | settings)))
     theirs.save_pretrained(tmp_path)
-    ours = load(UNet2DConditionModel, tmp_path)
+    ours = load_module(UNet2DConditionModel, tmp_path)
     z, t, cond = torch.randn(3, 4, 16, 8), torch.tensor([1, 500, 999]), torch.randn(3, 9, 20)
     mask = torch.rand(3, 9) > 0.4
     added = dict(text_embeds=torch.randn(3, 10), time_ids=torch.randint(0, 1024, (3, 6))) if settings is SDXL else {}
@@ -108,7 +108,7 @@ def test_vae(tmp_path):
     torch.manual_seed(1)
     theirs = randomised(diffusers.AutoencoderKL(**VAE))
     theirs.save_pretrained(tmp_path)
-    vae = load(AutoencoderKL, tmp_path)
+    vae = load_module(AutoencoderKL, tmp_path)
     x = torch.rand(2, 3, 32, 64) * 2 - 1
     posterior = theirs.encode(x).latent_dist
     mean, logvar = compute(vae, last(x), method="encode")
@@ -128,7 +128,7 @@ def test_text_encoder(act, eos, tmp_path):
     ids[0, 5], ids[1, 3:], ids[2, -1], ids[3, 7] = 90, 90, 90, 90
     if eos == 2:  # as published: the end token is the largest id
         ids[ids == 90] = 99
-    out, expected = load(CLIPTextModel, tmp_path)(jnp.asarray(ids.numpy())), theirs(ids)
+    out, expected = load_module(CLIPTextModel, tmp_path)(jnp.asarray(ids.numpy())), theirs(ids)
     assert relative_error(out.last_hidden_state, expected.last_hidden_state.detach()) < 1e-4
     assert relative_error(out.pooled, expected.pooler_output.detach()) < 1e-4
 
@@ -146,7 +146,9 @@ def test_two_text_encoders(tmp_path):
     ids = torch.randint(3, 90, (2, 4, 16))
     ids[:, :, 7], ids[1, 2, 3:] = 90, 90
     expected = [model(i, output_hidden_states=True) for model, i in zip((one, two), ids)]
-    ours = CLIPTextModels(load(CLIPTextModel, tmp_path / "1"), load(CLIPTextModelWithProjection, tmp_path / "2"))
+    ours = CLIPTextModels(
+        load_module(CLIPTextModel, tmp_path / "1"), load_module(CLIPTextModelWithProjection, tmp_path / "2")
+    )
     out = ours(jnp.asarray(ids.numpy()).swapaxes(0, 1))
     states = torch.cat([e.hidden_states[-2] for e in expected], dim=-1)
     assert relative_error(out.last_hidden_state, states.detach()) < 1e-4

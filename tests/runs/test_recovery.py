@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import tiny
 from livo_jax import sharding
-from livo_jax.files.directories import find
+from livo_jax.files.directories import resolve_directory
 from livo_jax.runs import checkpoint
 from livo_jax.runs.checkpoint import FORMAT, Checkpoints, Termination
 from livo_jax.runs.train import check_finite
@@ -329,7 +329,7 @@ def test_killed_and_terminated_a_run_ends_as_if_it_were_not(root, uninterrupted,
 
 def test_buckets_that_checkpoints_cannot_be_written_to():
     with pytest.raises(ValueError, match="workdir s3://bucket/run: checkpoints can be written to a disk or to gs://"):
-        find("s3://bucket/run")
+        resolve_directory("s3://bucket/run")
 
 
 @pytest.fixture

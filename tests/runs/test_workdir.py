@@ -31,22 +31,22 @@ sampling.batch_size
 @pytest.mark.parametrize("name", ["a b", "lr=1e-4", "ü#%&'\"!", "x]", "{y}", "-z"])
 def test_a_workdir_of_any_name_is_read_again(name, tmp_path):
     state = {"step": jnp.int32(1), "params": jnp.arange(3.0)}
-    checkpoints = Checkpoints(directories.find(tmp_path / name))
+    checkpoints = Checkpoints(directories.resolve_directory(tmp_path / name))
     checkpoints.save(1, state)
     checkpoints.close()
-    restored = Checkpoints(directories.find(tmp_path / name)).restore(jax.tree.map(jnp.zeros_like, state))
+    restored = Checkpoints(directories.resolve_directory(tmp_path / name)).restore(jax.tree.map(jnp.zeros_like, state))
     assert restored["step"] == 1 and (tmp_path / name / "checkpoints" / "1").exists()
 
 
 @pytest.mark.parametrize("name", ["lr=[1e-4]", "[", "a*", "b?", "gs://bucket/a[1]", "c\\d"])
 def test_a_workdir_that_could_not_be_read_again_is_refused(name, tmp_path):
     with pytest.raises(ValueError, match="what is saved there could not be read: choose a path without "):
-        directories.find(name if "://" in name else tmp_path / name / "run")
+        directories.resolve_directory(name if "://" in name else tmp_path / name / "run")
 
 
 def test_a_tilde_is_a_home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert directories.find("~/runs/x") == epath.Path(tmp_path / "runs" / "x")
+    assert directories.resolve_directory("~/runs/x") == epath.Path(tmp_path / "runs" / "x")
 
 
 HOLD = """

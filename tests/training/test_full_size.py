@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from livo_jax import StableDiffusion
-from livo_jax.files.modules import load
+from livo_jax.files.modules import load_module
 from livo_jax.models.unet import UNet2DConditionModel
 from livo_jax.training.batch import Batch
 from tests.conftest import parts_of, randomised, relative_error
@@ -151,7 +151,7 @@ def test_the_unet_of_xl(tmp_path):
     theirs.save_pretrained(tmp_path, max_shard_size="20GB")
     del theirs
     gc.collect()
-    ours = load(UNet2DConditionModel, tmp_path)
+    ours = load_module(UNet2DConditionModel, tmp_path)
     step = jax.jit(lambda unet, *args: unet(*args[:3], None, *args[3:]))
     given = (x.numpy() for x in (t, cond, text_embeds, time_ids[0]))
     assert relative_error(step(ours, last(z), *given), expected) < 1e-4
