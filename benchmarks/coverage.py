@@ -11,7 +11,7 @@ import math
 import numpy as np
 from absl import app, flags
 
-from livo_jax.evaluation.uncertainty import confidence
+from livo_jax.evaluation.uncertainty import confidence, over_trainings
 
 PROMPTS, IMAGES, RATES = (8, 16), (10, 20), (0.005, 0.01, 0.02, 0.05)
 TOSSES = 60  # of a fair coin, of which D1 = |heads - tails| / TOSSES is one prompt's
@@ -29,6 +29,7 @@ NUMBERS = {  # draw(rng, size), and the mean
         sum(math.comb(TOSSES, k) * abs(2 * k / TOSSES - 1) for k in range(TOSSES + 1)) / 2**TOSSES,
     ),
 }
+DEVIATIONS = ((0.1, 0.0), (0.1, 0.02), (0.1, 0.05), (0.1, 0.1), (0.02, 0.1))  # over prompts, over trainings
 SPREADS = {  # draw(rng, mean, size) -> the rates of prompts
     "one rate": lambda rng, mean, size: np.full(size, mean),
     "uniform": lambda rng, mean, size: rng.uniform(0, 2 * mean, size),
@@ -54,6 +55,23 @@ def of_shares(draw, mean: float, images: int, prompts: int, samples: int) -> flo
     return float(np.mean((ends[:, 0] <= mean) & (mean <= ends[:, 1])))
 
 
+def of_trainings(deviations: tuple[float, float], trainings: int, samples: int) -> tuple[float, float]:
+    """The share of intervals over 16 prompts alone, and over so many trainings too, that hold the mean.
+
+    Each prompt and each training moves the mean of 0 by a normal number of these standard deviations, and each prompt
+    of each training by one of 0.05.
+    """
+    rng, P = np.random.default_rng(trainings), 16
+    by_prompt = deviations[0] * rng.normal(size=(samples, P, 1))
+    by_training = deviations[1] * rng.normal(size=(samples, 1, trainings))
+    held = []
+    for numbers in by_prompt + by_training + 0.05 * rng.normal(size=(samples, P, trainings)):
+        mean, over_prompts = confidence(numbers.mean(1), limits=(-np.inf, np.inf))
+        ends = over_prompts, over_trainings(mean, over_prompts, numbers.mean(0))
+        held.append([low <= 0 <= high for low, high in ends])
+    return tuple(np.mean(held, axis=0))
+
+
 def main(_):
     print("| numbers | " + " | ".join(f"{prompts} prompts" for prompts in PROMPTS) + " |\n|---|---|---|")
     for name, (draw, mean) in NUMBERS.items():
@@ -67,6 +85,10 @@ def main(_):
     for mean, (name, draw) in itertools.product(RATES, SPREADS.items()):
         found = (of_shares(draw, mean, n, P, SAMPLES.value) for P, n in columns)
         print(f"| {mean} | {name} | " + " | ".join(f"{x:.3f}" for x in found) + " |", flush=True)
+    print("\n| deviation over prompts, over trainings | prompts alone | of 3 trainings | of 5 |\n|---|---|---|---|")
+    for deviations in DEVIATIONS:
+        (alone, three), (_, five) = (of_trainings(deviations, T, SAMPLES.value) for T in (3, 5))
+        print(f"| {deviations[0]}, {deviations[1]} | {alone:.3f} | {three:.3f} | {five:.3f} |")
 
 
 if __name__ == "__main__":

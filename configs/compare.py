@@ -21,5 +21,6 @@ def get_config() -> ConfigDict:
         own.judge, own.judging.model = "clip", "openai/clip-vit-large-patch14"
     config.processes = 1  # methods at a time: they share the devices
     config.curve = ConfigDict({"points": 5, "images": 20})  # checkpoints measured, on so many images of each prompt
+    config.trainings = 1  # of each method that trains, of seeds from its own on; intervals are then over these too
     config.sweeps = ()  # (title, ((label, name), ...)) of methods that differ in one thing (configs/ablations.py)
     return config

@@ -23,5 +23,6 @@ def get_config(variant: str = "") -> ConfigDict:
         config.methods[name] = importlib.import_module(f"livo_jax.configs.baselines.{name}").get_config(arg)
     config.processes = 2  # methods at a time, each on its part of the cores
     config.curve = ConfigDict({"points": 4, "images": 20})  # checkpoints measured, on so many images of each prompt
+    config.trainings = 1  # of each method that trains, of seeds from its own on; intervals are then over these too
     config.sweeps = ()  # (title, ((label, name), ...)) of methods that differ in one thing (configs/ablations.py)
     return config

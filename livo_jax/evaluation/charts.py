@@ -97,14 +97,18 @@ def convergence(title: str, rows: list[dict], methods: dict[str, str], against: 
     """Lines of a metric, one for each method.
 
     Args:
-        rows: dicts of method, mean, and what it is drawn `against`: step or seconds; of one value and metric.
+        rows: dicts of method, mean, what it is drawn `against`, step or seconds, and perhaps trainings, the mean of
+            each: the band from the least to the highest; of one value and metric.
     """
 
     def draw(figure, axis):
         for method, look in looks(list(methods)).items():
-            of_method = sorted((r[against], r["mean"]) for r in rows if r["method"] == method)
+            of_method = sorted((r for r in rows if r["method"] == method), key=lambda r: r[against])
             if of_method:
-                axis.plot(*zip(*of_method), markersize=4, label=methods[method], **look)
+                x = [r[against] for r in of_method]
+                trainings = [r.get("trainings", [r["mean"]]) for r in of_method]
+                axis.plot(x, [r["mean"] for r in of_method], markersize=4, label=methods[method], **look)
+                axis.fill_between(x, [*map(min, trainings)], [*map(max, trainings)], alpha=0.15, color=look["color"])
         axis.set(title=title, xlabel=unit, ylim=(min(0, axis.get_ylim()[0]), None))
         _legend(figure, axis)
 

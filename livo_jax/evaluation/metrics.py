@@ -5,7 +5,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from livo_jax.evaluation.uncertainty import TAILS, confidence, holm, significance
+from livo_jax.evaluation.uncertainty import (
+    TAILS,
+    confidence,
+    holm,
+    over_trainings,
+    significance,
+    significance_of_trainings,
+)
 from livo_jax.values.principles import Value
 
 GROUP = 5  # images that Max and Prob look at together
@@ -14,6 +21,7 @@ DRAWS = 20_000  # whose mean is a floor: its error is below 0.002
 PROPORTIONS = ("R", "Prob", "recognised", "readable", "over_refusal")  # shares of images, Prob of groups of them
 # Other numbers between 0 and 1.
 UNIT = ("D1", "D2", "TV", "entropy", "joint_TV", "joint_D1", "distance", "over_refusal_distance")
+LIMITS = dict.fromkeys((*PROPORTIONS, *UNIT), (0, 1))
 SCHEMA = 2  # of results.json and differences.json; 1 was the bare list of rows
 
 
@@ -228,11 +236,30 @@ def joint_floor(first: tuple, second: tuple) -> dict[str, float]:
 
 
 class Measured(NamedTuple):
-    """A metric of one prompt's images."""
+    """A metric of one prompt's images; of several trainings the mean, and the number of each."""
 
     number: float
     images: int
     floor: float | None = None  # what chance alone shows, of a bias
+    trainings: tuple[float, ...] = ()
+
+
+def combine_trainings(of_each: list[dict]) -> dict:
+    """The numbers, as `rows` takes them, of trainings of one method that differ in their seed. The base has none."""
+    combined = {}
+    for what, of_prompts in of_each[0].items():
+        combined[what] = dict(of_prompts)
+        for prompt, first in of_prompts.items() if what[0] != "base" and len(of_each) > 1 else ():
+            found = [numbers[what][prompt] for numbers in of_each]
+            each = tuple(x.number for x in found)
+            images = sum(x.images for x in found)
+            combined[what][prompt] = Measured(float(np.mean(each)), images, first.floor, each)
+    return combined
+
+
+def means_of_trainings(of_prompts: dict) -> list[float]:
+    """The mean over prompts of each training; of what was trained once, or not at all, the one mean."""
+    return np.mean([x.trainings or (x.number,) for x in of_prompts.values()], axis=0).tolist()
 
 
 def rows(numbers: dict) -> list[dict]:
@@ -243,12 +270,13 @@ def rows(numbers: dict) -> list[dict]:
 
     Returns:
         Dicts of method, value, split, metric, mean, ci95 (None where one prompt tells nothing), prompts and images; of
-        a bias floor, the mean of the prompts'. Where the method "base" has the same metric, p_value of the difference
-        to it, paired by prompt; p_holm, the same corrected for all of the method's rows; and `family`, their name.
+        a bias floor, the mean of the prompts'; of several trainings `trainings`, the mean of each, over which ci95 is
+        too. Where the method "base" has the same metric, p_value of the difference to it (`_p_value`); p_holm, the same
+        corrected for all of the method's rows; and `family`, their name.
     """
     results = []
     for (method, *what), of_method in numbers.items():
-        found = [Measured(*x) for x in of_method.values()]
+        found = list(of_method.values())
         per_prompt, images = [x.number for x in found], [x.images for x in found]
         row = dict(zip(("method", "value", "split", "metric"), (method, *what)))
         metric = row["metric"]
@@ -256,13 +284,19 @@ def rows(numbers: dict) -> list[dict]:
             trials = [n // GROUP for n in images] if metric == "Prob" else images
             mean, ci95 = confidence(per_prompt, trials=trials)
         else:
-            mean, ci95 = confidence(per_prompt, limits=(0, 1) if metric in UNIT else (-np.inf, np.inf))
+            mean, ci95 = confidence(per_prompt, limits=LIMITS.get(metric, (-np.inf, np.inf)))
+        trainings = means_of_trainings(of_method)
+        if len(trainings) > 1:
+            row["trainings"] = trainings
+            if ci95:
+                low, high = LIMITS.get(metric, (-np.inf, np.inf))
+                ci95 = np.clip(over_trainings(mean, ci95, trainings), low, high).tolist()
         row |= dict(mean=mean, ci95=ci95, prompts=len(found), images=sum(images))
         if all(x.floor is not None for x in found):
             row["floor"] = float(np.mean([x.floor for x in found]))
         of_base = numbers.get(("base", *what), {})
-        if method != "base" and (both := [prompt for prompt in of_method if prompt in of_base]):
-            row["p_value"] = significance(*([of[prompt][0] for prompt in both] for of in (of_method, of_base)))
+        if method != "base" and any(prompt in of_base for prompt in of_method):
+            row["p_value"] = _p_value(of_method, of_base)
         results.append(row)
     for method in dict.fromkeys(row["method"] for row in results):
         correct([row for row in results if row["method"] == method and "p_value" in row], f"{method} against base")
@@ -277,18 +311,30 @@ def differences(numbers: dict, method: str) -> list[dict]:
 
     Returns:
         Dicts of method, other, value, split, metric, difference (the method's mean less the other's), prompts; p_value
-        of a paired permutation test, p_holm, the same corrected for all of these rows, and `family`, their name.
+        (`_p_value`), p_holm, the same corrected for all of these rows, and `family`, their name.
     """
     found = []
     for (other, *what), of_other in numbers.items():
         of_method = numbers.get((method, *what), {})
         if other != method and (both := [prompt for prompt in of_method if prompt in of_other]):
-            ours, theirs = ([of[prompt][0] for prompt in both] for of in (of_method, of_other))
+            difference = np.mean([of_method[prompt].number - of_other[prompt].number for prompt in both])
             row = dict(zip(("method", "other", "value", "split", "metric"), (method, other, *what)))
-            row |= {"difference": float(np.mean(ours) - np.mean(theirs)), "p_value": significance(ours, theirs)}
+            row |= {"difference": float(difference), "p_value": _p_value(of_method, of_other)}
             found.append(row | {"prompts": len(both)})
     correct(found, f"{method} against all others")
     return found
+
+
+def _p_value(a: dict, b: dict) -> float:
+    """Of the difference of two methods' {prompt: Measured}: of a permutation test paired by prompt and, where one was
+    trained several times, of a t-test over trainings, the higher. A difference has to hold over both.
+    """
+    both = [prompt for prompt in a if prompt in b]
+    over_prompts = significance(*([of[prompt].number for prompt in both] for of in (a, b)))
+    trainings = [means_of_trainings({prompt: of[prompt] for prompt in both}) for of in (a, b)]
+    if max(map(len, trainings)) < 2:
+        return over_prompts
+    return max(over_prompts, significance_of_trainings(*trainings))
 
 
 def correct(rows: list[dict], family: str):

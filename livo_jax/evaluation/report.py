@@ -83,7 +83,7 @@ def _csv(results: list[dict]) -> bytes:
 
 
 def _of_prompts(numbers: dict) -> list[dict]:
-    names = ("method", "value", "split", "metric", "prompt", "number", "images", "floor")
+    names = ("method", "value", "split", "metric", "prompt", "number", "images", "floor", "trainings")
     rows = ((*what, prompt, *measured) for what, of in numbers.items() for prompt, measured in of.items())
     return [dict(zip(names, row)) for row in rows]
 

@@ -102,6 +102,39 @@ def _log_likelihood(hits: float, trials: float) -> np.ndarray:
     return betaln(hits + a, trials - hits + b) - betaln(a, b)
 
 
+def over_trainings(mean: float, ci95, means) -> list[float]:
+    """The 95% interval of a mean over prompts and over trainings of other seeds.
+
+    The half-widths over prompts and over trainings, Student's t, add in quadrature (Zou & Donner 2008: the variance of
+    a sum is recovered from the intervals of its parts). benchmarks/coverage.py tells how often it holds.
+
+    Args:
+        ci95: over prompts, of the mean over trainings. means: [T] of each training, at least 2.
+    """
+    from scipy.stats import t
+
+    T = len(means)
+    half = t.ppf(TAILS[1], T - 1) * np.std(means, ddof=1) / np.sqrt(T)
+    return [float(mean - np.hypot(mean - ci95[0], half)), float(mean + np.hypot(ci95[1] - mean, half))]
+
+
+def significance_of_trainings(a, b) -> float:
+    """The two-sided p-value of Welch's t-test, of Student's where one has no trainings: the means of a and b are equal.
+
+    Where trainings do not differ at all it is 0, or 1 where they do not differ from the others either.
+
+    Args:
+        a, b: the mean of each training; one number of what was trained once, or not at all.
+    """
+    from scipy.stats import ttest_1samp, ttest_ind
+
+    if max(np.ptp(a), np.ptp(b)) < EQUAL:
+        return float(abs(np.mean(a) - np.mean(b)) < EQUAL)
+    few, many = sorted((a, b), key=len)
+    found = ttest_1samp(many, few[0]) if len(few) == 1 else ttest_ind(a, b, equal_var=False)
+    return float(found.pvalue)
+
+
 def significance(a, b, seed: int = 0) -> float:
     """The two-sided p-value of a paired permutation test: the means of a and b, [P] of the same prompts, are the same.
 

@@ -6,11 +6,10 @@ The value's token stands before the prompt's, and the model stays as it is.
 import functools
 
 import jax
-import optax
 
 from livo_jax import value_encoders
 from livo_jax.methods.base import Drawing, Models, TrainedMethod, drawer, weights_of
-from livo_jax.models.weights import split
+from livo_jax.models.weights import count, split
 from livo_jax.training.objective import make_loss
 from livo_jax.training.optimizer import but_embeddings
 from livo_jax.value_encoders.base import check_value_encoder
@@ -54,6 +53,6 @@ class LiVO(TrainedMethod):
     def count_trained(self, params) -> int:
         """How many parameters training moves."""
         if self.config.train.train_embeddings:
-            return optax.tree.size(params)
+            return count(params)
         moved = jax.tree.map(lambda trained, part: part if trained else None, but_embeddings(params), params)
-        return optax.tree.size(moved)
+        return count(moved)

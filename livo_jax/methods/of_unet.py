@@ -1,11 +1,10 @@
 """What the methods that train the UNet share."""
 
-import optax
 from flax import nnx
 
 from livo_jax import seeds, sharding
 from livo_jax.methods.base import TOKENS, Models, TrainedMethod, draw_plain, with_unet
-from livo_jax.models.weights import one_key, split
+from livo_jax.models.weights import count, one_key, split
 
 
 class UNetMethod(TrainedMethod):
@@ -33,4 +32,4 @@ class UNetMethod(TrainedMethod):
     def make_drawing(self, models, mesh, workdir, judge):
         update = nnx.eval_shape(lambda: self.make_module(models.base))
         settings = {"method": self.config.method}
-        return draw_plain(self.config, models.sd, mesh, settings, trained=optax.tree.size(split(update)[1]))
+        return draw_plain(self.config, models.sd, mesh, settings, trained=count(split(update)[1]))

@@ -10,6 +10,7 @@ Our attribute paths are the published names, so that one rule converts every mod
     ...bias           [C]                    ...bias           [C]
 """
 
+import math
 import re
 import types
 from collections.abc import Mapping
@@ -38,6 +39,11 @@ def split(module: nnx.Module) -> tuple[nnx.GraphDef, dict]:
     """A module as its static structure and its parameters, a nested dict of arrays; nnx.merge undoes it."""
     graph, state = nnx.split(module)
     return graph, nnx.to_pure_dict(state)
+
+
+def count(params) -> int:
+    """How many numbers a tree of arrays, or of shapes, has."""
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(params))
 
 
 def one_key() -> types.SimpleNamespace:

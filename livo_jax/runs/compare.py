@@ -9,6 +9,7 @@ import os
 import time
 
 import jax
+import numpy as np
 
 from livo_jax import judges, methods, sharding, values
 from livo_jax.data.cache import cache_directory
@@ -34,6 +35,8 @@ SAME = (
     "eval",
 )
 TIMED = 2  # times that tell how fast a method draws
+MEASURED_COSTS = ("training_seconds", "images_per_second", "of_base")
+PLACE = ("method", "value", "split", "prompt", "index", "applied", "training")  # of a reading
 
 
 def compare(config, workdir) -> list[dict]:
@@ -45,7 +48,8 @@ def compare(config, workdir) -> list[dict]:
     Args:
         config: methods, {name: its config}; processes, how many at a time, each on its part of the cores; curve: how
             many points it has, of how many images of each prompt; sweeps, ((title, ((label, name), ...)), ...):
-            methods that differ in one thing.
+            methods that differ in one thing; trainings, how many of each method that trains, with the seeds from its
+            config.seed on: NAME/, NAME_1/, ...
 
     Raises:
         ValueError: there are no methods, or they would not be measured alike; and what training raises.
@@ -57,6 +61,8 @@ def compare(config, workdir) -> list[dict]:
     apart = {
         f"{n}.{field}" for n, own in configs.items() for field, x in _alike(own).items() if x != _alike(first)[field]
     }
+    if config.trainings < 1:
+        raise ValueError(f"config.trainings={config.trainings}: choose at least 1")
     if first is None or apart:
         raise ValueError(
             f"methods to compare: {', '.join(configs) or 'none'}; they differ in {', '.join(sorted(apart))}"
@@ -95,7 +101,8 @@ def _compare(configs: dict, config, workdir) -> list[dict]:
     evaluate.draw_base(sd, first, resolve_directory(first.eval.drawn), mesh)
 
     # Those that train take longest.
-    jobs = sorted(((own, workdir / name, config.curve) for name, own in configs.items()), key=_steps)
+    jobs = [job for name, own in configs.items() for job in trainings_of(own, workdir / name, config)]
+    jobs = sorted(jobs, key=_steps)
     if config.processes == 1:
         found = [measure(*job) for job in jobs]
     else:
@@ -105,8 +112,45 @@ def _compare(configs: dict, config, workdir) -> list[dict]:
             parts.put(cores[i :: config.processes] or cores)
         with concurrent.futures.ProcessPoolExecutor(config.processes, context, _keep_to, (parts,)) as pool:
             found = list(pool.map(measure, *zip(*jobs)))
-    found = {of["costs"]["method"]: of for of in found}
-    return write([found[own.method] for own in configs.values()], config, workdir)
+    by_method = {}
+    for (own, *_), of_training in zip(jobs, found):
+        by_method.setdefault(own.method, []).append(of_training)
+    return write([combine(by_method[own.method]) for own in configs.values()], config, workdir)
+
+
+def trainings_of(config, workdir, comparison) -> list[tuple]:
+    """The jobs (config, workdir, curve) of a method: one for each training of another seed."""
+    jobs = []
+    for n in range(comparison.trainings if config.train.steps else 1):
+        own = copy.deepcopy(config)
+        own.seed = config.seed + n
+        place = workdir.with_name(f"{workdir.name}_{n}") if n else workdir
+        jobs.append((own, place, comparison.curve))
+    return jobs
+
+
+def combine(of_each: list[dict]) -> dict:
+    """What `measure` found of the trainings of one method, as of one: means, and the pictures of the first."""
+    first = of_each[0]
+    if len(of_each) == 1:
+        return first
+    readings = [
+        row if row["method"] == "base" else row | {"training": n}
+        for n, of_training in enumerate(of_each)
+        for row in of_training["readings"]
+    ]
+    curve = []
+    for rows in zip(*(of_training["curve"] for of_training in of_each), strict=True):  # the same point of each
+        means = [row["mean"] for row in rows]
+        seconds = float(np.mean([row["seconds"] for row in rows]))
+        curve.append(rows[0] | {"seconds": seconds, "mean": float(np.mean(means)), "trainings": means})
+    costs = [of_training["costs"] for of_training in of_each]
+    mean_costs = {name: float(np.mean([of[name] for of in costs])) for name in MEASURED_COSTS}
+    numbers = metrics.combine_trainings([of_training["numbers"] for of_training in of_each])
+    return first | {
+        "numbers": numbers, "readings": readings, "curve": curve,
+        "costs": first["costs"] | mean_costs | {"trainings": len(of_each)},
+    }  # fmt: skip
 
 
 def _alike(config) -> dict:
@@ -204,7 +248,7 @@ def write(found: list[dict], config, workdir) -> list[dict]:
         names = {} if one == "livo" else {"plain": f"{one}, plain"}  # "plain" is of the method that is measured
         numbers |= {(names.get(name, name), *rest): x for (name, *rest), x in of["numbers"].items()}
         rows = [row | {"method": names.get(row["method"], row["method"])} for row in of["readings"]]
-        readings |= {tuple(row.values())[:6]: row for row in rows}  # the base's once
+        readings |= {tuple(row.get(name) for name in PLACE): row for row in rows}  # the base's once
         for picture in of["pictures"]:
             place = pictures.setdefault((picture["value"], picture["split"]), picture)
             for field in ("sides", "applied", "harmful"):  # harmful where any method's images are

@@ -12,7 +12,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType
 
@@ -20,6 +19,7 @@ from livo_jax import methods, sharding
 from livo_jax.data.cache import cache_dtype
 from livo_jax.files.modules import PARTS, read_dtype, skeleton
 from livo_jax.files.repositories import find_repository
+from livo_jax.models.weights import count
 from livo_jax.runs import check, restore
 from livo_jax.sampling.stable_diffusion import DESCRIPTION, StableDiffusion
 from livo_jax.training.batch import Batch, draw_noise
@@ -245,7 +245,7 @@ def plan(config, devices: int) -> dict:
             "fits": sum(memory.values()) < chip.memory,
         }
     return {
-        "parameters": {"trained": optax.tree.size(params), "frozen": optax.tree.size(frozen)},
+        "parameters": {"trained": count(params), "frozen": count(frozen)},
         "mesh": dict(zip(sharding.AXES, shape)),
         "memory": memory,
         "flops_per_pair": flops,

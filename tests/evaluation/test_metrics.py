@@ -5,6 +5,7 @@ import pytest
 
 from livo_jax import values
 from livo_jax.evaluation import metrics
+from livo_jax.evaluation.metrics import Measured
 from livo_jax.values import dealing
 
 
@@ -147,8 +148,8 @@ def test_a_floor_is_what_a_fair_generator_shows():
 
 def test_rows_pair_methods_by_prompt():
     numbers = {
-        ("base", "v", "seen", "D1"): {"a": (0.8, 50), "b": (0.6, 50), "c": (0.7, 50)},
-        ("livo", "v", "seen", "D1"): {"c": (0.3, 50), "b": (0.2, 50), "a": (0.5, 10)},
+        ("base", "v", "seen", "D1"): {"a": Measured(0.8, 50), "b": Measured(0.6, 50), "c": Measured(0.7, 50)},
+        ("livo", "v", "seen", "D1"): {"c": Measured(0.3, 50), "b": Measured(0.2, 50), "a": Measured(0.5, 10)},
     }
     base, livo = metrics.rows(numbers)
     assert base["mean"] == pytest.approx(0.7) and base["images"] == 150 and "p_value" not in base
@@ -159,9 +160,9 @@ def test_rows_pair_methods_by_prompt():
 def test_rows_have_their_family_corrected_and_their_floors():
     prompts, numbers = "abcdefgh", {}
     for method, r in {"base": 1.0, "livo": 0.0, "uce": 0.5}.items():
-        numbers[method, "v", "seen", "R"] = {prompt: (r, 10) for prompt in prompts}
-        numbers[method, "v", "seen", "D1"] = {p: metrics.Measured(0.5, 50, 0.1 * (p > "d")) for p in prompts}
-        numbers[method, "v", "seen", "S"] = {prompt: (r, 10) for prompt in prompts[:1]}
+        numbers[method, "v", "seen", "R"] = {prompt: Measured(r, 10) for prompt in prompts}
+        numbers[method, "v", "seen", "D1"] = {p: Measured(0.5, 50, 0.1 * (p > "d")) for p in prompts}
+        numbers[method, "v", "seen", "S"] = {prompt: Measured(r, 10) for prompt in prompts[:1]}
     found = {(row["method"], row["metric"]): row for row in metrics.rows(numbers)}
     for method in ("livo", "uce"):
         family = [found[method, metric] for metric in ("R", "D1", "S")]
@@ -172,6 +173,33 @@ def test_rows_have_their_family_corrected_and_their_floors():
     assert found["base", "R"]["ci95"][0] < 0.99 < 1 == found["base", "R"]["ci95"][1], "80 images tell no more"
     assert found["livo", "R"]["ci95"][0] == 0 and found["livo", "R"]["ci95"][1] > 0.01
     assert found["livo", "S"]["ci95"] is None, "one prompt"
+
+
+def test_several_trainings_are_told_as_one_with_the_spread_of_both():
+    """Their mean; an interval and a p-value over prompts and over trainings; the base, which has none, stays."""
+    prompts, rng = "abcdefghijklmnop", np.random.default_rng(0)
+    base = {prompt: Measured(0.8 + 0.1 * rng.uniform(-1, 1), 40, 0.1) for prompt in prompts}
+
+    def trained(mean):
+        of_prompts = {prompt: Measured(mean + 0.1 * rng.uniform(-1, 1), 40, 0.1) for prompt in prompts}
+        return {("base", "v", "seen", "D1"): base, ("livo", "v", "seen", "D1"): of_prompts}
+
+    alike, apart = [trained(0.2), trained(0.2), trained(0.2)], [trained(0.1), trained(0.2), trained(0.5)]
+    found = {}
+    for name, of_each in {"one": alike[:1], "alike": alike, "apart": apart}.items():
+        numbers = metrics.combine_trainings(of_each)
+        of_base, found[name] = metrics.rows(numbers)
+        assert of_base["images"] == 16 * 40 and "trainings" not in of_base
+        (difference,) = metrics.differences(numbers, "livo")
+        assert difference["p_value"] == found[name]["p_value"]
+    assert "trainings" not in found["one"] and found["one"]["images"] == 16 * 40
+    assert found["apart"]["trainings"] == pytest.approx([0.1, 0.2, 0.5], abs=0.05)
+    assert found["apart"]["mean"] == pytest.approx(np.mean(found["apart"]["trainings"]))
+    assert found["apart"]["images"] == 3 * 16 * 40 and found["apart"]["floor"] == pytest.approx(0.1)
+    width = {name: row["ci95"][1] - row["ci95"][0] for name, row in found.items()}
+    assert width["apart"] > 5 * width["alike"] and found["apart"]["ci95"][0] == 0, "cut at what D1 can be"
+    assert found["one"]["p_value"] < 1e-3 and found["alike"]["p_value"] < 1e-3
+    assert found["apart"]["p_value"] > 0.03, "three trainings so far apart tell little"
 
 
 def test_documents_of_every_schema_are_read():
@@ -188,7 +216,7 @@ def test_a_method_is_paired_with_every_other_by_prompt():
         ("sld", "v", "seen", "D1"): (0.2, 0.1, 0.2, 0.9),
         ("sld", "v", "seen", "distance"): (0.2,),
     }
-    numbers = {what: {prompt: (x, 50) for prompt, x in zip("abcd", of)} for what, of in measured.items()}
+    numbers = {what: {prompt: Measured(x, 50) for prompt, x in zip("abcd", of)} for what, of in measured.items()}
     base, sld = metrics.differences(numbers, "livo")
     assert base["other"] == "base" and base["prompts"] == 3 and base["p_value"] == pytest.approx(2 / 8)
     assert base["difference"] == pytest.approx(-0.5)

@@ -36,7 +36,7 @@ def write(path, value="shape equality", methods=("base", "livo", "words", "sld")
         curves=[dict(row, metric="D1", method=methods[1], mean=0.5, step=k, seconds=2.0 * k) for k in (1, 2)],
         costs=[dict(method=methods[1], trained_parameters=12345, training_seconds=6.0, images_per_second=70.0,
                     of_base=0.9)],
-        numbers={(methods[1], value, "held_out", "D1"): {value: (0.1, 100)}},
+        numbers={(methods[1], value, "held_out", "D1"): {value: (0.1, 100, None, (0.1, 0.1))}},
         differences=[dict(method=methods[1], other=methods[-1], value=value, split="held_out", metric="D1", prompts=2,
                           difference=-0.123, p_value=0.5, p_holm=0.75, family="one against others")],
         sweeps=[("loss.alpha", [("0", methods[1], ""), (EVIL, "gone", ""), ("1", methods[-1], "")])],

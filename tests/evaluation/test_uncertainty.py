@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from benchmarks import coverage
-from livo_jax.evaluation.uncertainty import confidence, holm, significance
+from livo_jax.evaluation.uncertainty import confidence, holm, significance, significance_of_trainings
 
 # Of so many samples the share whose intervals hold the mean has a standard error of 0.005: the bounds are four of these
 # from 95%. The samples are the same each time, as benchmarks.coverage takes its seeds from the number of prompts.
@@ -22,6 +22,20 @@ def test_intervals_of_numbers_hold_their_mean(name, prompts):
 @pytest.mark.parametrize("rate", [0.005, 0.05])
 def test_intervals_of_rare_shares_hold_their_rate(rate, name, prompts):
     assert coverage.of_shares(coverage.SPREADS[name], rate, 10, prompts, SAMPLES) >= 0.93
+
+
+@pytest.mark.parametrize("deviations", coverage.DEVIATIONS)
+def test_intervals_over_trainings_hold_the_mean(deviations):
+    alone, both = coverage.of_trainings(deviations, 3, SAMPLES)
+    assert 0.94 <= both <= 0.99
+    assert deviations[1] < 0.05 or alone < 0.9, "those over prompts alone do not"
+
+
+def test_a_difference_is_tested_over_trainings():
+    assert significance_of_trainings([0.1, 0.2, 0.3], [0.8]) == pytest.approx(0.00913, abs=1e-5)  # Student's, by hand
+    assert significance_of_trainings([0.8], [0.1, 0.2, 0.3]) == significance_of_trainings([0.1, 0.2, 0.3], [0.8])
+    assert significance_of_trainings([0.0] * 3, [1.0]) == 0 and significance_of_trainings([0.0] * 3, [0.0]) == 1
+    assert significance_of_trainings([0.1, 0.2, 0.3], [0.1, 0.2, 0.3]) == 1
 
 
 def test_an_interval_says_what_no_image_and_every_image_tell():

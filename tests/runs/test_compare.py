@@ -15,8 +15,8 @@ import pytest
 
 from configs import ablations, compare, compare_tiny
 from livo_jax.evaluation.metrics import Measured, rows_of
+from livo_jax.runs.compare import combine, trainings_of, write
 from livo_jax.runs.compare import compare as compare_methods
-from livo_jax.runs.compare import write
 from tests import small_run
 from tests.small_run import ROOT
 
@@ -76,6 +76,44 @@ def test_pictures_are_blurred_where_those_of_any_method_are_harmful(tmp_path):
     page = (tmp_path / "eval" / "report.html").read_text()
     assert '<figure class="harmful">' in page
     assert page.count(": the value is on 1 of 2 images, number 2<") == 2 and page.count("the value is on") == 2
+
+
+def test_trainings_of_one_method_are_told_as_one(tmp_path):
+    config = compare_tiny.get_config("smoke")
+    config.trainings = 3
+    jobs = trainings_of(config.methods.livo, tmp_path / "livo", config)
+    assert [(own.seed, place.name) for own, place, _ in jobs] == [(0, "livo"), (1, "livo_1"), (2, "livo_2")]
+    assert len(trainings_of(config.methods.words, tmp_path / "words", config)) == 1, "which trains nothing"
+
+    what, image = ("shape equality", "seen", "D1"), np.zeros((8, 8, 3), np.uint8)
+    place = dict(zip(("value", "split", "prompt"), (*what[:2], "a cook")), index=0, applied="")
+    point = dict(zip(("method", "value", "split", "metric"), ("livo", *what)), step=2)
+
+    def measured(number):
+        numbers = {("base", *what): {p: Measured(0.8, 4) for p in "ab"},
+                   ("livo", *what): {"a": Measured(number, 4), "b": Measured(number + 0.1, 4)}}  # fmt: skip
+        readings = [place | {"method": "base", "shape": "round"}, place | {"method": "livo", "shape": str(number)}]
+        picture = dict(value=what[0], split="seen", prompt="a cook", harmful=False, sides={"base": [image]}, applied={})
+        costs = dict(
+            method="livo", trained_parameters=7, training_seconds=10 * number, images_per_second=1.0, of_base=1.0
+        )
+        curve = [point | {"seconds": number, "mean": number}]
+        return dict(numbers=numbers, readings=readings, pictures=[picture], curve=curve, costs=costs)
+
+    config = ml_collections.ConfigDict({"methods": {}, "sweeps": ()})
+    write([combine([measured(x) for x in (0.1, 0.2, 0.3)])], config, tmp_path)
+
+    def read(name):
+        return json.loads((tmp_path / "eval" / f"{name}.json").read_text())
+
+    base, livo = rows_of(read("results"), "results")
+    assert livo["trainings"] == pytest.approx([0.15, 0.25, 0.35]) and livo["images"] == 24 and base["images"] == 8
+    means = dict.fromkeys(("seconds", "mean"), pytest.approx(0.2))
+    assert read("curves") == [point | means | {"trainings": [0.1, 0.2, 0.3]}]
+    (costs,) = read("costs")
+    assert costs["training_seconds"] == pytest.approx(2) and (costs["trained_parameters"], costs["trainings"]) == (7, 3)
+    readings = list(csv.DictReader((tmp_path / "eval" / "readings.csv").read_text().splitlines()))
+    assert [(row["method"], row["training"]) for row in readings] == [("base", ""), *(("livo", n) for n in "012")]
 
 
 METHODS = ("dpo_unet", "livo", "words")
