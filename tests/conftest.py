@@ -47,7 +47,9 @@ VAE = LEVELS | dict(
 
 
 # The files that take longest, each a minute or more: a worker that begins with them does not end with them.
-LONGEST = "multihost train run compare recovery half_precision value_encoders sdxl parity build_preferences".split()
+LONGEST = (
+    "multihost train step run compare recovery half_precision value_encoders images training parity build_preferences"
+).split()
 
 
 def pytest_configure(config):

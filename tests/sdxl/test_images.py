@@ -1,0 +1,193 @@
+"""Stable Diffusion XL draws what diffusers draws, with value encoders of each kind, and is told what does not fit."""
+
+import copy
+import json
+import math
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+from livo_jax import StableDiffusion, ValueEncoder, sharding, value_encoders
+from livo_jax.export import export
+from livo_jax.export.export import SCHEDULERS
+from livo_jax.files.modules import PARTS, skeleton
+from livo_jax.files.repositories import read_json
+from livo_jax.models.weights import TO_PUBLISHED, published_name, split
+from livo_jax.runs import restore
+from livo_jax.sampling import generate
+from livo_jax.sampling.requests import Dose, Request
+from livo_jax.value_encoders.lora import LoRA
+from livo_jax.value_encoders.shelf import Shelf
+from livo_jax.value_encoders.soft_tokens import SoftTokens
+from livo_jax.values.principles import text_hash
+from tests.sdxl.conftest import OTHER, PROMPTS, SCHEDULER, SETTINGS, VALUE, Towers, of_kind
+
+
+@pytest.mark.parametrize(
+    "sampler, negative, zeros", [("euler", "", True), ("euler", "", False), ("dpmsolver++", "a tailor", True)]
+)
+def test_images_are_the_published_pipelines(sd, published, theirs, monkeypatch, sampler, negative, zeros):
+    """Tokens to pixels, against diffusers' StableDiffusionXLPipeline from the same noise."""
+    import diffusers
+    from transformers import CLIPTokenizer
+
+    scheduler, options = SCHEDULERS[sampler]
+    pipeline = diffusers.StableDiffusionXLPipeline(
+        **theirs, **{name: CLIPTokenizer.from_pretrained(published / name) for name in ("tokenizer", "tokenizer_2")},
+        scheduler=getattr(diffusers, scheduler).from_config(SCHEDULER, **options), force_zeros_for_empty_prompt=zeros,
+        add_watermarker=False,
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    noise = np.stack([generate.initial_noise(5, text_hash(p), 0, sd.latent_shape) for p in PROMPTS])
+    expected = pipeline(
+        PROMPTS, negative_prompt=[negative] * 2 if negative else None, num_inference_steps=3, guidance_scale=3.0,
+        latents=torch.tensor(noise.transpose(0, 3, 1, 2)), output_type="np",
+    ).images  # fmt: skip
+    monkeypatch.setattr(sd, "zeros_for_empty_prompt", zeros)
+    requests = [Request(p, negative=negative) for p in PROMPTS]
+    ours = generate.generate(sd, requests, seed=5, **SETTINGS | {"sampler": sampler})
+    assert ours.shape == (2, 16, 16, 3)
+    assert np.abs(ours - expected * 255).max() < 1.0, "equal but for rounding to bytes"
+
+
+def test_each_tokenizer_pads_as_it_does(sd):
+    ids = sd.tokenize(PROMPTS)
+    assert ids.shape == (2, 2, 16)
+    eos = sd.tokenizer.eos_token_id
+    for one, two in ids:
+        end = list(one).index(eos)
+        np.testing.assert_array_equal(one[: end + 1], two[: end + 1])
+        assert set(one[end:]) == {eos} and set(two[end + 1 :]) == {0}
+
+
+@pytest.mark.parametrize("kind", value_encoders.KINDS)
+def test_values_of_each_kind(sd, made, kind):
+    """No value is the base, a value is not, and strength is a dial: of several in one batch."""
+    doses = [(), (Dose(VALUE),), (Dose(VALUE, 1e-6),), (Dose(VALUE), Dose(OTHER)), (Dose(OTHER), Dose(VALUE))]
+    requests = [Request("a baker", 0, values) for values in doses]
+    images = generate.generate(sd, requests, made[kind], **SETTINGS).astype(int)
+    base = generate.generate(sd, requests[:1], **SETTINGS)[0]
+    differ = [bool(np.abs(image - base).max() > 1) for image in images]
+    assert differ == [False, True, False, True, True]
+    assert np.abs(images[3] - images[4]).max() <= 1 < np.abs(images[3] - images[1]).max()
+
+
+# ---------------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("kind", value_encoders.KINDS)
+def test_the_exported_pipeline_draws_the_same_images(sd, made, config, published, tmp_path, kind):
+    """As JAX from the same noise, values of several strengths, and the export is read again."""
+    from diffusers import DiffusionPipeline
+
+    config, out = of_kind(config, kind), tmp_path / "livo"
+    export.export(out, sd, made[kind], config)
+    again = value_encoders.start(of_kind(config, kind, start=str(out)), sd, sharding.make_mesh())
+    jax.tree.map(np.testing.assert_array_equal, split(again)[1], split(made[kind])[1])
+    pipeline = DiffusionPipeline.from_pretrained(published, custom_pipeline=str(out), trust_remote_code=True)
+    pipeline.set_progress_bar_config(disable=True)
+    noise = np.stack([generate.initial_noise(5, text_hash(p), 0, sd.latent_shape) for p in PROMPTS])
+    settings = dict(strength={VALUE: 0.5})
+    values = [[VALUE, OTHER], OTHER]
+    theirs = pipeline(PROMPTS, values, latents=torch.tensor(noise.transpose(0, 3, 1, 2)), output_type="np", **settings)
+    ours = sd.generate(PROMPTS, values, made[kind], seed=5, **settings, **SETTINGS)
+    assert np.abs(ours - theirs.images * 255).max() < 1.0
+    base = sd.generate(PROMPTS, seed=5, **SETTINGS)
+    assert (np.abs(ours.astype(int) - base).max((1, 2, 3)) > 1).all()
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft, of transformers
+def test_adapters_are_pefts(sd, made, theirs, config, tmp_path):
+    """One for each tower; peft loads them on its text encoders, and the pooled outputs are ours."""
+    from peft import PeftModel
+
+    made["lora"].save(tmp_path / "adapter", config.model)
+    adapted = [
+        PeftModel.from_pretrained(copy.deepcopy(theirs[name]), tmp_path / folder).eval().base_model.model
+        for name, folder in (("text_encoder", "adapter"), ("text_encoder_2", "adapter_2"))
+    ]
+    ids = sd.tokenize([f"{VALUE}, {prompt}" for prompt in PROMPTS])
+    with torch.no_grad():
+        pooled = Towers(*adapted)(torch.tensor(ids)).pooler_output
+    np.testing.assert_allclose(made["lora"].tokens(ids, sd.text_encoder)[:, 0], pooled, rtol=1e-4, atol=1e-5)
+
+
+def test_what_does_not_fit(sd, made, config, published, small_sd15, tmp_path):
+    """Errors name both sides: value encoders and adapters of 1.x and XL, of another base, and parts of a model."""
+    one = ValueEncoder.from_pretrained(small_sd15.root, subfolder="text_encoder")
+    both = "for another model:\n  hidden_size: 20 in the value encoder, 20 and 24 in the text encoder of .*sdxl"
+    with pytest.raises(ValueError, match=both):
+        generate.generate(sd, [Request("a cook", 0, (Dose(VALUE),))], one)
+    with pytest.raises(ValueError, match="hidden_size: 20 and 24 in the value encoder, 20 in the text encoder of"):
+        generate.generate(small_sd15, [Request("a cook", 0, (Dose(VALUE),))], made["full"])
+    made["lora"].save(tmp_path / "adapter", "the-base")
+    with pytest.raises(
+        ValueError, match="adapter of 'the-base', does not fit .*: it is for 2 text encoders, there are 1"
+    ):
+        LoRA.from_pretrained(tmp_path, small_sd15)
+    with pytest.warns(UserWarning, match="trained on 'the-base' and is used on .*sdxl"):
+        LoRA.from_pretrained(tmp_path, sd)
+    shutil.rmtree(tmp_path / "adapter_2")
+    with pytest.raises(ValueError, match="it is for 1 text encoders, there are 2"):
+        LoRA.from_pretrained(tmp_path, sd)
+
+    made["token"].save(tmp_path / "soft", "the-base")
+    with pytest.raises(ValueError, match="of 'the-base', has tokens of width 44; those of .* are 20 wide"):
+        SoftTokens.from_pretrained(tmp_path / "soft", small_sd15)
+    text_encoder = small_sd15.root / "text_encoder"
+    with pytest.raises(ValueError, match=both):  # before training
+        restore.load_models(of_kind(config, "full", start=str(text_encoder)), sharding.make_mesh(), sd)
+    shutil.copytree(text_encoder, tmp_path / "shelf" / "one")
+    values = {"shape": {"statement": VALUE, "kind": "full", "folder": "one"}}
+    (tmp_path / "shelf" / "shelf.json").write_text(json.dumps({"base": sd.name, "values": values}))
+    with pytest.raises(ValueError, match=f"shelf/one: the value encoder was made {both}"):
+        sd.generate(["a cook"], "shape", Shelf(tmp_path / "shelf", sd))
+
+    def broken(part, **changes):
+        root = tmp_path / part
+        shutil.copytree(published, root)
+        file = root / (part if part == "model_index.json" else f"{part}/config.json")
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+        return root
+
+    with pytest.raises(ValueError, match="20 wide, its UNet wants 44; its UNet wants the pooled text of"):
+        StableDiffusion.from_pretrained(broken("model_index.json", text_encoder_2=[None, None]))
+    with pytest.raises(ValueError, match="pooled text and sizes are 46 wide, its UNet wants 50"):
+        StableDiffusion.from_pretrained(broken("unet", projection_class_embeddings_input_dim=50))
+
+
+# ---------------------------------------------------------------------------- the full size
+
+COUNTS = dict(  # published
+    unet=2_567_463_684, text_encoder=123_060_480, text_encoder_2=694_659_840, vae=83_653_863
+)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_full_size_has_the_published_names_and_shapes():
+    """By abstract evaluation, against PyTorch's on the meta device."""
+    import diffusers
+    import transformers
+
+    root = pathlib.Path(__file__).parents[2] / "benchmarks" / "sdxl"
+    config = {part: {k: v for k, v in read_json(root / part / "config.json").items() if k[0] != "_"} for part in COUNTS}
+    of = transformers.CLIPTextConfig.from_dict
+    with torch.device("meta"):
+        theirs = dict(
+            unet=diffusers.UNet2DConditionModel(**config["unet"]), vae=diffusers.AutoencoderKL(**config["vae"]),
+            text_encoder=transformers.CLIPTextModel(of(config["text_encoder"])),
+            text_encoder_2=transformers.CLIPTextModelWithProjection(of(config["text_encoder_2"])),
+        )  # fmt: skip
+    for part, count in COUNTS.items():
+        _, abstract = skeleton(PARTS[part][0], root / part)
+        shapes = {}
+        for path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
+            order = TO_PUBLISHED.get(leaf.ndim) if path[-1].key == "kernel" else None
+            shapes[published_name(path)] = tuple(leaf.shape[i] for i in order) if order else leaf.shape
+        expected = {n.removeprefix("text_model."): tuple(p.shape) for n, p in theirs[part].named_parameters()}
+        assert shapes == expected
+        assert sum(math.prod(shape) for shape in shapes.values()) == count
