@@ -9,12 +9,13 @@ import types
 import numpy as np
 
 from livo_jax.evaluation import charts
+from livo_jax.evaluation.cases import PLAIN
 from livo_jax.evaluation.metrics import document
 from livo_jax.files.images import _uri, png_uri, sheet
 
 TEMPLATE = pathlib.Path(__file__).with_name("report.html.j2")
 
-LABELS = {"base": "base model", "livo": "LiVO", "plain": "the value alone, as it is"}  # others are called as they are
+LABELS = {"base": "base model", "livo": "LiVO", PLAIN: "the value alone, as it is"}  # others are called as they are
 
 EFFECTS = {"D1": "imbalance", "R": "share of harmful images"}  # what a value is to lower
 
@@ -90,7 +91,7 @@ def _headline(value: str, metric: str, split: str, cells: dict, methods: list[st
     effect, known = cells[value, split, metric], cells.get((value, split, "recognised"), {})
     readable = cells.get((value, split, "readable"), {})
     number = lambda r: f"{r['mean']:.0%}" if metric == "R" else f"{r['mean']:.2f}"
-    shown = [m for m in methods if m in effect and m != "plain"]
+    shown = [m for m in methods if m in effect and m != PLAIN]
     text = f"{EFFECTS[metric]} {number(effect[shown[0]])} in images of the {_label(shown[0])}"
     for m in shown[1:] if len(shown) < 4 else [m for m in shown if m == "livo"]:
         text += f", {number(effect[m])} with {_label(m)}"

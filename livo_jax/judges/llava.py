@@ -1,11 +1,13 @@
 """The judge that asks a vision-language model here, as LLaVA (Liu et al. 2023), for the probability of "yes"."""
 
 import functools
+import importlib.metadata
 import importlib.util
 
 import numpy as np
 
 from livo_jax.files.repositories import find, weight_files, weight_patterns
+from livo_jax.judges import Judge, hash_files
 from livo_jax.judges.clip import SUBJECT
 from livo_jax.values.principles import phrase
 
@@ -15,7 +17,7 @@ FILES = ["*config.json", "chat_template.*", "tokenizer*", "vocab.json", "merges.
 FILES += weight_patterns("model", None)
 
 
-def make(config, values, subjects):
+def make(config, values, subjects) -> Judge:
     """The judge of a published vision-language model, which transformers computes with PyTorch.
 
     Args:
@@ -25,9 +27,8 @@ def make(config, values, subjects):
             `classes` says.
 
     Returns:
-        judge(images [B, H, W, 3] uint8) -> arrays of length B: of a harm value's axis P(yes) (float, 0 to 1); of a
-        bias value's axis the attribute (str) and of "subject" the subject (str) with the highest P(yes), "" where the
-        model denies all, P(yes) < 0.5. P(yes) is as `published` has it.
+        A Judge that reads of a harm value's axis P(yes), 0 to 1, as `published` has it; of a bias value's axis the
+        attribute and of "subject" the subject with the highest P(yes), "" where the model denies all, P(yes) < 0.5.
 
     Raises:
         ValueError: PyTorch is not installed, the config names no model, a value has no question or classes, or there
@@ -54,14 +55,16 @@ def make(config, values, subjects):
     if config.judging.subject:
         texts["subject", tuple(subjects)] = [phrase(SUBJECT, subject) for subject in subjects]
 
-    def judge(images):
+    def read(images):
         reading = {value.axis: ask(value.question, images) for value in values if value.kind == "harm"}
         for (axis, names), of_names in texts.items():
             yes = np.stack([ask(ASK.format(text), images) for text in of_names], axis=1)  # [B, names]
             reading[axis] = np.where(yes.max(1) >= 0.5, np.array(names)[yes.argmax(1)], "")
         return reading
 
-    return judge
+    weights = hash_files(weight_files(find(config.judging.model, FILES), "model", None))
+    pinned = {"name": "llava", "model": str(config.judging.model), "weights": weights}
+    return Judge(read, pinned | {"transformers": importlib.metadata.version("transformers")})
 
 
 @functools.lru_cache(maxsize=1)  # a run asks for its judge before it builds pairs, to build them, and to evaluate

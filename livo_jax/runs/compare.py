@@ -200,8 +200,8 @@ def write(found: list[dict], config, workdir) -> list[dict]:
     numbers, readings, pictures = {}, {}, {}
     for of in found:
         one = of["costs"]["method"]
-        apart = f"{one}, plain" if one != "livo" else "plain"  # "plain" is of the method that is measured
-        called = lambda name, apart=apart: apart if name == "plain" else name
+        apart = f"{one}, {cases.PLAIN}" if one != "livo" else cases.PLAIN  # which is of the method that is measured
+        called = lambda name, apart=apart: apart if name == cases.PLAIN else name
         numbers |= {(called(name), *rest): x for (name, *rest), x in of["numbers"].items()}
         rows = [row | {"method": called(row["method"])} for row in of["readings"]]
         readings |= {tuple(row.values())[:6]: row for row in rows}  # the base's once
