@@ -297,9 +297,9 @@ def correct(rows: list[dict], family: str):
         row |= {"p_holm": p, "family": family}
 
 
-def document(rows: list[dict]) -> dict:
-    """What results.json and differences.json hold."""
-    return {"schema": SCHEMA, "rows": rows}
+def document(rows: list[dict], judges=()) -> dict:
+    """What results.json and differences.json hold; `judges`: what is pinned of those that read the images."""
+    return {"schema": SCHEMA, "judges": list(judges), "rows": rows}
 
 
 def rows_of(document, file) -> list[dict]:

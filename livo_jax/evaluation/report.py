@@ -161,6 +161,7 @@ def write(
     curves=(),
     costs=(),
     sweeps=(),
+    judges=(),
 ):
     """Writes the page. It escapes all that it shows, runs no script, and fetches nothing.
 
@@ -175,6 +176,7 @@ def write(
         costs: rows of method, trained_parameters, training_seconds, images_per_second, of_base.
         sweeps: (title, points) of settings, whose points are (label, method, what follows a value's statement in its
             rows).
+        judges: what is pinned of the judges.
     """
     import jinja2
 
@@ -196,9 +198,9 @@ def write(
         for p in pictures
     ]
     as_json = lambda content: _uri("application/json", json.dumps(content, indent=2).encode())
-    files = {"results.csv": _uri("text/csv", _csv(results)), "results.json": as_json(document(results))}
+    files = {"results.csv": _uri("text/csv", _csv(results)), "results.json": as_json(document(results, judges))}
     if differences:
-        files["differences.json"] = as_json(document(differences))
+        files["differences.json"] = as_json(document(differences, judges))
     files |= {
         name: as_json(list(content))
         for name, content in (

@@ -166,6 +166,7 @@ def measure(config, workdir, curve) -> dict:
     pictures = evaluate.pictures(found.sides, config, method.tokens)
     return {
         "numbers": found.numbers, "readings": found.readings, "pictures": pictures, "curve": points, "costs": costs,
+        "judge": judge.pinned,
     }  # fmt: skip
 
 
@@ -217,7 +218,8 @@ def write(found: list[dict], config, workdir) -> list[dict]:
     differences = metrics.differences(numbers, "livo")
     folder = workdir / "eval"
     folder.mkdir(parents=True, exist_ok=True)
-    files = {"results": metrics.document(results), "differences": metrics.document(differences)}
+    pinned = [found[0]["judge"]]  # one reads the images of all
+    files = {"results": metrics.document(results, pinned), "differences": metrics.document(differences, pinned)}
     for name, content in (files | {"curves": curves, "costs": costs}).items():
         (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
     (folder / "readings.csv").write_text(report.as_csv([*readings.values()]), encoding="utf-8")
@@ -229,7 +231,7 @@ def write(found: list[dict], config, workdir) -> list[dict]:
     report.write(
         folder / "report.html", title=f"LiVO and others: {workdir.name}", results=results, metrics=[], curves=curves,
         numbers=numbers, differences=differences, costs=costs, sweeps=sweeps, pictures=list(pictures.values()),
-        config=json.loads(config.to_json()),
+        config=json.loads(config.to_json()), judges=pinned,
     )  # fmt: skip
     print(report.table(results))
     told = (

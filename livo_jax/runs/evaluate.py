@@ -52,6 +52,7 @@ def as_drawn(method: methods.Method, sd, config, values, judge, directory, mesh)
     reading = {
         "judge": config.judge,
         "judging": {name: x for name, x in config.judging.to_dict().items() if name not in free},
+        "pinned": judge.pinned,
         "values": of_values,
         "subjects": subjects(config),
     }
@@ -194,11 +195,12 @@ def evaluate_and_report(sd, value_encoder, config, mesh, workdir, trained=None):
         metrics=read_metrics(workdir),
         pictures=pictures(found.sides, config, method.tokens),
         config=json.loads(config.to_json()),
+        judges=[judge.pinned],
     )
     if found.rates:
         (folder / "rates.json").write_text(json.dumps(found.rates, indent=2) + "\n")
     (folder / "readings.csv").write_text(report.as_csv(found.readings), encoding="utf-8")
-    (folder / "results.json").write_text(json.dumps(metrics.document(results), indent=2) + "\n")
+    (folder / "results.json").write_text(json.dumps(metrics.document(results, [judge.pinned]), indent=2) + "\n")
     print(report.table(results))
     print(f"report: {folder / 'report.html'}")
     return results
