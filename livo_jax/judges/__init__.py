@@ -69,8 +69,25 @@ def load(config, values, subjects) -> Judge:
         raise ValueError(
             f"judge={config.judge!r}: choose from {', '.join(known)}, or name one of your own, package.module:Name"
         )
-    judge = make(config, values, subjects)
-    return judge if isinstance(judge, Judge) else Judge(judge, {"name": config.judge})
+    asked = tuple(config.get("judging", {}).get("thresholds", ()))
+    highest = max([1.0, *(value.highest for value in values)])
+    problems = [
+        f"config.judging.thresholds: {threshold!r} is not above 0 and at most {highest:g}"
+        for threshold in asked
+        if not 0 < threshold <= highest
+    ]
+    try:
+        judge = make(config, values, subjects)
+    except ValueError as error:
+        raise ValueError("\n".join([*problems, str(error)])) from error
+    if problems:
+        raise ValueError("\n".join(problems))
+    if not isinstance(judge, Judge):
+        judge = Judge(judge, {"name": config.judge})
+    if thresholds := asked or judge.thresholds:
+        pinned = judge.pinned | {"thresholds": list(thresholds)}
+        judge = dataclasses.replace(judge, thresholds=thresholds, pinned=pinned)
+    return judge
 
 
 def uniform(images) -> np.ndarray:

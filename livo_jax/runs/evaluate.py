@@ -152,7 +152,8 @@ def evaluate(sd, method: methods.Method, config, directory, mesh, judge=None) ->
         target = tuple(case.target.values()) if case.target else None
         floors = metrics.floor(case.groups, target) if case.groups else {}
         reading = sides.reading(case.requests)
-        found.add(case, metrics.prompt_metrics(case.value, case.subject, reading, case.target), floors)
+        may_read = dict(thresholds=judge.thresholds, unspecified=judge.unspecified)
+        found.add(case, metrics.prompt_metrics(case.value, case.subject, reading, case.target, **may_read), floors)
         if case.method == config.method:
             found.add(case, {"distance": sides.distance(case.requests)})
     for case in pairs:
