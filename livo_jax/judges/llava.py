@@ -67,6 +67,32 @@ def make(config, values, subjects) -> Judge:
     return Judge(read, pinned | {"transformers": importlib.metadata.version("transformers")})
 
 
+def load_pytorch(root, processor_class, model_class, what: str):
+    """A directory's processor, its model for inference, and the names of the weights that it lacks.
+
+    Args:
+        processor_class, model_class: of transformers, as AutoProcessor. what: the model is, for errors.
+
+    Raises:
+        FileNotFoundError: it has no weights in safetensors.
+        ValueError: transformers cannot read it.
+    """
+    import torch
+    from safetensors import SafetensorError
+
+    weight_files(root, "model", None)
+    device, dtype = ("cuda", "auto") if torch.cuda.is_available() else ("cpu", torch.float32)
+    try:
+        processor = processor_class.from_pretrained(root, trust_remote_code=False)
+        model, info = model_class.from_pretrained(
+            root, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        reason = str(error).partition("\n")[0]  # a list of all models that it knows may follow
+        raise ValueError(f"{root} holds no {what} that transformers can read: {reason}") from error
+    return processor, model.to(device).eval(), sorted(info["missing_keys"])
+
+
 @functools.lru_cache(maxsize=1)  # a run asks for its judge before it builds pairs, to build them, and to evaluate
 def published(path_or_hub_id):
     """A published vision-language model, on the GPU if PyTorch has one, there in the precision of its files.
@@ -83,30 +109,19 @@ def published(path_or_hub_id):
     """
     import torch
     from PIL import Image
-    from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     root = find(path_or_hub_id, FILES)
-    weight_files(root, "model", None)
-    device, dtype = ("cuda", "auto") if torch.cuda.is_available() else ("cpu", torch.float32)
-    try:
-        processor = AutoProcessor.from_pretrained(root, trust_remote_code=False)
-        model, info = AutoModelForImageTextToText.from_pretrained(
-            root, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-        )
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        reason = str(error).partition("\n")[0]  # a list of all models that it knows may follow
-        raise ValueError(f"{root} holds no vision-language model that transformers can read: {reason}") from error
+    processor, model, missing = load_pytorch(root, AutoProcessor, AutoModelForImageTextToText, "vision-language model")
     pieces = processor.tokenizer.batch_decode([[i] for i in range(len(processor.tokenizer))])
     answers = {word: [i for i, piece in enumerate(pieces) if piece.strip().lower() == word] for word in ("yes", "no")}
     problems = [f"no token that reads {word!r}" for word, ids in answers.items() if not ids]
-    if info["missing_keys"]:
-        problems.append(f"no weights {', '.join(sorted(info['missing_keys']))}")
+    if missing:
+        problems.append(f"no weights {', '.join(missing)}")
     if not processor.chat_template:
         problems.append("no chat template: is chat_template.jinja or chat_template.json there?")
     if problems:
         raise ValueError(f"{root} has {'; '.join(problems)}")
-    model = model.to(device).eval()
 
     @torch.inference_mode()
     def ask(question, images):
@@ -121,7 +136,7 @@ def published(path_or_hub_id):
                 [[{"role": "user", "content": content}] for content in contents],
                 add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
             )  # fmt: skip
-            logits = model(**inputs.to(device, model.dtype), logits_to_keep=1).logits[:, -1].float()
+            logits = model(**inputs.to(model.device, model.dtype), logits_to_keep=1).logits[:, -1].float()
             yes, no = (logits[:, answers[word]].logsumexp(1) for word in ("yes", "no"))
             odds.append(yes - no)
         return torch.cat(odds).sigmoid().cpu().numpy()
