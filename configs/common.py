@@ -33,8 +33,12 @@ def get_config() -> ConfigDict:
     c.states = 1  # full, lora: 1 gives the pooled state as the token, more those that follow too, 0 all of the text
     c.reads_prompt = True  # full, lora: whether the text has the prompt too, or the value alone
 
-    config.judging = c = ConfigDict()  # of the judges clip, llava and vlm
-    c.model = ""  # clip, llava: directory or hub id, as openai/clip-vit-large-patch14. vlm: its name at the endpoint
+    config.judging = c = ConfigDict()  # of the judges; docs/judges.md has what each of them needs
+    c.model = ""  # clip, llava, classifier: directory or hub id, as openai/clip-vit-large-patch14. vlm: its name at the
+    # endpoint. q16, mhsc: the file that data_tools/convert_judge.py made. nudenet: an .onnx file; empty: the package's
+    c.labels = ()  # classifier, nudenet, q16, mhsc: as ("nsfw=nudity", "Man=gender:male"); empty: the judge's own
+    c.thresholds = ()  # scores from which a harm is counted too, beside its harmful_from; empty: the judge's own
+    c.unspecified = False  # vlm, llava: whether a bias may be answered "unspecified", which is counted
     c.endpoint = ""  # vlm: base URL of an OpenAI-compatible server, as http://localhost:8000/v1; key: OPENAI_API_KEY
     c.cache = ""  # vlm: directory that keeps the answers, so that nothing is asked twice; empty for none
     c.budget = 0  # vlm: questions that a build or an evaluation sends at most; 0 for no limit

@@ -396,7 +396,8 @@ def main(_):
         sys.exit(str(error))
     print(table(results))
     if OUT.value:
-        pathlib.Path(OUT.value).write_text(json.dumps(metrics.document(results), indent=2) + "\n")
+        pinned = [judge.pinned for judge in settings.get("judge_all", ())]
+        pathlib.Path(OUT.value).write_text(json.dumps(metrics.document(results, pinned), indent=2) + "\n")
     if READINGS.value:
         pathlib.Path(READINGS.value).write_text(as_csv(settings["readings"]), encoding="utf-8")
 

@@ -20,8 +20,8 @@ ROOMS = (  # each uses only those before it
 BY_ANOTHER_NAME = {("livo_jax/values/__init__.py", "livo_jax.retrieval.retriever.Retriever")}  # values.Retriever
 MATHEMATICS = {"models", "diffusion", "seeds", "sharding", "training"}  # jax, flax and optax alone
 EXPORTED = "livo_jax/export/diffusers_pipeline.py"  # copied by an export, imported by nobody
-JUDGE = "livo_jax/judges/llava.py"  # the one that needs PyTorch, an extra: it imports it where it uses it
-ALLOWED = {(EXPORTED, "torch"), (EXPORTED, "diffusers"), (JUDGE, "torch")}
+JUDGES = ("livo_jax/judges/llava.py", "livo_jax/judges/classifier.py")  # import PyTorch, an extra, where they use it
+ALLOWED = {(EXPORTED, "torch"), (EXPORTED, "diffusers"), *((judge, "torch") for judge in JUDGES)}
 
 
 def imports(path: pathlib.Path) -> set[str]:

@@ -8,6 +8,8 @@ from livo_jax.evaluation import metrics, prompt_sets
 from livo_jax.sampling.requests import Dose, Request, requests_of, with_doses, with_values
 from livo_jax.values import ratio as ratios
 
+PLAIN = "plain"  # the method of images as config.method draws them, without what is studied of it
+
 
 def prompts(config, value=None) -> list[tuple[str, str, str]]:
     """The (split, subject, prompt) of the evaluation: of the value's prompt sets, if the config chooses any.
@@ -33,7 +35,7 @@ class Case(NamedTuple):
     """A prompt's images, to be measured under a value."""
 
     name: str  # under which the results have it: the value's statement, or that with what is studied of it
-    method: str  # "base", config.method, or "plain": as the method, without what is studied
+    method: str  # "base", config.method, or PLAIN
     value: principles.Value
     split: str
     subject: str
@@ -72,7 +74,7 @@ def dealt_to(value: principles.Value, tokens: bool, even: bool) -> float | None:
 def cases(config, values, tokens: bool = True, even: bool = False) -> list[Case]:
     """What is measured: each value and, where the config says so, every two of them, of a method with tokens.
 
-    "A + B" is measured under A, on prompts in the wordings of the one that is a harm; "plain" is A alone.
+    "A + B" is measured under A, on prompts in the wordings of the one that is a harm; PLAIN is A alone.
 
     Args:
         tokens, even: as Method has them.
@@ -90,7 +92,7 @@ def cases(config, values, tokens: bool = True, even: bool = False) -> list[Case]
         add(value.statement, value, prompts(config, value), **{"base": [], config.method: [value]})
     for a, b in itertools.permutations(values, 2) if config.eval.combinations and tokens else ():
         rows = prompts(config, b if (a.kind, b.kind) == ("bias", "harm") else a)
-        add(f"{a.statement} + {b.statement}", a, rows, **{"base": [], "plain": [a], config.method: [a, b]})
+        add(f"{a.statement} + {b.statement}", a, rows, **{"base": [], PLAIN: [a], config.method: [a, b]})
     return found
 
 
@@ -132,7 +134,7 @@ def left_alone(config, values) -> list[Case]:
 
 
 def of_strengths(config, values, shares) -> list[Case]:
-    """Cases of config.eval.strengths, with the value on every image; "plain" is the strength 1.
+    """Cases of config.eval.strengths, with the value on every image; PLAIN is the strength 1.
 
     Args:
         shares: shares(value, requests) -> {attribute: share}: a bias's TV is the distance from the base's.
@@ -142,7 +144,7 @@ def of_strengths(config, values, shares) -> list[Case]:
         for split, subject, prompt in prompts(config, value):
             base = [Request(prompt, i) for i in range(images_of(value, config))]
             target = shares(value, base) if value.kind == "bias" else None
-            for method, dose in {"base": 0.0, "plain": 1.0, config.method: strength}.items():
+            for method, dose in {"base": 0.0, PLAIN: 1.0, config.method: strength}.items():
                 requests = [r._replace(values=(Dose(value.statement, dose),) if dose else ()) for r in base]
                 name = f"{value.statement} x {strength:g}"
                 found.append(Case(name, method, value, split, subject, requests, target))
@@ -155,7 +157,7 @@ def kept(statement: str, probability: float) -> str:
 
 
 def of_keep_probabilities(config, values) -> list[Case]:
-    """Cases of config.eval.keep_probabilities of biases; "plain" is the value's own."""
+    """Cases of config.eval.keep_probabilities of biases; PLAIN is the value's own."""
     found = []
     biases = [value for value in values if value.kind == "bias"]
     for probability, value in itertools.product(config.eval.keep_probabilities, biases):
@@ -163,7 +165,7 @@ def of_keep_probabilities(config, values) -> list[Case]:
             base = [Request(prompt, i) for i in range(images_of(value, config))]
             dealt = [with_doses(r, [(Dose(value.statement), probability)], config.eval.seed) for r in base]
             plain = with_values(base, [value], config.eval.seed)
-            sides = {"base": (base, 0.0), "plain": (plain, value.keep_probability), config.method: (dealt, probability)}
+            sides = {"base": (base, 0.0), PLAIN: (plain, value.keep_probability), config.method: (dealt, probability)}
             for method, (requests, share) in sides.items():
                 groups = groups_of(value, requests, share)
                 name = kept(value.statement, probability)
@@ -177,7 +179,7 @@ def rows_of_ratios(config) -> list[tuple[str, str, str]]:
 
 
 def of_ratios(config, values, rates: dict) -> list[Case]:
-    """Cases of config.eval.ratios, all values of a ratio applied at once; "plain" is each alone by keep probability."""
+    """Cases of config.eval.ratios, all values of a ratio applied at once; PLAIN is each alone by keep probability."""
     found, n, seed = [], config.eval.images_per_prompt, config.eval.seed
     rows = rows_of_ratios(config)
     base = requests_of([prompt for *_, prompt in rows])
@@ -187,7 +189,7 @@ def of_ratios(config, values, rates: dict) -> list[Case]:
         for statement, target in targets.items():
             value = principles.find(statement, values)
             plain = with_values(base, [value], seed)
-            sides = {"base": (base, 0.0), "plain": (plain, value.keep_probability), config.method: (dealt, None)}
+            sides = {"base": (base, 0.0), PLAIN: (plain, value.keep_probability), config.method: (dealt, None)}
             for k, (method, (requests, share)) in itertools.product(range(0, len(rows), n), sides.items()):
                 name, (split, subject, _) = f"{statement}, ratio {ratio}", rows[k]
                 own = requests[k : k + n]

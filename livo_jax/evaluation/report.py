@@ -9,12 +9,13 @@ import types
 import numpy as np
 
 from livo_jax.evaluation import charts
+from livo_jax.evaluation.cases import PLAIN
 from livo_jax.evaluation.metrics import document
 from livo_jax.files.images import _uri, png_uri, sheet
 
 TEMPLATE = pathlib.Path(__file__).with_name("report.html.j2")
 
-LABELS = {"base": "base model", "livo": "LiVO", "plain": "the value alone, as it is"}  # others are called as they are
+LABELS = {"base": "base model", "livo": "LiVO", PLAIN: "the value alone, as it is"}  # others are called as they are
 
 EFFECTS = {"D1": "imbalance", "R": "share of harmful images"}  # what a value is to lower
 
@@ -93,7 +94,7 @@ def _headline(value: str, metric: str, split: str, cells: dict, methods: list[st
     effect, known = cells[value, split, metric], cells.get((value, split, "recognised"), {})
     readable = cells.get((value, split, "readable"), {})
     number = {m: f"{r['mean']:.0%}" if metric == "R" else f"{r['mean']:.2f}" for m, r in effect.items()}
-    shown = [m for m in methods if m in effect and m != "plain"]
+    shown = [m for m in methods if m in effect and m != PLAIN]
     text = f"{EFFECTS[metric]} {number[shown[0]]} in images of the {_label(shown[0])}"
     for m in shown[1:] if len(shown) < 4 else [m for m in shown if m == "livo"]:
         text += f", {number[m]} with {_label(m)}"
@@ -172,6 +173,7 @@ def write(
     curves=(),
     costs=(),
     sweeps=(),
+    judges=(),
 ):
     """Writes the page. It escapes all that it shows, runs no script, and fetches nothing.
 
@@ -186,6 +188,7 @@ def write(
         costs: rows of method, trained_parameters, training_seconds, images_per_second, of_base.
         sweeps: (title, points) of settings, whose points are (label, method, what follows a value's statement in its
             rows).
+        judges: what is pinned of the judges.
     """
     import jinja2
 
@@ -206,8 +209,8 @@ def write(
         for p in pictures
     ]
     documents = {
-        "results.json": document(results),
-        "differences.json": differences and document(differences),
+        "results.json": document(results, judges),
+        "differences.json": differences and document(differences, judges),
         "prompts.json": _of_prompts(numbers),
         "curves.json": list(curves),
         "costs.json": list(costs),

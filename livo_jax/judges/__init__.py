@@ -1,22 +1,57 @@
-"""Judges: what reads from images whether a value is followed."""
+"""Judges: what reads from images whether a value is followed. A module here is a judge, but those with a _ first."""
 
+import dataclasses
+import functools
+import hashlib
 import importlib
+import pathlib
 import pkgutil
+from collections.abc import Callable
 
 import numpy as np
 
 from livo_jax.files.settings import import_named
 
+# What is read in images, arrays [B] by axis. Of a bias str: one of its attributes, UNSPECIFIED, or "" where it cannot
+# be read. Of a harm float: its score, or nan where it cannot be read. Of "subject" str: one of the subjects, or "".
+Reading = dict[str, np.ndarray]
+UNSPECIFIED = "unspecified"  # the picture shows what a bias is about, but none of its attributes
 
-def load(config, values, subjects):
-    """The function judge(images [B, H, W, 3] uint8) -> {axis: array [B]} of config.judge.
 
-    A module here is named by its name, and its make(config, values, subjects) makes the function; another such make, of
-    your own code, is named as "package.module:Name".
+@dataclasses.dataclass(frozen=True)
+class Judge:
+    """Who reads images: judge(images [B, H, W, 3] uint8) -> Reading.
+
+    An image of one colour, as a black one, shows nothing: whatever `read` makes of it, it cannot be read.
+
+    Attributes:
+        read: the function of images that reads them.
+        pinned: what its readings depend on beside the images and the config, for JSON, as far as it is known: name,
+            version, weights {file: sha256}, classes, thresholds.
+        thresholds: scores from which others call an image harmful, beside a value's own harmful_from.
+        unspecified: whether a bias's axis may read UNSPECIFIED, whose share is then measured.
+    """
+
+    read: Callable[[np.ndarray], Reading]
+    pinned: dict = dataclasses.field(default_factory=dict)
+    thresholds: tuple[float, ...] = ()
+    unspecified: bool = False
+
+    def __call__(self, images) -> Reading:
+        blank, reading = uniform(images), self.read(images)
+        if not blank.any():
+            return reading
+        return {axis: np.where(blank, "" if x.dtype.kind == "U" else np.nan, x) for axis, x in reading.items()}
+
+
+def load(config, values, subjects) -> Judge:
+    """The judge of config.judge.
+
+    A module here is named by its name, and its make(config, values, subjects) makes the judge; another such make, of
+    your own code, is named as "package.module:Name". It returns a Judge, or its `read` alone.
 
     Args:
-        config: its `judge`, and `judging` where the module says so. An image of one colour, as a black one, shows
-            nothing: whatever the judge makes of it, it cannot be read ("" or nan).
+        config: its `judge`, and `judging` where the module says so.
         values: the Values whose axes are to be read.
         subjects: what images may be of; the reading "subject" is one of them. There is none where
             config.judging.subject is False.
@@ -25,7 +60,7 @@ def load(config, values, subjects):
         ValueError: there is no such judge, and those that there are; or it cannot read the values, and why.
         FileNotFoundError: its model is not here.
     """
-    known = [module.name for module in pkgutil.iter_modules(__path__)]
+    known = [module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")]
     if ":" in config.judge:
         make = import_named(config.judge, "config.judge")
     elif config.judge in known:
@@ -34,18 +69,38 @@ def load(config, values, subjects):
         raise ValueError(
             f"judge={config.judge!r}: choose from {', '.join(known)}, or name one of your own, package.module:Name"
         )
-    judge = make(config, values, subjects)
-
-    def read(images):
-        blank, reading = uniform(images), judge(images)
-        if not blank.any():
-            return reading
-        nothing = lambda column: "" if column.dtype.kind == "U" else np.nan
-        return {axis: np.where(blank, nothing(column), column) for axis, column in reading.items()}
-
-    return read
+    asked = tuple(config.get("judging", {}).get("thresholds", ()))
+    highest = max([1.0, *(value.highest for value in values)])
+    problems = [
+        f"config.judging.thresholds: {threshold!r} is not above 0 and at most {highest:g}"
+        for threshold in asked
+        if not 0 < threshold <= highest
+    ]
+    try:
+        judge = make(config, values, subjects)
+    except ValueError as error:
+        raise ValueError("\n".join([*problems, str(error)])) from error
+    if problems:
+        raise ValueError("\n".join(problems))
+    if not isinstance(judge, Judge):
+        judge = Judge(judge, {"name": config.judge})
+    if thresholds := asked or judge.thresholds:
+        pinned = judge.pinned | {"thresholds": list(thresholds)}
+        judge = dataclasses.replace(judge, thresholds=thresholds, pinned=pinned)
+    return judge
 
 
 def uniform(images) -> np.ndarray:
     """[B] bool: whether an image of [B, H, W, 3] uint8 has one colour throughout."""
     return (images == images[:, :1, :1]).all((1, 2, 3))
+
+
+def hash_files(files: list[pathlib.Path]) -> dict[str, str]:
+    """The sha256 of files, by name. A file that does not change is read once in a process."""
+    return {file.name: _sha256(file, file.stat().st_mtime_ns) for file in files}
+
+
+@functools.cache
+def _sha256(file: pathlib.Path, changed: int) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -8,7 +8,8 @@ import numpy as np
 from flax import nnx
 
 from livo_jax.files.modules import load_module
-from livo_jax.files.repositories import find_repository, read_json, read_tokenizer, weight_patterns
+from livo_jax.files.repositories import find_repository, read_json, read_tokenizer, weight_files, weight_patterns
+from livo_jax.judges import Judge, hash_files
 from livo_jax.models.clip import CLIPModel
 from livo_jax.models.weights import split
 from livo_jax.values.principles import phrase
@@ -20,7 +21,7 @@ FILES = ["config.json", PROCESSOR, "tokenizer*", "vocab.json", "merges.txt", "sp
 FILES += weight_patterns("model", None)
 
 
-def make(config, values, subjects):
+def make(config, values, subjects) -> Judge:
     """The judge of a published CLIP.
 
     Args:
@@ -29,9 +30,8 @@ def make(config, values, subjects):
         values: their `classes` are the texts.
 
     Returns:
-        judge(images [B, H, W, 3] uint8) -> arrays of length B: of a bias value's axis the attribute (str) and of
-        "subject" the subject (str) whose text is the most similar; of a harm value's axis the probability (float,
-        0 to 1) of the text of the harm against that of its absence.
+        A Judge that reads of a bias value's axis the attribute and of "subject" the subject whose text is the most
+        similar; of a harm value's axis the probability, 0 to 1, of the text of the harm against that of its absence.
 
     Raises:
         ValueError: the config names no model, a value has no classes, or there is none; all are listed. Or the
@@ -59,7 +59,7 @@ def make(config, values, subjects):
         model = nnx.merge(graph, params)
         return model.logits(model.image_features(pixels), text_features)
 
-    def judge(images):
+    def read(images):
         logits = []
         for start in range(0, len(images), BATCH):
             pixels = preprocess(images[start : start + BATCH])
@@ -76,7 +76,8 @@ def make(config, values, subjects):
                 reading[what.axis] = np.asarray(jax.nn.softmax(column))[:, 0]
         return reading
 
-    return judge
+    weights = hash_files(weight_files(find_repository(config.judging.model, FILES), "model", None))
+    return Judge(read, {"name": "clip", "model": str(config.judging.model), "weights": weights})
 
 
 @functools.lru_cache(maxsize=1)  # a run asks for its judge before it builds pairs, to build them, and to evaluate

@@ -1,11 +1,13 @@
 """The judge that asks a vision-language model here, as LLaVA (Liu et al. 2023), for the probability of "yes"."""
 
 import functools
+import importlib.metadata
 import importlib.util
 
 import numpy as np
 
 from livo_jax.files.repositories import find_repository, weight_files, weight_patterns
+from livo_jax.judges import Judge, hash_files
 from livo_jax.judges.clip import SUBJECT
 from livo_jax.values.principles import phrase
 
@@ -15,7 +17,7 @@ FILES = ["*config.json", "chat_template.*", "tokenizer*", "vocab.json", "merges.
 FILES += weight_patterns("model", None)
 
 
-def make(config, values, subjects):
+def make(config, values, subjects) -> Judge:
     """The judge of a published vision-language model, which transformers computes with PyTorch.
 
     Args:
@@ -25,9 +27,8 @@ def make(config, values, subjects):
             `classes` says.
 
     Returns:
-        judge(images [B, H, W, 3] uint8) -> arrays of length B: of a harm value's axis P(yes) (float, 0 to 1); of a
-        bias value's axis the attribute (str) and of "subject" the subject (str) with the highest P(yes), "" where the
-        model denies all, P(yes) < 0.5. P(yes) is as `published` has it.
+        A Judge that reads of a harm value's axis P(yes), 0 to 1, as `published` has it; of a bias value's axis the
+        attribute and of "subject" the subject with the highest P(yes), "" where the model denies all, P(yes) < 0.5.
 
     Raises:
         ValueError: PyTorch is not installed, the config names no model, a value has no question or classes, or there
@@ -54,14 +55,42 @@ def make(config, values, subjects):
     if config.judging.subject:
         texts["subject", tuple(subjects)] = [phrase(SUBJECT, subject) for subject in subjects]
 
-    def judge(images):
+    def read(images):
         reading = {value.axis: ask(value.question, images) for value in values if value.kind == "harm"}
         for (axis, names), of_names in texts.items():
             yes = np.stack([ask(ASK.format(text), images) for text in of_names], axis=1)  # [B, names]
             reading[axis] = np.where(yes.max(1) >= 0.5, np.array(names)[yes.argmax(1)], "")
         return reading
 
-    return judge
+    weights = hash_files(weight_files(find_repository(config.judging.model, FILES), "model", None))
+    pinned = {"name": "llava", "model": str(config.judging.model), "weights": weights}
+    return Judge(read, pinned | {"transformers": importlib.metadata.version("transformers")})
+
+
+def load_pytorch(root, processor_class, model_class, what: str):
+    """A directory's processor, its model for inference, and the names of the weights that it lacks.
+
+    Args:
+        processor_class, model_class: of transformers, as AutoProcessor. what: the model is, for errors.
+
+    Raises:
+        FileNotFoundError: it has no weights in safetensors.
+        ValueError: transformers cannot read it.
+    """
+    import torch
+    from safetensors import SafetensorError
+
+    weight_files(root, "model", None)
+    device, dtype = ("cuda", "auto") if torch.cuda.is_available() else ("cpu", torch.float32)
+    try:
+        processor = processor_class.from_pretrained(root, trust_remote_code=False)
+        model, info = model_class.from_pretrained(
+            root, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        reason = str(error).partition("\n")[0]  # a list of all models that it knows may follow
+        raise ValueError(f"{root} holds no {what} that transformers can read: {reason}") from error
+    return processor, model.to(device).eval(), sorted(info["missing_keys"])
 
 
 @functools.lru_cache(maxsize=1)  # a run asks for its judge before it builds pairs, to build them, and to evaluate
@@ -80,30 +109,19 @@ def published(path_or_hub_id):
     """
     import torch
     from PIL import Image
-    from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     root = find_repository(path_or_hub_id, FILES)
-    weight_files(root, "model", None)
-    device, dtype = ("cuda", "auto") if torch.cuda.is_available() else ("cpu", torch.float32)
-    try:
-        processor = AutoProcessor.from_pretrained(root, trust_remote_code=False)
-        model, info = AutoModelForImageTextToText.from_pretrained(
-            root, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-        )
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        reason = str(error).partition("\n")[0]  # a list of all models that it knows may follow
-        raise ValueError(f"{root} holds no vision-language model that transformers can read: {reason}") from error
+    processor, model, missing = load_pytorch(root, AutoProcessor, AutoModelForImageTextToText, "vision-language model")
     pieces = processor.tokenizer.batch_decode([[i] for i in range(len(processor.tokenizer))])
     answers = {word: [i for i, piece in enumerate(pieces) if piece.strip().lower() == word] for word in ("yes", "no")}
     problems = [f"no token that reads {word!r}" for word, ids in answers.items() if not ids]
-    if info["missing_keys"]:
-        problems.append(f"no weights {', '.join(sorted(info['missing_keys']))}")
+    if missing:
+        problems.append(f"no weights {', '.join(missing)}")
     if not processor.chat_template:
         problems.append("no chat template: is chat_template.jinja or chat_template.json there?")
     if problems:
         raise ValueError(f"{root} has {'; '.join(problems)}")
-    model = model.to(device).eval()
 
     @torch.inference_mode()
     def ask(question, images):
@@ -118,7 +136,7 @@ def published(path_or_hub_id):
                 [[{"role": "user", "content": content}] for content in contents],
                 add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
             )  # fmt: skip
-            logits = model(**inputs.to(device, model.dtype), logits_to_keep=1).logits[:, -1].float()
+            logits = model(**inputs.to(model.device, model.dtype), logits_to_keep=1).logits[:, -1].float()
             yes, no = (logits[:, answers[word]].logsumexp(1) for word in ("yes", "no"))
             odds.append(yes - no)
         return torch.cat(odds).sigmoid().cpu().numpy()

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from livo_jax.files.images import png_uri
+from livo_jax.judges import Judge
 from livo_jax.retrieval import endpoint
 
 WORKERS = 8  # questions under way at once
@@ -17,7 +18,7 @@ SUBJECT = "Which of these does this picture show: {}? Answer with one of them, o
 DENIALS = ("no", "not", "none", "neither", "nor")
 
 
-def make(config, values, subjects):
+def make(config, values, subjects) -> Judge:
     """The judge that asks a model each value's `question` about each image.
 
     No more than the image and the question go there: not the prompt that the image was drawn from.
@@ -29,11 +30,10 @@ def make(config, values, subjects):
             The environment's OPENAI_API_KEY is the key, if the endpoint wants one.
 
     Returns:
-        judge(images [B, H, W, 3] uint8) -> arrays of length B: of a bias value's axis the attribute (str) and of
-        "subject" the subject (str) that the answer names, "" where it names none or several; of a harm value's
-        axis 1.0 for yes, 0.0 for no, nan for all else. It raises ConnectionError where the endpoint does not
-        answer, refuses, or sends no chat completion at all, RuntimeError where the budget is spent, and OSError where
-        an answer cannot be kept; the answers until then are in the cache.
+        A Judge that reads of a bias value's axis the attribute and of "subject" the subject that the answer names, ""
+        where it names none or several; of a harm value's axis 1.0 for yes, 0.0 for no, nan for all else. It raises
+        ConnectionError where the endpoint does not answer, refuses, or sends no chat completion at all, RuntimeError
+        where the budget is spent, and OSError where an answer cannot be kept; the answers until then are in the cache.
 
     Raises:
         ValueError: no model, no endpoint, a value without a question, or no value; all are listed.
@@ -54,7 +54,7 @@ def make(config, values, subjects):
     questions = {value: value.question for value in values}
     if c.subject:
         questions["subject"] = SUBJECT.format(", ".join(subjects))
-    asked, garbage = 0, []  # garbage: what came in the place of chat completions, since judge was called
+    asked, garbage = 0, []  # garbage: what came in the place of chat completions, since `read` was called
 
     def ask(client, question, image, file):
         """The answer, kept in `file`; "" where what comes is none, which is not kept: it may come another time."""
@@ -68,7 +68,7 @@ def make(config, values, subjects):
             garbage.append(str(error))
             return ""
 
-    def judge(images):
+    def read(images):
         nonlocal asked
         wanted = {}  # name of an answer -> its question, image and file; equal ones are asked once
         names = {what: [answer_name(c.model, text, image) for image in images] for what, text in questions.items()}
@@ -111,7 +111,7 @@ def make(config, values, subjects):
                 reading[what.axis] = np.array([number.get(chosen(answer, number), np.nan) for answer in said])
         return reading
 
-    return judge
+    return Judge(read, {"name": "vlm", "model": c.model})  # whose weights only the endpoint knows
 
 
 def answer_name(model: str, question: str, image: np.ndarray) -> str:

@@ -279,7 +279,9 @@ def made_of(config, values) -> dict:
     """All that the pairs depend on, as JSON values."""
     whole = json.loads(config.to_json())
     whole["sampling"].pop("batch_size")
-    whole["judging"] = {name: whole["judging"][name] for name in ("model", "subject")}
+    judging = whole["judging"]
+    named = ["model", "subject", *(name for name in ("labels", "unspecified") if judging[name])]  # as builds of before
+    whole["judging"] = {name: judging[name] for name in named}
     fields = "seed model variant dtype judge judging sampling preferences".split()
     tables = json.loads(json.dumps({value.name: dataclasses.asdict(value) for value in values}))
     # What the sources come to is in the scenes; the others are the metrics' and the retriever's.

@@ -211,6 +211,7 @@ def measure(config, workdir, curve) -> dict:
     pictures = evaluate.pictures(found.sides, config, drawing.tokens)
     return {
         "numbers": found.numbers, "readings": found.readings, "pictures": pictures, "curve": points, "costs": costs,
+        "judge": judge.pinned,
     }  # fmt: skip
 
 
@@ -245,7 +246,7 @@ def write(found: list[dict], config, workdir) -> list[dict]:
     numbers, readings, pictures = {}, {}, {}
     for of in found:
         one = of["costs"]["method"]
-        names = {} if one == "livo" else {"plain": f"{one}, plain"}  # "plain" is of the method that is measured
+        names = {} if one == "livo" else {cases.PLAIN: f"{one}, {cases.PLAIN}"}  # which is of the method measured
         numbers |= {(names.get(name, name), *rest): x for (name, *rest), x in of["numbers"].items()}
         rows = [row | {"method": names.get(row["method"], row["method"])} for row in of["readings"]]
         readings |= {tuple(row.get(name) for name in PLACE): row for row in rows}  # the base's once
@@ -261,7 +262,8 @@ def write(found: list[dict], config, workdir) -> list[dict]:
     differences = metrics.differences(numbers, "livo")
     folder = workdir / "eval"
     folder.mkdir(parents=True, exist_ok=True)
-    files = {"results": metrics.document(results), "differences": metrics.document(differences)}
+    pinned = [found[0]["judge"]]  # one reads the images of all
+    files = {"results": metrics.document(results, pinned), "differences": metrics.document(differences, pinned)}
     for name, content in (files | {"curves": curves, "costs": costs}).items():
         (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
     (folder / "readings.csv").write_text(report.as_csv([*readings.values()]), encoding="utf-8")
@@ -273,7 +275,7 @@ def write(found: list[dict], config, workdir) -> list[dict]:
     report.write(
         folder / "report.html", title=f"LiVO and others: {workdir.name}", results=results, metrics=[], curves=curves,
         numbers=numbers, differences=differences, costs=costs, sweeps=sweeps, pictures=list(pictures.values()),
-        config=json.loads(config.to_json()),
+        config=json.loads(config.to_json()), judges=pinned,
     )  # fmt: skip
     print(report.table(results))
     told = (

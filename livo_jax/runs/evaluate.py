@@ -53,6 +53,7 @@ def as_drawn(drawing: methods.Drawing, sd, config, values, judge, directory, mes
     reading = {
         "judge": config.judge,
         "judging": {name: x for name, x in config.judging.to_dict().items() if name not in free},
+        "pinned": judge.pinned,
         "values": of_values,
         "subjects": subjects(config),
     }
@@ -153,7 +154,8 @@ def evaluate(sd, drawing: methods.Drawing, config, directory, mesh, judge=None) 
         target = tuple(case.target.values()) if case.target else None
         floors = metrics.floor(case.groups, target) if case.groups else {}
         reading = sides.reading(case.requests)
-        found.add(case, metrics.prompt_metrics(case.value, case.subject, reading, case.target), floors)
+        may_read = dict(thresholds=judge.thresholds, unspecified=judge.unspecified)
+        found.add(case, metrics.prompt_metrics(case.value, case.subject, reading, case.target, **may_read), floors)
         if case.method == config.method:
             found.add(case, {"distance": sides.distance(case.requests)})
     for case in pairs:
@@ -191,11 +193,12 @@ def evaluate_and_report(models: methods.Models, config, mesh, workdir):
         metrics=read_metrics(workdir),
         pictures=pictures(found.sides, config, drawing.tokens),
         config=json.loads(config.to_json()),
+        judges=[judge.pinned],
     )
     if found.rates:
         (folder / "rates.json").write_text(json.dumps(found.rates, indent=2) + "\n")
     (folder / "readings.csv").write_text(report.as_csv(found.readings), encoding="utf-8")
-    (folder / "results.json").write_text(json.dumps(metrics.document(results), indent=2) + "\n")
+    (folder / "results.json").write_text(json.dumps(metrics.document(results, [judge.pinned]), indent=2) + "\n")
     print(report.table(results))
     print(f"report: {folder / 'report.html'}")
     return results

@@ -14,7 +14,8 @@ from livo_jax.processes import ending_together
 # Fields that may change between the starts of a run: no parameter depends on them, but for rounding.
 FREE = (
     "checkpoint", "eval", "log", "profile", "mesh", "shard_frozen", "cpu_devices", "data.cache",
-    "judging.endpoint", "judging.cache", "judging.budget", "preferences.images_per_file",
+    "judging.endpoint", "judging.cache", "judging.budget", "judging.thresholds",
+    "preferences.images_per_file",
 )  # fmt: skip
 
 # What was done before there was a field for it, which is what a config.json without the field means. A new field that
@@ -24,7 +25,8 @@ BEFORE = {
     "value_encoder.kind": "full", "value_encoder.start": "", "value_encoder.rank": 8, "value_encoder.alpha": 8.0,
     "value_encoder.targets": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"], "value_encoder.tokens": 4,
     "value_encoder.states": 1, "value_encoder.reads_prompt": True,
-    "principles_file": "", "judging.model": "", "judging.subject": True,
+    "principles_file": "", "judging.model": "", "judging.subject": True, "judging.labels": [],
+    "judging.unspecified": False,
     "preferences.model": "", "preferences.candidates_per_pair": 1.0, "preferences.least_distance": 0,
     "data.beside": 0.0, "data.attributes": 0.0, "data.anchors": 0.0,
     "loss.form": "livo", "loss.min_snr_gamma": 0.0, "loss.anchor": 0.0,

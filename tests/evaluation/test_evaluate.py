@@ -1,4 +1,5 @@
 import json
+import types
 from collections import Counter
 
 import jax
@@ -7,7 +8,7 @@ import pytest
 from tqdm import tqdm
 
 from configs import tiny
-from livo_jax import values
+from livo_jax import judges, methods, sharding, values
 from livo_jax.evaluation import metrics, report
 from livo_jax.evaluation.cases import kept
 from livo_jax.evaluation.drawn import Drawn, Sides, digest
@@ -204,6 +205,17 @@ def test_an_interrupted_evaluation_goes_on_and_never_mixes_settings(tmp_path):
     next(drawn.folder.glob("*.png")).unlink()
     draw_into(tmp_path, requests, reading={"judge": "third"}, draw=count)
     assert len(asked) == 33
+
+
+def test_what_a_judge_pins_belongs_to_the_readings_alone(tmp_path):
+    config, sd = tiny.get_config("smoke"), types.SimpleNamespace(scheduler_config={})
+    method, mesh = methods.Method(None, {}, {"method": "base"}), sharding.make_mesh(**config.mesh)
+    one, other = (
+        evaluate.as_drawn(method, sd, config, (), judges.Judge(None, {"version": version}), tmp_path, mesh)
+        for version in "12"
+    )
+    assert one.folder == other.folder and one.readings != other.readings
+    assert json.loads((other.readings / "settings.json").read_text())["pinned"] == {"version": "2"}
 
 
 def test_a_digest_tells_arrays_apart():

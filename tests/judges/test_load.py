@@ -29,15 +29,28 @@ def test_a_judge_of_the_users_own(tmp_path, monkeypatch):
     images[0, 0, 0, 0] = 255
     judge = judges.load(ConfigDict({"judge": "reddest:make"}), values.load(("bloody",)), ())
     np.testing.assert_array_equal(judge(images)["red"], [1 / 16, np.nan])  # one colour shows nothing, whoever judges
+    assert judge.pinned == {"name": "reddest:make"}
     for name, told in {
         "nowhere.reddest:make": "Python finds no module 'nowhere': set PYTHONPATH",
         "reddest:made": "the module 'reddest' has no 'made'",
         ":make": "name one of your own as package.module:Name",
         "reddest:": "name one of your own as package.module:Name",
-        "reddest": "choose from clip, llava, shapeworld, vlm, or name one of your own, package.module:Name",
+        "reddest": "choose from classifier, clip, llava, .*vlm, or name one of your own, package.module:Name",
     }.items():
         with pytest.raises(ValueError, match=told):
             judges.load(ConfigDict({"judge": name}), (), ())
+
+
+def test_a_judge_of_the_users_own_that_says_what_it_is(tmp_path, monkeypatch):
+    (tmp_path / "pinned.py").write_text(
+        "from livo_jax.judges import Judge\n"
+        "def make(config, values, subjects):\n"
+        "    return Judge(lambda images: {'red': images[:, 0, 0, 0] / 255}, {'name': 'corner', 'version': '2'})\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    judge = judges.load(ConfigDict({"judge": "pinned:make"}), values.load(("bloody",)), ())
+    assert judge.pinned == {"name": "corner", "version": "2"}
+    assert np.isnan(judge(np.zeros((1, 4, 4, 3), np.uint8))["red"])
 
 
 def test_a_mistake_in_the_users_module_is_shown_as_it_is(tmp_path, monkeypatch):

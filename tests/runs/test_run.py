@@ -113,7 +113,7 @@ def test_a_run_leaves_what_it_promises(finished):
     rough = lambda rows: np.abs(np.diff(rows[:, :64], axis=1)).mean()
     assert rough(sheet[-len(harmful) :]) < rough(harmful) / 2, "what is harmful is blurred, and beside it as it is"
     document = json.loads((workdir / "eval" / "results.json").read_text())
-    assert document["schema"] == 2
+    assert document["schema"] == 2 and document["judges"] == [{"name": "shapeworld"}]
     results = document["rows"]
     assert {r["method"] for r in results} == {"base", "livo"}
     assert {r["split"] for r in results} == {"seen", "held_out"}
