@@ -112,6 +112,12 @@ def get_config() -> ConfigDict:
     c.images_per_prompt = 60  # bias; of a multiple of 20 a value gets exactly its share
     c.harm_images_per_prompt = 60
     c.left_alone_images = 5  # of each prompt that a value should leave alone, of which over-refusal is measured
+    # Further splits, of the held-out subjects: {split: wordings}. Harmful ones are of each harm; those to be left alone
+    # are of each bias where they have an {attribute}, of each harm where they have none.
+    c.harmful_wordings, c.left_alone_wordings = ConfigDict(), ConfigDict()
+    # Further splits of each bias, of the held-out subjects: {split: {"wording": what else is said of the {subject}, and
+    # by the judge's axes what it should read then, as "count": 2}}.
+    c.compositions = ConfigDict()
     c.rate_images = 10  # of each seen prompt and token of a bias, which tell what it shows (--ratio); 0 for none
     c.drawn = ""  # directory that keeps the images and readings of evaluations; empty: WORKDIR/eval/drawn
     c.combinations = False  # whether every two values are measured together, too

@@ -19,16 +19,34 @@ def prompts(config, value=None) -> list[tuple[str, str, str]]:
     if value and (found := prompt_sets.rows(config, value)):
         return found
     wordings = value.wordings if value and value.kind == "harm" else ("{subject}",)
-    return [
-        (split, subject, principles.phrase(config.eval.template, wordings[i % len(wordings)].format(subject=subject)))
-        for split in ("seen", "held_out")
-        for i, subject in enumerate(config.eval[split])
-    ]
+    return [row for split in ("seen", "held_out") for row in worded(config, subjects(config, split), wordings)]
+
+
+def subjects(config, *splits: str, name: str = "") -> list[tuple[str, str]]:
+    """The (split, subject) of some splits, under another name if one is given."""
+    return [(name or split, subject) for split in splits for subject in config.eval[split]]
+
+
+def worded(config, subjects, wordings, attributes=("",)) -> list[tuple[str, str, str]]:
+    """The (split, subject, prompt) of (split, subject) in wordings, which take turns as the attributes do."""
+    found = []
+    for k, (split, subject) in enumerate(subjects):
+        text = wordings[k % len(wordings)].format(subject=subject, attribute=attributes[k % len(attributes)])
+        found.append((split, subject, principles.phrase(config.eval.template, text)))
+    return found
+
+
+def further_prompts(config, value) -> list[tuple[str, str, str]]:
+    """The (split, subject, prompt) of a harm in config.eval.harmful_wordings, of held-out subjects."""
+    found = []
+    for split, wordings in config.eval.harmful_wordings.items() if value.kind == "harm" else ():
+        found += worded(config, subjects(config, "held_out", name=split), wordings)
+    return found
 
 
 def plan(config, values) -> list[tuple]:
     """What is evaluated: (value, split, subject, prompt), for each wording of a harm."""
-    return [(value, *row) for value in values for row in prompts(config, value)]
+    return [(value, *row) for value in values for row in prompts(config, value) + further_prompts(config, value)]
 
 
 class Case(NamedTuple):
@@ -42,6 +60,7 @@ class Case(NamedTuple):
     requests: list[Request]
     target: dict[str, float] | None = None
     groups: tuple = ()  # of a bias, the images by how attributes come to them: see metrics.floor; () for no floor
+    stated: dict | None = None  # by the judge's axes what the prompt states beside the value
     beside: principles.Value | None = None  # another bias, whose attributes are measured together with the value's
 
 
@@ -65,7 +84,7 @@ def groups_of(value: principles.Value, requests: list[Request], share: float | N
 
 
 def dealt_to(value: principles.Value, tokens: bool, even: bool) -> float | None:
-    """The share, as groups_of takes it, of a method with these settings of Method."""
+    """The share, as groups_of takes it, of a method with these settings of Drawing."""
     if tokens:
         return value.keep_probability
     return None if even else 1.0
@@ -74,22 +93,28 @@ def dealt_to(value: principles.Value, tokens: bool, even: bool) -> float | None:
 def cases(config, values, tokens: bool = True, even: bool = False) -> list[Case]:
     """What is measured: each value and, where the config says so, every two of them, of a method with tokens.
 
-    "A + B" is measured under A, on prompts in the wordings of the one that is a harm; PLAIN is A alone.
+    Of a bias also config.eval.compositions, of a harm config.eval.harmful_wordings. "A + B" is measured under A, on
+    prompts in the wordings of the one that is a harm; PLAIN is A alone.
 
     Args:
-        tokens, even: as Method has them.
+        tokens, even: as Drawing has them.
     """
     found = []
 
-    def add(name, value, rows, **methods):
+    def add(name, value, rows, stated=None, **methods):
         for (split, subject, prompt), (method, applied) in itertools.product(rows, methods.items()):
             base = [Request(prompt, i) for i in range(images_of(value, config))]
             requests = with_values(base, applied, config.eval.seed) if tokens else everywhere(base, applied)
             groups = groups_of(value, requests, dealt_to(value, tokens, even) if applied else 0.0)
-            found.append(Case(name, method, value, split, subject, requests, groups=groups))
+            found.append(Case(name, method, value, split, subject, requests, groups=groups, stated=stated))
 
     for value in values:
-        add(value.statement, value, prompts(config, value), **{"base": [], config.method: [value]})
+        rows, sides = prompts(config, value) + further_prompts(config, value), {"base": [], config.method: [value]}
+        add(value.statement, value, rows, **sides)
+        for split, composition in config.eval.compositions.items() if value.kind == "bias" else ():
+            stated = composition.to_dict()
+            rows = worded(config, subjects(config, "held_out", name=split), [stated.pop("wording")])
+            add(value.statement, value, rows, stated, **sides)
     for a, b in itertools.permutations(values, 2) if config.eval.combinations and tokens else ():
         rows = prompts(config, b if (a.kind, b.kind) == ("bias", "harm") else a)
         add(f"{a.statement} + {b.statement}", a, rows, **{"base": [], PLAIN: [a], config.method: [a, b]})
@@ -119,15 +144,19 @@ def everywhere(requests: list[Request], values) -> list[Request]:
 def left_alone(config, values) -> list[Case]:
     """Cases of over-refusal: prompts that a value should leave alone, with the value on every image.
 
-    Of a harm these are neutral ones, of a bias those that state an attribute, each subject another.
+    Of a harm these are neutral ones, of a bias those that state an attribute, each subject another; and those of
+    config.eval.left_alone_wordings.
     """
     found, n = [], config.eval.left_alone_images
     for value in values if n else ():
         attributes = value.attributes or ("",)
-        wording = value.wordings[0] if value.kind == "bias" else "{subject}"
-        for k, (split, subject, _) in enumerate(prompts(config)):
-            stated = wording.format(attribute=attributes[k % len(attributes)], subject=subject)
-            prompt = principles.phrase(config.eval.template, stated)
+        own = value.wordings[0] if value.kind == "bias" else "{subject}"
+        rows = worded(config, subjects(config, "seen", "held_out"), [own], attributes)
+        for split, wordings in config.eval.left_alone_wordings.items():
+            of_kind = [wording for wording in wordings if ("{attribute}" in wording) == (value.kind == "bias")]
+            if of_kind:
+                rows += worded(config, subjects(config, "held_out", name=split), of_kind, attributes)
+        for split, subject, prompt in rows:
             requests = everywhere([Request(prompt, i) for i in range(n)], [value])
             found.append(Case(value.statement, config.method, value, split, subject, requests))
     return found

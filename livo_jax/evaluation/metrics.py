@@ -23,7 +23,8 @@ DRAWS = 20_000  # whose mean is a floor: its error is below 0.002
 PROPORTIONS = ("R", "Prob", "recognised", "readable", "unspecified", "over_refusal", "accuracy")
 # Other numbers between 0 and 1.
 UNIT = ("D1", "D2", "TV", "entropy", "joint_TV", "joint_D1", "distance", "over_refusal_distance")
-LIMITS = dict.fromkeys((*PROPORTIONS, *UNIT), (0, 1))
+LIMITS = dict.fromkeys(UNIT, (0, 1))
+STATED = "stated "  # begins the metrics of `stated_shown`, shares of images
 SCHEMA = 2  # of results.json and differences.json; 1 was the bare list of rows
 
 
@@ -121,6 +122,22 @@ def prompt_metrics(
     bias = {"D1": d1.max(), "D2": d2.max(), "entropy": entropy(possible).min(), "TV": tv.max()}
     found = {**{name: float(x) for name, x in bias.items()}, **recognised, "readable": float(counts.sum() / len(axis))}
     return found | {"unspecified": float(np.mean(axis == UNSPECIFIED))} if unspecified else found
+
+
+def stated_shown(stated: dict, reading: dict) -> dict[str, float]:
+    """For each axis of what a prompt states, the share of its images in which the judge reads that.
+
+    Args:
+        stated: {axis: what is to be read}. reading: what the judge read, arrays [n] by axis.
+
+    Raises:
+        ValueError: axes that the judge does not read, and those that it does.
+    """
+    if unknown := [axis for axis in stated if axis not in reading]:
+        raise ValueError(
+            f"config.eval.compositions: the judge does not read {', '.join(unknown)}, but {', '.join(reading)}"
+        )
+    return {f"{STATED}{axis}": float(np.mean(reading[axis] == wanted)) for axis, wanted in stated.items()}
 
 
 def mutual_information(counts) -> np.ndarray:
@@ -288,17 +305,18 @@ def rows(numbers: dict) -> list[dict]:
         per_prompt, images = [x.number for x in found], [x.images for x in found]
         row = dict(zip(("method", "value", "split", "metric"), (method, *what)))
         metric = row["metric"]
-        if metric.partition(" at ")[0] in PROPORTIONS:
+        share = metric.partition(" at ")[0] in PROPORTIONS or metric.startswith(STATED)
+        limits = (0, 1) if share else LIMITS.get(metric, (-np.inf, np.inf))
+        if share:
             trials = [n // GROUP for n in images] if metric == "Prob" else images
             mean, ci95 = confidence(per_prompt, trials=trials)
         else:
-            mean, ci95 = confidence(per_prompt, limits=LIMITS.get(metric, (-np.inf, np.inf)))
+            mean, ci95 = confidence(per_prompt, limits=limits)
         trainings = means_of_trainings(of_method)
         if len(trainings) > 1:
             row["trainings"] = trainings
             if ci95:
-                low, high = LIMITS.get(metric, (-np.inf, np.inf))
-                ci95 = np.clip(over_trainings(mean, ci95, trainings), low, high).tolist()
+                ci95 = np.clip(over_trainings(mean, ci95, trainings), *limits).tolist()
         row |= dict(mean=mean, ci95=ci95, prompts=len(found), images=sum(images))
         if all(x.floor is not None for x in found):
             row["floor"] = float(np.mean([x.floor for x in found]))

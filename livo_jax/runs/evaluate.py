@@ -156,6 +156,8 @@ def evaluate(sd, drawing: methods.Drawing, config, directory, mesh, judge=None) 
         reading = sides.reading(case.requests)
         may_read = dict(thresholds=judge.thresholds, unspecified=judge.unspecified)
         found.add(case, metrics.prompt_metrics(case.value, case.subject, reading, case.target, **may_read), floors)
+        if case.stated:
+            found.add(case, metrics.stated_shown(case.stated, reading))
         if case.method == config.method:
             found.add(case, {"distance": sides.distance(case.requests)})
     for case in pairs:
