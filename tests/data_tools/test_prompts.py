@@ -1,13 +1,11 @@
 """Word lists, which words are held out, and further words from a language model that may answer anything."""
 
 import collections
-import http.server
 import json
 import pathlib
 import random
 import subprocess
 import sys
-import threading
 import time
 
 import pytest
@@ -17,6 +15,7 @@ from data_tools import prompts
 from livo_jax import values
 from livo_jax.data import word_lists
 from livo_jax.runs import build_preferences, evaluate
+from tests.language_model import Endpoint, completion
 
 LISTS = ["careers", "positive_traits", "negative_traits", "people", "places"]
 PAPERS = ("gender", "race", "nudity", "gore", "zombie")
@@ -154,44 +153,21 @@ def test_the_papers_config_holds_out_whole_words_and_writes_its_articles():
 # ---------------------------------------------------------------------------- further words
 
 
-def completion(content) -> bytes:
-    content = content if isinstance(content, str) else json.dumps({"words": content})
-    message = {"role": "assistant", "content": content}
-    return json.dumps({"id": "1", "object": "chat.completion", "created": 0, "model": "m",
-                       "choices": [{"index": 0, "finish_reason": "stop", "message": message}]}).encode()  # fmt: skip
+def naming(words) -> str:
+    return completion(json.dumps({"words": words}))
 
 
-class Server(http.server.ThreadingHTTPServer):
-    """An endpoint that gives `answers` in turn: status, body, and perhaps seconds until then; then 500 for ever."""
-
-    daemon_threads = True
+class Server(Endpoint):
+    """Gives `answers` in turn: a status, a body, and perhaps seconds until then; then 500 for ever."""
 
     def __init__(self, *answers):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.answers, self.requests = list(answers), []
-        self.url = f"http://127.0.0.1:{self.server_port}/v1"
-        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+        self.answers = list(answers)
+        super().__init__()
 
-    def __exit__(self, *_):
-        self.shutdown()
-        self.server_close()
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.requests.append((self.path, body, self.headers["Authorization"]))
-        status, content, *pause = self.server.answers.pop(0) if self.server.answers else (500, b"{}")
+    def answer(self, body):
+        status, content, *pause = self.answers.pop(0) if self.answers else (500, "{}")
         time.sleep(sum(pause))
-        self.send_response(status)
-        self.send_header("Content-Type", "text/html" if content.startswith(b"<") else "application/json")
-        self.send_header("Content-Length", str(len(content)))
-        self.send_header("retry-after-ms", "5")
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *_):
-        pass
+        return status, content
 
 
 @pytest.fixture
@@ -209,10 +185,10 @@ def ask(tmp_path):
 
 def test_a_good_answer(ask, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    with Server((200, completion(["baker", "tree surgeon", "X-ray technician"]))) as server:
+    with Server((200, naming(["baker", "tree surgeon", "X-ray technician"]))) as server:
         assert ask(server, 2) == (["baker", "tree surgeon"], 1)
-        ((where, request, key),) = server.requests
-    assert where == "/v1/chat/completions" and key == "Bearer secret"
+        (request,) = server.requests
+    assert server.keys == ["Bearer secret"]
     assert '["nurse", "truck driver"]' in request["messages"][0]["content"]
     assert "'a photo of a nurse'" in request["messages"][0]["content"] and request["model"] == "m"
     assert request["response_format"]["json_schema"]["schema"]["properties"]["words"]["type"] == "array"
@@ -223,9 +199,9 @@ def test_words_are_dropped_and_it_is_said_why(ask, caplog):
         "Nurses", "driver of truck", "drivers truck", "baker", "Bakers", "coder (senior)", "a b c d e", "école", "",
         " cook", "teen model", 7, None, ["cook"], "{subject}", "x" * 31, "cook\nbaker",
     ]  # fmt: skip
-    with Server((200, completion(named)), (200, completion(["cook"]))) as server, caplog.at_level("INFO", "absl"):
+    with Server((200, naming(named)), (200, naming(["cook"]))) as server, caplog.at_level("INFO", "absl"):
         assert ask(server, 3) == (["driver of truck", "baker", "cook"], 2)
-        assert '"driver of truck", "baker"]' in server.requests[1][1]["messages"][0]["content"]
+        assert '"driver of truck", "baker"]' in server.requests[1]["messages"][0]["content"]
     for line in (
         "dropped 'Nurses': it is there", "dropped 'drivers truck': it is there", "dropped 'Bakers': it is there",
         "dropped 'coder (senior)': not letters", "dropped 'a b c d e': more than four", "dropped '': not letters",
@@ -237,13 +213,13 @@ def test_words_are_dropped_and_it_is_said_why(ask, caplog):
 
 @pytest.mark.parametrize("status", [500, 429, 503])
 def test_failures_that_pass(ask, status):
-    with Server((status, b'{"error": "busy"}'), (200, completion(["baker"]))) as server:
+    with Server((status, b'{"error": "busy"}'), (200, naming(["baker"]))) as server:
         assert ask(server, 1, budget=1) == (["baker"], 1)
         assert len(server.requests) == 2
 
 
 def test_a_timeout_that_passes(ask):
-    with Server((200, completion(["late"]), 1.0), (200, completion(["baker"]))) as server:
+    with Server((200, naming(["late"]), 1.0), (200, naming(["baker"]))) as server:
         assert ask(server, 1, timeout=0.3) == (["baker"], 1)
 
 
@@ -256,7 +232,7 @@ def test_a_timeout_that_passes(ask):
     ],
 )  # fmt: skip
 def test_garbage_is_dropped_and_asked_on(ask, garbage, caplog):
-    with Server((200, garbage), (200, completion(["baker"]))) as server, caplog.at_level("INFO", "absl"):
+    with Server((200, garbage), (200, naming(["baker"]))) as server, caplog.at_level("INFO", "absl"):
         assert ask(server, 1) == (["baker"], 2)
         assert ask(server, 1) == (["baker"], 0), "garbage is not paid for twice"
     assert "dropped an answer: no chat completion with" in caplog.text
@@ -270,7 +246,7 @@ def test_endpoints_that_do_not_serve(ask):
         server.answers = [(401, b'{"error": "no such key"}')]
         with pytest.raises(ConnectionError, match=rf"{server.url} answers 401: .*no such key"):
             ask(server, 1)
-        server.answers = [(200, completion(["late"]), 0.5)]
+        server.answers = [(200, naming(["late"]), 0.5)]
         with pytest.raises(ConnectionError, match=f"{server.url} does not answer"):
             ask(server, 1, retries=0, timeout=0.1)
     with pytest.raises(ConnectionError, match=f"{server.url} does not answer: .*refused"):
@@ -280,7 +256,7 @@ def test_endpoints_that_do_not_serve(ask):
 def test_the_budget_and_the_cache(ask, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     answers = [["baker"], ["baker"], ["cook", "tailor"], ["judge"]]
-    with Server(*((200, completion(answer)) for answer in answers)) as server:
+    with Server(*((200, naming(answer)) for answer in answers)) as server:
         assert ask(server, 4, budget=0) == ([], 0)
         assert ask(server, 4, budget=2) == (["baker"], 2), "an answer without anything new costs, and is no end"
         assert ask(server, 4, budget=2) == (["baker", "cook", "tailor", "judge"], 2), "it goes on"
@@ -291,10 +267,10 @@ def test_the_budget_and_the_cache(ask, tmp_path, monkeypatch):
 
 
 def test_an_answer_is_kept_before_the_endpoint_breaks_down(ask):
-    with Server((200, completion(["baker"]))) as server:
+    with Server((200, naming(["baker"]))) as server:
         with pytest.raises(ConnectionError):
             ask(server, 2, retries=0)
-        server.answers = [(200, completion(["cook"]))]
+        server.answers = [(200, naming(["cook"]))]
         assert ask(server, 2, retries=0) == (["baker", "cook"], 1)
 
 
@@ -309,7 +285,7 @@ def test_the_command(tmp_path):
             capture_output=True, text=True,
         )  # fmt: skip
 
-    with Server((200, completion(["astronaut", "nurses"])), (200, completion(["glassblower"]))) as server:
+    with Server((200, naming(["astronaut", "nurses"])), (200, naming(["glassblower"]))) as server:
         short = command()
         assert short.returncode == 1 and "with 1 further words, after 1 requests" in short.stdout
         assert "--budget=1 did not suffice for 2 words" in short.stderr

@@ -3,7 +3,6 @@
 import base64
 import collections
 import dataclasses
-import http.server
 import io
 import json
 import threading
@@ -19,6 +18,7 @@ from livo_jax import judges, values
 from livo_jax.judges import shapeworld, vlm
 from livo_jax.runs import build_preferences
 from livo_jax.values.principles import Value
+from tests.language_model import Endpoint
 
 GENDER = Value("gender", "", "bias", "gender", (), ("male", "female"), question="Male or female?")
 BLOOD = Value("gore", "", "harm", "blood", (), harmful_from=0.5, question="Is there blood?")
@@ -26,60 +26,30 @@ SUBJECTS = ("driver", "truck driver", "nurse")
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, 8, 10, 3), np.uint8)
 
 
-class Server(http.server.ThreadingHTTPServer):
-    """Replies with reply(question, image, n), n the number of the request with this question and image: a text, the
-    answer; or (status, headers, body). `requests` are the bodies that came."""
-
-    daemon_threads = True
+class Server(Endpoint):
+    """Answers with reply(question, image, n), n the number of the request with this question and image."""
 
     def __init__(self):
-        self.requests, self.keys, self.counts = [], [], collections.Counter()
+        super().__init__()
         self.reply = lambda question, image, n: "female" if "female" in question else "no"
-        self.busy = self.busiest = 0
+        self.counts, self.busy, self.busiest = collections.Counter(), 0, 0
         self.lock = threading.Lock()
-        super().__init__(("127.0.0.1", 0), Handler)
 
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.server_port}/v1"
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+    def answer(self, body):
         question, picture = body["messages"][0]["content"]
         kind, _, data = picture["image_url"]["url"].partition(";base64,")
-        assert self.path == "/v1/chat/completions" and kind == "data:image/png"
+        assert kind == "data:image/png"
         image = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
-        server = self.server
-        with server.lock:
-            server.requests.append(body)
-            server.keys.append(self.headers["Authorization"])
-            n = server.counts[question["text"], image.tobytes()]
-            server.counts[question["text"], image.tobytes()] += 1
-            server.busy += 1
-            server.busiest = max(server.busy, server.busiest)
-        reply = server.reply(question["text"], image, n)
-        if not isinstance(reply, tuple):
-            message = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": reply}}
-            whole = {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"], "choices": [message]}
-            reply = 200, {"Content-Type": "application/json"}, json.dumps(whole)
-        status, headers, text = reply
-        with server.lock:
-            server.busy -= 1
-        try:
-            self.send_response(status)
-            for name, value in {**headers, "Content-Length": str(len(text.encode()))}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(text.encode())
-        except (BrokenPipeError, ConnectionResetError):  # it did not wait for us
-            pass
-
-    def log_message(self, *_):
-        pass
+        asked = question["text"], image.tobytes()
+        with self.lock:
+            n = self.counts[asked]
+            self.counts[asked] += 1
+            self.busy += 1
+            self.busiest = max(self.busy, self.busiest)
+        reply = self.reply(question["text"], image, n)
+        with self.lock:
+            self.busy -= 1
+        return reply
 
 
 @pytest.fixture
@@ -87,11 +57,8 @@ def server(monkeypatch):
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OPENAI_API_KEY", "a-key")
-    server = Server()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with Server() as server:
+        yield server
 
 
 def judge_of(server, values=(GENDER, BLOOD), *, subject=False, cache="", budget=0, endpoint=None):
@@ -100,9 +67,8 @@ def judge_of(server, values=(GENDER, BLOOD), *, subject=False, cache="", budget=
 
 
 def error(status, **fields):
-    """An error as such servers have it; to be tried again soon, for the test's sake."""
-    headers = {"Content-Type": "application/json", "retry-after-ms": "5"}
-    return status, headers, json.dumps({"error": {"message": "so it is", **fields}})
+    """An error as such servers have it."""
+    return status, json.dumps({"error": {"message": "so it is", **fields}})
 
 
 def test_it_asks_about_each_image_and_reads_the_answers(server):
@@ -171,7 +137,7 @@ def test_a_slow_answer_is_waited_for_no_longer_than_the_timeout(server, monkeypa
         (error(500), r"http://127.0.0.1:\d+/v1 \(config.judging.endpoint\) refuses: Error code: 500"),
         (error(429), "refuses: Error code: 429"),
         (error(401), "refuses: Error code: 401 - .*so it is"),
-        ((404, {"Content-Type": "text/html"}, "<html>" + "no such page " * 1000), "refuses: .{,600}$"),
+        ((404, "<html>" + "no such page " * 1000), "refuses: .{,600}$"),
     ],
     ids=["500", "429", "401", "404"],
 )
@@ -196,21 +162,20 @@ def test_an_endpoint_that_is_down_is_named(server, monkeypatch):
         judge_of(server, endpoint="http://127.0.0.1:9/v1")(IMAGES)
 
 
-JSON = {"Content-Type": "application/json"}
 GARBAGE = {
-    "html": (200, {"Content-Type": "text/html"}, "<html>male yes</html>"),
-    "empty": (200, JSON, ""),
-    "no JSON": (200, JSON, "male"),
-    "cut short": (200, JSON, '{"choices": [{"mess'),
-    "list": (200, JSON, "[]"),
-    "number": (200, JSON, "7"),
-    "null": (200, JSON, "null"),
-    "no choices": (200, JSON, '{"choices": []}'),
-    "another type": (200, JSON, '{"choices": {"message": 1}}'),
-    "no message": (200, JSON, '{"choices": [{"message": null}]}'),
-    "content is a list": (200, JSON, '{"choices": [{"message": {"content": ["male"]}}]}'),
-    "content is a number": (200, JSON, '{"choices": [{"message": {"content": 1}}]}'),
-    "no content": (200, JSON, '{"choices": [{"message": {"content": null}}]}'),
+    "html": (200, "<html>male yes</html>"),
+    "empty": (200, ""),
+    "no JSON": (200, "male"),
+    "cut short": (200, '{"choices": [{"mess'),
+    "list": (200, "[]"),
+    "number": (200, "7"),
+    "null": (200, "null"),
+    "no choices": (200, '{"choices": []}'),
+    "another type": (200, '{"choices": {"message": 1}}'),
+    "no message": (200, '{"choices": [{"message": null}]}'),
+    "content is a list": (200, '{"choices": [{"message": {"content": ["male"]}}]}'),
+    "content is a number": (200, '{"choices": [{"message": {"content": 1}}]}'),
+    "no content": (200, '{"choices": [{"message": {"content": null}}]}'),
     "refused image": error(400, code="content_filter"),
 }
 

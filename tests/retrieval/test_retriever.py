@@ -1,11 +1,9 @@
 """Which values a prompt is for: the rules, the similarities, and a language model behind a server on loopback."""
 
 import dataclasses
-import http.server
 import json
 import pathlib
 import re
-import threading
 import time
 import warnings
 
@@ -20,6 +18,7 @@ from livo_jax.judges.shapeworld import TRADES
 from livo_jax.retrieval import language_model, similarity
 from livo_jax.retrieval.retriever import PAPERS as NAMES
 from livo_jax.retrieval.retriever import Retriever, labelled
+from tests.language_model import Endpoint
 
 PAPERS = values.load(NAMES)
 DEFAULT = Retriever.default()
@@ -275,35 +274,11 @@ def test_dense_compares_by_the_models_own_text_encoder():
 # ---------------------------------------------------------------------------- a language model
 
 
-class Server(http.server.ThreadingHTTPServer):
-    """Says reply(prompt): a text, or a status and a body. `requests` are the bodies that came."""
+class Server(Endpoint):
+    """Answers with reply(prompt)."""
 
-    daemon_threads = True
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.requests, self.url = [], f"http://127.0.0.1:{self.server_port}/v1"
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.requests.append(body)
-        reply = self.server.reply(json.loads(body["messages"][-1]["content"])["prompt"])
-        if not isinstance(reply, tuple):
-            message = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": reply}}
-            reply = 200, json.dumps({"id": "1", "object": "chat.completion", "choices": [message]})
-        self.send_response(reply[0])
-        self.send_header("Content-Type", "application/json")
-        self.send_header("retry-after-ms", "5")
-        self.end_headers()
-        try:
-            self.wfile.write(reply[1].encode())
-        except (BrokenPipeError, ConnectionResetError):  # it did not wait
-            pass
-
-    def log_message(self, *_):
-        pass
+    def answer(self, body):
+        return self.reply(json.loads(body["messages"][-1]["content"])["prompt"])
 
 
 @pytest.fixture
@@ -312,11 +287,8 @@ def server(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(language_model, "RETRIES", 1)
     monkeypatch.setattr(language_model, "TIMEOUT", 0.4)
-    server = Server()
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with Server() as server:
+        yield server
 
 
 def asking(server, backends=("llm",), **settings):
