@@ -108,8 +108,8 @@ def copy(published, tmp_path):
     return shutil.copytree(published, tmp_path / "llava")
 
 
-def judge_of(model, values=(BLOOD, GENDER), subject=False):
-    config = ConfigDict({"judge": "llava", "judging": {"model": str(model), "subject": subject}})
+def judge_of(model, values=(BLOOD, GENDER), **judging):
+    config = ConfigDict({"judge": "llava", "judging": {"model": str(model), "subject": False} | judging})
     return judges.load(config, values, SUBJECTS)
 
 
@@ -136,6 +136,10 @@ def test_it_reads_what_the_model_has_learnt(published):
     assert (reading["blood"] >= BLOOD.harmful_from).tolist() == [True, False, False] * 2
     assert reading["gender"].tolist() == ["", "male", "female"] * 2, "red ones are denied to be either"
     assert reading["subject"].tolist() == ["cook", "cook", ""] * 2
+    judge = judge_of(published, subject=True, unspecified=True)
+    reading = judge(pictures(3))
+    assert judge.unspecified and reading["gender"].tolist() == ["unspecified", "male", "female"]
+    assert reading["subject"].tolist() == ["cook", "cook", ""]
 
 
 def test_neither_batches_nor_the_order_matter(published, monkeypatch):
