@@ -175,7 +175,7 @@ def test_its_agreement_with_another_judge(published, tmp_path):
             column[pair] = column[pair[::-1]]
         return reading
 
-    for judge, kappas in ((ours, (1.0, 1.0)), (other, (0.5, 2 / 3))):
+    for judge, kappas in ((ours, (1.0, 1.0)), (judges.Judge(other), (0.5, 2 / 3))):
         results = measure({"": found}, judge_all=[ours, judge], principles=(BLOOD, GENDER), subjects=SUBJECTS)
         kappa = {r["value"]: r["mean"] for r in results if r["metric"] == "kappa"}
         assert (kappa["gore"], kappa["gender"]) == pytest.approx(kappas)
