@@ -147,7 +147,7 @@ def main(_):
 
 if __name__ == "__main__":
     IMAGES = commands.define_path("images", "A folder of images, or what run.py --mode=generate wrote.")
-    JUDGE = flags.DEFINE_multi_string("judge", [], "NAME, NAME:MODEL or package.module:Name; several to compare.")
+    JUDGE = flags.DEFINE_multi_string("judge", None, "NAME, NAME:MODEL or package.module:Name; several to compare.")
     TRUTH = flags.DEFINE_string("truth", "", "A judge whose readings are the truth, as shapeworld.")
     BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Images at once.", lower_bound=1)
     OUT = commands.define_path("out", "A JSON file of the rows, and of what is pinned of the judges.")
