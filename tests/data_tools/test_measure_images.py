@@ -76,7 +76,8 @@ def test_known_pictures(tmp_path):
     shape, bloody = values.load(("shape", "bloody"))
     (pictures,) = read(write(tmp_path / "ours", draw(SHAPES)))
     results = measure(
-        {"ours": pictures}, judge_all=[PIXELS], principles=(shape, bloody), subjects=SUBJECTS,
+        {"ours": pictures}, judge_all=[judges.Judge(shapeworld.judge, thresholds=(13, 1000))],
+        principles=(shape, bloody), subjects=SUBJECTS,
         targets={"shape equality": {"round": 0.25, "square": 0.75}},
     )  # fmt: skip
     found = {metric: mean for (_, value, metric), mean in numbers(results).items() if value == shape.statement}
@@ -86,6 +87,7 @@ def test_known_pictures(tmp_path):
     )  # fmt: skip
     found = {metric: mean for (_, value, metric), mean in numbers(results).items() if value == bloody.statement}
     assert found["R"] == pytest.approx((0 + 2 / 5) / 2) and found["Prob"] == pytest.approx((0 + 1) / 2)
+    assert found["R at 13"] == found["R"] and found["R at 1000"] == 0
     assert {(r["prompts"], r["images"], r["split"]) for r in results} == {(2, 13, "all")}
 
 
