@@ -180,7 +180,7 @@ def measure(
 
     Args:
         methods: lists that `read` made. With lpips, what is compared with the method "base" has its files' names.
-        judge_all: one function or two, as judges.load makes them, for `principles`, Values, and `subjects`.
+        judge_all: one Judge or two, as judges.load makes them, for `principles`, Values, and `subjects`.
         targets: {statement: {attribute: share}} of bias values, what is wanted of each: see ratio.targets.
         inception, clip_score, lpips: what quality.py makes. reference: a list that `read` made.
         batch_size: images that judges and networks get at once.
@@ -203,9 +203,7 @@ def measure(
     floors = {value.statement: floors_of(value, targets or {}) for value in principles if value.kind == "bias"}
     for method, pictures in methods.items():
         images, prompts = Pictures(pictures), [picture.prompt for picture in pictures]
-        counts = collections.Counter(prompts)
-        ends = dict(zip(counts, itertools.accumulate(counts.values())))  # equal prompts are neighbours
-        places = {prompt: slice(ends[prompt] - n, ends[prompt]) for prompt, n in counts.items()}
+        counts, places = collections.Counter(prompts), places_of(prompts)
         per_prompt, whole = {}, {}  # (value, metric) -> {prompt: number}, and -> number, ci95
         if lpips:
             distance, diversity = lpips
@@ -221,7 +219,7 @@ def measure(
                     row = dict(method=method, file=str(picture.path), prompt=picture.prompt)
                     readings.append(row | {axis: column[i].item() for axis, column in read_by[0].items()})
             problems += [f"{method}: {problem}" for problem in faults(read_by[0], principles, pictures, unreadable)]
-            per_prompt |= bias_and_harm(read_by[0], places, principles, subjects, targets or {})
+            per_prompt |= bias_and_harm(judge_all[0], read_by[0], places, principles, subjects, targets or {})
             if len(read_by) == 2:
                 whole |= {(v.statement, "kappa"): agreement(v, read_by, places) for v in principles}
         if clip_score:
@@ -245,6 +243,13 @@ def measure(
     if problems:
         raise ValueError("\n".join(problems))
     return metrics.rows(numbers) + of_sets
+
+
+def places_of(prompts: list[str]) -> dict[str, slice]:
+    """Where each prompt's images are, of which equal ones are neighbours."""
+    counts = collections.Counter(prompts)
+    ends = dict(zip(counts, itertools.accumulate(counts.values())))
+    return {prompt: slice(ends[prompt] - n, ends[prompt]) for prompt, n in counts.items()}
 
 
 def floors_of(value, targets: dict):
@@ -273,14 +278,15 @@ def means(column: np.ndarray, places: dict) -> dict[str, float]:
     return {prompt: float(column[place].mean()) for prompt, place in places.items()}
 
 
-def bias_and_harm(reading: dict, places: dict, principles, subjects, targets: dict) -> dict:
+def bias_and_harm(judge, reading: dict, places: dict, principles, subjects, targets: dict) -> dict:
     """(value, metric) -> {prompt: number} of what a judge read, arrays [images]."""
-    found = collections.defaultdict(dict)
+    found, may_read = collections.defaultdict(dict), dict(thresholds=judge.thresholds, unspecified=judge.unspecified)
     for value, (prompt, place) in itertools.product(principles, places.items()):
         of_prompt = {axis: column[place] for axis, column in reading.items()}
         if not (subject := chosen(prompt, subjects)):
             of_prompt.pop("subject", None)
-        for metric, number in metrics.prompt_metrics(value, subject, of_prompt, targets.get(value.statement)).items():
+        target = targets.get(value.statement)
+        for metric, number in metrics.prompt_metrics(value, subject, of_prompt, target, **may_read).items():
             found[value.statement, metric][prompt] = number
     return found
 
@@ -333,6 +339,23 @@ def as_methods(name: str, sides: list[list[Picture]], base: list[list[Picture]] 
     return {"base": base[0], name: sides[0]}
 
 
+def load_judge(spec: str, config, principles, subjects) -> judges.Judge:
+    """The judge of NAME, NAME:MODEL or package.module:Name; what that leaves open is as config.judging has it.
+
+    "NAME:" is the judge with its own model, if it has one. The config's labels are for its own judge, and for a
+    classifier, which has none of its own.
+    """
+    own = copy.deepcopy(config)
+    own.judge, colon, model = spec.partition(":")
+    if "." in own.judge:
+        own.judge = spec
+    elif colon:
+        own.judging.model = model
+    if own.judge not in ("classifier", config.judge):
+        own.judging.labels = ()
+    return judges.load(own, principles, subjects)
+
+
 def main(_):
     logging.set_verbosity(logging.WARNING)
     problems = []  # all that is wrong is told at once
@@ -343,20 +366,13 @@ def main(_):
         except (OSError, ValueError) as error:
             problems.append(str(error))
 
-    def make_judge(spec):
-        own = copy.deepcopy(config)
-        own.judge, _, model = spec.partition(":")
-        if "." in own.judge:  # package.module:Name
-            own.judge, model = spec, ""
-        own.judging.model = model or config.judging.model
-        return judges.load(own, principles, subjects)
-
     config, settings = CONFIG.value, {}
     if config is not None:
         principles = attempt(values.load_principles, config) or ()
         subjects = list(dict.fromkeys([*config.eval.seen, *config.eval.held_out]))
         settings = dict(principles=principles, subjects=subjects)
-        settings["judge_all"] = [attempt(make_judge, spec) for spec in JUDGE.value or [config.judge]]
+        specs = JUDGE.value or [config.judge]
+        settings["judge_all"] = [attempt(load_judge, spec, config, principles, subjects) for spec in specs]
         attributes = {value.statement: {"": value.attributes} for value in principles if value.kind == "bias"}
         settings["targets"] = attempt(ratio.targets, TARGET.value, attributes, attributes) if TARGET.value else None
     elif JUDGE.value or TARGET.value:

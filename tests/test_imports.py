@@ -21,7 +21,8 @@ BY_ANOTHER_NAME = {("livo_jax/values/__init__.py", "livo_jax.retrieval.retriever
 MATHEMATICS = {"models", "diffusion", "seeds", "sharding", "training"}  # jax, flax and optax alone
 EXPORTED = "livo_jax/export/diffusers_pipeline.py"  # copied by an export, imported by nobody
 JUDGES = ("livo_jax/judges/llava.py", "livo_jax/judges/classifier.py")  # import PyTorch, an extra, where they use it
-ALLOWED = {(EXPORTED, "torch"), (EXPORTED, "diffusers"), *((judge, "torch") for judge in JUDGES)}
+CONVERTER = "data_tools/convert_judge.py"  # reads PyTorch's files, once
+ALLOWED = {(EXPORTED, "torch"), (EXPORTED, "diffusers"), *((name, "torch") for name in (*JUDGES, CONVERTER))}
 
 
 def imports(path: pathlib.Path) -> set[str]:

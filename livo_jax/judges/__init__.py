@@ -30,15 +30,20 @@ class Judge:
             version, weights {file: sha256}, classes, thresholds.
         thresholds: scores from which others call an image harmful, beside a value's own harmful_from.
         unspecified: whether a bias's axis may read UNSPECIFIED, whose share is then measured.
+        axes: those that it is asked for. Raises ValueError where a reading lacks one.
     """
 
     read: Callable[[np.ndarray], Reading]
     pinned: dict = dataclasses.field(default_factory=dict)
     thresholds: tuple[float, ...] = ()
     unspecified: bool = False
+    axes: tuple[str, ...] = ()
 
     def __call__(self, images) -> Reading:
         blank, reading = uniform(images), self.read(images)
+        if missing := [axis for axis in self.axes if axis not in reading]:
+            name = self.pinned.get("name", "judge")
+            raise ValueError(f"{name} reads {', '.join(reading)}, not {', '.join(missing)}")
         if not blank.any():
             return reading
         return {axis: np.where(blank, "" if x.dtype.kind == "U" else np.nan, x) for axis, x in reading.items()}
@@ -84,10 +89,11 @@ def load(config, values, subjects) -> Judge:
         raise ValueError("\n".join(problems))
     if not isinstance(judge, Judge):
         judge = Judge(judge, {"name": config.judge})
-    if thresholds := asked or judge.thresholds:
-        pinned = judge.pinned | {"thresholds": list(thresholds)}
-        judge = dataclasses.replace(judge, thresholds=thresholds, pinned=pinned)
-    return judge
+    thresholds, pinned = asked or judge.thresholds, judge.pinned
+    if thresholds:
+        pinned = pinned | {"thresholds": list(thresholds)}
+    axes = tuple(value.axis for value in values)
+    return dataclasses.replace(judge, thresholds=thresholds, pinned=pinned, axes=axes)
 
 
 def uniform(images) -> np.ndarray:

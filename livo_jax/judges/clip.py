@@ -60,14 +60,10 @@ def make(config, values, subjects) -> Judge:
         return model.logits(model.image_features(pixels), text_features)
 
     def read(images):
-        logits = []
-        for start in range(0, len(images), BATCH):
-            pixels = preprocess(images[start : start + BATCH])
-            whole = np.pad(pixels, ((0, BATCH - len(pixels)), (0, 0), (0, 0), (0, 0)))
-            logits.append(np.asarray(compare(params, text_features, whole))[: len(pixels)])
+        logits = compute_in_batches(lambda pixels: compare(params, text_features, pixels), images, preprocess)
         ends = np.cumsum([len(group) for group in texts.values()])
         reading = {}
-        for what, column in zip(texts, np.split(np.concatenate(logits), ends[:-1], axis=1)):  # column: [B, texts]
+        for what, column in zip(texts, np.split(logits, ends[:-1], axis=1)):  # column: [B, texts]
             if what == "subject":
                 reading["subject"] = np.array(subjects)[column.argmax(1)]
             elif what.kind == "bias":
@@ -78,6 +74,16 @@ def make(config, values, subjects) -> Judge:
 
     weights = hash_files(weight_files(find_repository(config.judging.model, FILES), "model", None))
     return Judge(read, {"name": "clip", "model": str(config.judging.model), "weights": weights})
+
+
+def compute_in_batches(compute, images, preprocess) -> np.ndarray:
+    """compute(pixels [BATCH, size, size, 3]) -> [BATCH, ...] of images [B, H, W, 3] uint8: [B, ...]."""
+    found = []
+    for start in range(0, len(images), BATCH):
+        pixels = preprocess(images[start : start + BATCH])
+        whole = np.pad(pixels, ((0, BATCH - len(pixels)), (0, 0), (0, 0), (0, 0)))
+        found.append(np.asarray(compute(whole))[: len(pixels)])
+    return np.concatenate(found)
 
 
 @functools.lru_cache(maxsize=1)  # a run asks for its judge before it builds pairs, to build them, and to evaluate

@@ -7,7 +7,7 @@ import importlib.util
 import numpy as np
 
 from livo_jax.files.repositories import find_repository, weight_files, weight_patterns
-from livo_jax.judges import Judge, hash_files
+from livo_jax.judges import UNSPECIFIED, Judge, hash_files
 from livo_jax.judges.clip import SUBJECT
 from livo_jax.values.principles import phrase
 
@@ -28,7 +28,8 @@ def make(config, values, subjects) -> Judge:
 
     Returns:
         A Judge that reads of a harm value's axis P(yes), 0 to 1, as `published` has it; of a bias value's axis the
-        attribute and of "subject" the subject with the highest P(yes), "" where the model denies all, P(yes) < 0.5.
+        attribute and of "subject" the subject with the highest P(yes), "" where the model denies all, P(yes) < 0.5; a
+        bias reads UNSPECIFIED there, if `judging.unspecified`.
 
     Raises:
         ValueError: PyTorch is not installed, the config names no model, a value has no question or classes, or there
@@ -51,6 +52,7 @@ def make(config, values, subjects) -> Judge:
         raise ValueError("the judge llava cannot work: " + "; ".join(problems))
     ask = published(config.judging.model)
 
+    unspecified = bool(config.judging.get("unspecified", False))
     texts = {(value.axis, value.attributes): value.classes for value in values if value.kind == "bias"}
     if config.judging.subject:
         texts["subject", tuple(subjects)] = [phrase(SUBJECT, subject) for subject in subjects]
@@ -59,12 +61,14 @@ def make(config, values, subjects) -> Judge:
         reading = {value.axis: ask(value.question, images) for value in values if value.kind == "harm"}
         for (axis, names), of_names in texts.items():
             yes = np.stack([ask(ASK.format(text), images) for text in of_names], axis=1)  # [B, names]
-            reading[axis] = np.where(yes.max(1) >= 0.5, np.array(names)[yes.argmax(1)], "")
+            denied = UNSPECIFIED if unspecified and axis != "subject" else ""
+            reading[axis] = np.where(yes.max(1) >= 0.5, np.array(names)[yes.argmax(1)], denied)
         return reading
 
     weights = hash_files(weight_files(find_repository(config.judging.model, FILES), "model", None))
     pinned = {"name": "llava", "model": str(config.judging.model), "weights": weights}
-    return Judge(read, pinned | {"transformers": importlib.metadata.version("transformers")})
+    pinned["transformers"] = importlib.metadata.version("transformers")
+    return Judge(read, pinned, unspecified=unspecified)
 
 
 def load_pytorch(root, processor_class, model_class, what: str):

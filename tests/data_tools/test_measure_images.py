@@ -31,6 +31,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 PROMPTS = ["a photo of a baker"] * 8 + ["a photo of a bloody cook"] * 5
 SHAPES = ["square"] * 6 + ["round"] * 2 + ["round"] * 5
 SUBJECTS = ("baker", "cook")
+PIXELS = judges.Judge(shapeworld.judge)
 
 
 def draw(shapes, seed=0) -> list[np.ndarray]:
@@ -75,7 +76,8 @@ def test_known_pictures(tmp_path):
     shape, bloody = values.load(("shape", "bloody"))
     (pictures,) = read(write(tmp_path / "ours", draw(SHAPES)))
     results = measure(
-        {"ours": pictures}, judge_all=[shapeworld.judge], principles=(shape, bloody), subjects=SUBJECTS,
+        {"ours": pictures}, judge_all=[judges.Judge(shapeworld.judge, thresholds=(13, 1000))],
+        principles=(shape, bloody), subjects=SUBJECTS,
         targets={"shape equality": {"round": 0.25, "square": 0.75}},
     )  # fmt: skip
     found = {metric: mean for (_, value, metric), mean in numbers(results).items() if value == shape.statement}
@@ -85,6 +87,7 @@ def test_known_pictures(tmp_path):
     )  # fmt: skip
     found = {metric: mean for (_, value, metric), mean in numbers(results).items() if value == bloody.statement}
     assert found["R"] == pytest.approx((0 + 2 / 5) / 2) and found["Prob"] == pytest.approx((0 + 1) / 2)
+    assert found["R at 13"] == found["R"] and found["R at 1000"] == 0
     assert {(r["prompts"], r["images"], r["split"]) for r in results} == {(2, 13, "all")}
 
 
@@ -117,7 +120,7 @@ def test_pairs_are_two_methods_that_are_compared(tmp_path, weights):
     sides = read(tmp_path / "pairs")
     apart = [read(write(tmp_path / name, images))[0] for name, images in (("base", base), ("ours", livo))]
     settings = dict(
-        judge_all=[shapeworld.judge], principles=values.load(("shape",)), subjects=SUBJECTS,
+        judge_all=[PIXELS], principles=values.load(("shape",)), subjects=SUBJECTS,
         lpips=quality.lpips(weights / "LPIPS.safetensors"),
     )  # fmt: skip
     results = measure(dict(zip(("base", "livo"), sides)), **settings)
@@ -132,8 +135,8 @@ def test_agreement_of_two_judges(tmp_path):
     shape, bloody = values.load(("shape", "bloody"))
     (pictures,) = read(write(tmp_path / "ours", draw(SHAPES)))
     blind = lambda images: {"shape": np.full(len(images), "round"), "red": np.full(len(images), np.nan)}
-    for other, kappa in ((shapeworld.judge, 1.0), (blind, 0.0)):
-        results = measure({"": pictures}, judge_all=[shapeworld.judge, other], principles=(shape, bloody))
+    for other, kappa in ((PIXELS, 1.0), (judges.Judge(blind), 0.0)):
+        results = measure({"": pictures}, judge_all=[PIXELS, other], principles=(shape, bloody))
         found = {r["value"]: r for r in results if r["metric"] == "kappa"}
         assert found[shape.statement]["mean"] == found[bloody.statement]["mean"] == pytest.approx(kappa)
 
@@ -202,7 +205,7 @@ def test_pictures_that_show_nothing_are_no_harmless_ones(tmp_path):
         measure({"ours": pictures}, judge_all=[judge], principles=(bloody,), unreadable=0.05)
     blind = lambda images: {"red": np.full(len(images), np.nan)}
     with pytest.raises(ValueError, match="ours: 13 of 13 images cannot be read for 'bloody considered inappropriate'"):
-        measure({"ours": pictures}, judge_all=[blind], principles=(bloody,), unreadable=0.1)
+        measure({"ours": pictures}, judge_all=[judges.Judge(blind)], principles=(bloody,), unreadable=0.1)
     results = measure({"ours": pictures}, judge_all=[judge], principles=(bloody,), unreadable=0.1, readings=rows)
     found = {metric: mean for (*_, metric), mean in numbers(results).items()}
     assert found["R"] == pytest.approx((1 / 8 + 2 / 5) / 2) and found["readable"] == pytest.approx((7 / 8 + 1) / 2)
@@ -233,7 +236,9 @@ def test_the_command(tmp_path):
     assert done.returncode == 0, done.stderr
     read_in = csv.DictReader((tmp_path / "readings.csv").read_text().splitlines())
     assert sorted((row["prompt"], row["shape"]) for row in read_in) == sorted(zip(PROMPTS, SHAPES))
-    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    document = json.loads((tmp_path / "results.json").read_text())
+    assert document["judges"] == [{"name": "shapeworld"}] * 2
+    rows = document["rows"]
     assert {"method", "value", "split", "metric", "mean", "ci95", "prompts", "images"} <= rows[0].keys()
     assert any(line.split()[2:5] == ["D1", "ours", "0.750"] for line in done.stdout.splitlines()), done.stdout
     assert any(line.split()[2:5] == ["kappa", "ours", "1.000"] for line in done.stdout.splitlines()), done.stdout

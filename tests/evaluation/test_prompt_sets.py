@@ -120,6 +120,7 @@ def test_an_evaluation_with_sets(tmp_path):
     config.eval.prompt_sets.copro.update(file=str(tmp_path / "bias.csv"), subject="job")
     config.principles, config.sampling.steps = ("shape", "bloody"), 2
     config.eval.left_alone_images = config.eval.rate_images = 0
+    config.judging.thresholds = (20,)
     mesh, found = sharding.make_mesh(data=8), values.load(config.principles)
     sd = StableDiffusion.from_pretrained(config.model, sharding=sharding.replicated(mesh))
     judge = judges.load(config, found, evaluate.subjects(config))
@@ -133,5 +134,5 @@ def test_an_evaluation_with_sets(tmp_path):
         assert row["prompts"] == (2 if row["split"] == "copro" else 1)
     (shape, bloody) = (value.statement for value in found)
     assert measured.keys() == {(shape, "copro"), (bloody, "own")}
-    assert measured[shape, "copro"] >= {"D1", "recognised"} and "R" in measured[bloody, "own"]
+    assert measured[shape, "copro"] >= {"D1", "recognised"} and measured[bloody, "own"] >= {"R", "R at 20"}
     assert "recognised" not in measured[bloody, "own"], "a prompt without a subject"

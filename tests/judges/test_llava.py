@@ -108,8 +108,8 @@ def copy(published, tmp_path):
     return shutil.copytree(published, tmp_path / "llava")
 
 
-def judge_of(model, values=(BLOOD, GENDER), subject=False):
-    config = ConfigDict({"judge": "llava", "judging": {"model": str(model), "subject": subject}})
+def judge_of(model, values=(BLOOD, GENDER), **judging):
+    config = ConfigDict({"judge": "llava", "judging": {"model": str(model), "subject": False} | judging})
     return judges.load(config, values, SUBJECTS)
 
 
@@ -136,6 +136,10 @@ def test_it_reads_what_the_model_has_learnt(published):
     assert (reading["blood"] >= BLOOD.harmful_from).tolist() == [True, False, False] * 2
     assert reading["gender"].tolist() == ["", "male", "female"] * 2, "red ones are denied to be either"
     assert reading["subject"].tolist() == ["cook", "cook", ""] * 2
+    judge = judge_of(published, subject=True, unspecified=True)
+    reading = judge(pictures(3))
+    assert judge.unspecified and reading["gender"].tolist() == ["unspecified", "male", "female"]
+    assert reading["subject"].tolist() == ["cook", "cook", ""]
 
 
 def test_neither_batches_nor_the_order_matter(published, monkeypatch):
@@ -171,7 +175,7 @@ def test_its_agreement_with_another_judge(published, tmp_path):
             column[pair] = column[pair[::-1]]
         return reading
 
-    for judge, kappas in ((ours, (1.0, 1.0)), (other, (0.5, 2 / 3))):
+    for judge, kappas in ((ours, (1.0, 1.0)), (judges.Judge(other), (0.5, 2 / 3))):
         results = measure({"": found}, judge_all=[ours, judge], principles=(BLOOD, GENDER), subjects=SUBJECTS)
         kappa = {r["value"]: r["mean"] for r in results if r["metric"] == "kappa"}
         assert (kappa["gore"], kappa["gender"]) == pytest.approx(kappas)

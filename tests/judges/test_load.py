@@ -53,6 +53,23 @@ def test_a_judge_of_the_users_own_that_says_what_it_is(tmp_path, monkeypatch):
     assert np.isnan(judge(np.zeros((1, 4, 4, 3), np.uint8))["red"])
 
 
+def test_an_axis_that_it_does_not_read_is_told_at_the_first_image(tmp_path, monkeypatch):
+    (tmp_path / "blind.py").write_text("def make(*asked):\n    return lambda images: {'sky': images}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    judge = judges.load(ConfigDict({"judge": "blind:make"}), values.load(("shape", "bloody")), ())
+    with pytest.raises(ValueError, match="blind:make reads sky, not shape, red"):
+        judge(np.zeros((1, 4, 4, 3), np.uint8))
+
+
+def test_thresholds_are_pinned_and_in_range():
+    config = ConfigDict({"judge": "shapeworld", "judging": {"thresholds": (20, 1024)}})
+    judge = judges.load(config, values.load(("bloody",)), ())
+    assert judge.thresholds == (20, 1024) and judge.pinned == {"name": "shapeworld", "thresholds": [20, 1024]}
+    config.judging.thresholds = (0, 1025)
+    with pytest.raises(ValueError, match="(?s)thresholds: 0 is not above 0 and at most 1024.*1025.*axis='blood'"):
+        judges.load(config, values.load(("bloody", "gore")), ())
+
+
 def test_a_mistake_in_the_users_module_is_shown_as_it_is(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "broken.py").write_text("import math\nmath.no_such_thing\n")

@@ -15,6 +15,7 @@ from PIL import Image
 
 from configs import tiny
 from livo_jax import judges, values
+from livo_jax.evaluation import metrics
 from livo_jax.judges import shapeworld, vlm
 from livo_jax.runs import build_preferences
 from livo_jax.values.principles import Value
@@ -61,9 +62,9 @@ def server(monkeypatch):
         yield server
 
 
-def judge_of(server, values=(GENDER, BLOOD), *, subject=False, cache="", budget=0, endpoint=None):
-    judging = {"model": "a-vlm", "endpoint": endpoint or server.url, "cache": str(cache), "budget": budget}
-    return judges.load(ConfigDict({"judge": "vlm", "judging": judging | {"subject": subject}}), values, SUBJECTS)
+def judge_of(server, values=(GENDER, BLOOD), *, cache="", **settings):
+    judging = {"model": "a-vlm", "endpoint": server and server.url, "cache": str(cache), "budget": 0, "subject": False}
+    return judges.load(ConfigDict({"judge": "vlm", "judging": judging | settings}), values, SUBJECTS)
 
 
 def error(status, **fields):
@@ -87,6 +88,20 @@ def test_it_asks_about_each_image_and_reads_the_answers(server):
     assert len(server.requests) == 9 and {body["model"] for body in server.requests} == {"a-vlm"}
     assert all(len(body["messages"]) == 1 for body in server.requests)
     assert set(server.keys) == {"Bearer a-key"}
+
+
+def test_it_may_not_tell(server):
+    """What it cannot tell is no attribute, and counted; a harm is asked as ever."""
+    place = {image.tobytes(): i for i, image in enumerate(IMAGES)}
+    answers = ["Unspecified.", "female", "unspecified or male"]
+    server.reply = lambda question, image, n: answers[place[image.tobytes()]]
+    judge = judge_of(server, unspecified=True)
+    assert judge(IMAGES)["gender"].tolist() == ["unspecified", "female", ""] and judge.unspecified
+    asked = {body["messages"][0]["content"][0]["text"] for body in server.requests}
+    assert asked == {GENDER.question + vlm.MAY_NOT_TELL, BLOOD.question}
+    found = metrics.prompt_metrics(GENDER, "", judge(IMAGES), unspecified=True)
+    assert found["unspecified"] == pytest.approx(1 / 3) and found["readable"] == pytest.approx(1 / 3)
+    assert "unspecified" not in metrics.prompt_metrics(GENDER, "", judge(IMAGES))
 
 
 @pytest.mark.parametrize(
