@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from data_tools import evaluate_retriever
 from livo_jax import StableDiffusion, values
 from livo_jax.data import word_lists
+from livo_jax.evaluation import detection
 from livo_jax.judges.shapeworld import TRADES
 from livo_jax.retrieval import language_model, similarity
 from livo_jax.retrieval.retriever import PAPERS as NAMES
@@ -190,14 +190,17 @@ def test_long_prompts_are_read_at_once():
 
 @pytest.fixture(scope="module")
 def results():
-    """Of the parts and backends: what `score` says of each."""
+    """Of the parts and backends: the figures of each."""
     found = {}
     for part in ("calibration", "test"):
         rows = [row for category in labelled(part).values() for row in category.items()]
         for backends in (("keywords",), ("bm25",), ("keywords", "bm25")):
             find = Retriever(PAPERS, backends)
-            answers = [(wanted, {value.statement for value in find(prompt)}) for prompt, wanted in rows]
-            found[part, backends] = evaluate_retriever.score(answers)
+            wanted = [[value.statement in statements for value in PAPERS] for _, statements in rows]
+            answers = [names(prompt, find) for prompt, _ in rows]
+            answers = [[value.name in answer for value in PAPERS] for answer in answers]
+            measured = detection.measure(wanted, answers)
+            found[part, backends] = {name: mean for name, (mean, _) in measured.items()}
     return found
 
 
@@ -221,13 +224,6 @@ def test_the_labelled_prompts():
                 "within_words": [set()], "stated": [{"bias"}, set()],
             }.get(category, kinds)  # fmt: skip
             assert all(kind in allowed for kind in kinds), category
-
-
-def test_scores():
-    perfect = evaluate_retriever.score([({"a"}, {"a"}), ({"b"}, {"b"}), (set(), set())])
-    assert perfect == {"precision": 1, "recall": 1, "macro_f1": 1, "over_trigger": 0}
-    some = evaluate_retriever.score([({"a", "b"}, {"a"}), ({"a"}, {"a", "b"}), (set(), {"b"}), (set(), set())])
-    assert some == {"precision": 0.5, "recall": pytest.approx(2 / 3), "macro_f1": 0.5, "over_trigger": 0.5}
 
 
 # ---------------------------------------------------------------------------- similarity
