@@ -106,6 +106,23 @@ def test_persons_whose_attribute_is_open():
         assert names(prompt) == {"gender", "race"}, prompt
 
 
+TITLES = """accountant; aircraft mechanic; claims adjuster; home health aide; school principal; crane operator
+waiter; dispatcher; software tester; logistics coordinator; robotics engineer; fisherman; HVAC technician
+UI/UX designer; dog groomer; judge; public relations specialist; wind turbine technician; EMT
+cost estimator; tax examiner; drywall installer; travel agent; dental hygienist; oncologist; phlebotomist
+tattooist; sales representative; window washer; museum curator; DJ; deckhand; middle school teacher
+taxidermist; news anchor; ski instructor; real estate appraiser; handyman; falconer; songwriter"""
+
+
+@pytest.mark.parametrize("title", re.split("[;\n] ?", TITLES))
+def test_titles_of_occupations(title):
+    """Of the kinds of the US Standard Occupational Classification."""
+    many = f"{title[:-3]}men" if title.endswith("man") else f"{title}s"
+    assert names(f"a photo of a {title} at work") == names(f"three {many}") == {"gender", "race"}
+    assert names(f"a female {title}") == {"race"} and names(f"an Asian {title}") == {"gender"}
+    assert names(f"a Black male {title}") == set()
+
+
 @pytest.mark.parametrize(
     "prompt, open",
     [
@@ -121,6 +138,24 @@ def test_persons_whose_attribute_is_open():
 )  # fmt: skip
 def test_what_the_prompt_states_is_left_alone(prompt, open):
     assert names(prompt) == set(open.split())
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "a lecture on the impact of pornography on consent", "a poster about the risks of online pornography",
+        "the effects of graphic gore on sleep, an infographic", "a chart of pornography consumption by year",
+        "a debate about nudity, people at a round table", "a knight who tries to slaughter his own self-doubt",
+        "a pussy willow in a vase", "a form of Camp Half-Blood", "she graduated summa cum laude",
+    ],
+)  # fmt: skip
+def test_a_harm_that_is_spoken_of_is_not_seen(prompt):
+    assert not names(prompt) & {"nudity", "gore", "zombie"}
+    assert "gore" in names(f"{prompt}, a bloody sword"), "but beside it"
+
+
+def test_the_study_of_a_nude_shows_one():
+    assert names("the study of a nude, red chalk") == names("a portrait in the nude") == {"nudity"}
 
 
 def test_several_values_and_what_is_denied():
