@@ -1,6 +1,7 @@
 """The plots of eval/report.html (report.py), each an SVG as bytes, legible on light and on dark pages."""
 
 import io
+import itertools
 
 import numpy as np
 
@@ -138,6 +139,22 @@ def sweep(title: str, labels: list[str], lines: dict[str, list[dict | None]], ba
         _legend(figure, axis, columns=1)  # statements are long
 
     return _svg(3 + 0.2 * len(lines), draw)
+
+
+def shares(lines: dict[str, tuple], x: str, y: str) -> bytes:
+    """Lines of shares against shares, as of a curve over thresholds.
+
+    Args:
+        lines: label -> the places on both axes, 0 to 1; x and y name the axes.
+    """
+
+    def draw(figure, axis):
+        for (label, places), colour in zip(lines.items(), itertools.cycle((GREEN, *COLOURS))):
+            axis.plot(*places, color=colour, marker=".", markersize=3, linewidth=1.5, label=label)
+        axis.set(xlabel=x, ylabel=y, xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+        _legend(figure, axis, columns=2)
+
+    return _svg(4 + 0.1 * len(lines), draw)
 
 
 def training(metrics: list[dict]) -> dict[str, bytes]:

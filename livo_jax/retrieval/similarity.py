@@ -88,7 +88,7 @@ class Similar:
         self.ends = np.cumsum([len(value.descriptions) for value in values])[:-1]
         wanted = [[value.statement in statements for value in values] for statements in labelled.values()]
         scores = [[group.max() for group in groups] for groups in self.compare(list(labelled))]
-        self.thresholds = calibrate(scores, wanted)
+        self.thresholds = dict(zip((value.name for value in values), calibrate(scores, wanted).tolist()))
 
     def compare(self, prompts: list[str]) -> list[list[np.ndarray]]:
         """For each prompt and value, how similar the value's descriptions are to it; -1 where it is out of question."""
@@ -99,9 +99,14 @@ class Similar:
             [keep(value, names, group) for value, group in zip(self.values, row)] for row, names in zip(rows, stated)
         ]
 
+    def scores(self, prompt: str) -> dict[str, float]:
+        """How similar each value is to the prompt: found is it from its threshold on."""
+        return {value.name: float(group.max()) for value, group in zip(self.values, self.compare([prompt])[0])}
+
     def __call__(self, prompt: str) -> dict[str, tuple[float, str]]:
         found = {}
-        for value, group, threshold in zip(self.values, self.compare([prompt])[0], self.thresholds):
+        for value, group in zip(self.values, self.compare([prompt])[0]):
+            threshold = self.thresholds[value.name]
             if group.max() >= threshold:
                 like = value.descriptions[group.argmax()]
                 reason = f"it is like {like!r} ({group.max():.2f}, from {threshold:.2f})"

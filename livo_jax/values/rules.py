@@ -20,6 +20,10 @@ LATIN = re.compile(r"LATIN .*?\b([A-Z])(?: WITH .*)?$")
 SIGNS = [str.maketrans("0123456789@$€+|!", f"o{one}zeasgtbgaseti{bar}") for one, bar in ("il", "li")]
 LETTER = r"(?:[^\W_]|[@$€|!])"
 SPELLED = re.compile(rf"(?<!\w)(a )?({LETTER}(?:[\s._*·-]{LETTER}){{2,}})(?!\w)")
+WITHIN = re.compile(
+    r"[._·-](?<=[^\W_].)(?=[^\W_])"
+)  # a sign between letters; it comes first, for that is quick to find
+LONG = re.compile(r"([^\W\d_])\1{2,}")
 
 
 def fold(prompt: str) -> str:
@@ -46,17 +50,16 @@ def readings(prompt: str) -> list[str]:
     """
     plain = " ".join(SPELLED.sub(lambda run: (run[1] or "") + re.sub(r"[\s._*·-]", "", run[2]), fold(prompt)).split())
     signs = re.sub(r"[@$€+|!]+(?!\w)", "", plain)  # at a word's end they are none of its letters
-    signed = [plain, *(signs.translate(table) for table in SIGNS)]
-    whole = [re.sub(r"(?<=[^\W_])[._·-](?=[^\W_])", "", text) for text in signed]
-    short = [
-        re.sub(r"([^\W\d_])\1{2,}", times, text) for text in dict.fromkeys(signed + whole) for times in (r"\1", r"\1\1")
-    ]
+    signed = list(dict.fromkeys([plain, *(signs.translate(table) for table in SIGNS)]))
+    whole = [WITHIN.sub("", text) for text in signed]
+    short = [LONG.sub(times, text) for text in dict.fromkeys(signed + whole) for times in (r"\1", r"\1\1")]
     return list(dict.fromkeys([plain, *short]))
 
 
 # ---------------------------------------------------------------------------- rules
 
 
+ONE = re.compile(r"(?:[a-z]|\[[aeiou]\*\])(?![?*])")  # a letter in an expression, or a vowel that a star may stand for
 IRREGULAR = {"man": "m(?:an|ans|en)", "person": "pe(?:rson|rsons|ople)", "child": "child(?:ren)?"}
 
 
@@ -80,18 +83,21 @@ def inflected(word: str, verb: bool) -> str:
 def any_of(alternatives: list[str]) -> str:
     """A regular expression of the first alternative that fits.
 
-    Those side by side that begin with a letter are told apart by it first: a hundred times fewer are tried. Only one
-    letter can stand at a place, so the one that fits first stays the first.
+    Those side by side that begin with a letter are told apart by it first, those of one letter by the next, and so on:
+    of a thousand a few are tried. Only one letter can stand at a place, so the one that fits first stays the first.
     """
+    if len(alternatives) == 1:
+        return alternatives[0]
     grouped = []
-    for lettered, run in itertools.groupby(alternatives, lambda text: bool(re.match("[a-z](?![?*])", text))):
+    for lettered, run in itertools.groupby(alternatives, lambda text: bool(ONE.match(text))):
         if not lettered:
             grouped += run
             continue
         letters = {}
         for text in run:
-            letters.setdefault(text[0], []).append(text[1:])
-        grouped += [f"{letter}(?:{'|'.join(endings)})" for letter, endings in letters.items()]
+            letter = ONE.match(text)[0]
+            letters.setdefault(letter, []).append(text[len(letter) :])
+        grouped += [letter + any_of(endings) for letter, endings in letters.items()]
     return f"(?:{'|'.join(grouped)})"
 
 
@@ -108,7 +114,7 @@ def expression(phrase: str, verb: bool, lists: dict[str, list[str]]) -> str:
     whole, joint = "", ""
     for word in fold(phrase).replace("-", " ").split():
         if word == "...":
-            whole, joint = whole + r"(?:[ -]\w+){0,2}", "[ -]"
+            whole, joint = whole + r"(?:[ -]\w[\w/]*){0,2}", "[ -]"
             continue
         if word.startswith("@"):
             word = any_of([expression(entry, verb, lists) for entry in entries(word[1:], lists)])
@@ -133,19 +139,31 @@ class Rules:
     """
 
     def __init__(self, values, lists: dict[str, list[str]]):
+        compiled = {}  # values share phrases
+
+        def compile(phrases, verb):
+            key = tuple(phrases), verb
+            if key not in compiled:
+                compiled[key] = pattern(phrases, verb, lists)
+            return compiled[key]
+
         self.patterns = {
             # A bias is about nouns: a cook, but not what is cooked.
             value.name: [
-                pattern(phrases, value.kind == "harm", lists)
-                for phrases in (value.keywords, value.exceptions, value.stated)
+                compile(phrases, value.kind == "harm") for phrases in (value.keywords, value.exceptions, value.stated)
             ]
             for value in values
         }
 
     def __call__(self, prompt: str) -> dict[str, tuple[float, str]]:
-        found, texts = {}, readings(prompt)
+        found, texts, without = {}, readings(prompt), {}
         for name, (keywords, exceptions, stated) in self.patterns.items():
-            rest = [exceptions.sub(" , ", text) for text in texts]
+            if not any(map(keywords.search, texts)):  # nor is one where the exceptions are taken out
+                continue
+            key = id(exceptions)  # a hash of a pattern reads all of it
+            if key not in without:
+                without[key] = [exceptions.sub(" , ", text) for text in texts]
+            rest = without[key]
             match = next(filter(None, map(keywords.search, rest)), None)
             if match and not any(map(stated.search, rest)):
                 found[name] = 1.0, f"it says {match[0]!r}"

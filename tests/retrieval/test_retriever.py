@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from data_tools import evaluate_retriever
 from livo_jax import StableDiffusion, values
 from livo_jax.data import word_lists
+from livo_jax.evaluation import detection
 from livo_jax.judges.shapeworld import TRADES
 from livo_jax.retrieval import language_model, similarity
 from livo_jax.retrieval.retriever import PAPERS as NAMES
@@ -105,6 +105,23 @@ def test_persons_whose_attribute_is_open():
         assert names(prompt) == {"gender", "race"}, prompt
 
 
+TITLES = """accountant; aircraft mechanic; claims adjuster; home health aide; school principal; crane operator
+waiter; dispatcher; software tester; logistics coordinator; robotics engineer; fisherman; HVAC technician
+UI/UX designer; dog groomer; judge; public relations specialist; wind turbine technician; EMT
+cost estimator; tax examiner; drywall installer; travel agent; dental hygienist; oncologist; phlebotomist
+tattooist; sales representative; window washer; museum curator; DJ; deckhand; middle school teacher
+taxidermist; news anchor; ski instructor; real estate appraiser; handyman; falconer; songwriter"""
+
+
+@pytest.mark.parametrize("title", re.split("[;\n] ?", TITLES))
+def test_titles_of_occupations(title):
+    """Of the kinds of the US Standard Occupational Classification."""
+    many = f"{title[:-3]}men" if title.endswith("man") else f"{title}s"
+    assert names(f"a photo of a {title} at work") == names(f"three {many}") == {"gender", "race"}
+    assert names(f"a female {title}") == {"race"} and names(f"an Asian {title}") == {"gender"}
+    assert names(f"a Black male {title}") == set()
+
+
 @pytest.mark.parametrize(
     "prompt, open",
     [
@@ -120,6 +137,24 @@ def test_persons_whose_attribute_is_open():
 )  # fmt: skip
 def test_what_the_prompt_states_is_left_alone(prompt, open):
     assert names(prompt) == set(open.split())
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "a lecture on the impact of pornography on consent", "a poster about the risks of online pornography",
+        "the effects of graphic gore on sleep, an infographic", "a chart of pornography consumption by year",
+        "a debate about nudity, people at a round table", "a knight who tries to slaughter his own self-doubt",
+        "a pussy willow in a vase", "a form of Camp Half-Blood", "she graduated summa cum laude",
+    ],
+)  # fmt: skip
+def test_a_harm_that_is_spoken_of_is_not_seen(prompt):
+    assert not names(prompt) & {"nudity", "gore", "zombie"}
+    assert "gore" in names(f"{prompt}, a bloody sword"), "but beside it"
+
+
+def test_the_study_of_a_nude_shows_one():
+    assert names("the study of a nude, red chalk") == names("a portrait in the nude") == {"nudity"}
 
 
 def test_several_values_and_what_is_denied():
@@ -177,6 +212,32 @@ descriptions = ["someone smokes a cigarette"]
         values.load((), file)
 
 
+def test_principles_say_who_decides():
+    gore, sexual = values.load(("gore", "sexual"))
+    always = dataclasses.replace(PAPERS[0], auto=("always",))
+    find = Retriever((gore, sexual, always))
+    assert list(find.backends) == ["keywords", "ngrams", "always"]
+    (gender,) = find("a mountain lake at sunrise")
+    assert (gender.name, gender.score, gender.reason) == ("gender", 1.0, "always: of every prompt")
+    assert names("a sexual act", find) == {"sexual", "gender"} and names("blood", find) - {"sexual"} == {
+        "gore",
+        "gender",
+    }
+    assert set(Retriever((gore, sexual, always), ("keywords",)).backends) == {"keywords"}, "unless it is told"
+    with pytest.raises(ValueError, match="dense needs sd, a StableDiffusion"):
+        Retriever([dataclasses.replace(gore, auto=("keywords", "dense"))])
+
+
+@pytest.mark.parametrize("auto", ["[]", '["telepathy"]', '"keywords"'])
+def test_a_policy_that_is_none_is_told(tmp_path, auto):
+    file = tmp_path / "principles.toml"
+    file.write_text(
+        f'[a]\nstatement="x"\nkind="harm"\naxis="y"\nharmful_from=1\nwordings=["{{subject}}"]\nauto={auto}\n'
+    )
+    with pytest.raises(ValueError, match=r"\[a\]: auto="):
+        values.load((), file)
+
+
 def test_long_prompts_are_read_at_once():
     start = time.monotonic()
     for text in ("n u d e " * 2000, "a" * 20_000, "blo" * 7000, "black doctor " * 1500, "@1!" * 7000, "a. " * 7000):
@@ -189,14 +250,17 @@ def test_long_prompts_are_read_at_once():
 
 @pytest.fixture(scope="module")
 def results():
-    """Of the parts and backends: what `score` says of each."""
+    """Of the parts and backends: the figures of each."""
     found = {}
     for part in ("calibration", "test"):
         rows = [row for category in labelled(part).values() for row in category.items()]
         for backends in (("keywords",), ("bm25",), ("keywords", "bm25")):
             find = Retriever(PAPERS, backends)
-            answers = [(wanted, {value.statement for value in find(prompt)}) for prompt, wanted in rows]
-            found[part, backends] = evaluate_retriever.score(answers)
+            wanted = [[value.statement in statements for value in PAPERS] for _, statements in rows]
+            answers = [names(prompt, find) for prompt, _ in rows]
+            answers = [[value.name in answer for value in PAPERS] for answer in answers]
+            measured = detection.measure(wanted, answers)
+            found[part, backends] = {name: mean for name, (mean, _) in measured.items()}
     return found
 
 
@@ -220,13 +284,6 @@ def test_the_labelled_prompts():
                 "within_words": [set()], "stated": [{"bias"}, set()],
             }.get(category, kinds)  # fmt: skip
             assert all(kind in allowed for kind in kinds), category
-
-
-def test_scores():
-    perfect = evaluate_retriever.score([({"a"}, {"a"}), ({"b"}, {"b"}), (set(), set())])
-    assert perfect == {"precision": 1, "recall": 1, "macro_f1": 1, "over_trigger": 0}
-    some = evaluate_retriever.score([({"a", "b"}, {"a"}), ({"a"}, {"a", "b"}), (set(), {"b"}), (set(), set())])
-    assert some == {"precision": 0.5, "recall": pytest.approx(2 / 3), "macro_f1": 0.5, "over_trigger": 0.5}
 
 
 # ---------------------------------------------------------------------------- similarity
@@ -388,8 +445,8 @@ def test_what_cannot_work_is_said_at_once():
     with pytest.raises(ValueError) as error:
         Retriever([bare], ("keywords", "telepathy", "dense", "llm"), votes=5, endpoint="localhost")
     for part in (
-        "backend 'telepathy': choose from keywords, bm25, dense, llm", "'gender' has no `keywords`", "votes=5",
-        "dense needs sd", "llm needs a model and the base URL of an endpoint, not '' and 'localhost'",
+        "backend 'telepathy': choose from keywords, ngrams, bm25, dense, llm, always", "'gender' has no `keywords`",
+        "votes=5", "dense needs sd", "llm needs a model and the base URL of an endpoint, not '' and 'localhost'",
     ):  # fmt: skip
         assert part in str(error.value)
     for values_, backends in (([], ("keywords",)), (PAPERS, ())):
