@@ -119,9 +119,9 @@ def test_semantic_guidance_is_the_published_pipelines(sd, published, torch_model
 
 
 def test_a_guidance_is_one_program_whatever_the_prompts(sd):
-    draw = lambda *texts: generate.generate(
-        sd, [Request(text, edits=((text, 1.0),)) for text in texts], **SETTINGS, guidance=SAFE
-    )
+    def draw(*texts):
+        return generate.generate(sd, [Request(text, edits=((text, 1.0),)) for text in texts], **SETTINGS, guidance=SAFE)
+
     draw("a baker")
     compiled = generate._sample._cache_size()
     draw("a cook", "a judge at work")

@@ -36,7 +36,10 @@ def sd(small):
 @pytest.fixture(scope="module")
 def batch(sd):
     rng = np.random.default_rng(0)
-    image = lambda: rng.uniform(-1, 1, (2, sd.image_size, sd.image_size, 3)).astype(np.float32)
+
+    def image():
+        return rng.uniform(-1, 1, (2, sd.image_size, sd.image_size, 3)).astype(np.float32)
+
     return Batch(
         value_prompt_ids=sd.tokenize(["a bloody baker", "a photo of a cook on a bloody day"]),
         prompt_ids=sd.tokenize(["a baker", "a photo of a cook"]),
@@ -136,7 +139,10 @@ def test_prompts_of_a_harm_are_concepts_and_those_without_it_anchors(tmp_path):
     blocks = [Block(harm, "cook", 0, 2), Block(bias, "cook", 2, 1)]
     test_data.write([pair | dict(value=v, prompt=p) for v, p in prompts], blocks, tmp_path / "pairs")
     texts = []
-    tokenize = lambda given: np.array([[texts.append(given[0]) or len(texts) - 1]])
+
+    def tokenize(given):
+        return np.array([[texts.append(given[0]) or len(texts) - 1]])
+
     rows = batches(
         Preferences(tmp_path / "pairs"), tokenize, batch_size=8, image_size=32, random_flip=False, seed=0,
         principles=values.load(("shape", "bloody")), concepts=True,

@@ -49,7 +49,10 @@ def built(config, tmp_path_factory):
 
 def test_pairs_show_what_they_should(built, config):
     """Every record, judged again from its stored PNGs."""
-    pixels = lambda png: np.asarray(Image.open(io.BytesIO(png)))
+
+    def pixels(png):
+        return np.asarray(Image.open(io.BytesIO(png)))
+
     assert {(b.value, b.scene) for b in built.blocks} == {
         (v.statement, scene) for v in (SHAPE, COLOUR, BLOODY) for scene in config.preferences.scenes
     }
@@ -260,9 +263,10 @@ def test_the_judge_drops_what_does_not_show_it():
         "shape": np.array(["round", "square", "round", "round"]),
         "red": np.array([0, 0, 0, 80]),
     }
-    judged = lambda value, side, shows: [
-        fault(Candidate(value, "cook", side, shows, "", Request("")), reading, i, both) for i in range(4)
-    ]
+
+    def judged(value, side, shows):
+        return [fault(Candidate(value, "cook", side, shows, "", Request("")), reading, i, both) for i in range(4)]
+
     other, harm = "subject 'baker'", "red 80, harmful"
     assert judged(SHAPE, "aligned", "round") == ["", "shape 'square' instead of 'round'", other, harm]
     assert judged(BLOODY, "violating", "") == ["red 0, not harmful"] * 2 + [other, ""]

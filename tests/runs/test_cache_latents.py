@@ -54,7 +54,10 @@ def test_a_stale_cache_is_refused(config, tmp_path, monkeypatch, caplog):
         cache_latents.write(preferences, sd, fewer)
     cache_latents.write(preferences, sd, config)
     Cache(preferences, sd, config)
-    place = lambda: cache_directory(preferences, tmp_path, sd, config)
+
+    def place():
+        return cache_directory(preferences, tmp_path, sd, config)
+
     with monkeypatch.context() as patch:
         patch.setattr(os, "access", lambda *_: False)
         assert place() == preferences.directory / "cache" and not caplog.records

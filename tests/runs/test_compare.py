@@ -143,7 +143,10 @@ def test_three_methods_from_start_to_end_with_an_interruption(tmp_path):
         start, cwd=ROOT, env=small_run.environment() | {"PYTHONPATH": str(ROOT)}, start_new_session=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
-    drawn = lambda: {path: path.stat().st_mtime_ns for path in workdir.glob("drawn/*/*.png")}
+
+    def drawn():
+        return {path: path.stat().st_mtime_ns for path in workdir.glob("drawn/*/*.png")}
+
     try:
         while len({path.parent for path in drawn()}) < 2:  # the base's are drawn first
             assert process.poll() is None, process.communicate()[0]
@@ -162,7 +165,9 @@ def test_three_methods_from_start_to_end_with_an_interruption(tmp_path):
     assert compare_methods(config, workdir) == results
     assert drawn() == after
 
-    read = lambda name: rows_of(json.loads((workdir / "eval" / f"{name}.json").read_text()), name)
+    def read(name):
+        return rows_of(json.loads((workdir / "eval" / f"{name}.json").read_text()), name)
+
     assert read("results") == results and results[0]["method"] == "base"
     assert {row["method"] for row in results} == {"base", *METHODS}
     places = [tuple(row[k] for k in ("method", "value", "split", "metric")) for row in results]
@@ -190,7 +195,10 @@ def test_all_methods_are_trained_measured_and_reported(tmp_path):
     process = command(tmp_path, "--mode=evaluate")
     assert process.returncode == 0, process.stderr
     methods = {*compare_tiny.get_config("smoke").methods}
-    read = lambda name: rows_of(json.loads((tmp_path / "eval" / f"{name}.json").read_text()), name)
+
+    def read(name):
+        return rows_of(json.loads((tmp_path / "eval" / f"{name}.json").read_text()), name)
+
     results = read("results")
     assert {row["method"] for row in results} == {"base"} | methods and results[0]["method"] == "base"
     places = [tuple(row[k] for k in ("method", "value", "split", "metric")) for row in results]

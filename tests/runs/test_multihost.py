@@ -84,7 +84,10 @@ def test_two_processes_evaluate_as_one(root, tmp_path):
         assert one.pop("mean") == pytest.approx(other.pop("mean"), abs=1e-3), one
         assert one.pop("ci95") == pytest.approx(other.pop("ci95"), abs=1e-3)
         assert one == other
-    drawn = lambda place: sorted(file.name for file in place.glob("eval/drawn/*/*.png"))
+
+    def drawn(place):
+        return sorted(file.name for file in place.glob("eval/drawn/*/*.png"))
+
     assert drawn(workdir) == drawn(whole) and drawn(whole)
 
 

@@ -286,7 +286,10 @@ def test_a_profile_lies_where_tensorboard_looks(uninterrupted):
 
 def wait_for(workdir, process, step):
     """Returns when a checkpoint of this step or a later one is there; the process must still run."""
-    reached = lambda: max((int(p.name) for p in workdir.glob("checkpoints/*") if p.name.isdigit()), default=0) >= step
+
+    def reached():
+        return max((int(p.name) for p in workdir.glob("checkpoints/*") if p.name.isdigit()), default=0) >= step
+
     while not reached():
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
@@ -300,7 +303,10 @@ def assert_same(workdir, whole):
     assert small_run.metrics(workdir) == small_run.metrics(whole)
     picture = f"samples/step_{len(small_run.metrics(whole))}.png"
     assert (workdir / picture).read_bytes() == (whole / picture).read_bytes()
-    names = lambda place: {p.name for p in (place / "checkpoints").iterdir()}
+
+    def names(place):
+        return {p.name for p in (place / "checkpoints").iterdir()}
+
     assert names(workdir) == names(whole), "nothing half-written is left"
 
 

@@ -110,7 +110,10 @@ def test_a_run_leaves_what_it_promises(finished):
     assert len(np.unique(sheet.reshape(-1, 3), axis=0)) > 50
     with Image.open(workdir / "samples" / "step_4_harmful.png") as picture:
         harmful = np.asarray(picture).astype(int)
-    rough = lambda rows: np.abs(np.diff(rows[:, :64], axis=1)).mean()
+
+    def rough(rows):
+        return np.abs(np.diff(rows[:, :64], axis=1)).mean()
+
     assert rough(sheet[-len(harmful) :]) < rough(harmful) / 2, "what is harmful is blurred, and beside it as it is"
     document = json.loads((workdir / "eval" / "results.json").read_text())
     assert document["schema"] == 2 and document["judges"] == [{"name": "shapeworld"}]

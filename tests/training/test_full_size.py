@@ -114,7 +114,10 @@ def test_forward_passes(both):
     assert relative_error(decoded, last(theirs["vae"].decode(posterior.mean).sample)) < 1e-4
 
     half = StableDiffusion.from_pretrained(root, jnp.bfloat16)
-    rms = lambda x: float(np.sqrt(np.mean(np.square(np.asarray(x, np.float64)))))
+
+    def rms(x):
+        return float(np.sqrt(np.mean(np.square(np.asarray(x, np.float64)))))
+
     deviation = rms(np.asarray(step(half.unet, last(z)), np.float32) - expected) / rms(expected)
     print(f"{root.name}: UNet in bfloat16 deviates by {deviation:.4f} of its output (root mean square)")
     assert deviation < 0.05

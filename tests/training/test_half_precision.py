@@ -101,7 +101,10 @@ def test_an_update_of_one_step_changes_what_a_layer_of_half_precision_gives(kind
         after = concept_ablation.Rounded(nnx.Param(layer.kernel[...].astype(jnp.float32) + change))
     found = after(x).astype(jnp.float32) - layer(x).astype(jnp.float32)
     expected = x.astype(jnp.float32) @ change
-    share = lambda found: float((found * expected).sum() / (expected**2).sum())
+
+    def share(found):
+        return float((found * expected).sum() / (expected**2).sum())
+
     assert share(found) == pytest.approx(1, abs=0.2)
     rounded = (layer.kernel[...].astype(jnp.float32) + change).astype(jnp.bfloat16)
     assert share((x @ rounded).astype(jnp.float32) - layer(x).astype(jnp.float32)) < 0.5

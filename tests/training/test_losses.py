@@ -12,7 +12,9 @@ CONSTANTS = dict(alpha=500.0, beta=1000.0, gamma_1=1.0, gamma_2=0.5)
 
 
 def numpy_livo(l_w, l_l, r_w, r_l):
-    hinge = lambda x: np.maximum(x, 0)
+    def hinge(x):
+        return np.maximum(x, 0)
+
     return np.mean(hinge(1.0 + 1000 * (l_w - r_w)) + hinge(0.5 + 500 * (r_l - l_l)))
 
 
@@ -95,7 +97,9 @@ def test_dpo_at_the_reference():
 
 
 def test_ipo_has_its_minimum_at_a_margin_of_half_1_over_beta():
-    loss = lambda h: losses.ipo(*REFERENCE.at[0].add(-h / T / 2).at[1].add(h / T / 2), beta=BETA, T=T)[0]
+    def loss(h):
+        return losses.ipo(*REFERENCE.at[0].add(-h / T / 2).at[1].add(h / T / 2), beta=BETA, T=T)[0]
+
     at = 1 / (2 * BETA)
     assert loss(at) == pytest.approx(0, abs=1e-6) and jax.grad(loss)(at) == pytest.approx(0, abs=1e-3)
     assert jax.grad(loss)(0.9 * at) < 0 < jax.grad(loss)(1.1 * at), "it goes no further, where dpo does"

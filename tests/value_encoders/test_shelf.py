@@ -31,7 +31,10 @@ def trained(value_encoder, seed: int):
 @pytest.fixture(scope="module")
 def encoders(sd):
     """name -> a value encoder: low-rank updates of three values, soft tokens of one."""
-    lora = lambda: LoRA(sd.text_encoder, rank=2, alpha=2.0, targets=("q_proj", "fc1"), rngs=nnx.Rngs(0))
+
+    def lora():
+        return LoRA(sd.text_encoder, rank=2, alpha=2.0, targets=("q_proj", "fc1"), rngs=nnx.Rngs(0))
+
     made = {name: trained(lora(), seed) for seed, name in enumerate(VALUES)}
     statements = (VALUES["colour"], "another")
     soft = SoftTokens(sd.text_encoder.config, statements=statements, tokenizer=sd.tokenizer, count=2)
@@ -51,7 +54,10 @@ def shelf_dir(sd, encoders, tmp_path_factory):
 
 def test_values_by_name_swap_without_recompiling_and_work_together(sd, encoders, shelf_dir):
     shelf = Shelf(shelf_dir, sd)
-    draw = lambda values, value_encoder=shelf, **kw: sd.generate(["a baker"], values, value_encoder, **SETTINGS, **kw)
+
+    def draw(values, value_encoder=shelf, **kw):
+        return sd.generate(["a baker"], values, value_encoder, **SETTINGS, **kw)
+
     first = draw("shape")
     programs = generate._sample._cache_size()
     assert np.array_equal(draw("colour"), draw(VALUES["colour"], encoders["colour"]))
@@ -142,7 +148,10 @@ for name in %r:
 def test_a_broken_index_is_told_whole(sd, shelf_dir, tmp_path):
     with pytest.raises(FileNotFoundError, match="is no shelf: it has no shelf.json"):
         Shelf(tmp_path, sd)
-    entry = lambda **changes: {"statement": "s", "kind": "lora", "folder": "a"} | changes
+
+    def entry(**changes):
+        return {"statement": "s", "kind": "lora", "folder": "a"} | changes
+
     values = {
         "fields": {"statement": "x"}, "text": entry(statement=3), "kind": entry(statement="k", kind="dora"),
         "out": entry(statement="o", folder="../a"), "gone": entry(statement="g", folder="b"),

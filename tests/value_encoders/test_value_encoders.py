@@ -61,7 +61,10 @@ def trained(value_encoder):
 @pytest.fixture(scope="module")
 def made(sd, config):
     """kind -> a trained value encoder of it."""
-    start = lambda kind: trained(value_encoders.start(of_kind(config, kind), sd, sharding.make_mesh()))
+
+    def start(kind):
+        return trained(value_encoders.start(of_kind(config, kind), sd, sharding.make_mesh()))
+
     return {kind: start(kind) for kind in value_encoders.KINDS}
 
 
@@ -121,7 +124,10 @@ def test_lora_is_pefts(sd, made, config, ids, torch_models, step, tmp_path):
     gradients, loss, batch = step(made["lora"])
     expected, _ = torch_step(torch_models, theirs, batch, CONFIG, sd.scheduler_config)
     assert loss == pytest.approx(expected, rel=1e-4)
-    name = lambda name: name.removeprefix("base_model.model.").replace(".default", "")
+
+    def name(name):
+        return name.removeprefix("base_model.model.").replace(".default", "")
+
     grads = {name(n): p.grad.numpy() for n, p in theirs.named_parameters() if p.requires_grad}
     same_gradients(to_published(gradients["updates"]), grads)
 
@@ -135,7 +141,10 @@ def test_soft_tokens_have_pytorchs_gradients(sd, config, torch_models, step):
     tokens = trained(value_encoders.start(of_kind(config, "token", tokens=1), sd, sharding.make_mesh()))
     table = torch.tensor(np.asarray(tokens.table[...])[:, 0], requires_grad=True)
     gradients, loss, batch = step(tokens)
-    theirs = lambda ids: SimpleNamespace(pooler_output=table[torch.tensor([0, 1, 0, 1])])
+
+    def theirs(ids):
+        return SimpleNamespace(pooler_output=table[torch.tensor([0, 1, 0, 1])])
+
     expected, _ = torch_step(torch_models, theirs, batch, CONFIG, sd.scheduler_config)
     assert loss == pytest.approx(expected, rel=1e-4)
     same_gradients({"table": np.asarray(gradients["table"])[:, 0]}, {"table": table.grad.numpy()})
@@ -165,7 +174,9 @@ def test_soft_tokens_know_their_value_by_its_words(sd, config):
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_tokens_of_several_states(sd, config, kind, ids):
-    start = lambda **settings: value_encoders.start(of_kind(config, kind, **settings), sd, sharding.make_mesh())
+    def start(**settings):
+        return value_encoders.start(of_kind(config, kind, **settings), sd, sharding.make_mesh())
+
     states, L = sd.text_encoder(ids).last_hidden_state, ids.shape[1]
     ends = (ids == sd.tokenizer.eos_token_id).argmax(axis=1)
     for n in (1, 3, 0):
@@ -273,7 +284,10 @@ def test_a_run_trains_its_kind_alone(root, tmp_path, kind):
     config.mesh = dict(data=1, fsdp=1, tensor=1)
     _, sd, value_encoder = restore.restore_run(config, tmp_path, sharding.make_mesh(1))
     arrays = small_run.final(tmp_path)
-    of = lambda name: {k.removeprefix(f"['{name}']"): x for k, x in arrays.items() if k.startswith(f"['{name}']")}
+
+    def of(name):
+        return {k.removeprefix(f"['{name}']"): x for k, x in arrays.items() if k.startswith(f"['{name}']")}
+
     restored = {jax.tree_util.keystr(p): x for p, x in jax.tree_util.tree_leaves_with_path(split(value_encoder)[1])}
     assert restored.keys() == of("ema").keys() and all(np.array_equal(x, of("ema")[k]) for k, x in restored.items())
     assert any((x != of("params")[k]).any() for k, x in restored.items()), "the average is used, not the last"
@@ -289,7 +303,10 @@ def test_a_run_trains_its_kind_alone(root, tmp_path, kind):
 
 def test_what_does_not_fit(sd, small, made, config, tmp_path):
     mesh = sharding.make_mesh()
-    start = lambda kind, **settings: value_encoders.start(of_kind(config, kind, **settings), sd, mesh)
+
+    def start(kind, **settings):
+        return value_encoders.start(of_kind(config, kind, **settings), sd, mesh)
+
     with pytest.raises(ValueError, match="kind='half': choose from full, lora, token"):
         start("half")
     with pytest.raises(ValueError, match="(?s)target 'to_q': choose from q_proj.*rank=0, alpha=6.0, 1 targets"):

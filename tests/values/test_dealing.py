@@ -40,7 +40,10 @@ def test_a_share_between_two_twentieths_is_both_by_turns():
 )
 def test_two_values_are_independent(a, b):
     """Statements of one length too, for which a checksum in the place of a hash gives the same or opposite images."""
-    of = lambda statement, seed: np.concatenate([applied(statement, 0.5, seed, prompt, 60) for prompt in PROMPTS])
+
+    def of(statement, seed):
+        return np.concatenate([applied(statement, 0.5, seed, prompt, 60) for prompt in PROMPTS])
+
     together = [float(np.mean(of(a, seed) == of(b, seed))) for seed in range(20)]
     # Of n dealt images these agree in n / 2 on average, with a deviation of about sqrt(n) / 2: 480 images a seed.
     assert np.mean(together) == pytest.approx(0.5, abs=4 * 0.5 / (480 * 20) ** 0.5)

@@ -79,7 +79,10 @@ def test_the_mix_reaches_the_target_by_the_surest_tokens():
 def test_no_mix_is_nearer():
     target = {"blue": 0.3, "green": 0.34, "white": 0.36}
     mix = ratio.solve(target, RATES[COLOUR])
-    distance = lambda mix: sum(abs(x - target[a]) for a, x in reached(mix, RATES[COLOUR]).items()) / 2
+
+    def distance(mix):
+        return sum(abs(x - target[a]) for a, x in reached(mix, RATES[COLOUR]).items()) / 2
+
     others = ({"": x, COLOUR: 1 - x} for x in np.linspace(0, 1, 101))
     assert distance(mix) <= min(map(distance, others)) + 1e-9
 
@@ -126,7 +129,10 @@ def test_everyone_gets_its_share(mix, counts):
 
 def test_the_cells_of_two_values_are_dealt():
     """Not only each value's share: of every prompt's images each pair of arms has its own."""
-    arms = lambda statement, names: {f"{statement}: {a}": {b: float(a == b) for b in names} for a in names}
+
+    def arms(statement, names):
+        return {f"{statement}: {a}": {b: float(a == b) for b in names} for a in names}
+
     shapes, colours = ("round", "square"), ("blue", "green", "white", "red", "black")
     rates = {
         SHAPE: {"": dict.fromkeys(shapes, 0.5)} | arms(SHAPE, shapes),
