@@ -1,0 +1,21 @@
+"""LiVO on the embedded world as a reviewer wants it measured: three trainings, 60 images of each prompt.
+
+    python run.py --config=configs/trainings_tiny.py --mode=evaluate
+
+The recipe is that of configs/tiny.py. Beside each value alone it measures every two of them, too. `:smoke` is a run of
+minutes, to see that everything runs; its figures mean nothing.
+"""
+
+from livo_jax.configs import compare_tiny
+from ml_collections import ConfigDict
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    config = compare_tiny.get_config(variant)
+    config.methods = ConfigDict({"livo": config.methods.livo})
+    config.trainings, config.curve.points = 3, 0
+    c = config.methods.livo.eval
+    c.combinations = True
+    if not variant:
+        c.images_per_prompt = c.harm_images_per_prompt = c.left_alone_images = 60
+    return config
