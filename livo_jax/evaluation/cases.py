@@ -104,8 +104,8 @@ def of_two(config, values, tokens: bool = True, even: bool = False) -> list[Case
             base = [Request(prompt, i) for i in range(images_of(a, config))]
             both = with_values(base, [a, b], seed) if tokens else everywhere(base, [a, b])
             for method, requests in {"base": base, config.method: both}.items():
-                share = lambda value, method=method: 0.0 if method == "base" else dealt_to(value, tokens, even)
-                groups = tuple(groups_of(value, requests, share(value)) for value in (a, b))
+                shares = [0.0 if method == "base" else dealt_to(value, tokens, even) for value in (a, b)]
+                groups = tuple(groups_of(value, requests, share) for value, share in zip((a, b), shares))
                 name = f"{a.statement} + {b.statement}"
                 found.append(Case(name, method, a, split, subject, requests, beside=b, groups=groups))
     return found
