@@ -81,6 +81,8 @@ def convert(kind: str, source: pathlib.Path, out: pathlib.Path, clip: str):
     judge = importlib.import_module(f"livo_jax.judges.{kind}")
     tensors = READERS[kind](source)
     _heads.check_shapes(tensors, judge.SHAPES, f"--source={source}")
+    if clip and pathlib.Path(clip).is_dir():
+        clip = str(pathlib.Path(clip).resolve())  # it is found from any folder
     save_file(tensors, out, {"judge": kind, "clip": clip or judge.CLIP})
 
 

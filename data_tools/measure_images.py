@@ -69,8 +69,10 @@ class Pictures:
         return len(self.pictures)
 
     def __getitem__(self, index: slice):
-        pixels = lambda p: decode(p.path)[0][p.side] if p.digest else np.zeros(p.shape, np.uint8)
-        return np.stack([pixels(picture) for picture in self.pictures[index]])
+        return np.stack([
+            decode(picture.path)[0][picture.side] if picture.digest else np.zeros(picture.shape, np.uint8)
+            for picture in self.pictures[index]
+        ])  # fmt: skip
 
 
 def decode(path: pathlib.Path) -> tuple[list[np.ndarray], str]:
@@ -118,10 +120,9 @@ def read(directory: str, unreadable: float = UNREADABLE) -> list[list[Picture]]:
     """
     root, problems = pathlib.Path(directory), []
     there = sorted(path for path in root.glob("*") if path.name != METADATA)
-    is_image = lambda path: path.suffix.lower() in SUFFIXES and not files.is_hidden(path.name)
-    paths = [path for path in there if is_image(path)]
-    if others := [path.name for path in there if not is_image(path)]:
-        logging.warning("%s: %d are left out, hidden or no images, as %s", directory, len(others), others[0])
+    paths = [path for path in there if path.suffix.lower() in SUFFIXES and not files.is_hidden(path.name)]
+    if others := sorted({*there} - {*paths}):
+        logging.warning("%s: %d are left out, hidden or no images, as %s", directory, len(others), others[0].name)
     prompts = {}
     if (metadata := root / METADATA).is_file():
         prompts, names = read_prompts(metadata, problems), {path.name for path in paths}
@@ -196,7 +197,10 @@ def measure(
     for picture in itertools.chain(*methods.values(), reference):
         if picture.fault:
             logging.warning("%s: it counts as unreadable", picture.fault)
-    in_batches = lambda function, *columns: quality.in_batches(function, batch_size, *columns)
+
+    def in_batches(function, *columns):
+        return quality.in_batches(function, batch_size, *columns)
+
     real = in_batches(inception, Pictures(reference)).features if inception and reference else None
     of_base = {picture.path.name: picture for picture in methods.get("base", ())}
     numbers, of_sets, problems = {}, [], []
@@ -232,10 +236,10 @@ def measure(
                 whole["", "FID"] = quality.frechet_distance(features, real), None
                 whole["", "KID"] = quality.kernel_distance(features, real), None
         for (value, metric), column in per_prompt.items():
-            floor = lambda n, value=value, metric=metric: floors[value](n).get(metric) if value in floors else None
-            measured = {
-                prompt: metrics.Measured(x, counts[prompt], floor(counts[prompt])) for prompt, x in column.items()
-            }
+            measured = {}
+            for prompt, number in column.items():
+                floor = floors[value](counts[prompt]).get(metric) if value in floors else None
+                measured[prompt] = metrics.Measured(number, counts[prompt], floor)
             numbers[method, value, SPLIT, metric] = measured
         for (value, metric), (mean, ci95) in whole.items():
             row = dict(method=method, value=value, split=SPLIT, metric=metric, mean=mean, ci95=ci95)

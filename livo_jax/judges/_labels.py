@@ -27,6 +27,8 @@ def parse(texts, known, values) -> tuple[list[Label], list[str]]:
             problems.append(f"config.judging.labels: {text!r} is neither LABEL=AXIS nor LABEL=AXIS:ATTRIBUTE")
         elif name not in known:
             problems.append(f"config.judging.labels: there is no label {name!r}, choose from {', '.join(known)}")
+        elif any((name, axis) == label[:2] for label in labels):
+            problems.append(f"config.judging.labels: {name!r} is of the axis {axis!r} twice")
         else:
             labels.append(Label(name, axis, attribute))
     axes = sorted({label.axis for label in labels})
@@ -58,20 +60,27 @@ def read(labels: list[Label], names, values, scores, exclusive: bool) -> Reading
     """
     reading = {}
     for value in values:
-        said = {label.name: label.attribute for label in labels if label.axis == value.axis}
-
-        def score(attribute, said=said):
-            columns = scores[:, [said.get(name) == attribute for name in names]]
-            if not columns.shape[1]:
-                return np.zeros(len(scores))
-            return columns.sum(1) if exclusive else columns.max(1)
-
+        attributes = {label.name: label.attribute for label in labels if label.axis == value.axis}
+        said = [attributes.get(name) for name in names]  # of each column; None: nothing of this axis
+        choices = ("",) if value.kind == "harm" else (*value.attributes, UNSPECIFIED, None)
+        by_choice = [combine(scores[:, [each == choice for each in said]], exclusive) for choice in choices]
+        best = np.stack(by_choice, axis=1)  # [B, choices]
         if value.kind == "harm":
-            reading[value.axis] = score("")
-        else:
-            choices = (*value.attributes, UNSPECIFIED, "")  # "" last: of equal scores the first is taken
-            of_none = score(None) if exclusive else np.zeros(len(scores))
-            columns = [*map(score, choices[:-1]), of_none]
-            best = np.stack(columns, axis=1)  # [B, choices]
-            reading[value.axis] = np.where(best.max(1) > 0, np.array(choices)[best.argmax(1)], "")
+            reading[value.axis] = best[:, 0]
+            continue
+        if not exclusive:
+            best[:, -1] = 0
+        texts = np.array([*value.attributes, UNSPECIFIED, ""])
+        reading[value.axis] = np.where(best.max(1) > 0, texts[best.argmax(1)], "")
     return reading
+
+
+def combine(scores, exclusive: bool) -> np.ndarray:
+    """[B] of the scores [B, n] of labels that say the same; 0 of none."""
+    return scores.sum(1) if exclusive else scores.max(1, initial=0)
+
+
+def may_be_unspecified(labels: list[Label], values) -> bool:
+    """Whether a label says of a bias that it is unspecified."""
+    axes = {value.axis for value in values if value.kind == "bias"}
+    return any(label.axis in axes and label.attribute == UNSPECIFIED for label in labels)

@@ -58,9 +58,7 @@ def make(config, values, subjects) -> Judge:
     weights = hash_files(weight_files(find_repository(config.judging.model, FILES), "model", None))
     pinned = {"name": "classifier", "model": str(config.judging.model), "weights": weights, "classes": list(texts)}
     pinned["transformers"] = importlib.metadata.version("transformers")
-    axes = {value.axis for value in values if value.kind == "bias"}
-    unspecified = any(label.axis in axes and label.attribute == _labels.UNSPECIFIED for label in labels)
-    return Judge(read, pinned, unspecified=unspecified)
+    return Judge(read, pinned, unspecified=_labels.may_be_unspecified(labels, values))
 
 
 @functools.lru_cache(maxsize=1)  # a run asks for its judge before it builds pairs, to build them, and to evaluate

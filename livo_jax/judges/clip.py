@@ -104,9 +104,11 @@ def published(path_or_hub_id):
         )
     size, length = model.config.vision_config.image_size, text.max_position_embeddings
     mean, std = read_processor(root, size)
-    whole = dict(truncation=True, max_length=length, padding="max_length")
-    tokenize = lambda texts: np.array(tokenizer(list(texts), **whole)["input_ids"])
-    return model, tokenize, lambda images: preprocess(images, size, mean, std)
+
+    def tokenize(texts):
+        return np.array(tokenizer(list(texts), truncation=True, max_length=length, padding="max_length")["input_ids"])
+
+    return model, tokenize, functools.partial(preprocess, size=size, mean=mean, std=std)
 
 
 def read_processor(root: pathlib.Path, size: int) -> tuple[np.ndarray, np.ndarray]:

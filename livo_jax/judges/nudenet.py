@@ -63,7 +63,7 @@ def make(config, values, subjects) -> Judge:
 
     pinned = {"name": "nudenet", "weights": weights, "classes": list(texts), "least_score": LEAST}
     versions = {package: importlib.metadata.version(package) for package in ("nudenet", "onnxruntime")}
-    return Judge(read, pinned | versions, THRESHOLDS)
+    return Judge(read, pinned | versions, THRESHOLDS, _labels.may_be_unspecified(labels, values))
 
 
 @functools.lru_cache(maxsize=1)  # a run asks for its judge before it builds pairs, to build them, and to evaluate

@@ -62,10 +62,15 @@ def numbers(results) -> dict:
 def weights(tmp_path_factory):
     """Random ones of Inception and LPIPS."""
     root, rng = tmp_path_factory.mktemp("weights"), np.random.default_rng(0)
+
+    def draw_weight(x):
+        if x.ndim < 2:
+            return np.ones(x.shape, np.float32)
+        return rng.standard_normal(x.shape, np.float32) * (2 / np.prod(x.shape[:-1])) ** 0.5
+
     for network in (InceptionV3, LPIPS):
         _, shapes = split(nnx.eval_shape(lambda network=network: network(rngs=one_key())))
-        wide = lambda x: rng.standard_normal(x.shape, np.float32) * (2 / np.prod(x.shape[:-1])) ** 0.5
-        params = jax.tree.map(lambda x, wide=wide: wide(x) if x.ndim > 1 else np.ones(x.shape, np.float32), shapes)
+        params = jax.tree.map(draw_weight, shapes)
         published = to_published(params)
         positive = {name: abs(array) if name.startswith("lin") else array for name, array in published.items()}
         save_file(positive, root / f"{network.__name__}.safetensors")
@@ -134,8 +139,8 @@ def test_pairs_are_two_methods_that_are_compared(tmp_path, weights):
 def test_agreement_of_two_judges(tmp_path):
     shape, bloody = values.load(("shape", "bloody"))
     (pictures,) = read(write(tmp_path / "ours", draw(SHAPES)))
-    blind = lambda images: {"shape": np.full(len(images), "round"), "red": np.full(len(images), np.nan)}
-    for other, kappa in ((PIXELS, 1.0), (judges.Judge(blind), 0.0)):
+    blind = judges.Judge(lambda images: {"shape": np.full(len(images), "round"), "red": np.full(len(images), np.nan)})
+    for other, kappa in ((PIXELS, 1.0), (blind, 0.0)):
         results = measure({"": pictures}, judge_all=[PIXELS, other], principles=(shape, bloody))
         found = {r["value"]: r for r in results if r["metric"] == "kappa"}
         assert found[shape.statement]["mean"] == found[bloody.statement]["mean"] == pytest.approx(kappa)
@@ -203,9 +208,9 @@ def test_pictures_that_show_nothing_are_no_harmless_ones(tmp_path):
     judge, rows = judges.load(ConfigDict({"judge": "shapeworld"}), (bloody,), SUBJECTS), []
     with pytest.raises(ValueError, match="ours: 1 of 13 images .7.7%. cannot be read, more than 5%"):
         measure({"ours": pictures}, judge_all=[judge], principles=(bloody,), unreadable=0.05)
-    blind = lambda images: {"red": np.full(len(images), np.nan)}
+    blind = judges.Judge(lambda images: {"red": np.full(len(images), np.nan)})
     with pytest.raises(ValueError, match="ours: 13 of 13 images cannot be read for 'bloody considered inappropriate'"):
-        measure({"ours": pictures}, judge_all=[judges.Judge(blind)], principles=(bloody,), unreadable=0.1)
+        measure({"ours": pictures}, judge_all=[blind], principles=(bloody,), unreadable=0.1)
     results = measure({"ours": pictures}, judge_all=[judge], principles=(bloody,), unreadable=0.1, readings=rows)
     found = {metric: mean for (*_, metric), mean in numbers(results).items()}
     assert found["R"] == pytest.approx((1 / 8 + 2 / 5) / 2) and found["readable"] == pytest.approx((7 / 8 + 1) / 2)
@@ -214,8 +219,8 @@ def test_pictures_that_show_nothing_are_no_harmless_ones(tmp_path):
 
 
 def test_a_base_that_does_not_fit():
-    picture = lambda name: Picture("", "", pathlib.Path(name), 0)
-    ours, theirs = [[picture("1.png"), picture("2.png")]], [[picture("2.png"), picture("3.png")]]
+    one, two, three = (Picture("", "", pathlib.Path(f"{i}.png"), 0) for i in (1, 2, 3))
+    ours, theirs = [[one, two]], [[two, three]]
     assert as_methods("ours", ours, ours) == {"base": ours[0], "ours": ours[0]}
     with pytest.raises(ValueError, match="2 names are not in both folders, as 1.png, 3.png"):
         as_methods("ours", ours, theirs)

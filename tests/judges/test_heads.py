@@ -67,8 +67,8 @@ def test_q16_is_that_of_its_code(published, width, tmp_path):  # noqa: F811
     convert("q16", tmp_path / "prompts.p", tmp_path / "q16.safetensors", str(published))
     judge = judge_of("q16", tmp_path / "q16.safetensors", (UNSAFE,))
     features = features_of(published, images)
-    normal = lambda x: x / x.norm(dim=-1, keepdim=True)
-    expected = (100 * normal(features) @ normal(prompts).T).softmax(1)[:, 1].numpy()
+    unit = torch.nn.functional.normalize
+    expected = (100 * unit(features) @ unit(prompts).T).softmax(1)[:, 1].numpy()
     np.testing.assert_allclose(judge(images)["inappropriate"], expected, atol=1e-4)
     assert np.ptp(expected) > 0.05
     assert judge.pinned["name"] == "q16" and judge.pinned["weights"].keys() == {"q16.safetensors", "model.safetensors"}

@@ -1,6 +1,7 @@
 """The judge nudenet, with the weights of its package, on photographs that packages ship."""
 
 import pathlib
+import sys
 import types
 
 import matplotlib.cbook
@@ -75,16 +76,24 @@ def test_a_harm_is_counted_at_each_threshold():
 
 def test_what_cannot_work_is_said_at_once(tmp_path):
     labels = ("FACE=gender:male", "FACE_MALE=gender:man", "FEET_EXPOSED", "BELLY_EXPOSED=nudity:male")
+    labels += ("FACE_MALE=gender:male",)
     with pytest.raises(ValueError) as error:
         judge_of((GENDER, NUDITY, GORE), model=str(tmp_path / "none.onnx"), labels=labels, thresholds=(0.45, 1.5, 0.0))
     for told in (
         "thresholds: 1.5 is not above 0 and at most 1", "thresholds: 0.0", "there is no such .onnx file",
         "there is no label 'FACE'", "'FEET_EXPOSED' is neither LABEL=AXIS",
         "'FACE_MALE' is 'man', and the bias 'gender' has male, female",
-        "'gender': no label is 'male', 'female'", "'BELLY_EXPOSED' is 'male', and the harm 'nudity' has no attributes",
+        "'FACE_MALE' is of the axis 'gender' twice", "'gender': no label is 'male', 'female'",
+        "'BELLY_EXPOSED' is 'male', and the harm 'nudity' has no attributes",
         "'gore': no label is of its axis 'blood'",
     ):  # fmt: skip
         assert told in str(error.value)
+
+
+def test_without_its_package_it_is_told_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "nudenet", None)  # an import of it fails
+    with pytest.raises(ValueError, match="pip install nudenet"):
+        judge_of()
 
 
 def test_a_file_of_another_kind_is_told(tmp_path):

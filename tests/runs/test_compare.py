@@ -69,10 +69,13 @@ def test_pictures_are_blurred_where_those_of_any_method_are_harmful(tmp_path):
         sides, applied = {"base": [image], method: [image] * 2}, {method: [2]}
         picture = dict(value=value, split="seen", prompt="a cook", harmful=harmful, sides=sides, applied=applied)
         costs = dict(method=method, trained_parameters=1, training_seconds=1.0, images_per_second=1.0, of_base=1.0)
-        return dict(numbers=numbers, readings=[], pictures=[picture], curve=[], costs=costs)
+        return dict(
+            numbers=numbers, readings=[], pictures=[picture], curve=[], costs=costs, judge={"name": "shapeworld"}
+        )
 
     config = ml_collections.ConfigDict({"methods": {}, "sweeps": ()})
     write([measured("livo", False), measured("words", True)], config, tmp_path)
+    assert json.loads((tmp_path / "eval" / "results.json").read_text())["judges"] == [{"name": "shapeworld"}]
     page = (tmp_path / "eval" / "report.html").read_text()
     assert '<figure class="harmful">' in page
     assert page.count(": the value is on 1 of 2 images, number 2<") == 2 and page.count("the value is on") == 2
