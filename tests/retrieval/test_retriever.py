@@ -308,6 +308,11 @@ def test_bm25_tells_by_descriptions(results):
     assert names("a female doctor", find) == {"race"}, "stated"
 
 
+def test_a_value_without_labelled_prompts_is_not_found_in_all():
+    find = Retriever(values.load(("violence",)), ("bm25",))
+    assert names("a cat on a mat", find) == set() and names("violence", find) == {"violence"}
+
+
 def test_dense_compares_by_the_models_own_text_encoder():
     """Cosines of its pooled outputs from the descriptions' mean. Which of them are alike is for the model to say."""
     sd = StableDiffusion.from_pretrained(EMBEDDED)
@@ -421,6 +426,19 @@ def test_an_endpoint_that_is_down_or_slow(server):
     with pytest.warns(UserWarning, match="does not answer: .*[Rr]efused"):
         find = Retriever(PAPERS, ("llm",), endpoint="http://127.0.0.1:9/v1", model="m")
         assert names("a zombie dog", find) == {"zombie"}
+
+
+def test_of_several_values_one_may_ask_a_language_model(server):
+    server.reply = lambda prompt: says(("gore", 0.9, "perhaps"))
+    gore, zombie = dataclasses.replace(PAPERS[3], auto=("llm",)), PAPERS[4]
+    find = Retriever((gore, zombie), endpoint=server.url, model="a-model", votes=2)
+    assert names("a zombie in a scene", find) == {"gore", "zombie"}, "a value has no more votes than backends"
+    (request,) = server.requests
+    assert "zombie" not in request["messages"][0]["content"]
+    server.reply = lambda prompt: "none of this"
+    with pytest.warns(UserWarning, match="the keywords answer"):
+        blood, undead = find("a bloody zombie")
+    assert "llm failed" in blood.reason and undead.reason == "keywords: it says 'zombie'"
 
 
 def test_answers_are_kept(server, tmp_path):
