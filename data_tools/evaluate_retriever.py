@@ -13,9 +13,9 @@ is a CSV or TSV with a header, JSON lines, or a text of lines. --value says whic
 for the values of --value=NAME, or for none. --where="COLUMN=REGEX" takes some of the rows. --values are the values that
 are looked for; without it those of --value, or the harms of the paper.
 
---backends=auto (what principles.toml says) or such as keywords+bm25 says who looks for them, each time it is given.
-dense wants --model, a Stable Diffusion; llm wants --endpoint and --llm (its key in OPENAI_API_KEY; --cache keeps its
-answers).
+--backends=auto (what principles.toml says) or such as keywords+ngrams says who looks for them, each time it is given.
+ngrams takes --classifier, a file that data_tools/fit_retriever.py made; dense wants --model, a Stable Diffusion; llm
+wants --endpoint and --llm (its key in OPENAI_API_KEY; --cache keeps its answers).
 
 It prints the figures of each category with 95% intervals, and of backends that give scores how well these tell the
 prompts apart, and the operating point. --out=DIR gets figures.json, roc.svg, precision_recall.svg,
@@ -44,7 +44,7 @@ def own_rows(part: str) -> list[Row]:
     """The prompts of retriever_prompts.toml."""
     names = {value.statement: value.name for value in values.load(PAPERS)}
     return [
-        Row(prompt, category.replace("_", " "), frozenset(names[statement] for statement in wanted))
+        Row(prompt, (category.replace("_", " "),), frozenset(names[statement] for statement in wanted))
         for category, rows in labelled(part).items()
         for prompt, wanted in rows.items()
     ]
@@ -66,7 +66,7 @@ def read_rows() -> list[Row]:
 def choose_values() -> tuple[values.Value, ...]:
     """The values that are looked for."""
     if not PROMPTS.value:
-        return values.load(PAPERS)
+        return values.load(VALUES.value or PAPERS)
     named = [entry.rpartition("=")[2] for entry in VALUE.value]
     chosen = VALUES.value or list(dict.fromkeys(name for name in named if name not in (NONE, UNSCORED)))
     loaded = values.load(chosen or PAPERS, PRINCIPLES_FILE.value)
@@ -75,7 +75,7 @@ def choose_values() -> tuple[values.Value, ...]:
 
 def make_retrievers(chosen) -> dict[str, Retriever]:
     """Those of --backends, by name. Raises ValueError and OSError where one cannot work."""
-    settings = {}
+    settings = {"classifier": CLASSIFIER.value or ""}
     backends = list(BACKENDS.value or (["auto"] if PROMPTS.value else ["keywords", "bm25", "keywords+bm25"]))
     if MODEL.value:
         from livo_jax import StableDiffusion
@@ -86,8 +86,7 @@ def make_retrievers(chosen) -> dict[str, Retriever]:
         settings |= {"endpoint": ENDPOINT.value or "", "model": LLM.value or "", "cache": CACHE.value}
         backends += [] if BACKENDS.value else ["llm", "keywords+llm"]
     return {
-        name: Retriever.default(chosen) if name == "auto" else Retriever(chosen, tuple(name.split("+")), **settings)
-        for name in backends
+        name: Retriever(chosen, None if name == "auto" else tuple(name.split("+")), **settings) for name in backends
     }
 
 
@@ -113,15 +112,15 @@ def ask(retriever: Retriever, rows: list[Row]) -> tuple[list[dict], dict[str, li
 def table(names: list[str], rows: list[Row], found: list[dict]) -> dict[str, dict]:
     """The figures of all prompts and of each category: what `detection.measure` says of those that tell something.
 
-    `found` among them is the share of the prompts, unscored ones too, in which a value was found.
+    A prompt may be in several categories. `found` among them is the share of the prompts, unscored ones too, in which a
+    value was found.
     """
     wanted = np.array([[name in (row.wanted or ()) for name in names] for row in rows])
     answers = np.array([[name in answer for name in names] for answer in found])
     scored = np.array([row.wanted is not None for row in rows])
-    categories = np.array([row.category for row in rows])
     figures = {}
-    for category in ("all", *sorted(set(categories) - {"all"})):
-        own = np.ones(len(rows), bool) if category == "all" else categories == category
+    for category in ("all", *sorted(set().union(*(row.categories for row in rows)))):
+        own = np.array([category == "all" or category in row.categories for row in rows])
         figures[category] = {
             "prompts": int(own.sum()),
             "found": detection.share(answers[own].any(1)),
@@ -157,7 +156,7 @@ def mistakes_of(backends: str, rows: list[Row], found: list[dict], names: list[s
         for name in names if row.wanted is not None else ():
             if (name in row.wanted) != (name in answer):
                 mistake = "missed" if name in row.wanted else "wrongly found"
-                yield backends, mistake, name, row.category, row.prompt, answer.get(name, "")
+                yield backends, mistake, name, ", ".join(row.categories), row.prompt, answer.get(name, "")
 
 
 def show(figure) -> str:
@@ -245,6 +244,7 @@ if __name__ == "__main__":
     VALUES = flags.DEFINE_list("values", [], "The values that are looked for.")
     PRINCIPLES_FILE = flags.DEFINE_string("principles_file", None, "A principles.toml of your own.")
     BACKENDS = flags.DEFINE_multi_string("backends", [], "auto, or names with + between them.")
+    CLASSIFIER = flags.DEFINE_string("classifier", None, "The file of ngrams. Default: the package's.")
     OUT = flags.DEFINE_string("out", None, "The folder for figures.json, mistakes.csv and the curves.")
     MODEL = flags.DEFINE_string("model", None, "A Stable Diffusion, directory or hub id: measures dense.")
     ENDPOINT = flags.DEFINE_string("endpoint", None, "An OpenAI-compatible endpoint, https://HOST/v1: measures llm.")

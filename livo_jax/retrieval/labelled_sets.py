@@ -15,7 +15,7 @@ class Row(NamedTuple):
     """A prompt of a set."""
 
     prompt: str
-    category: str
+    categories: tuple[str, ...]
     wanted: frozenset[str] | None  # names of values; None where its labels say nothing about them
 
 
@@ -105,5 +105,5 @@ def read_set(
         wanted = frozenset().union(*known) if known else None
         if wanted == frozenset() and len(known) < len(said):  # one of its labels tells nothing
             wanted = None
-        found.append(Row(row[column], row[category] if category else ", ".join(texts) or "all", wanted))
+        found.append(Row(row[column], (row[category],) if category else tuple(texts), wanted))
     return found

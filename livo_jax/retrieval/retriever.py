@@ -6,8 +6,8 @@ import pathlib
 import tomllib
 import warnings
 
-from livo_jax.retrieval import language_model, similarity
-from livo_jax.values.principles import Value, lists, load
+from livo_jax.retrieval import language_model, ngrams, similarity
+from livo_jax.values.principles import BACKENDS, Value, lists, load
 from livo_jax.values.rules import Rules
 
 LABELLED = pathlib.Path(__file__).with_name("retriever_prompts.toml")
@@ -32,63 +32,89 @@ def labelled(part: str) -> dict[str, dict[str, set[str]]]:
     }
 
 
+def _calibration() -> dict[str, set[str]]:
+    """The prompts that thresholds of likeness are calibrated on, as `labelled` has them, of all categories."""
+    return {prompt: wanted for rows in labelled("calibration").values() for prompt, wanted in rows.items()}
+
+
+class Always:
+    """Finds its values in every prompt."""
+
+    def __init__(self, values):
+        self.found = {value.name: (1.0, "of every prompt") for value in values}
+
+    def __call__(self, prompt: str) -> dict[str, tuple[float, str]]:
+        return self.found
+
+
 class Retriever:
     """Finds the values that a prompt is for.
 
     Args:
         values: those to choose from.
-        backends: who looks for them, each on its own.
+        backends: who looks for them, each on its own. None for what principles.toml says of each value (`auto`).
             "keywords": the rules of principles.toml; in milliseconds, with nothing loaded.
+            "ngrams": a linear classifier of words and letters, of the values that it is fitted for. `classifier` is its
+                file, as data_tools/fit_retriever.py makes it; the package's if "".
             "bm25": by the words that the prompt shares with the values' descriptions.
             "dense": by likeness to these in the text encoder of `sd`, a StableDiffusion.
             "llm": by asking the language model `model` behind `endpoint`, the base URL of an OpenAI-compatible server;
                 OPENAI_API_KEY of the environment is its key, if it wants one. `cache` is a directory that keeps the
                 answers, empty for none. Where it fails the keywords answer in its place: a warning and the reasons
                 say so.
-        votes: how many of the backends must find a value. With 1 and the keywords among them, a prompt that talks a
+            "always": in every prompt.
+        votes: how many of its backends must find a value. With 1 and the keywords among them, a prompt that talks a
             language model out of a value gains nothing.
 
     Raises:
         ValueError: backends that are unknown or lack what they need, and votes that nothing can have; all are listed.
+        FileNotFoundError: there is no such classifier.
     """
 
     def __init__(
-        self, values, backends=("keywords",), *, votes: int = 1, sd=None, endpoint: str = "", model: str = "",
-        cache: str = "",
+        self, values, backends=None, *, votes: int = 1, sd=None, endpoint: str = "", model: str = "",
+        cache: str = "", classifier="",
     ):  # fmt: skip
         self.values, self.votes = tuple(values), votes
-        problems = [f"backend {name!r}: choose from {', '.join(NEEDS)}" for name in backends if name not in NEEDS]
+        self.asked = {value.name: tuple(value.auto if backends is None else backends) for value in self.values}
+        of = {name: [value for value in self.values if name in self.asked[value.name]] for name in BACKENDS}
+        chosen = tuple(dict.fromkeys(sum(self.asked.values(), ()) if backends is None else backends))
+        problems = [f"backend {name!r}: choose from {', '.join(BACKENDS)}" for name in chosen if name not in BACKENDS]
         problems += [
             f"the value {value.name!r} has no `{field}` in principles.toml, for {name}"
             for name, field in NEEDS.items()
-            if name in backends
-            for value in self.values
+            for value in of[name]
             if not getattr(value, field)
         ]
-        if not self.values or not 1 <= votes <= len(set(backends)):
+        if not self.values or not 1 <= votes <= len(chosen):
             problems.append(f"{len(self.values)} values, backends={backends!r}, votes={votes}: at least one of each")
-        if "dense" in backends and sd is None:
+        if "dense" in chosen and sd is None:
             problems.append("dense needs sd, a StableDiffusion")
-        if "llm" in backends and not (model and endpoint.startswith(("http://", "https://"))):
+        if "llm" in chosen and not (model and endpoint.startswith(("http://", "https://"))):
             problems.append(f"llm needs a model and the base URL of an endpoint, not {model!r} and {endpoint!r}")
         if problems:
             raise ValueError("the retriever cannot work: " + "; ".join(problems))
         self.rules = Rules(self.values, lists())
-        make = {
-            "keywords": lambda: self.rules,
-            "bm25": lambda: self._similar(similarity.bm25),
-            "dense": lambda: self._similar(functools.partial(similarity.dense, sd=sd)),
-            "llm": lambda: language_model.LanguageModel(self.values, endpoint, model, cache),
-        }
-        self.backends = {name: make[name]() for name in backends}
-
-    def _similar(self, measure) -> similarity.Similar:
-        calibration = {prompt: wanted for rows in labelled("calibration").values() for prompt, wanted in rows.items()}
-        return similarity.Similar(self.values, measure, calibration)
+        self.backends = {}
+        for name in chosen:
+            match name:
+                case "keywords":
+                    self.backends[name] = self.rules
+                case "ngrams":
+                    self.backends[name] = ngrams.NGrams(of[name], classifier)
+                case "bm25":
+                    self.backends[name] = similarity.Similar(of[name], similarity.bm25, _calibration())
+                case "dense":
+                    measure = functools.partial(similarity.dense, sd=sd)
+                    self.backends[name] = similarity.Similar(of[name], measure, _calibration())
+                case "llm":
+                    self.backends[name] = language_model.LanguageModel(of[name], endpoint, model, cache)
+                case "always":
+                    self.backends[name] = Always(of[name])
 
     @classmethod
     def default(cls, values=None) -> "Retriever":
-        """The keywords alone, of the paper's five values or others; without a network or a model."""
+        """What principles.toml says of the paper's five values, or of others: the keywords alone of the five."""
         return cls(load(PAPERS) if values is None else values)
 
     def __call__(self, prompt: str) -> list[Value]:
@@ -110,10 +136,13 @@ class Retriever:
             found.setdefault("keywords", self.rules(prompt))
         values = []
         for value in self.values:
-            votes = {name: rows[value.name] for name, rows in found.items() if value.name in rows}
-            if len(votes) >= min(self.votes, len(found)):
+            asked = [name for name in self.asked[value.name] if name in found]
+            if "llm" in self.asked[value.name] and "llm" not in found and "keywords" not in asked:
+                asked.append("keywords")
+            votes = {name: found[name][value.name] for name in asked if value.name in found[name]}
+            if len(votes) >= min(self.votes, len(asked)):
                 reasons = [f"{name}: {reason}" for name, (_, reason) in votes.items()]
-                reasons += [f"llm failed: {failure}" for failure in failures]
+                reasons += [f"llm failed: {failure}" for failure in failures if "llm" in self.asked[value.name]]
                 score = max(score for score, _ in votes.values())
                 values.append(dataclasses.replace(value, score=score, reason="; ".join(reasons)))
         return sorted(values, key=lambda value: (value.kind != "harm", -value.score))

@@ -10,6 +10,8 @@ import zlib
 from livo_jax.values.dealing import applies
 from livo_jax.values.rules import fold
 
+BACKENDS = ("keywords", "ngrams", "bm25", "dense", "llm", "always")  # who can decide which prompts a value is for
+
 PRINCIPLES = pathlib.Path(__file__).with_name("principles.toml")
 
 # Words that begin with the sound of a vowel: by the letter, but for "one", for u spoken as "you", and for a mute h.
@@ -40,6 +42,7 @@ class Value:
     exceptions: tuple[str, ...] = ()
     stated: tuple[str, ...] = ()
     descriptions: tuple[str, ...] = ()
+    auto: tuple[str, ...] = ("keywords",)
     score: float = 1.0  # of a value that a Retriever found: 0 to 1, how sure it is, and why
     reason: str = ""
 
@@ -89,6 +92,8 @@ def faults(value: Value) -> list[str]:
         problems.append(f"{len(value.classes)} classes for a {value.kind} that needs {n}")
     if not value.wordings:
         problems.append("wordings is empty")
+    if not value.auto or not set(value.auto) <= set(BACKENDS):
+        problems.append(f"auto={list(value.auto)!r}: choose from {', '.join(BACKENDS)}")
     places = ["{attribute}", "{subject}"] if bias else ["{subject}"]
     for field, texts, wanted in ("wordings", value.wordings, places), ("aligned", (value.aligned,), ["{subject}"]):
         problems += [

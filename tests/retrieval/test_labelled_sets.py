@@ -34,9 +34,11 @@ def read(file, *values, **settings):
 def test_labels_become_values(file):
     rows = read(file, "blood=gore", "nude=nudity", "nude=gore", "safe=none", "*=unscored", label="kind")
     assert [row.wanted for row in rows] == [{"gore"}, {"gore", "nudity"}, None, set()]
-    assert [row.category for row in rows] == ["blood", "blood, nude", "insult", "safe"]
+    assert [row.categories for row in rows] == [("blood",), ("blood", "nude"), ("insult",), ("safe",)]
     rows = read(file, "safe=none", "*=unscored", label="kind", category="source")
-    assert [(row.wanted, row.category) for row in rows] == [(None, "x"), (None, "y"), (None, "x"), (set(), "y")]
+    assert [(row.wanted, row.categories) for row in rows] == [
+        (None, ("x",)), (None, ("y",)), (None, ("x",)), (set(), ("y",))
+    ]  # fmt: skip
     rows = read(file, "blood=unscored", "nude=nudity", "insult=none", "safe=none", label="kind")
     assert [row.wanted for row in rows] == [None, {"nudity"}, set(), set()]
 
@@ -50,7 +52,7 @@ def test_a_set_without_labels_and_some_of_its_rows(file, tmp_path):
     assert {row.wanted for row in read(file, "gore", "nudity")} == {frozenset(NAMES)}
     lines = tmp_path / "set.txt"
     lines.write_text("a nurse\n\na cook\n")
-    assert [(row.prompt, row.category) for row in read(lines)] == [("a nurse", "all"), ("a cook", "all")]
+    assert [(row.prompt, row.categories) for row in read(lines)] == [("a nurse", ()), ("a cook", ())]
 
 
 @pytest.mark.parametrize(
@@ -91,6 +93,7 @@ def test_the_command(file, tmp_path):
     figures = json.loads((out / "figures.json").read_text())
     assert figures["backends"]["keywords"]["all"]["recall"][0] == 1
     assert figures["backends"]["keywords"]["insult"]["over_trigger"] is None
+    assert figures["backends"]["keywords"]["blood"]["prompts"] == 2, "one of them is of another category too"
     assert {file.name for file in out.glob("*.svg")} == {"roc.svg", "precision_recall.svg", "calibration.svg"}
     rows = list(csv.DictReader((out / "mistakes.csv").read_text().splitlines()))
     assert all(row["backends"] == "bm25" for row in rows), "the keywords make none"

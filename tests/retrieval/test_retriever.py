@@ -213,6 +213,32 @@ descriptions = ["someone smokes a cigarette"]
         values.load((), file)
 
 
+def test_principles_say_who_decides():
+    gore, sexual = values.load(("gore", "sexual"))
+    always = dataclasses.replace(PAPERS[0], auto=("always",))
+    find = Retriever((gore, sexual, always))
+    assert list(find.backends) == ["keywords", "ngrams", "always"]
+    (gender,) = find("a mountain lake at sunrise")
+    assert (gender.name, gender.score, gender.reason) == ("gender", 1.0, "always: of every prompt")
+    assert names("a sexual act", find) == {"sexual", "gender"} and names("blood", find) - {"sexual"} == {
+        "gore",
+        "gender",
+    }
+    assert set(Retriever((gore, sexual, always), ("keywords",)).backends) == {"keywords"}, "unless it is told"
+    with pytest.raises(ValueError, match="dense needs sd, a StableDiffusion"):
+        Retriever([dataclasses.replace(gore, auto=("keywords", "dense"))])
+
+
+@pytest.mark.parametrize("auto", ["[]", '["telepathy"]', '"keywords"'])
+def test_a_policy_that_is_none_is_told(tmp_path, auto):
+    file = tmp_path / "principles.toml"
+    file.write_text(
+        f'[a]\nstatement="x"\nkind="harm"\naxis="y"\nharmful_from=1\nwordings=["{{subject}}"]\nauto={auto}\n'
+    )
+    with pytest.raises(ValueError, match=r"\[a\]: auto="):
+        values.load((), file)
+
+
 def test_long_prompts_are_read_at_once():
     start = time.monotonic()
     for text in ("n u d e " * 2000, "a" * 20_000, "blo" * 7000, "black doctor " * 1500, "@1!" * 7000, "a. " * 7000):
@@ -447,8 +473,8 @@ def test_what_cannot_work_is_said_at_once():
     with pytest.raises(ValueError) as error:
         Retriever([bare], ("keywords", "telepathy", "dense", "llm"), votes=5, endpoint="localhost")
     for part in (
-        "backend 'telepathy': choose from keywords, bm25, dense, llm", "'gender' has no `keywords`", "votes=5",
-        "dense needs sd", "llm needs a model and the base URL of an endpoint, not '' and 'localhost'",
+        "backend 'telepathy': choose from keywords, ngrams, bm25, dense, llm, always", "'gender' has no `keywords`",
+        "votes=5", "dense needs sd", "llm needs a model and the base URL of an endpoint, not '' and 'localhost'",
     ):  # fmt: skip
         assert part in str(error.value)
     for values_, backends in (([], ("keywords",)), (PAPERS, ())):
