@@ -59,6 +59,7 @@ def readings(prompt: str) -> list[str]:
 # ---------------------------------------------------------------------------- rules
 
 
+ONE = re.compile(r"(?:[a-z]|\[[aeiou]\*\])(?![?*])")  # a letter in an expression, or a vowel that a star may stand for
 IRREGULAR = {"man": "m(?:an|ans|en)", "person": "pe(?:rson|rsons|ople)", "child": "child(?:ren)?"}
 
 
@@ -88,13 +89,14 @@ def any_of(alternatives: list[str]) -> str:
     if len(alternatives) == 1:
         return alternatives[0]
     grouped = []
-    for lettered, run in itertools.groupby(alternatives, lambda text: bool(re.match("[a-z](?![?*])", text))):
+    for lettered, run in itertools.groupby(alternatives, lambda text: bool(ONE.match(text))):
         if not lettered:
             grouped += run
             continue
         letters = {}
         for text in run:
-            letters.setdefault(text[0], []).append(text[1:])
+            letter = ONE.match(text)[0]
+            letters.setdefault(letter, []).append(text[len(letter) :])
         grouped += [letter + any_of(endings) for letter, endings in letters.items()]
     return f"(?:{'|'.join(grouped)})"
 
