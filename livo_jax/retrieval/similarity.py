@@ -106,9 +106,9 @@ class Similar:
     def __call__(self, prompt: str) -> dict[str, tuple[float, str]]:
         found = {}
         for value, group in zip(self.values, self.compare([prompt])[0]):
-            threshold = self.thresholds[value.name]
-            if group.max() >= threshold:
+            score, threshold = float(group.max()), self.thresholds[value.name]  # float32 would round the threshold
+            if score >= threshold:
                 like = value.descriptions[group.argmax()]
-                reason = f"it is like {like!r} ({group.max():.2f}, from {threshold:.2f})"
-                found[value.name] = float(np.clip(group.max(), 0, 1)), reason
+                reason = f"it is like {like!r} ({score:.2f}, from {threshold:.2f})"
+                found[value.name] = float(np.clip(score, 0, 1)), reason
         return found

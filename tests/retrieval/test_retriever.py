@@ -309,6 +309,11 @@ def test_bm25_tells_by_descriptions(results):
     assert names("a female doctor", find) == {"race"}, "stated"
 
 
+def test_a_value_without_labelled_prompts_is_not_found_in_all():
+    find = Retriever(values.load(("violence",)), ("bm25",))
+    assert names("a cat on a mat", find) == set() and names("violence", find) == {"violence"}
+
+
 def test_dense_compares_by_the_models_own_text_encoder():
     """Cosines of its pooled outputs from the descriptions' mean. Which of them are alike is for the model to say."""
     sd = StableDiffusion.from_pretrained(EMBEDDED)
