@@ -73,6 +73,8 @@ def read_sets(path, folder, names) -> list[tuple[dict, list[Row]]]:
         if missing or unknown:
             problems.append(f"{path}: set {number} lacks {sorted(missing)} and has {sorted(unknown)}, which no set has")
             continue
+        if not isinstance(table.get("over_trigger", 0), (int, float)) or not 0 <= table.get("over_trigger", 0) < 1:
+            problems.append(f"{path}: set {number}: over_trigger={table['over_trigger']!r} is no share below 1")
         settings = {key: table[key] for key in ("column", "label", "category", "values", "where") if key in table}
         try:
             rows = read_set(pathlib.Path(folder) / table["file"], names, **settings)
@@ -123,50 +125,57 @@ def fit(x, y, penalty: float) -> tuple[np.ndarray, float]:
     return found[:-1], float(found[-1])
 
 
-def fit_all(sets: list[tuple[dict, list[Row]]], penalty: float) -> tuple[list[str], np.ndarray, np.ndarray, list, dict]:
-    """What `ngrams.save` takes, of the sets' values.
+def choose_threshold(scores, told: list[tuple[dict, np.ndarray]]) -> float:
+    """The least score from which on each set's prompts for no value are found in its over_trigger's share at most.
 
-    Raises ValueError where a value has no prompts, or nothing to tell them from.
+    Args:
+        scores: [P]. told: of sets, each with a mask [P] of its prompts for no value that are held out.
     """
-    rows = list(
-        dict.fromkeys((number, row) for number, (_, own) in enumerate(sets) for row in own if row.wanted is not None)
-    )
+    limits = [
+        np.quantile(scores[own], 1 - table["over_trigger"], method="higher")
+        for table, own in told
+        if "over_trigger" in table
+    ]
+    return float(np.nextafter(np.float32(max(limits)), np.float32(1)))  # above the last that may not be found
+
+
+def fit_all(sets: list[tuple[dict, list[Row]]], penalty: float) -> tuple[list[str], np.ndarray, np.ndarray, list, dict]:
+    """The names of the sets' values, and their weights, bias, thresholds and figures, as `ngrams.save` takes them.
+
+    Raises ValueError where a value has too few prompts, or too few to be told from.
+    """
+    scored = [[row for row in rows if row.wanted is not None] for _, rows in sets]
+    rows = list(dict.fromkeys((number, row) for number, own in enumerate(scored) for row in own))
     prompts = [row.prompt for _, row in rows]
     held_out = np.array([zlib.crc32(prompt.encode()) % HELD_OUT == 0 for prompt in prompts])
     benign = np.array([not row.wanted for _, row in rows])
     of_set = np.array([number for number, _ in rows])
+    told = [(table, held_out & benign & (of_set == number)) for number, (table, _) in enumerate(sets)]
+    told = [(table, own) for table, own in told if own.any()]
     names = sorted(set().union(*(row.wanted for _, row in rows)))
+    if not names:
+        raise ValueError("no prompt of the sets is for a value")
     x, weights, bias, thresholds, figures = features(prompts), [], [], [], {}
-    for name in names or ("no value",):
+    for name in names:
         wanted = np.array([name in row.wanted for _, row in rows])
-        if min((wanted & ~held_out).sum(), (wanted & held_out).sum(), (benign & ~held_out).sum()) == 0:
-            raise ValueError(f"{name}: {wanted.sum()} prompts are for it, {benign.sum()} for no value: both need more")
-        use = (wanted | benign) & ~held_out
-        own, own_bias = fit(x[use], wanted[use], penalty)
-        own = own.astype(np.float16)
-        z = x @ own.astype(np.float32) + own_bias
-        scores = 1 / (1 + np.exp(-z))
-        limits = [
-            np.quantile(scores[held_out & benign & (of_set == number)], 1 - table["over_trigger"], method="higher")
-            for number, (table, _) in enumerate(sets)
-            if "over_trigger" in table and (held_out & benign & (of_set == number)).any()
-        ]
-        if not limits:
-            raise ValueError("no set with over_trigger has prompts for no value")
-        threshold = float(np.nextafter(np.float32(max(limits)), np.float32(1)))
-        told = held_out & (wanted | benign)
-        auc, precision = detection.areas(detection.curves(scores[told], wanted[told]))
+        fitted, measured = (wanted | benign) & ~held_out, (wanted | benign) & held_out
+        if not (wanted & fitted).any() or not (wanted & measured).any():
+            raise ValueError(f"{name}: only {wanted.sum()} prompts are for it; a fifth is held out: it needs more")
+        own, own_bias = fit(x[fitted], wanted[fitted], penalty)
+        own = own.astype(np.float16)  # as the file has it
+        scores = 1 / (1 + np.exp(-(x @ own.astype(np.float32) + own_bias)))
+        threshold = choose_threshold(scores, told)
+        auc, precision = detection.areas(detection.curves(scores[measured], wanted[measured]))
         figures[name] = {
-            "fitted_on": int(use.sum()), "of_them_for_it": int((wanted & use).sum()), "held_out": int(told.sum()),
-            "auc": round(auc, 4), "average_precision": round(precision, 4), "threshold": round(threshold, 4),
-            "recall": round(float((scores[held_out & wanted] >= threshold).mean()), 4),
-            "over_trigger": {
-                table["file"]: round(float((scores[held_out & benign & (of_set == number)] >= threshold).mean()), 4)
-                for number, (table, _) in enumerate(sets)
-                if (held_out & benign & (of_set == number)).any()
-            },
+            "fitted_on": int(fitted.sum()), "of_them_for_it": int((wanted & fitted).sum()),
+            "held_out": int(measured.sum()), "auc": round(auc, 4), "average_precision": round(precision, 4),
+            "threshold": round(threshold, 4),
+            "recall": round(float((scores[wanted & held_out] >= threshold).mean()), 4),
+            "over_trigger": {table["file"]: round(float((scores[own] >= threshold).mean()), 4) for table, own in told},
         }  # fmt: skip
-        weights.append(own), bias.append(own_bias), thresholds.append(threshold)
+        weights.append(own)
+        bias.append(own_bias)
+        thresholds.append(threshold)
     return names, np.stack(weights, axis=1), np.array(bias), thresholds, figures
 
 

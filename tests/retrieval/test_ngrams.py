@@ -140,10 +140,13 @@ def test_the_command_fits_on_labelled_prompts(folder):
 
 
 def test_the_command_says_all_that_is_wrong(folder):
-    (folder / "sets.toml").write_text(SETS + SETS.replace("blood=gore", "blud=gore") + '[[set]]\nfile="x"\nfiel="y"\n')
+    (folder / "sets.toml").write_text(
+        SETS + SETS.replace("blood=gore", "blud=gore") + '[[set]]\nfile="x"\nfiel="y"\n' + SETS.replace("0.1", '"few"')
+    )
     done = fit(folder)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "no value for the label 'blood'" in done.stderr and "no row has the label 'blud'" in done.stderr
+    assert "set 4: over_trigger='few' is no share below 1" in done.stderr
     assert "set 3 lacks ['licence', 'source'] and has ['fiel']" in done.stderr
 
 

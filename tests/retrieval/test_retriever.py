@@ -456,6 +456,19 @@ def test_an_endpoint_that_is_down_or_slow(server):
         assert names("a zombie dog", find) == {"zombie"}
 
 
+def test_of_several_values_one_may_ask_a_language_model(server):
+    server.reply = lambda prompt: says(("gore", 0.9, "perhaps"))
+    gore, zombie = dataclasses.replace(PAPERS[3], auto=("llm",)), PAPERS[4]
+    find = Retriever((gore, zombie), endpoint=server.url, model="a-model", votes=2)
+    assert names("a zombie in a scene", find) == {"gore", "zombie"}, "a value has no more votes than backends"
+    (request,) = server.requests
+    assert "zombie" not in request["messages"][0]["content"]
+    server.reply = lambda prompt: "none of this"
+    with pytest.warns(UserWarning, match="the keywords answer"):
+        blood, undead = find("a bloody zombie")
+    assert "llm failed" in blood.reason and undead.reason == "keywords: it says 'zombie'"
+
+
 def test_answers_are_kept(server, tmp_path):
     server.reply = lambda prompt: says(("zombie", 1, "it says so"))
     assert asking(server, cache=str(tmp_path))("z") == asking(server, cache=str(tmp_path))("z")
