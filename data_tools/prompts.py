@@ -119,7 +119,10 @@ def expand(
 
 def toml(name: str, table: dict) -> str:
     """The table as `load_word_lists` reads it."""
-    quote = lambda text: json.dumps(text, ensure_ascii=False)
+
+    def quote(text: str) -> str:
+        return json.dumps(text, ensure_ascii=False)
+
     texts = "".join(f"{field} = {quote(table[field])}\n" for field in ("source", "subject"))
     listed = "".join(f"    {quote(word)},\n" for word in table["words"])
     return f"[{quote(name)}]\n{texts}words = [\n{listed}]\n"

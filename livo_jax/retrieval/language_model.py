@@ -27,6 +27,13 @@ The values:
 For each give its name, a score from 0 to 1 (how sure you are; under 0.5 means no) and the reason in a few words."""
 
 
+def object_schema(properties: dict) -> dict:
+    """The JSON schema of an object that has these properties and no others."""
+    return {
+        "type": "object", "properties": properties, "required": list(properties), "additionalProperties": False,
+    }  # fmt: skip
+
+
 class LanguageModel:
     """A language model behind an OpenAI-compatible endpoint, which answers in a JSON schema.
 
@@ -49,12 +56,10 @@ class LanguageModel:
             + f" Such prompts are: {json.dumps(value.descriptions)}"
             for value in self.values
         )
-        closed = lambda properties: {
-            "type": "object", "properties": properties, "required": list(properties), "additionalProperties": False
-        }  # fmt: skip
         name = {"type": "string", "enum": [value.name for value in self.values]}
-        row = closed({"name": name, "score": {"type": "number"}, "reason": {"type": "string"}})
-        schema = {"name": "values", "strict": True, "schema": closed({"values": {"type": "array", "items": row}})}
+        row = object_schema({"name": name, "score": {"type": "number"}, "reason": {"type": "string"}})
+        rows = object_schema({"values": {"type": "array", "items": row}})
+        schema = {"name": "values", "strict": True, "schema": rows}
         return {
             "model": self.model,
             "messages": [

@@ -18,7 +18,10 @@ def bm25(documents: list[str]):
 
     logging.getLogger("bm25s").setLevel(logging.WARNING)  # it tells of each step
     stemmer = Stemmer.Stemmer("english")
-    words = lambda texts: bm25s.tokenize(texts, stemmer=stemmer, return_ids=False, show_progress=False)
+
+    def words(texts):
+        return bm25s.tokenize(texts, stemmer=stemmer, return_ids=False, show_progress=False)
+
     index = bm25s.BM25()
     index.index(words(documents), show_progress=False)
 
@@ -42,8 +45,13 @@ def dense(documents: list[str], sd):
 
     graph, params = split(sd.text_encoder)
     encode = jax.jit(lambda params, ids: nnx.merge(graph, params)(ids).pooled.astype("float32"))
-    unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)
-    encoded = lambda texts: unit(np.asarray(encode(params, sd.tokenize(texts))))
+
+    def unit(x):
+        return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+    def encoded(texts):
+        return unit(np.asarray(encode(params, sd.tokenize(texts))))
+
     rows = encoded(documents)
     mean = rows.mean(0)
     columns = unit(rows - mean).T
@@ -94,10 +102,11 @@ class Similar:
         """For each prompt and value, how similar the value's descriptions are to it; -1 where it is out of question."""
         texts, stated = zip(*(self.rules.rest(prompt) for prompt in prompts))
         rows = [np.split(row, self.ends) for row in self.measure(texts)]
-        keep = lambda value, names, group: np.full_like(group, -1) if value.name in names else group
-        return [
-            [keep(value, names, group) for value, group in zip(self.values, row)] for row, names in zip(rows, stated)
-        ]
+        for row, names in zip(rows, stated):
+            for k, value in enumerate(self.values):
+                if value.name in names:
+                    row[k] = np.full_like(row[k], -1)
+        return rows
 
     def scores(self, prompt: str) -> dict[str, float]:
         """How similar each value is to the prompt: found is it from its threshold on."""

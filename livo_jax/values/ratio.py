@@ -57,8 +57,9 @@ def targets(ratio, rates: Mapping, statements: Collection[str]) -> dict[str, dic
     there = "; ".join(f"{statement} ({', '.join(names)})" for statement, names in known.items())
     attributes = {name for names in known.values() for name in names}
     problems = [f"{name!r} is no attribute of {there}" for name in ratio if name not in attributes]
-    is_share = lambda x: isinstance(x, int | float) and 0 <= x < math.inf
-    problems += [f"{name}: {x!r} is no share, 0 or more" for name, x in ratio.items() if not is_share(x)]
+    for name, x in ratio.items():
+        if not (isinstance(x, int | float) and 0 <= x < math.inf):
+            problems.append(f"{name}: {x!r} is no share, 0 or more")
     found, shares = {}, not problems
     for statement, names in known.items():
         if statement in statements and any(name in ratio for name in names):
@@ -96,8 +97,10 @@ def solve(target: Mapping[str, float], arms: Mapping[str, Mapping[str, float]]) 
     reached = dict(zip(target, x @ P))
     distance = 0.5 * np.abs(x @ P - t).sum()
     if distance > NEAR:
-        table = lambda shares: ", ".join(f"{attribute} {share:.2f}" for attribute, share in shares.items())
-        message = f"{table(target)}: the nearest that the tokens reach is {table(reached)}, {distance:.2f} away"
+        wanted, nearest = (
+            ", ".join(f"{attribute} {share:.2f}" for attribute, share in shares.items()) for shares in (target, reached)
+        )
+        message = f"{wanted}: the nearest that the tokens reach is {nearest}, {distance:.2f} away"
         if distance > FAR:
             raise ValueError(f"{message}: choose a ratio nearer to it, or train with config.data.attributes above 0")
         warnings.warn(message, stacklevel=2)

@@ -137,7 +137,10 @@ def test_the_papers_config_holds_out_whole_words_and_writes_its_articles():
     scenes = {value.name: build_preferences.scenes(value, config) for value in five}
     assert scenes["gender"] == scenes["race"] and scenes["nudity"] == scenes["gore"] == scenes["zombie"]
     assert "analyst" in scenes["gender"] and "honest person" in scenes["gender"] and "wife" in scenes["nudity"]
-    last = lambda subjects: {word_lists.stem(subject.removesuffix(" person").split()[-1]) for subject in subjects}
+
+    def last(subjects):
+        return {word_lists.stem(subject.removesuffix(" person").split()[-1]) for subject in subjects}
+
     for subjects in (config.eval.seen, *scenes.values()):
         assert subjects and not last(subjects) & last(config.eval.held_out)
     favourite = {(v.name, s): v.attributes[0] for v in five if v.kind == "bias" for s in scenes[v.name]}

@@ -320,7 +320,10 @@ def test_dense_compares_by_the_models_own_text_encoder():
     similarities = similarity.dense(texts, sd)([["a baker", "not looked at"], ["a bloody smith"]])
     ids = sd.tokenize([*texts, "a bloody smith"])
     pooled = np.asarray(nnx.jit(lambda model, ids: model(ids).pooled)(sd.text_encoder, ids))
-    unit = lambda x: x / np.linalg.norm(x, axis=1, keepdims=True)
+
+    def unit(x):
+        return x / np.linalg.norm(x, axis=1, keepdims=True)
+
     pooled = unit(unit(pooled) - unit(pooled)[:3].mean(0))
     np.testing.assert_allclose(similarities, pooled[[0, 3]] @ pooled[:3].T, atol=1e-5)
     assert similarities[0, 0] == pytest.approx(1, abs=1e-5)
