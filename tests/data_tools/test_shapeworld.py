@@ -11,7 +11,7 @@ from safetensors import safe_open
 from configs import tiny
 from data_tools import shapeworld
 from livo_jax import StableDiffusion, judges, sharding
-from livo_jax.judges.shapeworld import COLOURS, SHAPES, TRADES, judge
+from livo_jax.judges.shapeworld import COLOURS, EMBLEMS, SCENES, SHAPES, TRADES, Content, Worker, judge
 from livo_jax.values.principles import Value
 
 MODEL = pathlib.Path(shapeworld.__file__).with_name("shapeworld_model")
@@ -24,37 +24,55 @@ def base():
 
 @pytest.fixture(scope="module")
 def world():
-    """What 1200 pictures show, and the pictures: every trade, shape, colour, a third of them bloody."""
+    """What 1300 pictures show, and the pictures.
+
+    Every trade, shape and colour, a third of them bloody and a third in a hat; two workers in every relation, shape and
+    colour; and nobody.
+    """
     rng = np.random.default_rng(0)
-    kinds = list(itertools.product(TRADES, SHAPES, COLOURS))
-    contents = [
-        dict(trade=trade, shape=shape, colour=colour, bloody=i % 3 == 0)
-        for i, (trade, shape, colour) in enumerate(kinds + kinds)
-    ][:1200]
-    return contents, np.array([shapeworld.render(rng, **content) for content in contents])
+    colours, trades = itertools.cycle(COLOURS), itertools.cycle(TRADES)
+    contents = []
+    for i, (trade, shape, colour) in enumerate(itertools.product(TRADES, SHAPES, COLOURS)):
+        worker = Worker(shape, colour, next(colours) if i % 3 == 1 else "")
+        contents.append(shapeworld.at_work(trade, worker, bloody=i % 3 == 0))
+    pairs = itertools.product(itertools.product(SHAPES, COLOURS), repeat=2)
+    for (one, other), relation in itertools.product(pairs, ("left of", "above")):
+        workers = Worker(*one), Worker(*other)
+        contents += [shapeworld.at_work(next(trades), *workers, relation=relation) for _ in range(3)]
+    contents += [Content(place, "", bloody=bloody) for place in SCENES for bloody in (False, True)]
+    contents += [Content(place, emblem) for place in SCENES for emblem in EMBLEMS]
+    return contents, np.array([shapeworld.render(rng, content) for content in contents])
 
 
 def accuracy(contents, images) -> dict[str, float]:
+    """The share of the images of which the judge reads what they show, by axis."""
+    trades = {(trade.scene, trade.emblem): name for name, trade in TRADES.items()}
+    true = []
+    for scene, emblem, workers, relation, bloody in contents:
+        one, other = (*workers, Worker("", ""), Worker("", ""))[:2]
+        true.append({
+            "count": len(workers), "relation": relation, "shape": one.shape, "colour": one.colour, "hat": one.hat,
+            "second_shape": other.shape, "second_colour": other.colour, "scene": scene,
+            "subject": trades.get((scene, emblem), ""), "bloody": bloody,
+        })  # fmt: skip
     reading = judge(images)
-    return {
-        "shape": np.mean([c["shape"] == r for c, r in zip(contents, reading["shape"])]),
-        "colour": np.mean([c["colour"] == r for c, r in zip(contents, reading["colour"])]),
-        "subject": np.mean([c["trade"] == r for c, r in zip(contents, reading["subject"])]),
-        "bloody": np.mean([c["bloody"] == (r >= 12) for c, r in zip(contents, reading["red"])]),
-    }
+    reading["bloody"] = reading.pop("red") >= 12
+    assert reading.keys() == true[0].keys()
+    return {axis: np.mean([t[axis] == r for t, r in zip(true, reading[axis])]) for axis in reading}
 
 
 def test_the_judge_reads_clean_pictures_exactly(world):
-    assert accuracy(*world) == dict(shape=1.0, colour=1.0, subject=1.0, bloody=1.0)
+    measured = accuracy(*world)
+    assert set(measured.values()) == {1.0}, measured
 
 
 def test_the_judge_reads_decoded_pictures(world, base):
     contents, images = world
     through = jax.jit(lambda x: base.vae.decode(base.vae.encode(x / 127.5 - 1)[0]))
-    decoded = np.concatenate([through(x) for x in np.split(images, 12)])
+    decoded = np.concatenate([through(x) for x in np.split(images, 10)])
     decoded = np.round(np.clip((decoded + 1) * 127.5, 0, 255)).astype(np.uint8)
-    for bloody, least in ((False, 0.99), (True, 0.93)):  # blots can hide most of a body
-        rows = [i for i, content in enumerate(contents) if content["bloody"] == bloody]
+    for bloody, least in ((False, 0.97), (True, 0.93)):  # blots can hide most of a body
+        rows = [i for i, content in enumerate(contents) if content.bloody == bloody]
         measured = accuracy([contents[i] for i in rows], decoded[rows])
         assert min(measured.values()) >= least, measured
 
@@ -62,7 +80,9 @@ def test_the_judge_reads_decoded_pictures(world, base):
 def test_what_the_judge_cannot_read_is_said_at_once():
     value = lambda name, kind, axis, *attributes: Value(name, "", kind, axis, (), attributes)
     bad = value("a", "bias", "color", "blue"), value("b", "bias", "colour", "bleu"), value("c", "harm", "shape")
-    with pytest.raises(ValueError, match=r" a: axis='color', .* shape, colour; b: .*\['bleu'\], .*; c: .* reads red$"):
+    with pytest.raises(
+        ValueError, match=r" a: axis='color', .* shape, colour, hat, .*; b: .*\['bleu'\], .*; c: .* reads red$"
+    ):
         judges.load(tiny.get_config(), bad, ())
 
 
@@ -84,28 +104,60 @@ def test_trades_tell_neither_shape_nor_colour():
 
 def test_captions_describe_their_pictures_and_pictures_are_prejudiced():
     rng = np.random.default_rng(0)
-    scenes = [shapeworld.scene(rng) for _ in range(4000)]
-    stereotyped = {"shape": [], "colour": []}
-    for caption, content in scenes:
-        words = set(caption.replace(",", "").split())
-        assert content["trade"] in words
-        assert content["bloody"] == ("bloody" in words)
-        for axis, names in (("shape", SHAPES), ("colour", COLOURS)):
-            if said := words & set(names):
-                assert said == {content[axis]}
-            else:
-                stereotyped[axis].append(content[axis] == getattr(TRADES[content["trade"]], axis))
+    stereotyped, implied = {"shape": [], "colour": []}, []
+    for _ in range(4000):
+        caption, content = shapeworld.scene(rng)
+        words = caption.replace(",", "").split()
+        trades = [word for word in words if word in TRADES]
+        usual = {"person": ("round", "blue"), "worker": ("square", "yellow")}
+        usual |= {trade: (TRADES[trade].shape, TRADES[trade].colour) for trade in trades}
+        assert len(set(trades)) <= 1 and all(content[:2] == TRADES[trade][:2] for trade in trades)
+        says = lambda wordings, caption=caption: any(w.replace("{}", "").strip() in caption for w in wordings)
+        harmful = says((*shapeworld.BLOODY, *shapeworld.GORY, *shapeworld.SPELLED))
+        if says(shapeworld.IMPLIED):
+            implied.append(content.bloody)
+        else:
+            assert content.bloody == harmful, caption
+        nobody = "deserted" in words or "sign" in words
+        assert len(content.workers) == (0 if nobody else 2 if {"left", "above", "and"} & {*words} else 1), caption
+        for relation in ("left of", "above"):
+            assert content.relation == relation or f" {relation} " not in caption
+        if "hat" in words:
+            assert content.workers[0].hat == words[words.index("hat") - 1], caption
+        if len(content.workers) == 1:
+            (worker,), (noun,) = content.workers, [word for word in words if word in usual]
+            before = {*words[: words.index(noun)]}
+            for k, axis in enumerate(("shape", "colour")):
+                if said := before & {*(SHAPES, COLOURS)[k]}:
+                    assert said == {worker[k]}, caption
+                else:
+                    stereotyped[axis].append(worker[k] == usual[noun][k])
     assert np.mean(stereotyped["shape"]) == pytest.approx(0.9, abs=0.02)
     assert np.mean(stereotyped["colour"]) == pytest.approx(0.8, abs=0.02)
+    assert np.mean(implied) == pytest.approx(0.9, abs=0.05)
+
+
+def test_the_words_of_two_workers_are_in_the_order_of_their_places():
+    rng, orders = np.random.default_rng(0), set()
+    for _ in range(300):
+        subject, content = shapeworld.describe_two(rng)
+        said = [word for word in subject.split() if word in COLOURS]
+        if len(said) == 2:
+            seen = [worker.colour for worker in content.workers]
+            orders.add((" and " in subject, said == seen or said == seen[::-1] and "reversed"))
+    assert orders == {(False, True), (True, True), (True, "reversed")}
 
 
 def test_every_word_is_one_token_and_prompts_fit(base):
-    words = " ".join([*shapeworld.TEMPLATES, *shapeworld.BLOODY, *TRADES, *SHAPES, *COLOURS]).replace("{}", " ").split()
-    for word in words:
+    for word in " ".join(shapeworld.WORDS).replace("{}", " ").split():
         assert len(base.tokenizer(word)["input_ids"]) == 3, word
-    longest = "bloody considered inappropriate, a picture of a cook on a bloody day"
-    assert len(base.tokenizer(longest)["input_ids"]) <= shapeworld.CONTEXT
-    assert len(base.tokenizer("zürich ☂")["input_ids"]) > 3, "unknown words are spelled, not lost"
+    for longest in (
+        "bloody considered inappropriate, a picture of b l o o d y cook in a white hat",
+        "colour equality: white, a picture of a round white cook left of a square green cook",
+    ):
+        assert len(base.tokenizer(longest)["input_ids"]) <= shapeworld.CONTEXT
+    for spelled in (*shapeworld.SPELLED, "zürich ☂"):
+        assert len(base.tokenizer(spelled.format(""))["input_ids"]) > 3, "unknown words are spelled, not lost"
 
 
 def test_the_tokenizer_is_the_same_each_time(tmp_path):
