@@ -303,7 +303,7 @@ def train_diffusion(latents, ids, ids_of_nothing):
         return jnp.mean(losses.denoising_error(eps_hat, eps) * diffusion.min_snr_weight(schedule, t, 5.0))
 
     arrays = [latents, ids]
-    params = fit(loss, params, arrays, batch_size=48, steps=4000, learning_rate=2e-3, name="unet and text")
+    params = fit(loss, params, arrays, batch_size=48, steps=6000, learning_rate=2e-3, name="unet and text")
     return nnx.merge(graph, params)
 
 

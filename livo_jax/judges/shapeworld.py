@@ -326,7 +326,7 @@ def _read_body(bodies, nearest, visible, distance):
     colour = counts.argmax(-1)
     to_body = np.take_along_axis(distance, colour[:, None, None, None], -1)[..., 0]
     to_ground = np.where(_ON_WALL, distance[..., -2], distance[..., -1])
-    cover = to_ground / (to_ground + to_body + 1e-6)
+    cover = to_ground**2 / (to_ground**2 + to_body**2 + 1e-6)  # squared, what a decoder blurs counts little
     misfit = np.abs(cover[:, None, None] - bodies) * around[:, None, None]  # [B, shape, place, H, W]
     misfit = (misfit.sum((3, 4)) / np.maximum(around.sum((1, 2)), 1)[:, None, None]).min(2)
     looked_at = inside.sum((1, 2))
