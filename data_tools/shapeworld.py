@@ -203,8 +203,12 @@ def scene(rng: np.random.Generator) -> tuple[str, Content]:
     return caption, content
 
 
-def build_tokenizer(out: pathlib.Path):
-    """Writes a CLIPTokenizer in whose vocabulary every word of the world is one token, and loads it."""
+def build_tokenizer(out: pathlib.Path, context: int = CONTEXT):
+    """Writes a CLIPTokenizer in whose vocabulary every word of the world is one token, and loads it.
+
+    Args:
+        context: the most tokens of a prompt.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
 
@@ -228,7 +232,7 @@ def build_tokenizer(out: pathlib.Path):
     (out / "vocab.json").write_text(json.dumps(vocab))
     (out / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, model["merges"]), ""]))
     settings = {
-        "tokenizer_class": "CLIPTokenizer", "model_max_length": CONTEXT, "do_lower_case": True,
+        "tokenizer_class": "CLIPTokenizer", "model_max_length": context, "do_lower_case": True,
         "bos_token": bos, "eos_token": eos, "unk_token": eos, "pad_token": eos,
     }  # fmt: skip
     (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")

@@ -84,7 +84,7 @@ def text_model(vocab_size: int, eos_token_id: int, **settings):
 
     sizes = dict(hidden_size=20, intermediate_size=28, num_hidden_layers=2, num_attention_heads=4) | settings
     config = CLIPTextConfig(
-        vocab_size=vocab_size, max_position_embeddings=24, bos_token_id=vocab_size - 2, eos_token_id=eos_token_id,
+        vocab_size=vocab_size, max_position_embeddings=16, bos_token_id=vocab_size - 2, eos_token_id=eos_token_id,
         pad_token_id=vocab_size - 1, **sizes,
     )  # fmt: skip
     return randomised(CLIPTextModel(config))
@@ -95,7 +95,7 @@ def tokenizer_dir(tmp_path_factory):
     from data_tools.shapeworld import build_tokenizer
 
     root = tmp_path_factory.mktemp("tokenizer")
-    build_tokenizer(root)
+    build_tokenizer(root, context=16)
     return root
 
 
