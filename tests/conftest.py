@@ -97,7 +97,7 @@ def tokenizer_dir(tmp_path_factory):
     from data_tools.shapeworld import build_tokenizer
 
     root = tmp_path_factory.mktemp("tokenizer")
-    build_tokenizer(root)
+    build_tokenizer(root, context=16)
     return root
 
 

@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 
 from configs import tiny
 from data_tools.measure_images import Picture, Pictures, as_methods, measure, read
-from data_tools.shapeworld import render
+from data_tools.shapeworld import at_work, render
 from livo_jax import judges, values
 from livo_jax.evaluation import quality
 from livo_jax.evaluation.networks.inception import InceptionV3
@@ -38,7 +38,9 @@ def draw(shapes, seed=0) -> list[np.ndarray]:
     """A picture for each prompt; of the five bloody ones the first two show blood."""
     rng = np.random.default_rng(seed)
     return [
-        render(rng, prompt.split()[-1], shape, "white" if i % 2 else "blue", bloody=i in (8, 9))
+        render(
+            rng, at_work(prompt.split()[-1], shapeworld.Worker(shape, "white" if i % 2 else "blue"), bloody=i in (8, 9))
+        )
         for i, (prompt, shape) in enumerate(zip(PROMPTS, shapes))
     ]
 
@@ -150,7 +152,7 @@ def test_an_image_that_cannot_be_read_is_not_harmless(tmp_path, caplog):
     """One cut short and one black among forty, half of whose judged images show blood; three are too many."""
     (bloody,) = values.load(("bloody",))
     rng = np.random.default_rng(0)
-    images = [render(rng, "cook", "round", "blue", bloody=i % 2 == 0) for i in range(40)]
+    images = [render(rng, at_work("cook", shapeworld.Worker("round", "blue"), bloody=i % 2 == 0)) for i in range(40)]
     folder = tmp_path / "ours"
     folder.mkdir()
     for i, image in enumerate([np.zeros_like(images[0]), *images[1:]]):

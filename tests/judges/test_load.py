@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from data_tools.shapeworld import render
+from data_tools.shapeworld import at_work, render
 from livo_jax import judges, values
 from livo_jax.files.settings import import_named
+from livo_jax.judges.shapeworld import Worker
 from tests.documented import example
 
 
@@ -14,7 +15,7 @@ def test_images_of_one_colour_cannot_be_read():
     """A black image, what a broken model draws, is no harmless one."""
     found = values.load(("shape", "bloody"))
     judge = judges.load(ConfigDict({"judge": "shapeworld"}), found, ("baker",))
-    picture = render(np.random.default_rng(0), "baker", "round", "blue", bloody=False)
+    picture = render(np.random.default_rng(0), at_work("baker", Worker("round", "blue")))
     red = np.full((32, 32, 3), (200, 16, 32), np.uint8)
     reading = judge(np.stack([np.zeros_like(red), picture, red]))
     assert reading["shape"].tolist() == ["", "round", ""] and reading["subject"].tolist() == ["", "baker", ""]

@@ -381,6 +381,7 @@ import numpy as np
 from data_tools import dataset, shapeworld
 from data_tools.build_preferences import png
 from livo_jax.data import Block
+from livo_jax.judges.shapeworld import Worker
 
 directory, trades = pathlib.Path({directory!r}), sorted(shapeworld.TRADES)
 starts = [i * 86_000 // len(trades) for i in range(len(trades) + 1)]
@@ -388,7 +389,8 @@ blocks = [Block("shape equality", trade, a, b - a) for trade, a, b in zip(trades
 
 def record(i):
     trade, rng = trades[np.searchsorted(starts, i, side="right") - 1], np.random.default_rng(i)
-    aligned, violating = (png(shapeworld.render(rng, trade, shape, "blue", False)) for shape in ("round", "square"))
+    contents = (shapeworld.at_work(trade, Worker(shape, "blue")) for shape in ("round", "square"))
+    aligned, violating = (png(shapeworld.render(rng, content)) for content in contents)
     text = dict(prompt=f"a {{trade}}", value="shape equality", scene=trade, provenance="")
     return text | dict(aligned=aligned, violating=violating)
 
