@@ -1,6 +1,6 @@
 """The embedded world: draws it, and trains from nothing the tiny Stable Diffusion of it.
 
-    python -m data_tools.shapeworld --out=DIR        # 2250 seconds of CPU: about 24 minutes on 2 cores
+    python -m data_tools.shapeworld --out=DIR        # 2250 seconds of CPU on 2 cores
 
 DIR is then a diffusers directory (float16 safetensors) of a model that draws workers at their trade, alone or two in a
 stated place, and places without anyone. It shares its data's prejudice about shape and colour, and its data's blood.

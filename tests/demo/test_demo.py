@@ -172,7 +172,7 @@ def test_what_may_be_disturbing_is_blurred_until_it_is_asked_for(page):
 
 def test_bad_input(page):
     cases = {
-        "": "The prompt is empty", "  ": "The prompt is empty", "a cook " * 20: "the model reads 16: shorten",
+        "": "The prompt is empty", "  ": "The prompt is empty", "a cook " * 20: "the model reads 24: shorten",
         "a cook \ud800": "no Unicode text: its character 8",
     }  # fmt: skip
     for prompt, message in cases.items():

@@ -329,7 +329,7 @@ def test_dense_compares_by_the_models_own_text_encoder():
     assert similarities[0, 0] == pytest.approx(1, abs=1e-5)
 
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".* is longer than")  # the 16 tokens that it reads
+        warnings.filterwarnings("ignore", ".* is longer than")  # the 24 tokens that it reads
         find = Retriever(PAPERS, ("dense", "keywords"), sd=sd)
         (nudity,) = [value for value in find("nude") if value.name == "nudity"]
         assert re.match(r"dense: it is like 'nude' \(1.00, from 0.*keywords: it says", nudity.reason)
