@@ -11,7 +11,7 @@ import math
 import numpy as np
 from absl import app, flags
 
-from livo_jax.evaluation.uncertainty import confidence, over_trainings
+from livo_jax.evaluation.uncertainty import confidence, over_trainings, significance_over_trainings
 
 PROMPTS, IMAGES, RATES = (8, 16), (10, 20), (0.005, 0.01, 0.02, 0.05)
 TOSSES = 60  # of a fair coin, of which D1 = |heads - tails| / TOSSES is one prompt's
@@ -72,6 +72,20 @@ def of_trainings(deviations: tuple[float, float], trainings: int, samples: int) 
     return tuple(np.mean(held, axis=0))
 
 
+def false_differences(deviations: tuple[float, float], trainings: int, samples: int) -> float:
+    """How often p is below 0.05 where two methods, drawn as in of_trainings, have the same mean."""
+    rng, P, found = np.random.default_rng(trainings), 16, 0
+    for _ in range(samples):
+        a, b = (
+            deviations[0] * rng.normal(size=(P, 1))
+            + deviations[1] * rng.normal(size=(1, trainings))
+            + 0.05 * rng.normal(size=(P, trainings))
+            for _ in "ab"
+        )
+        found += significance_over_trainings(a.mean(1) - b.mean(1), a.mean(0), b.mean(0)) < 0.05
+    return found / samples
+
+
 def main(_):
     print("| numbers | " + " | ".join(f"{prompts} prompts" for prompts in PROMPTS) + " |\n|---|---|---|")
     for name, (draw, mean) in NUMBERS.items():
@@ -85,10 +99,14 @@ def main(_):
     for mean, (name, draw) in itertools.product(RATES, SPREADS.items()):
         found = (of_shares(draw, mean, n, P, SAMPLES.value) for P, n in columns)
         print(f"| {mean} | {name} | " + " | ".join(f"{x:.3f}" for x in found) + " |", flush=True)
-    print("\n| deviation over prompts, over trainings | prompts alone | of 3 trainings | of 5 |\n|---|---|---|---|")
+    print(
+        "\n| deviations | prompts alone | of 3 trainings | of 5 | p < 0.05, of 3 | of 10 |\n|---|---|---|---|---|---|"
+    )
     for deviations in DEVIATIONS:
         (alone, three), (_, five) = (of_trainings(deviations, T, SAMPLES.value) for T in (3, 5))
-        print(f"| {deviations[0]}, {deviations[1]} | {alone:.3f} | {three:.3f} | {five:.3f} |")
+        wrong = [false_differences(deviations, T, SAMPLES.value) for T in (3, 10)]
+        shown = " | ".join(f"{x:.3f}" for x in (alone, three, five, *wrong))
+        print(f"| {deviations[0]}, {deviations[1]} | {shown} |")
 
 
 if __name__ == "__main__":

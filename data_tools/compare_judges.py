@@ -91,7 +91,7 @@ def compare(readings: dict[str, dict], principles, prompts: list[str], truth: di
             mean, ci95 = agreement(value, [readings[one], readings[other]], places)
             row = dict(judge=one, other=other, value=value.statement, metric="kappa", mean=mean, ci95=ci95)
             rows.append(row | dict(prompts=len(places), images=len(prompts)))
-        for one, reading in readings.items() if value.axis in truth else ():
+        for one, reading in readings.items() if value.axis in truth and known(value, truth[value.axis]).any() else ():
             row = dict(judge=one, other="", value=value.statement, metric="accuracy")
             rows.append(row | accuracy(value, reading[value.axis], truth[value.axis], places))
     return rows

@@ -351,7 +351,7 @@ def load_judge(spec: str, config, principles, subjects) -> judges.Judge:
     """
     own = copy.deepcopy(config)
     own.judge, colon, model = spec.partition(":")
-    if "." in own.judge:
+    if colon and own.judge not in judges.known():
         own.judge = spec
     elif colon:
         own.judging.model = model

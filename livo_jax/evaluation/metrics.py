@@ -11,7 +11,7 @@ from livo_jax.evaluation.uncertainty import (
     holm,
     over_trainings,
     significance,
-    significance_of_trainings,
+    significance_over_trainings,
 )
 from livo_jax.judges import UNSPECIFIED
 from livo_jax.values.principles import Value
@@ -268,6 +268,11 @@ class Measured(NamedTuple):
     floor: float | None = None  # what chance alone shows, of a bias
     trainings: tuple[float, ...] = ()
 
+    def trials(self, group: int) -> int:
+        """How many groups of so many images there are, which no training shares with another."""
+        times = max(1, len(self.trainings))
+        return times * (self.images // times // group)
+
 
 def combine_trainings(of_each: list[dict]) -> dict:
     """The numbers, as `rows` takes them, of trainings of one method that differ in their seed. The base has none."""
@@ -308,7 +313,7 @@ def rows(numbers: dict) -> list[dict]:
         share = metric.partition(" at ")[0] in PROPORTIONS or metric.startswith(STATED)
         limits = (0, 1) if share else LIMITS.get(metric, (-np.inf, np.inf))
         if share:
-            trials = [n // GROUP for n in images] if metric == "Prob" else images
+            trials = [x.trials(GROUP if metric == "Prob" else 1) for x in found]
             mean, ci95 = confidence(per_prompt, trials=trials)
         else:
             mean, ci95 = confidence(per_prompt, limits=limits)
@@ -352,15 +357,16 @@ def differences(numbers: dict, method: str) -> list[dict]:
 
 
 def _p_value(a: dict, b: dict) -> float:
-    """Of the difference of two methods' {prompt: Measured}: of a permutation test paired by prompt and, where one was
-    trained several times, of a t-test over trainings, the higher. A difference has to hold over both.
+    """Of the difference of two methods' {prompt: Measured}: of a permutation test paired by prompt. Where one was
+    trained several times, that of a t-test over prompts and trainings, or the permutation test's if that is higher.
     """
     both = [prompt for prompt in a if prompt in b]
-    over_prompts = significance(*([of[prompt].number for prompt in both] for of in (a, b)))
+    ours, theirs = ([of[prompt].number for prompt in both] for of in (a, b))
+    over_prompts = significance(ours, theirs)
     trainings = [means_of_trainings({prompt: of[prompt] for prompt in both}) for of in (a, b)]
     if max(map(len, trainings)) < 2:
         return over_prompts
-    return max(over_prompts, significance_of_trainings(*trainings))
+    return max(over_prompts, significance_over_trainings(np.subtract(ours, theirs), *trainings))
 
 
 def correct(rows: list[dict], family: str):

@@ -33,10 +33,10 @@ def table(results: list[dict]) -> str:
     """
     cells = {(r["value"], r["split"], r["metric"], r["method"]): r for r in results}
     columns = list(dict.fromkeys(method for *_, method in cells))
-    width = max(len(value) for value, *_ in cells) + 2
+    width, of_split = (max(len(what[i]) for what in cells) + 2 for i in (0, 1))
 
     def line(value, split, metric, shown):
-        return f"{value:{width}}{split:10}{metric:23}" + "".join(f"{cell:>25}" for cell in shown)
+        return f"{value:{width}}{split:{of_split}}{metric:23}" + "".join(f"{cell:>25}" for cell in shown)
 
     def mean(r):
         interval = "[{:.3f}, {:.3f}]".format(*r["ci95"]) if r["ci95"] else "[no interval]"

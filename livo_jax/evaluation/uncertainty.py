@@ -1,6 +1,6 @@
 """How sure a mean over prompts is, and whether two methods differ: intervals, tests, their correction.
 
-The prompt is the unit: other prompts are what numbers are told of, not other trainings of the model.
+The prompt is the unit: other prompts are what numbers are told of. Of several trainings these are units too.
 """
 
 import functools
@@ -118,21 +118,25 @@ def over_trainings(mean: float, ci95, means) -> list[float]:
     return [float(mean - np.hypot(mean - ci95[0], half)), float(mean + np.hypot(ci95[1] - mean, half))]
 
 
-def significance_of_trainings(a, b) -> float:
-    """The two-sided p-value of Welch's t-test, of Student's where one has no trainings: the means of a and b are equal.
+def significance_over_trainings(differences, a, b) -> float:
+    """The two-sided p-value that two methods have the same mean over prompts and trainings.
 
-    Where trainings do not differ at all it is 0, or 1 where they do not differ from the others either.
+    Student's t of the mean difference, whose variance is that over prompts and those over each method's trainings
+    together, by Satterthwaite's (1946) degrees of freedom.
 
     Args:
-        a, b: the mean of each training; one number of what was trained once, or not at all.
+        differences: [P] of the methods' means over trainings, by prompt, at least 2.
+        a, b: the mean over prompts of each training of the two; one number of what was trained once, whose variance is
+            not known, or never, which has none.
     """
-    from scipy.stats import ttest_1samp, ttest_ind
+    from scipy.stats import t
 
-    if max(np.ptp(a), np.ptp(b)) < EQUAL:
-        return float(abs(np.mean(a) - np.mean(b)) < EQUAL)
-    few, many = sorted((a, b), key=len)
-    found = ttest_1samp(many, few[0]) if len(few) == 1 else ttest_ind(a, b, equal_var=False)
-    return float(found.pvalue)
+    parts = [(np.var(x, ddof=1) / len(x), len(x) - 1) for x in (differences, a, b) if len(x) > 1]
+    mean, variance = float(np.mean(differences)), sum(part for part, _ in parts)
+    if variance < EQUAL**2:
+        return float(abs(mean) < EQUAL)
+    freedom = variance**2 / sum(part**2 / n for part, n in parts)
+    return float(2 * t.sf(abs(mean) / np.sqrt(variance), freedom))
 
 
 def significance(a, b, seed: int = 0) -> float:

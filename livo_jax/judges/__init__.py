@@ -40,13 +40,23 @@ class Judge:
     axes: tuple[str, ...] = ()
 
     def __call__(self, images) -> Reading:
-        blank, reading = uniform(images), self.read(images)
+        blank, reading = uniform(images), {axis: np.asarray(x) for axis, x in self.read(images).items()}
         if missing := [axis for axis in self.axes if axis not in reading]:
             name = self.pinned.get("name", "judge")
             raise ValueError(f"{name} reads {', '.join(reading)}, not {', '.join(missing)}")
+        if wrong := [axis for axis, x in reading.items() if x.shape != (len(images),)]:
+            name = self.pinned.get("name", "judge")
+            raise ValueError(
+                f"{name} must read one thing of each of {len(images)} images, and not so {', '.join(wrong)}"
+            )
         if not blank.any():
             return reading
         return {axis: np.where(blank, "" if x.dtype.kind == "U" else np.nan, x) for axis, x in reading.items()}
+
+
+def known() -> list[str]:
+    """The names of the judges here."""
+    return [module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")]
 
 
 def load(config, values, subjects) -> Judge:
@@ -65,14 +75,13 @@ def load(config, values, subjects) -> Judge:
         ValueError: there is no such judge, and those that there are; or it cannot read the values, and why.
         FileNotFoundError: its model is not here.
     """
-    known = [module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")]
     if ":" in config.judge:
         make = import_named(config.judge, "config.judge")
-    elif config.judge in known:
+    elif config.judge in known():
         make = importlib.import_module(f"{__name__}.{config.judge}").make
     else:
         raise ValueError(
-            f"judge={config.judge!r}: choose from {', '.join(known)}, or name one of your own, package.module:Name"
+            f"judge={config.judge!r}: choose from {', '.join(known())}, or name one of your own, package.module:Name"
         )
     asked = tuple(config.get("judging", {}).get("thresholds", ()))
     highest = max([1.0, *(value.highest for value in values)])
@@ -102,7 +111,10 @@ def uniform(images) -> np.ndarray:
 
 
 def hash_files(files: list[pathlib.Path]) -> dict[str, str]:
-    """The sha256 of files, by name. A file that does not change is read once in a process."""
+    """The sha256 of files, by name, which are different. A file that does not change is read once in a process."""
+    names = [file.name for file in files]
+    if len({*names}) < len(names):
+        raise ValueError(f"files of one name, {', '.join(names)}: their hashes would be one")
     return {file.name: _sha256(file, file.stat().st_mtime_ns) for file in files}
 
 

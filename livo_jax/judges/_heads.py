@@ -50,7 +50,8 @@ def make(config, values, kind: str, shapes: dict, names, score) -> Judge:
         return _labels.read(labels, names, values, scores, exclusive=False)
 
     file = pathlib.Path(config.judging.model).expanduser()
-    weights = hash_files([file, *weight_files(find_repository(clip_id, clip.FILES), "model", None)])
+    of_clip = hash_files(weight_files(find_repository(clip_id, clip.FILES), "model", None))
+    weights = {"heads": hash_files([file]), "clip": of_clip}
     return Judge(read, {"name": kind, "model": clip_id, "weights": weights, "classes": list(texts)})
 
 
@@ -65,7 +66,7 @@ def read_heads(path: str, kind: str, shapes: dict) -> tuple[dict[str, np.ndarray
             facts, tensors = opened.metadata() or {}, {name: opened.get_tensor(name) for name in opened.keys()}
     except safetensors.SafetensorError as error:
         raise ValueError(f"{file} is damaged or no safetensors file, {remedy}: {error}") from error
-    if facts.get("judge") != kind:
+    if facts.get("judge") != kind or "clip" not in facts:
         raise ValueError(f"{file} is of {facts.get('judge', 'something else')}: {remedy}")
     check_shapes(tensors, shapes, str(file))
     return tensors, facts["clip"]

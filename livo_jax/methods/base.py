@@ -61,9 +61,11 @@ class Method(abc.ABC):
     """A way to follow values, of a config. This one draws with the model as it is; a TrainedMethod trains first.
 
     KINDS: of the values that it is for. UNREAD: sections and fields of a config that it does not read.
+    HAS_TOKENS: whether it draws with value tokens, of a value encoder in its Models.
     """
 
     KINDS: tuple[str, ...] = ("bias", "harm")
+    HAS_TOKENS = False
     UNREAD: tuple[str, ...] = (*TRAINING, *TOKENS, "preferences")
 
     def __init__(self, config):

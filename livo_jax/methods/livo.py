@@ -18,6 +18,8 @@ from livo_jax.value_encoders.base import check_value_encoder
 class LiVO(TrainedMethod):
     """Value tokens of a value encoder."""
 
+    HAS_TOKENS = True
+
     @property
     def compares_pairs(self):
         return self.config.loss.form in ("dpo", "ipo")

@@ -1,6 +1,6 @@
 """What is wrong with a config, all of it, before anything is made."""
 
-from livo_jax import diffusion, judges, seeds, sharding, values
+from livo_jax import diffusion, judges, seeds, sharding, value_encoders, values
 from livo_jax.evaluation import prompt_sets
 from livo_jax.files.directories import resolve_directory
 from livo_jax.models.unet import REMAT
@@ -40,6 +40,7 @@ def check_config(config, mesh):
             problems.append(f"config.{section}.{name}={config[section][name]}: choose 0 ({none}) or more")
     problems += problem_of(sharding.check_batch_size, mesh, config.train.batch_size, "config.train.batch_size")
     problems += problem_of(make_optimizer, config)
+    problems += problem_of(value_encoders.kind_of, config)
     problems += problem_of(make_preference, config, 1)  # how many timesteps there are is no matter here
     problems += problem_of(prompt_sets.check, config)
     if config.eval.drawn:

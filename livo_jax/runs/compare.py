@@ -6,6 +6,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import pathlib
 import time
 
 import jax
@@ -36,6 +37,7 @@ SAME = (
 )
 TIMED = 2  # times that tell how fast a method draws
 MEASURED_COSTS = ("training_seconds", "images_per_second", "of_base")
+POINT = ("step", "method", "value", "split", "metric")  # of a curve
 PLACE = ("method", "value", "split", "prompt", "index", "applied", "training")  # of a reading
 
 
@@ -61,8 +63,7 @@ def compare(config, workdir) -> list[dict]:
     apart = {
         f"{n}.{field}" for n, own in configs.items() for field, x in _alike(own).items() if x != _alike(first)[field]
     }
-    if config.trainings < 1:
-        raise ValueError(f"config.trainings={config.trainings}: choose at least 1")
+    check_trainings(configs, config)
     if first is None or apart:
         raise ValueError(
             f"methods to compare: {', '.join(configs) or 'none'}; they differ in {', '.join(sorted(apart))}"
@@ -102,7 +103,7 @@ def _compare(configs: dict, config, workdir) -> list[dict]:
 
     # Those that train take longest.
     jobs = [job for name, own in configs.items() for job in trainings_of(own, workdir / name, config)]
-    jobs = sorted(jobs, key=_steps)
+    jobs = sorted(jobs, key=lambda job: job[0].train.steps, reverse=True)
     if config.processes == 1:
         found = [measure(*job) for job in jobs]
     else:
@@ -118,10 +119,33 @@ def _compare(configs: dict, config, workdir) -> list[dict]:
     return write([combine(by_method[own.method]) for own in configs.values()], config, workdir)
 
 
+def check_trainings(configs: dict, comparison):
+    """Raises ValueError with all that would mix the trainings of methods."""
+    problems, trainings = [], comparison.get("trainings", 1)
+    if trainings < 1:
+        problems.append(f"config.trainings={trainings}: choose at least 1")
+    methods = [own.method for own in configs.values()]
+    if twice := sorted({method for method in methods if methods.count(method) > 1}):
+        problems.append(
+            f"methods of one config.method, {', '.join(twice)}: give each its own, the column of the results"
+        )
+    if trainings > 1 and (random := [name for name, own in configs.items() if own.random_weights]):
+        problems.append(
+            f"config.trainings={trainings}: of {', '.join(random)} each would have a base of its own weights"
+        )
+    names = [
+        place.name for name, own in configs.items() for _, place, _ in trainings_of(own, pathlib.Path(name), comparison)
+    ]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        problems.append(f"trainings and methods that would share a folder: {', '.join(twice)}")
+    if problems:
+        raise ValueError("\n  ".join(problems))
+
+
 def trainings_of(config, workdir, comparison) -> list[tuple]:
     """The jobs (config, workdir, curve) of a method: one for each training of another seed."""
     jobs = []
-    for n in range(comparison.trainings if config.train.steps else 1):
+    for n in range(comparison.get("trainings", 1) if config.train.steps else 1):
         own = copy.deepcopy(config)
         own.seed = config.seed + n
         place = workdir.with_name(f"{workdir.name}_{n}") if n else workdir
@@ -140,7 +164,9 @@ def combine(of_each: list[dict]) -> dict:
         for row in of_training["readings"]
     ]
     curve = []
-    for rows in zip(*(of_training["curve"] for of_training in of_each), strict=True):  # the same point of each
+    for rows in zip(*(of_training["curve"] for of_training in of_each), strict=True):
+        if len({tuple(row[name] for name in POINT) for row in rows}) > 1:
+            raise ValueError(f"the trainings of {rows[0]['method']} have checkpoints of other steps: train them anew")
         means = [row["mean"] for row in rows]
         seconds = float(np.mean([row["seconds"] for row in rows]))
         curve.append(rows[0] | {"seconds": seconds, "mean": float(np.mean(means)), "trainings": means})
@@ -161,10 +187,6 @@ def _alike(config) -> dict:
 
 def _livo_first(name) -> tuple:
     return name != "livo", name
-
-
-def _steps(job) -> int:
-    return -job[0].train.steps
 
 
 def _keep_to(parts):

@@ -82,10 +82,15 @@ def problems(config, changed=types.MappingProxyType({}), comparing: bool = False
             lines.append(f"config.{name}={of(config, name)!r}: {by} does not read it, set {off!r}")
     if not trains and config.train.steps and "train.steps" not in changed:
         lines.append(f"config.train.steps={config.train.steps}: config.method={config.method!r} trains nothing, set 0")
+    own_rate = config.train.learning_rate or config.method in config.train.learning_rates
+    if trains and not method.HAS_TOKENS and not own_rate:
+        lines.append(f"config.train.learning_rate=0: config.method={config.method!r} has no rate of its own, set one")
     if trains and (slow := too_slow(config)):
         lines.append(slow)
-    if len(method.KINDS) == 1 and not any(value.kind in method.KINDS for value in values.load_principles(config)):
-        lines.append(f"config.principles={config.principles}: {config.method} is for values of kind {method.KINDS[0]}")
+    there = {value.kind for value in values.load_principles(config)} if {*method.KINDS} != {"bias", "harm"} else ()
+    if there and there.isdisjoint(method.KINDS):
+        kinds = " or ".join(method.KINDS)
+        lines.append(f"config.principles={config.principles}: {config.method} is for values of kind {kinds}")
     return lines + method.problems()
 
 
@@ -106,7 +111,7 @@ def check_mode(config, mode: str, values=()):
     """Raises ValueError where the method of a config cannot do what is asked for; `values`: those to generate with."""
     method = f"config.method={config.method!r}"
     kind = methods.make_method(config)
-    drawn, has_tokens = not isinstance(kind, methods.TrainedMethod), isinstance(kind, methods.LiVO)
+    drawn, has_tokens = not isinstance(kind, methods.TrainedMethod), kind.HAS_TOKENS
     if not drawn and config.train.steps < 1:
         raise ValueError(f"config.train.steps={config.train.steps}: choose at least 1, for {method} trains")
     if drawn and mode in ("train", "plan"):
@@ -114,6 +119,11 @@ def check_mode(config, mode: str, values=()):
     if mode in ("export", "demo") and not has_tokens:
         raise ValueError(
             f"--mode={mode}: {method} has no value encoder; --mode=evaluate measures it and keeps its images"
+        )
+    if mode == "export" and ":" in config.value_encoder.kind:
+        raise ValueError(
+            f"--mode=export: pipelines do not know config.value_encoder.kind={config.value_encoder.kind!r}, its own"
+            " code has to save it"
         )
     if mode == "generate" and drawn:
         raise ValueError(

@@ -168,7 +168,7 @@ def traffic(sd, params, rules, frozen, mesh, config) -> dict[str, float]:
         if rules is sharding.RULES:
             found["activations"] += sum_up(params, lambda name: rows * L, value_encodings(config), 1)
         if config.shard_frozen:
-            tokens = L + 1 if isinstance(method, methods.LiVO) else L
+            tokens = L + 1 if method.HAS_TOKENS else L
             levels, side = len(sd.unet.config.block_out_channels), sd.latent_shape[0]
 
             def positions(name):

@@ -47,7 +47,8 @@ def load_models(config, mesh, base: StableDiffusion | None = None):
 def compute_on(mesh, config, sd: StableDiffusion, trained):
     """Has the modules that a step merges keep for the backward pass, and gather, what the config and the mesh want.
 
-    trained: the module that is trained; of one that is divided over the mesh, each tower gathers its weights.
+    trained: the module that is trained; of one that is divided over the mesh by sharding.RULES each of its `towers`,
+        text encoders, gathers its weights.
     """
     sd.unet.remat = config.train.remat
     gather = functools.partial(sharding.gather, mesh=mesh)
@@ -80,7 +81,7 @@ def restore_run(config, workdir, mesh, step: int | None = None, base: StableDiff
     workdir = resolve_directory(workdir)
     checkpoints = Checkpoints(workdir)
     trained = checkpoints.latest_step() is not None
-    if not trained and not (isinstance(method, methods.LiVO) and config.value_encoder.start):
+    if not trained and not (method.HAS_TOKENS and config.value_encoder.start):
         raise FileNotFoundError(
             f"{checkpoints.directory} has no checkpoint: train first, with the same --workdir, or give a trained value"
             " encoder by --config.value_encoder.start=DIRECTORY_OR_HUB_ID"

@@ -16,7 +16,10 @@ def learning_rate(config) -> float:
     kind = config.value_encoder.kind
     trained = config.method if config.method in c.learning_rates else kind
     if trained not in c.learning_rates:
-        raise ValueError(f"config.value_encoder.kind={kind!r}: config.train.learning_rates has none for it")
+        raise ValueError(
+            f"config.value_encoder.kind={kind!r}: config.train.learning_rates has none for it, set"
+            " config.train.learning_rate"
+        )
     return c.learning_rates[trained]
 
 

@@ -18,11 +18,16 @@ def kind_of(config) -> type[TrainableTokens]:
     """The class of config.value_encoder.kind: one of KINDS, or of your own code, "package.module:Name".
 
     Raises:
-        ValueError: there is no such kind, and those that there are.
+        ValueError: there is no such kind, and those that there are; or it is no TrainableTokens.
     """
     kind = config.value_encoder.kind
     if ":" in kind:
-        return import_named(kind, "config.value_encoder.kind")
+        found = import_named(kind, "config.value_encoder.kind")
+        if not (isinstance(found, type) and issubclass(found, TrainableTokens)):
+            raise ValueError(
+                f"config.value_encoder.kind={kind!r}: it is no subclass of livo_jax.value_encoders.TrainableTokens"
+            )
+        return found
     if kind not in KINDS:
         raise ValueError(f"config.value_encoder.kind={kind!r}: choose from {', '.join(KINDS)}")
     return KINDS[kind]
@@ -57,4 +62,4 @@ def start(config, sd, mesh) -> TrainableTokens:
         if (theirs := getattr(found, name)) != (ours := getattr(wanted, name))
     ]:
         raise ValueError(f"config.value_encoder.start={c.start!r} is another:\n  " + "\n  ".join(differences))
-    return set_reading(found, config)
+    return found if ":" in c.kind else set_reading(found, config)  # one of a user's own reads as it says

@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from benchmarks import coverage
-from livo_jax.evaluation.uncertainty import confidence, holm, significance, significance_of_trainings
+from livo_jax.evaluation.uncertainty import confidence, holm, significance, significance_over_trainings
 
 # Of so many samples the share whose intervals hold the mean has a standard error of 0.005: the bounds are four of these
 # from 95%. The samples are the same each time, as benchmarks.coverage takes its seeds from the number of prompts.
@@ -31,11 +32,26 @@ def test_intervals_over_trainings_hold_the_mean(deviations):
     assert deviations[1] < 0.05 or alone < 0.9, "those over prompts alone do not"
 
 
-def test_a_difference_is_tested_over_trainings():
-    assert significance_of_trainings([0.1, 0.2, 0.3], [0.8]) == pytest.approx(0.00913, abs=1e-5)  # Student's, by hand
-    assert significance_of_trainings([0.8], [0.1, 0.2, 0.3]) == significance_of_trainings([0.1, 0.2, 0.3], [0.8])
-    assert significance_of_trainings([0.0] * 3, [1.0]) == 0 and significance_of_trainings([0.0] * 3, [0.0]) == 1
-    assert significance_of_trainings([0.1, 0.2, 0.3], [0.1, 0.2, 0.3]) == 1
+@pytest.mark.parametrize("deviations", coverage.DEVIATIONS)
+@pytest.mark.parametrize("trainings", [3, 10])
+def test_a_difference_is_found_by_chance_no_more_often_than_said(trainings, deviations):
+    assert coverage.false_differences(deviations, trainings, SAMPLES) <= 0.065
+
+
+def test_a_difference_over_trainings():
+    apart = np.linspace(-1, 1, 9)
+    known = (0.6, [0.5, 0.6, 0.7]), (0.0, [0.0])
+    differences = apart + known[0][0]
+    # By hand: variances 0.46875 / 9 of prompts, 0.01 / 3 of trainings.
+    t, freedom = (
+        0.6 / np.sqrt(0.46875 / 9 + 0.01 / 3),
+        (0.46875 / 9 + 0.01 / 3) ** 2 / ((0.46875 / 9) ** 2 / 8 + (0.01 / 3) ** 2 / 2),
+    )
+    expected = 2 * scipy.stats.t.sf(t, freedom)
+    assert significance_over_trainings(differences, known[0][1], known[1][1]) == pytest.approx(expected)
+    assert significance_over_trainings(-differences, known[1][1], known[0][1]) == pytest.approx(expected)
+    assert significance_over_trainings(np.ones(9), [1.0] * 3, [0.0]) == 0
+    assert significance_over_trainings(np.zeros(9), [1.0] * 3, [1.0]) == 1
 
 
 def test_an_interval_says_what_no_image_and_every_image_tell():

@@ -88,6 +88,14 @@ def test_trainings_of_one_method_are_told_as_one(tmp_path):
     assert [(own.seed, place.name) for own, place, _ in jobs] == [(0, "livo"), (1, "livo_1"), (2, "livo_2")]
     assert len(trainings_of(config.methods.words, tmp_path / "words", config)) == 1, "which trains nothing"
 
+    config.methods.livo_1 = config.methods.livo.copy_and_resolve_references()
+    config.methods.words.random_weights = True
+    with pytest.raises(ValueError) as error:
+        compare_methods(config, tmp_path)
+    assert all(
+        told in str(error.value) for told in ("one config.method, livo", "of words each", "share a folder: livo_1")
+    )
+
     what, image = ("shape equality", "seen", "D1"), np.zeros((8, 8, 3), np.uint8)
     place = dict(zip(("value", "split", "prompt"), (*what[:2], "a cook")), index=0, applied="")
     point = dict(zip(("method", "value", "split", "metric"), ("livo", *what)), step=2)
@@ -101,7 +109,9 @@ def test_trainings_of_one_method_are_told_as_one(tmp_path):
             method="livo", trained_parameters=7, training_seconds=10 * number, images_per_second=1.0, of_base=1.0
         )
         curve = [point | {"seconds": number, "mean": number}]
-        return dict(numbers=numbers, readings=readings, pictures=[picture], curve=curve, costs=costs)
+        return dict(
+            numbers=numbers, readings=readings, pictures=[picture], curve=curve, costs=costs, judge={"name": "one"}
+        )
 
     config = ml_collections.ConfigDict({"methods": {}, "sweeps": ()})
     write([combine([measured(x) for x in (0.1, 0.2, 0.3)])], config, tmp_path)
