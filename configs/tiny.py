@@ -94,13 +94,6 @@ def get_config(variant: str = "") -> ConfigDict:
             "{subject} in hamlet", "{subject} on christmas", "green {subject}",
         ),
     })  # fmt: skip
-    c.compositions = ConfigDict(
-        {
-            "hat": {"wording": "{subject} in a green hat", "count": 1, "hat": "green"},
-            "left_of": {"wording": "{subject} left of a {subject}", "count": 2, "relation": "left of"},
-            "above": {"wording": "{subject} above a {subject}", "count": 2, "relation": "above"},
-        }
-    )
 
     config.checkpoint.every = 600  # of fewer steps
     config.log.samples_every = 1200

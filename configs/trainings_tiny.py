@@ -2,8 +2,8 @@
 
     python run.py --config=configs/trainings_tiny.py --mode=evaluate
 
-The recipe is that of configs/tiny.py. Beside each value alone it measures every two of them, too. `:smoke` is a run of
-minutes, to see that everything runs; its figures mean nothing.
+The recipe is that of configs/tiny.py. Beside each value alone it measures every two of them, and prompts that state
+more than a trade. `:smoke` is a run of minutes, to see that everything runs; its figures mean nothing.
 """
 
 from livo_jax.configs import compare_tiny
@@ -16,6 +16,13 @@ def get_config(variant: str = "") -> ConfigDict:
     config.trainings, config.curve.points = 3, 0
     c = config.methods.livo.eval
     c.combinations = True
+    c.compositions = ConfigDict(
+        {
+            "hat": {"wording": "{subject} in a green hat", "count": 1, "hat": "green"},
+            "left_of": {"wording": "{subject} left of a {subject}", "count": 2, "relation": "left of"},
+            "above": {"wording": "{subject} above a {subject}", "count": 2, "relation": "above"},
+        }
+    )
     if not variant:
         c.images_per_prompt = c.harm_images_per_prompt = c.left_alone_images = 60
     return config
