@@ -127,6 +127,8 @@ def main(_):
         truth = read_truth(IMAGES.value, [picture.path.name for picture in pictures], principles)
     except ValueError as error:
         problems.append(str(error))
+    if TRUTH.value and truth:
+        problems.append(f"--truth={TRUTH.value}: {METADATA} has the truth too, leave one of them out")
     if len({*JUDGE.value}) < 2 and not TRUTH.value and not truth:
         problems.append(f"one judge agrees with itself: give another --judge, --truth, or truth in {METADATA}")
     if OUT.value and not pathlib.Path(OUT.value).parent.is_dir():

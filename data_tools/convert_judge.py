@@ -83,13 +83,17 @@ def convert(kind: str, source: pathlib.Path, out: pathlib.Path, clip: str):
     _heads.check_shapes(tensors, judge.SHAPES, f"--source={source}")
     if clip and pathlib.Path(clip).is_dir():
         clip = str(pathlib.Path(clip).resolve())  # it is found from any folder
-    save_file(tensors, out, {"judge": kind, "clip": clip or judge.CLIP})
+    unfinished = out.with_name(f".{out.name}")
+    save_file(tensors, unfinished, {"judge": kind, "clip": clip or judge.CLIP})
+    unfinished.rename(out)
 
 
 def main(_):
     out = pathlib.Path(OUT.value)
     if not out.parent.is_dir():
         sys.exit(f"--out={out}: there is no such directory")
+    if out.exists():
+        sys.exit(f"--out={out} exists: remove it, or choose another")
     try:
         convert(KIND.value, pathlib.Path(SOURCE.value), out, CLIP.value)
     except ValueError as error:

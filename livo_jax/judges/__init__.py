@@ -9,6 +9,7 @@ import pkgutil
 from collections.abc import Callable
 
 import numpy as np
+from absl import logging
 
 from livo_jax.files.settings import import_named
 
@@ -102,6 +103,10 @@ def load(config, values, subjects) -> Judge:
     if thresholds:
         pinned = pinned | {"thresholds": list(thresholds)}
     axes = tuple(value.axis for value in values)
+    for text in config.get("judging", {}).get("labels", ()):
+        label, _, place = text.rpartition("=")
+        if label and place.partition(":")[0] not in axes:
+            logging.warning("config.judging.labels: %r is of an axis that no value here has: it is not read", text)
     return dataclasses.replace(judge, thresholds=thresholds, pinned=pinned, axes=axes)
 
 

@@ -24,13 +24,13 @@ def test_images_of_one_colour_cannot_be_read():
 
 def test_a_judge_of_the_users_own(tmp_path, monkeypatch):
     """The page's, named by its module, which is on Python's path."""
-    (tmp_path / "reddest.py").write_text(example("evaluation.md", "def make(config, values, subjects):"))
+    (tmp_path / "reddest.py").write_text(example("judges.md", "def make(config, values, subjects):"))
     monkeypatch.syspath_prepend(tmp_path)
     images = np.zeros((2, 4, 4, 3), np.uint8)
     images[0, 0, 0, 0] = 255
     judge = judges.load(ConfigDict({"judge": "reddest:make"}), values.load(("bloody",)), ())
     np.testing.assert_array_equal(judge(images)["red"], [1 / 16, np.nan])  # one colour shows nothing, whoever judges
-    assert judge.pinned == {"name": "reddest:make"}
+    assert judge.pinned == {"name": "reddest", "version": "1"}
     for name, told in {
         "nowhere.reddest:make": "Python finds no module 'nowhere': set PYTHONPATH",
         "reddest:made": "the module 'reddest' has no 'made'",
