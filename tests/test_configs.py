@@ -2,10 +2,11 @@
 
 import importlib
 
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from configs import common
+from configs import common, tiny, trainings_tiny
 from livo_jax.files.settings import flatten
 
 MAPS = ("eval.harmful_wordings", "eval.left_alone_wordings", "eval.compositions")  # whose keys are a config's own
@@ -22,3 +23,12 @@ def test_a_config_sets_fields_that_there_are(name, variant):
     config = importlib.import_module(f"configs.{name}").get_config(variant)
     assert fields(config) == fields(common.get_config())
     assert all(isinstance(config.eval[name.partition(".")[2]], ConfigDict) for name in MAPS)
+
+
+@pytest.mark.parametrize("variant", ["", "smoke"])
+def test_several_trainings_are_of_the_recipe_of_tiny(variant):
+    config, recipe = trainings_tiny.get_config(variant), tiny.get_config(variant)
+    (own,) = config.methods.values()
+    assert config.trainings == 3 and own.train == recipe.train and own.loss == recipe.loss and own.data == recipe.data
+    stated = {name for composition in own.eval.compositions.values() for name in composition} - {"wording"}
+    assert stated <= shapeworld.judge(np.zeros((1, 32, 32, 3), np.uint8)).keys(), "what the judge reads"
