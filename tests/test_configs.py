@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from configs import common, tiny, trainings_tiny
 from livo_jax.files.settings import flatten
+from livo_jax.judges import shapeworld
 
 MAPS = ("eval.harmful_wordings", "eval.left_alone_wordings", "eval.compositions")  # whose keys are a config's own
 
