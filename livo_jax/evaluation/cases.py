@@ -37,9 +37,12 @@ def worded(config, subjects, wordings, attributes=("",)) -> list[tuple[str, str,
 
 
 def further_prompts(config, value) -> list[tuple[str, str, str]]:
-    """The (split, subject, prompt) of a harm in config.eval.harmful_wordings, of held-out subjects."""
-    found = []
-    for split, wordings in config.eval.harmful_wordings.items() if value.kind == "harm" else ():
+    """The (split, subject, prompt) of a harm in config.eval.harmful_wordings, of held-out subjects.
+
+    None where prompt sets stand in the place of subjects.
+    """
+    found, of_subjects = [], value.kind == "harm" and not prompt_sets.names(config, value)
+    for split, wordings in config.eval.harmful_wordings.items() if of_subjects else ():
         found += worded(config, subjects(config, "held_out", name=split), wordings)
     return found
 
@@ -111,7 +114,8 @@ def cases(config, values, tokens: bool = True, even: bool = False) -> list[Case]
     for value in values:
         rows, sides = prompts(config, value) + further_prompts(config, value), {"base": [], config.method: [value]}
         add(value.statement, value, rows, **sides)
-        for split, composition in config.eval.compositions.items() if value.kind == "bias" else ():
+        of_subjects = value.kind == "bias" and not prompt_sets.names(config, value)
+        for split, composition in config.eval.compositions.items() if of_subjects else ():
             stated = composition.to_dict()
             rows = worded(config, subjects(config, "held_out", name=split), [stated.pop("wording")])
             add(value.statement, value, rows, stated, **sides)

@@ -286,7 +286,17 @@ def made_of(config, values) -> dict:
     tables = json.loads(json.dumps({value.name: dataclasses.asdict(value) for value in values}))
     # What the sources come to is in the scenes; the others are the metrics' and the retriever's.
     for table in tables.values():
-        for field in ("sources", "highest", "keywords", "exceptions", "stated", "descriptions", "score", "reason"):
+        for field in (
+            "sources",
+            "highest",
+            "keywords",
+            "exceptions",
+            "stated",
+            "descriptions",
+            "auto",
+            "score",
+            "reason",
+        ):
             table.pop(field, None)
     whole["preferences"]["scenes"] = whole["preferences"]["scenes"] or {v.name: list(scenes(v, config)) for v in values}
     return {name: whole[name] for name in fields} | {"principles": tables}

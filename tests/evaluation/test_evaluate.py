@@ -22,7 +22,7 @@ def test_combinations_are_measured_where_the_config_says_so():
     assert {(case.name, case.method) for case in evaluate.cases(config, three)} == {
         (value.statement, method) for value in three for method in ("base", "livo")
     }
-    config.eval.combinations = True
+    config.eval.combinations, config.eval.harmful_wordings = True, {}
     config.eval.images_per_prompt = config.eval.harm_images_per_prompt = 20
     cases = {}
     for case in evaluate.cases(config, three):
@@ -254,7 +254,7 @@ def test_a_digest_tells_arrays_apart():
 
 def test_prompts_that_a_value_should_leave_alone():
     config, three = tiny.get_config("smoke"), values.load(("shape", "colour", "bloody"))
-    prompts = {}
+    config.eval.left_alone_wordings, prompts = {}, {}
     for case in evaluate.left_alone(config, three):
         assert {r.values for r in case.requests} == {(Dose(case.value.statement),)}
         prompts.setdefault(case.value.name, []).append(case.requests[0].prompt)

@@ -31,11 +31,12 @@ def test_the_configs_as_they_are_work(method, start):
 
 def test_every_field_of_the_table_is_one_and_every_method_is_known():
     known = [*flatten(livo.get_config().to_dict()), "preferences"]
-    named = {*fields.TRAINING, *fields.TOKENS, *fields.OFF, *(name for names in fields.READ.values() for name in names)}
+    named = {*fields.OFF, *(name for names in fields.READ.values() for name in names)}
     named |= {field for field, _ in fields.READ}
+    named |= {field for method in methods.METHODS.values() for field in method.UNREAD}
     for name in named:
         assert any(f"{field}.".startswith(f"{name}.") for field in known), name
-    assert {*BASELINES} == {*FORMS, *methods.UNET, *methods.DRAWN}
+    assert {"livo", *BASELINES} == {*FORMS, *methods.METHODS}
 
 
 # (method, field, a value that is not its own, what is said to not read it)
@@ -81,7 +82,7 @@ def test_a_field_that_is_not_read_is_refused(method, field, value, by):
     with pytest.raises(ValueError, match="the config cannot work:\n") as error:
         fields.check(config, {field: value})
     assert told in str(error.value)
-    if field in fields.OFF and method not in methods.DRAWN:
+    if field in fields.OFF and isinstance(methods.make_method(config), methods.TrainedMethod):
         assert any(told in line for line in fields.problems(config))
 
 
@@ -109,7 +110,9 @@ def test_each_kind_has_a_learning_rate_of_its_own(method, rate):
 
 def test_the_rates_of_other_configs():
     assert [learning_rate(config_of(kind)) for kind in ("livo", "lora", "token")] == [3e-3, 3e-3, 3e-2]
-    assert [learning_rate(config_of(kind)) for kind in FORMS + methods.UNET] == [3e-3] * 4 + [3e-4] * 2
+    assert [learning_rate(config_of(kind)) for kind in (*FORMS, "dpo_unet", "concept_ablation")] == [3e-3] * 4 + [
+        3e-4
+    ] * 2
     assert learning_rate(sdxl.get_config()) == 1e-6
     config = config_of("livo")
     config.value_encoder.kind = "tokens"

@@ -119,7 +119,9 @@ def test_a_run_leaves_what_it_promises(finished):
     assert document["schema"] == 2 and document["judges"] == [{"name": "shapeworld"}]
     results = document["rows"]
     assert {r["method"] for r in results} == {"base", "livo"}
-    assert {r["split"] for r in results} == {"seen", "held_out"}
+    further = {"other_words", "spelled_around", "implied"}
+    assert {r["split"] for r in results} == {"seen", "held_out"} | further
+    results = [row for row in results if row["split"] not in further]
     for row in results:
         if "over_refusal" in row["metric"]:
             assert row["method"] == "livo" and 0 <= row["mean"] <= 1 and row["images"] == 4
@@ -219,7 +221,7 @@ MISTAKES = {  # flags: what the answer holds
     ("--config.model=nowhere",): "no model at 'nowhere'(.|\n)*hf download",
     ("--config.train.batch_size=0", "--config.train.schedule=linear"): "train.batch_size=0(.|\n)*'linear': choose from",
     ("--config.loss.timesteps=(900, 2000)", "--config.judge=human", "--config.sampling.sampler=heun"):
-        "timesteps=\\(900, 2000\\)(.|\n)*'heun'(.|\n)*'human': choose from clip, llava, sh",
+        "timesteps=\\(900, 2000\\)(.|\n)*'heun'(.|\n)*'human': choose from classifier, clip, llava",
     ("--config.principles=('shape', 'age')", "--config.train.ema_decay=1.0"):
         "ema_decay=1.0(.|\n)*no value 'age'. Values there: gender.*shape, colour, bloody",
     ("--config.log.samples_every=-1", "--config.profile.steps=-2"):

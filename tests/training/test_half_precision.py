@@ -76,8 +76,11 @@ def test_a_step(models, small, method):
         assert one.dtype == jnp.bfloat16
         assert (one != two).mean() > 0.05, "what a step of 3e-4 changes is not rounded away"
         if method == "dpo_unet":
-            # The policy starts at the reference: what is left is how the compiler fuses and rounds each.
-            assert max(abs(metrics["margin_w"]), abs(metrics["margin_l"])) < 1e-4
+            # The policy starts at the reference: what is left is how the compiler fuses and rounds each. A margin is
+            # the mean over N numbers of 2 e times the difference of two roundings to 8 bits, e about one.
+            N = batch.aligned.shape[0] * np.prod(sd.latent_shape)
+            deviation = 2 * 2**-9 * np.sqrt(2 / N)
+            assert max(abs(metrics["margin_w"]), abs(metrics["margin_l"])) < 3 * deviation
     if method not in ("full", *OF_UNET):  # those of value encoders differ in what these compare
         return
     key = jax.random.fold_in(jax.random.key(config.seed), 0)
