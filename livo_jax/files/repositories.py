@@ -265,6 +265,17 @@ class Tensor(NamedTuple):
         return array.view(FLOATS[self.dtype]).reshape(self.shape)
 
 
+def read_safetensors(file: str | os.PathLike) -> tuple[dict[str, str], dict[str, np.ndarray]]:
+    """The metadata and the tensors of a small file. Raises ValueError for a damaged one."""
+    import safetensors
+
+    try:
+        with safetensors.safe_open(file, framework="numpy") as opened:
+            return opened.metadata() or {}, {name: opened.get_tensor(name) for name in opened.keys()}
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+
+
 def open_tensors(files: list[pathlib.Path]) -> dict[str, Tensor]:
     """The tensors of safetensors files, by name. Raises ValueError for a damaged file, or fp8 weights with scales."""
     import safetensors

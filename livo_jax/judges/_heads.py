@@ -4,10 +4,9 @@ import pathlib
 
 import jax
 import numpy as np
-import safetensors
 from flax import nnx
 
-from livo_jax.files.repositories import find_repository, weight_files
+from livo_jax.files.repositories import find_repository, read_safetensors, weight_files
 from livo_jax.judges import Judge, _labels, clip, hash_files
 from livo_jax.models.weights import split
 
@@ -62,10 +61,9 @@ def read_heads(path: str, kind: str, shapes: dict) -> tuple[dict[str, np.ndarray
     if not path or not file.is_file():
         raise ValueError(f"config.judging.model={path!r}: there is no such file, {remedy}")
     try:
-        with safetensors.safe_open(file, framework="numpy") as opened:
-            facts, tensors = opened.metadata() or {}, {name: opened.get_tensor(name) for name in opened.keys()}
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{file} is damaged or no safetensors file, {remedy}: {error}") from error
+        facts, tensors = read_safetensors(file)
+    except ValueError as error:
+        raise ValueError(f"{error}: {remedy}") from error
     if facts.get("judge") != kind or "clip" not in facts:
         raise ValueError(f"{file} is of {facts.get('judge', 'something else')}: {remedy}")
     check_shapes(tensors, shapes, str(file))

@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from livo_jax import seeds, sharding, values
+from livo_jax.files.repositories import read_safetensors
 from livo_jax.methods.base import TOKENS, TRAINING, Drawing, Method, by_group, drawer, weights_of, with_unet
 from livo_jax.models.clip import first_ids
 from livo_jax.models.weights import put, split
@@ -155,16 +156,15 @@ class UnifiedConceptEditing(Method):
     def find_matrices(self, settings: dict, sd, mesh, workdir, judge) -> tuple[dict[str, np.ndarray], float]:
         """M by the values' statements, and the seconds that they took. They are kept in `workdir`, for the same config
         and model."""
-        from safetensors import safe_open
         from safetensors.numpy import save_file
 
         config, file = self.config, workdir / FILE
         found = values.load_principles(config)
         key = json.dumps({**settings, "values": [v.statement for v in found], "model": config.model}, default=str)
         if file.exists():
-            with safe_open(file, framework="numpy") as kept:
-                if kept.metadata()["settings"] == key:
-                    return {name: kept.get_tensor(name) for name in kept.keys()}, float(kept.metadata()["seconds"])
+            facts, matrices = read_safetensors(file)
+            if facts["settings"] == key:
+                return matrices, float(facts["seconds"])
         start, matrices = time.perf_counter(), {}
         for value in found:
             of_bias = value.kind == "bias"

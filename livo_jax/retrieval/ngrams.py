@@ -14,6 +14,7 @@ import zlib
 
 import numpy as np
 
+from livo_jax.files.repositories import read_safetensors
 from livo_jax.values.rules import fold
 
 SHIPPED = pathlib.Path(__file__).with_name("ngrams.safetensors")
@@ -70,15 +71,9 @@ def load(path: str | os.PathLike) -> tuple[list[str], np.ndarray, np.ndarray, np
     Raises:
         FileNotFoundError: there is no such file. ValueError: it is no classifier, or a damaged one.
     """
-    import safetensors
-
     if not pathlib.Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file; python -m data_tools.fit_retriever makes one")
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            about, arrays = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+    about, arrays = read_safetensors(path)
     if about.get("format") != FORMAT or arrays.keys() != {"weights", "bias", "thresholds"}:
         raise ValueError(f"{path} is no classifier of {FORMAT!r}: python -m data_tools.fit_retriever makes one")
     try:
