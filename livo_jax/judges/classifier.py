@@ -1,12 +1,10 @@
 """The judge of any published image classifier, as one of NSFW, gender, age or race, whose labels are told in config."""
 
 import functools
-import importlib.metadata
-import importlib.util
 
-from livo_jax.files.repositories import find_repository, weight_files, weight_patterns
-from livo_jax.judges import Judge, _labels, hash_files
-from livo_jax.judges.llava import load_pytorch
+from livo_jax.files.repositories import find_repository, weight_patterns
+from livo_jax.judges import Judge, _labels
+from livo_jax.judges.llava import load_pytorch, pin_pytorch, pytorch_problems
 
 BATCH = 16  # images at once
 FILES = ["*config.json", *weight_patterns("model", None)]
@@ -40,10 +38,7 @@ def make(config, values, subjects) -> Judge:
     texts, problems = tuple(config.judging.labels), []
     if not texts:
         problems.append("config.judging.labels is empty: say of which axis its labels are, as ('nsfw=nudity',)")
-    if not config.judging.model:
-        problems.append("config.judging.model is empty: give a directory or hub id of an image classifier")
-    if not importlib.util.find_spec("torch"):
-        problems.append("PyTorch is not installed: pip install torch")
+    problems += pytorch_problems(config, "a directory or hub id of an image classifier")
     if not problems:
         classify, names, exclusive = published(config.judging.model)
         if texts == ("fairface",):
@@ -55,9 +50,7 @@ def make(config, values, subjects) -> Judge:
     def read(images):
         return _labels.read(labels, names, values, classify(images), exclusive)
 
-    weights = hash_files(weight_files(find_repository(config.judging.model, FILES), "model", None))
-    pinned = {"name": "classifier", "model": str(config.judging.model), "weights": weights, "classes": list(texts)}
-    pinned["transformers"] = importlib.metadata.version("transformers")
+    pinned = {"name": "classifier", "classes": list(texts)} | pin_pytorch(config, FILES)
     return Judge(read, pinned, unspecified=_labels.may_be_unspecified(labels, values))
 
 

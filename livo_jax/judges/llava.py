@@ -44,10 +44,7 @@ def make(config, values, subjects) -> Judge:
     ]
     if not values:
         problems.append("there is no value to read")
-    if not config.judging.model:
-        problems.append("config.judging.model is empty: give a directory or hub id, as llava-hf/llava-1.5-7b-hf")
-    if not importlib.util.find_spec("torch"):
-        problems.append("PyTorch is not installed: pip install torch")
+    problems += pytorch_problems(config, "a directory or hub id, as llava-hf/llava-1.5-7b-hf")
     if problems:
         raise ValueError("the judge llava cannot work: " + "; ".join(problems))
     ask = published(config.judging.model)
@@ -65,10 +62,27 @@ def make(config, values, subjects) -> Judge:
             reading[axis] = np.where(yes.max(1) >= 0.5, np.array(names)[yes.argmax(1)], denied)
         return reading
 
-    weights = hash_files(weight_files(find_repository(config.judging.model, FILES), "model", None))
-    pinned = {"name": "llava", "model": str(config.judging.model), "weights": weights}
-    pinned["transformers"] = importlib.metadata.version("transformers")
-    return Judge(read, pinned, unspecified=unspecified)
+    return Judge(read, {"name": "llava"} | pin_pytorch(config, FILES), unspecified=unspecified)
+
+
+# ---------------------------------------------------------------------------- models that transformers computes
+
+
+def pytorch_problems(config, wanted: str) -> list[str]:
+    """What a judge of PyTorch lacks; wanted: what config.judging.model names."""
+    problems = []
+    if not config.judging.model:
+        problems.append(f"config.judging.model is empty: give {wanted}")
+    if not importlib.util.find_spec("torch"):
+        problems.append("PyTorch is not installed: pip install torch")
+    return problems
+
+
+def pin_pytorch(config, files: list[str]) -> dict:
+    """What readings of config.judging.model depend on, for Judge.pinned; files: patterns of its repository's."""
+    weights = hash_files(weight_files(find_repository(config.judging.model, files), "model", None))
+    version = importlib.metadata.version("transformers")
+    return {"model": str(config.judging.model), "weights": weights, "transformers": version}
 
 
 def load_pytorch(root, processor_class, model_class, what: str):
