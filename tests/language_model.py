@@ -1,5 +1,6 @@
 """A language model's endpoint on loopback, which answers as a test says."""
 
+import abc
 import http.server
 import json
 import threading
@@ -11,8 +12,8 @@ def completion(content) -> str:
     return json.dumps({"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]})
 
 
-class Endpoint(http.server.ThreadingHTTPServer):
-    """Answers a request's body by answer(body): a text, which is completed, or a status and a body, text or bytes.
+class Endpoint(abc.ABC, http.server.ThreadingHTTPServer):
+    """Answers requests as its `answer` says.
 
     requests: the bodies that came. keys: the Authorization of each.
     """
@@ -24,8 +25,9 @@ class Endpoint(http.server.ThreadingHTTPServer):
         self.requests, self.keys, self.url = [], [], f"http://127.0.0.1:{self.server_port}/v1"
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
+    @abc.abstractmethod
     def answer(self, body: dict):
-        raise NotImplementedError
+        """What a request's body is answered: a text, which is completed, or a status and a body, text or bytes."""
 
     def __exit__(self, *_):
         self.shutdown()
