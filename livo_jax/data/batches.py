@@ -86,7 +86,7 @@ def batches(
             places = [place for place, other in enumerate(prompts_in(block)) if other == prompt]
         return block.start + int(places[rng.integers(len(places))])
 
-    def read_cached(images: dict, flip: bool, prompt: str, record_of) -> dict:
+    def read_cached(images: dict, flip: bool, prompt: str) -> dict:
         place = cache.place[prompt]
         moments = {f"{side}_moments": getattr(cache, stored)[i, int(flip)] for side, (i, stored) in images.items()}
         pooled = None if cache.text_embeds is None else cache.text_embeds[place]
@@ -108,13 +108,16 @@ def batches(
         images = {"aligned": (index, "aligned"), "violating": (partner, "violating")}
         if text.exchanged:
             images = {"aligned": images["violating"], "violating": images["aligned"]}
-        read = read_cached if cache else read_images
+        if cache:
+            columns = read_cached(images, flip, text.prompt)
+        else:
+            columns = read_images(images, flip, text.prompt, record_of)
         return Batch(
             value_prompt_ids=ids_of(text.value),
             beside_prompt_ids=ids_of(text.beside) if text.beside else None,
             beside=text.stands_beside,
             anchor=text.anchor,
-            **read(images, flip, text.prompt, record_of),
+            **columns,
         )
 
     dataset = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat().random_map(read_pair)

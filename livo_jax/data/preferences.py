@@ -6,11 +6,10 @@ from typing import NamedTuple
 import numpy as np
 
 from livo_jax import files
+from livo_jax.training.batch import SIDES
 from livo_jax.values.principles import Value
 
-SIDES = ("aligned", "violating")
-
-FEATURES = {"prompt", "value", "scene", "aligned", "violating", "provenance"}
+FEATURES = {"prompt", "value", "scene", *SIDES, "provenance"}
 
 
 class Block(NamedTuple):

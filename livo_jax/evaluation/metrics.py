@@ -23,7 +23,6 @@ DRAWS = 20_000  # whose mean is a floor: its error is below 0.002
 PROPORTIONS = ("R", "Prob", "recognised", "readable", "unspecified", "over_refusal", "accuracy")
 # Other numbers between 0 and 1.
 UNIT = ("D1", "D2", "TV", "entropy", "joint_TV", "joint_D1", "distance", "over_refusal_distance")
-LIMITS = dict.fromkeys(UNIT, (0, 1))
 STATED = "stated "  # begins the metrics of `stated_shown`, shares of images
 SCHEMA = 2  # of results.json and differences.json; 1 was the bare list of rows
 
@@ -311,7 +310,7 @@ def rows(numbers: dict) -> list[dict]:
         row = dict(zip(("method", "value", "split", "metric"), (method, *what)))
         metric = row["metric"]
         share = metric.partition(" at ")[0] in PROPORTIONS or metric.startswith(STATED)
-        limits = (0, 1) if share else LIMITS.get(metric, (-np.inf, np.inf))
+        limits = (0, 1) if share or metric in UNIT else (-np.inf, np.inf)
         if share:
             trials = [x.trials(GROUP if metric == "Prob" else 1) for x in found]
             mean, ci95 = confidence(per_prompt, trials=trials)

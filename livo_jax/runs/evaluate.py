@@ -7,7 +7,6 @@ import json
 import types
 
 import jax
-import numpy as np
 from tqdm import tqdm
 
 from livo_jax import judges, methods, sharding
@@ -262,9 +261,11 @@ def sample_sheet(models: methods.Models, config, mesh, path, n: int = 8):
     if models.value_encoder:
         images = draw(models.sd, requests, value_encoder=models.value_encoder)
     else:
-        plain = without_values(requests)
-        ways = [draw(sd, plain) for sd in (models.base, models.sd)]
-        images = np.stack([ways[bool(request.values)][i] for i, request in enumerate(requests)])
+
+        def draw_side(with_value: bool, rows):
+            return draw(models.sd if with_value else models.base, without_values(rows))
+
+        images = methods.by_group(requests, lambda request: bool(request.values), draw_side)
     if jax.process_index() > 0:
         return
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import jax
 
+SIDES = ("aligned", "violating")  # the images of a pair
+
 
 class Batch(NamedTuple):
     """B preference pairs as data.batches reads them, numpy or jax arrays. Columns that a config does not want are None.

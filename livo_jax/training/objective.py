@@ -10,10 +10,8 @@ from flax import nnx
 from livo_jax import diffusion
 from livo_jax.models.weights import split
 from livo_jax.training import losses
-from livo_jax.training.batch import Batch, Noise
+from livo_jax.training.batch import SIDES, Batch, Noise
 from livo_jax.training.optimizer import but_embeddings
-
-SIDES = ("aligned", "violating")
 
 
 class Networks(NamedTuple):
