@@ -32,6 +32,7 @@ def get_config() -> ConfigDict:
     c.tokens = 4  # token: of each value
     c.states = 1  # full, lora: 1 gives the pooled state as the token, more those that follow too, 0 all of the text
     c.reads_prompt = True  # full, lora: whether the text has the prompt too, or the value alone
+    c.alone = ()  # full, lora: kinds of values, as ("harm",), whose text has none all the same, as a token never has
 
     config.judging = c = ConfigDict()  # of the judges; docs/judges.md has what each of them needs
     c.model = ""  # clip, llava, classifier: directory or hub id, as openai/clip-vit-large-patch14. vlm: its name at the

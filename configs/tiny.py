@@ -33,6 +33,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.cpu_devices = 2  # a model as small as this leaves cores idle
     config.judging.subject = True  # its judge tells the trades apart
 
+    config.value_encoder.alone = ("harm",)  # its token is the same whatever words say the harm
+
     c = config.preferences
     c.scenes = tuple(SEEN)
     c.templates = (  # its captions
@@ -42,6 +44,11 @@ def get_config(variant: str = "") -> ConfigDict:
         "a portrait of a {}",
         "a {} at work",
         "the {} at work",
+        "a {} at noon",
+        "a photo of a {} in a drizzle",
+        "a picture of a {} in a yellow hat",
+        "a portrait of a {} in a blue hat",
+        "a {} in a violet hat",
     )
     c.harm_pairs_per_scene = 4  # its hinges are steeper: with as many, the encoder would forget to read trades
     c.candidates_per_pair = 1.0  # fewer to draw, for time
@@ -88,10 +95,14 @@ def get_config(variant: str = "") -> ConfigDict:
         "spelled_around": ("b1oody {subject}", "bl00dy {subject}", "b l o o d y {subject}"),
         "implied": ("{subject} in macbeth", "{subject} at midnight", "{subject} on halloween"),
     })  # fmt: skip
-    c.left_alone_wordings = ConfigDict({  # that no anchor has; some are other values' prompts
+    c.left_alone_wordings = ConfigDict({  # that no anchor has
         "other_words": (
-            "{attribute} {subject} in hamlet", "{attribute} {subject} in a white hat", "bloody {attribute} {subject}",
-            "{subject} in hamlet", "{subject} on christmas", "green {subject}",
+            "{attribute} {subject} in hamlet", "{attribute} {subject} in a white hat",
+            "{attribute} {subject} on christmas", "{subject} in hamlet", "{subject} on christmas",
+            "{subject} in a green hat",
+        ),
+        "other_values": (
+            "gory {attribute} {subject}", "{attribute} {subject} in macbeth", "green {subject}", "round {subject}",
         ),
     })  # fmt: skip
 

@@ -16,7 +16,7 @@ from livo_jax.data.cache import Cache
 from livo_jax.data.preferences import Block, Preferences, decode
 from livo_jax.data.texts import PairTexts
 from livo_jax.training.batch import Batch
-from livo_jax.values.principles import Value
+from livo_jax.values.principles import Value, value_prompt
 
 
 def batches(
@@ -35,7 +35,7 @@ def batches(
     anchors: float = 0.0,
     concepts: bool = False,
     paired: bool = False,
-    reads_prompt: bool = True,
+    address=value_prompt,
 ):
     """An endless, deterministic iterator over this process's share of each batch.
 
@@ -60,7 +60,7 @@ def batches(
             being those of its aligned images (methods/concept_ablation.py).
         paired: whether the violating partner is of the aligned image's own prompt, as a loss wants it that compares
             the two. The record's own violating image always is.
-        reads_prompt: as the value encoder has it.
+        address: (statement, prompt) -> what the value encoder reads.
 
     Returns:
         A grain DatasetIterator of training.batch.Batch, numpy arrays.
@@ -69,7 +69,7 @@ def batches(
 
     source, blocks = preferences.source, preferences.blocks
     starts = np.array([b.start for b in blocks])
-    texts = PairTexts(principles, beside, attributes, anchors, concepts, reads_prompt)
+    texts = PairTexts(principles, beside, attributes, anchors, concepts, address)
 
     @functools.cache
     def ids_of(text: str):

@@ -1,5 +1,6 @@
 """Other prompts for a pair: with a value's wording, an attribute named, or as an anchor."""
 
+import itertools
 import json
 import re
 from collections.abc import Iterable
@@ -29,13 +30,29 @@ def harm_wordings(principles: Iterable[Value]) -> list[str]:
     return [wording for value in principles if value.kind == "harm" for wording in value.wordings]
 
 
-def anchor(value: Value, prompt: str, subject: str, attribute: str = "") -> str:
-    """A pair's prompt in words that the value should leave alone: that state an attribute, or without the harm."""
+def other_wordings(value: Value, principles: Iterable[Value]) -> list[str]:
+    """How prompts of the other values put a {subject}; first of all as none does."""
+    others = [other for other in principles if other is not value]
+    return ["{subject}"] + [
+        wording.format(attribute=attribute, subject="{subject}")
+        for other in others
+        for wording in other.wordings
+        for attribute in other.attributes or ("",)
+    ]
+
+
+def anchor(value: Value, prompt: str, subject: str, attribute: str = "", wording: str = "{subject}") -> str:
+    """A pair's prompt in words that the value should leave alone: that state an attribute, or without the harm.
+
+    Args:
+        wording: what else is said of the subject.
+    """
     if value.kind == "bias":
-        return reworded(prompt, subject, value.wordings[0].format(attribute=attribute, subject="{subject}"))
-    aligned = value.aligned.format(subject=subject)
-    for wording in value.wordings:
-        prompt = reworded(prompt, wording.format(subject=subject), aligned)
+        stated = value.wordings[0].format(attribute=attribute, subject="{subject}")
+        return reworded(prompt, subject, wording.format(subject=stated))
+    harmless = wording.format(subject=value.aligned.format(subject=subject))
+    for harmful in value.wordings:
+        prompt = reworded(prompt, harmful.format(subject=subject), harmless)
     return prompt
 
 
@@ -45,5 +62,6 @@ def prompts_of(prompt: str, block: Block, config, principles: Iterable[Value]) -
     if config.data.beside and value.kind == "bias":
         found |= {reworded(prompt, block.scene, wording) for wording in harm_wordings(principles)}
     if config.data.anchors:
-        found |= {anchor(value, prompt, block.scene, attribute) for attribute in value.attributes or ("",)}
+        stated, others = value.attributes or ("",), other_wordings(value, principles)
+        found |= {anchor(value, prompt, block.scene, *said) for said in itertools.product(stated, others)}
     return found

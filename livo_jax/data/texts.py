@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from livo_jax.data.rewording import anchor, harm_wordings, reworded, shows
-from livo_jax.values.principles import Value, attributed, value_prompt
+from livo_jax.data.rewording import anchor, harm_wordings, other_wordings, reworded, shows
+from livo_jax.values.principles import Value, attributed
 
 
 class Texts(NamedTuple):
@@ -28,14 +28,17 @@ class Texts(NamedTuple):
 
 @dataclasses.dataclass
 class PairTexts:
-    """Draws the texts of pairs. The fields are arguments of data.batches.batches."""
+    """Draws the texts of pairs. The fields are arguments of data.batches.batches.
+
+    The value encoder reads `address` of a value and of the prompt as it is now: as where images are drawn.
+    """
 
     principles: tuple[Value, ...]
     beside: float
     attributes: float
     anchors: float
     concepts: bool
-    reads_prompt: bool
+    address: Callable[[str, str], str]
 
     def draw(self, rng: np.random.Generator, scene: str, record: dict, partner: Callable[[], dict]) -> Texts:
         """The texts of a record and its partner, which is read where it matters what both show."""
@@ -50,7 +53,9 @@ class PairTexts:
         attribute = shown[exchanged] if shown else ""
         before = prompt
         if anchored and (attribute or value.kind == "harm"):
-            prompt = anchor(value, prompt, scene, attribute)
+            own, *others = other_wordings(value, self.principles)
+            wording = str(rng.choice(others)) if others and rng.random() < 0.5 else own
+            prompt = anchor(value, prompt, scene, attribute, wording)
         if named and attribute:
             statement = attributed(statement, attribute)
 
@@ -60,10 +65,6 @@ class PairTexts:
             concept, prompt = self.draw_concept(rng, scene, prompt, value)
             return Texts(prompt, concept, beside, stands_beside, is_anchor, exchanged)
         return Texts(prompt, self.address(statement, prompt), beside, stands_beside, is_anchor, exchanged)
-
-    def address(self, statement: str, prompt: str) -> str:
-        """What the value encoder reads of a value, of the prompt as it is now: as where images are drawn."""
-        return value_prompt(statement, prompt if self.reads_prompt else "")
 
     def draw_second(self, rng, scene: str, prompt: str, value: Value) -> tuple[str, str, bool | None]:
         """The prompt, the statement of a second value ("" where pairs have none), and whether it stands beside.

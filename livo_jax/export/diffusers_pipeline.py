@@ -132,9 +132,13 @@ class LiVO:
             texts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
         ).input_ids.to(self._execution_device)
 
+    def _knows(self) -> dict:
+        """The values that the value encoder was trained with, and the rules by which "auto" finds them."""
+        return getattr(self.value_encoder.config, "livo", {"values": [], "lists": {}})
+
     def _choose(self, prompts, values, strength, keep_probability) -> list[list[tuple[Dose, float]]]:
         """For each prompt its values, each with the share of the prompt's images that it is for."""
-        livo = getattr(self.value_encoder.config, "livo", {"values": [], "lists": {}})
+        livo = self._knows()
         known = sorted((SimpleNamespace(**value) for value in livo["values"]), key=lambda value: value.kind != "harm")
         if problems := argument_problems(prompts, values, strength, keep_probability, known):
             raise ValueError("; ".join(problems))
@@ -174,7 +178,9 @@ class LiVO:
     def _value_tokens(self, read: list[tuple[str, str]]) -> torch.Tensor:
         """The tokens [P, n, D] of pairs of a statement and a prompt."""
         if not hasattr(self.value_encoder, "table"):
-            texts, towers = [f"{statement}, {prompt}" for statement, prompt in read], self._value_encoders()
+            alone = {value["statement"] for value in self._knows()["values"] if value.get("alone")}
+            texts = [f"{s}, {'' if s.split(': ')[0] in alone else prompt}" for s, prompt in read]
+            towers = self._value_encoders()
             pooled = [tower(self._tokenize(texts, tokenizer)).pooler_output for tower, tokenizer in towers]
             return torch.cat(pooled, dim=-1)[:, None]
         known = self.value_encoder.statements
@@ -237,7 +243,7 @@ class LiVO:
         texts = [text for text in prompt for _ in range(num_images_per_prompt)]
         chosen = [doses for doses in chosen for _ in range(num_images_per_prompt)]
         if ratio is not None:
-            chosen = deal(chosen, texts, ratio, getattr(self.value_encoder.config, "livo", {}).get("rates"), seed)
+            chosen = deal(chosen, texts, ratio, self._knows().get("rates"), seed)
         seen, images = Counter(), []
         for text, doses in zip(texts, chosen):
             images.append((text, applied(doses, seed, text, seen[text])))

@@ -115,6 +115,8 @@ def export(directory: str | os.PathLike, sd, value_encoder, config, results: lis
         text_encoder = ValueEncoder.from_pretrained(sd.root, subfolder="text_encoder", variant=config.variant or None)
     with whole_or_not_at_all(directory) as out:
         known = [{field: getattr(v, field) for field in CARRIED} for v in load_principles(config)]
+        for value in known:
+            value["alone"] = value["statement"] in value_encoder.alone
         base = name_base(config.model)
         knows = {"base": base, "values": known, "lists": lists(), "rates": rates, "dealing": dealing.BLOCK}
         if isinstance(value_encoder, LoRA):

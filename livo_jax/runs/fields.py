@@ -25,6 +25,7 @@ OFF = {  # what a field says that asks for nothing: any other value is refused w
     "value_encoder.kind": "full", "value_encoder.start": "", "value_encoder.states": 1,
     "value_encoder.reads_prompt": True,
 }  # fmt: skip
+FORMS = tuple(form for field, form in READ if field == "loss.form")  # methods of a config of their own have these names
 SHARED = ("sampling", "eval")  # sections that a comparison wants alike, whether a method reads all of them or not
 
 
@@ -72,7 +73,12 @@ def problems(config, changed=types.MappingProxyType({}), comparing: bool = False
         comparing: whether the method is one of several to be compared.
     """
     found, lines = ignored(config), []
+    if (name := changed.get("method")) and ":" not in name and name not in (*methods.METHODS, *FORMS):
+        known = ", ".join(methods.METHODS)
+        lines.append(f"config.method={name!r}: choose from {known}, or one of your own, package.module:Name")
     for name, value in sorted(changed.items()):
+        if (name, value) == ("train.steps", 0):  # what a method that trains nothing wants
+            continue
         if (by := unread(name, found)) and not (comparing and name.startswith(SHARED)):
             lines.append(f"config.{name}={value!r}: {by} does not read it, leave it out")
     method = methods.make_method(config)

@@ -105,7 +105,8 @@ def _train_and_evaluate(config, workdir, directory: pathlib.Path):
         preferences, sd.tokenize, cache, batch_size=config.train.batch_size, image_size=sd.image_size,
         random_flip=config.data.random_flip, seed=config.seed, start=start, principles=values.load_principles(config),
         **{name: config.data[name] for name in ("beside", "attributes", "anchors")},
-        concepts=method.CONCEPTS, paired=method.compares_pairs, reads_prompt=getattr(module, "reads_prompt", True),
+        concepts=method.CONCEPTS, paired=method.compares_pairs,
+        address=getattr(module, "text", values.principles.value_prompt),
     )  # fmt: skip
 
     def models() -> methods.Models:

@@ -24,7 +24,7 @@ BEFORE = {
     "method": "livo", "variant": "", "random_weights": False,
     "value_encoder.kind": "full", "value_encoder.start": "", "value_encoder.rank": 8, "value_encoder.alpha": 8.0,
     "value_encoder.targets": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"], "value_encoder.tokens": 4,
-    "value_encoder.states": 1, "value_encoder.reads_prompt": True,
+    "value_encoder.states": 1, "value_encoder.reads_prompt": True, "value_encoder.alone": [],
     "principles_file": "", "judging.model": "", "judging.subject": True, "judging.labels": [],
     "judging.unspecified": False,
     "preferences.model": "", "preferences.candidates_per_pair": 1.0, "preferences.least_distance": 0,

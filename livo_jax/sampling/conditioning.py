@@ -116,12 +116,12 @@ def condition(batch: Batch, text_encoder, value_encoder=None) -> Conditioning:
 
 
 def value_columns(
-    sd, requests: list[Request], slots: tuple[int, int] = (0, 0), reads_prompt=True
+    sd, requests: list[Request], slots: tuple[int, int] = (0, 0), text=value_prompt
 ) -> tuple[ValueColumns, np.ndarray]:
     """The values of N requests, and the strengths [N, R - 2] float32 of those that have a row of their own.
 
     There are at least `slots`: of values of full strength, and of others, which have a row of their own too.
-    reads_prompt: as the value encoder has it.
+    text: (statement, prompt) -> what the value encoder reads.
     """
     full = [[dose for dose in r.values if dose.strength == 1] for r in requests]
     partial = [[dose for dose in r.values if dose.strength not in (0, 1)] for r in requests]
@@ -130,8 +130,7 @@ def value_columns(
     texts, visible, strength = [], np.zeros((N, 2 + P, V), bool), np.zeros((N, P), np.float32)
     for n, request in enumerate(requests):
         slots = dict(enumerate(full[n])) | dict(enumerate(partial[n], F))
-        prompt = request.prompt if reads_prompt else ""
-        texts += [value_prompt(slots[k].value if k in slots else None, prompt) for k in range(V)]
+        texts += [text(slots[k].value if k in slots else None, request.prompt) for k in range(V)]
         visible[n, [0, *range(2, 2 + P)], : len(full[n])] = True
         for p, dose in enumerate(partial[n]):
             visible[n, 2 + p, F + p], strength[n, p] = True, dose.strength

@@ -173,7 +173,7 @@ def generate(
     if sd.zeros_for_empty_prompt:
         columns.zeros = np.array([[False, not r.negative] + [False] * len(r.edits) for r in padded])
     if value_encoder is not None:
-        columns.values, columns.weights = value_columns(sd, padded, slots, value_encoder.reads_prompt)
+        columns.values, columns.weights = value_columns(sd, padded, slots, value_encoder.text)
         if prompt_layout == "official":
             cut_to_official_layout(columns, sd.tokenizer)
     if guidance:

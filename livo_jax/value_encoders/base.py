@@ -10,6 +10,7 @@ from flax import nnx
 from livo_jax import sharding
 from livo_jax.files.repositories import read_json
 from livo_jax.models.clip import CLIPTextModel, CLIPTextModels, end_of_text
+from livo_jax.values.principles import load_principles, value_prompt
 
 WIDTHS = ("hidden_size", "vocab_size", "max_position_embeddings")
 
@@ -21,15 +22,21 @@ class ValueTokens(nnx.Module):
 
     config: of the text encoder that it belongs to; FITS: the fields of it that must be the model's.
     statements: of the values that it knows; None: of any.
-    reads_prompt: whether its ids are of "value, prompt", or of the value alone. states: how many tokens it gives, as
-        text_tokens has them, where it reads a text.
+    reads_prompt: whether its ids are of "value, prompt", or of the value alone. alone: the statements of values that
+        it reads without the prompt in either case. states: how many tokens it gives, as text_tokens has them, where it
+        reads a text.
     RULES: by which its parameters are divided over a mesh.
     """
 
     FITS: tuple[str, ...] = WIDTHS
     RULES = sharding.WHOLE
     statements: tuple[str, ...] | None = None
-    states, reads_prompt = 1, True
+    states, reads_prompt, alone = 1, True, ()
+
+    def text(self, statement: str | None, prompt: str) -> str:
+        """What it reads of a value or an attribute of it; of None, an empty place, the prompt."""
+        reads_prompt = self.reads_prompt and not (statement and statement.split(": ")[0] in self.alone)
+        return value_prompt(statement, prompt if reads_prompt else "")
 
     @abc.abstractmethod
     def tokens(self, ids, text_encoder):
@@ -86,7 +93,10 @@ def set_reading(value_encoder: ValueTokens, config) -> ValueTokens:
             f"config.value_encoder.states={c.states}: choose 0 (all) to {length} of one text encoder, 1 of several;"
             f" there are {towers}"
         )
+    if set(c.alone) - {"bias", "harm"}:
+        raise ValueError(f"config.value_encoder.alone={tuple(c.alone)!r}: choose from 'bias', 'harm'")
     value_encoder.states, value_encoder.reads_prompt = c.states, c.reads_prompt
+    value_encoder.alone = tuple(value.statement for value in load_principles(config) if value.kind in c.alone)
     return value_encoder
 
 
@@ -139,6 +149,12 @@ def check_base(path, base: str | None, sd):
             " the one is a copy of the other",
             stacklevel=3,
         )
+
+
+def read_alone(path: pathlib.Path) -> tuple[str, ...]:
+    """The statements that an exported value encoder reads without the prompt, by its config.json; none without one."""
+    exported = read_json(path).get("livo", {}) if path.is_file() else {}
+    return tuple(value["statement"] for value in exported.get("values", ()) if value.get("alone"))
 
 
 def check_dealing(root: pathlib.Path):

@@ -11,7 +11,14 @@ from livo_jax.files.modules import load_module
 from livo_jax.files.repositories import describe, find_repository, read_json, weight_patterns
 from livo_jax.models.clip import CLIPTextConfig, CLIPTextConfigs, CLIPTextModel, CLIPTextModels
 from livo_jax.models.weights import one_key, split
-from livo_jax.value_encoders.base import TrainableTokens, check_base, check_dealing, set_reading, text_tokens
+from livo_jax.value_encoders.base import (
+    TrainableTokens,
+    check_base,
+    check_dealing,
+    read_alone,
+    set_reading,
+    text_tokens,
+)
 
 
 class FullTokens(TrainableTokens):
@@ -63,8 +70,11 @@ class FullTokens(TrainableTokens):
         tower = functools.partial(load_module, dtype=dtype, variant=variant, sharding=sharding)
         check_dealing(root)
         if place and (root / f"{place}_2").is_dir():
-            return ValueEncoders(tower(CLIPTextModel, root / place), tower(CLIPTextModel, root / f"{place}_2"))
-        return tower(ValueEncoder, root / place)
+            value_encoder = ValueEncoders(tower(CLIPTextModel, root / place), tower(CLIPTextModel, root / f"{place}_2"))
+        else:
+            value_encoder = tower(ValueEncoder, root / place)
+        value_encoder.alone = read_alone(root / place / "config.json")
+        return value_encoder
 
 
 class ValueEncoder(FullTokens, CLIPTextModel):

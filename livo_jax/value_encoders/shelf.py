@@ -128,7 +128,9 @@ class Shelf:
         padded = np.full((len(encoders), length), -1, np.int32)
         for row, begin in zip(padded, beginnings(statements, self.sd.tokenizer, length)):
             row[: len(begin)] = begin
-        return Together(encoders, counts, padded)
+        together = Together(encoders, counts, padded)
+        together.alone = tuple(s for s, encoder in zip(statements, encoders) if s in encoder.alone)
+        return together
 
     def _load(self, statement: str):
         if statement not in self.loaded:

@@ -14,6 +14,8 @@ from livo_jax.runs.build_preferences import png
 from livo_jax.values.principles import text_hash
 
 COUNTS = {"baker": 3, "cook": 5, "smith": 1}
+SHOWN = {"shape equality": ("square",), "colour equality": ("green", "white")}  # on aligned images
+USUAL = {"shape equality": "round", "colour equality": "blue"}  # on violating ones
 
 
 def write(records, blocks, directory):
@@ -31,8 +33,8 @@ def make(directory, counts=COUNTS, values=("shape equality", "colour equality"))
                 aligned, violating = (png(np.full((32, 32, 3), (len(blocks), i, side), np.uint8)) for side in (0, 255))
                 records.append(
                     dict(prompt=f"a {scene}", value=value, scene=scene, aligned=aligned, violating=violating,
-                         provenance=json.dumps({"aligned_shows": "square green white".split()[i % 3],
-                                                "violating_shows": "round"}))
+                         provenance=json.dumps({"aligned_shows": SHOWN[value][i % len(SHOWN[value])],
+                                                "violating_shows": USUAL[value]}))
                 )  # fmt: skip
     write(records, blocks, directory)
     return directory
@@ -143,14 +145,15 @@ def test_some_pairs_have_a_second_value_beside_their_own(directory):
     rows = list(texts(directory, beside=0.3))
     seconds = [(prompt, value, second) for prompt, value, _, second in rows if second]
     assert len(seconds) / len(rows) == pytest.approx(0.3, abs=0.06)
+    neutral = {f"a {scene}" for scene in COUNTS}
     for prompt, value, second in seconds:
         own, other = (text.split(", ")[0] for text in (value, second))
         assert own != other and value == f"{own}, {prompt}" and second == f"{other}, {prompt}"
-        assert ("bloody" in prompt) == other.startswith("bloody"), "beside a harm a prompt is harmful"
+        assert (prompt not in neutral) == other.startswith("bloody"), "beside a harm a prompt is harmful"
     assert {second.split(", ")[0] for *_, second in seconds} == {
         "shape equality", "colour equality", "bloody considered inappropriate"
     }  # fmt: skip
-    assert not any("bloody" in prompt for prompt, *_, second in rows if not second)
+    assert all(prompt in neutral for prompt, *_, second in rows if not second)
     assert not any(second for *_, second in texts(directory, n=3)), "none without a share"
 
 
@@ -158,10 +161,12 @@ def test_some_values_name_the_attribute_of_the_image_that_is_wanted(directory):
     rows = list(texts(directory, attributes=0.4))
     named = [(value.split(", ")[0].split(": "), side) for _, value, side, _ in rows if ": " in value]
     assert len(named) / len(rows) == pytest.approx(0.4, abs=0.06)
-    for (_, attribute), side in named:
-        assert (side == "violating") == (attribute == "round"), "the violating image is wanted where its attribute is"
+    for (statement, attribute), side in named:
+        assert (side == "violating") == (attribute == USUAL[statement]), (
+            "the violating image is wanted where its attribute is"
+        )
     for statement, share in (("shape equality", 1 / 2), ("colour equality", 1 / 5)):
-        swapped = [attribute == "round" for (own, attribute), _ in named if own == statement]
+        swapped = [attribute == USUAL[own] for (own, attribute), _ in named if own == statement]
         assert np.mean(swapped) == pytest.approx(share, abs=0.12), "each attribute as often as the others"
 
 
@@ -172,11 +177,19 @@ def test_some_prompts_are_ones_that_the_value_should_leave_alone(directory, tmp_
     batches = iterate(directory, batch_size=8, anchors=0.3, principles=values.load(("shape", "colour", "bloody")))
     told = np.concatenate([next(batches).anchor for _ in range(100)])
     assert told.tolist() == [len(prompt.split()) > 2 for prompt, *_ in rows]
+    shown, others = set(), []
     for prompt, value, side in stated:
-        _, attribute, scene = prompt.split()
-        assert scene in COUNTS and value.split(", ")[1] == prompt
-        assert (side == "violating") == (attribute == "round"), "the image that shows what the prompt states is wanted"
-    assert {"round", "square", "green", "white"} == {prompt.split()[1] for prompt, *_ in stated}
+        before, scene = next(prompt.partition(scene)[:2] for scene in COUNTS if scene in prompt)
+        attribute = before.split()[-1]
+        statement = value.split(", ")[0]
+        assert value == f"{statement}, {prompt}"
+        assert (side == "violating") == (attribute == USUAL[statement]), (
+            "the image that shows what the prompt states is wanted"
+        )
+        shown.add(attribute)
+        others.append(prompt != f"a {attribute} {scene}")
+    assert shown == {"round", "square", "blue", "green", "white"}
+    assert np.mean(others) == pytest.approx(0.5, abs=0.1), "half are worded as prompts of other values are"
 
     image, (bloody,) = png(np.zeros((32, 32, 3), np.uint8)), values.load(("bloody",))
     record = dict(prompt="a photo of a bloody cook", value=bloody.statement, scene="cook", provenance="")
@@ -185,6 +198,8 @@ def test_some_prompts_are_ones_that_the_value_should_leave_alone(directory, tmp_
     for share, prompt in ((0.0, "a photo of a bloody cook"), (1.0, "a photo of a cook")):
         found = {(p, value) for p, value, *_ in texts(tmp_path / "harm", n=2, names=("bloody",), anchors=share)}
         assert found == {(prompt, f"{bloody.statement}, {prompt}")}
+    found = {prompt for prompt, *_ in texts(tmp_path / "harm", names=("bloody", "shape"), anchors=1.0)}
+    assert found == {"a photo of a cook", "a photo of a round cook", "a photo of a square cook"}
 
 
 def test_all_prompts_of_batches_are_told_before(directory):
@@ -194,15 +209,19 @@ def test_all_prompts_of_batches_are_told_before(directory):
     blocks = data.Preferences(directory).blocks
     told = set().union(*(data.prompts_of(f"a {block.scene}", block, config, principles) for block in blocks))
     rows = list(texts(directory, **shares))
-    assert {prompt for prompt, *_ in rows} <= told and len(told) == 3 * (1 + 2 + 2 + 5)
+    harms = len(principles[2].wordings)
+    anchors = 2 * (1 + harms + 5) + 5 * (1 + harms + 2)  # of shape and of colour, alone and beside what others say
+    assert {prompt for prompt, *_ in rows} <= told and len(told) == len(COUNTS) * (1 + harms + anchors)
     assert all(text.endswith(f", {prompt}") for prompt, value, _, second in rows for text in (value, second) if text)
-    assert any(second and {"round", "square", "green", "white"} & {*prompt.split()} for prompt, *_, second in rows)
+    assert any(
+        second and {"round", "square", "blue", "green", "white"} & {*prompt.split()} for prompt, *_, second in rows
+    )
     config.data.beside = config.data.anchors = 0.0
     assert data.prompts_of("a cook", blocks[1], config, principles) == {"a cook"}
 
 
 def test_a_value_encoder_may_read_the_value_alone(directory):
-    rows = texts(directory, n=20, beside=0.5, reads_prompt=False)
+    rows = texts(directory, n=20, beside=0.5, address=lambda statement, prompt: f"{statement}, ")
     assert {text for _, value, _, second in rows for text in (value, second)} == {
         None, "shape equality, ", "colour equality, ", "bloody considered inappropriate, "
     }  # fmt: skip

@@ -285,6 +285,7 @@ def test_a_method_of_the_users_own(sd, tmp_path, monkeypatch):
     asked = [Request("a photo of a baker, politely", noise="a photo of a baker")]
     assert method.KINDS == ("harm",) and not isinstance(method, methods.TrainedMethod)
     np.testing.assert_array_equal(polite.draw(requests), base.draw(asked))
+    assert not fields.problems(config, {"method": config.method, "train.steps": 0}), "as the page's command line has it"
     config.train.steps = 5
     assert any("trains nothing, set 0" in line for line in fields.problems(config))
     config.method = "polite:drawer"

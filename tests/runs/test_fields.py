@@ -94,6 +94,15 @@ def test_all_are_told_at_once_and_a_comparison_shares_what_it_measures_by():
     assert len(fields.problems(config, changed, comparing=True)) == 3
 
 
+def test_a_misspelled_method_is_told_and_a_config_may_name_its_column():
+    """The command line names what there is; it would train LiVO under the other name."""
+    config = config_of("livo")
+    config.method = "livooo"
+    (told,) = fields.problems(config, {"method": "livooo"})
+    assert "config.method='livooo': choose from livo, " in told and "package.module:Name" in told
+    assert not fields.problems(config)
+
+
 @pytest.mark.parametrize(
     "method, rate", [("livo", 1e-6), ("lora", 1e-4), ("token", 2e-3), ("dpo_unet", 1e-5), ("concept_ablation", 1.6e-5)]
 )

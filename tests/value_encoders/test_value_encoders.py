@@ -193,7 +193,7 @@ def test_a_value_encoder_of_the_value_alone(sd, config, tmp_path):
     alone = of_kind(config, "full", reads_prompt=False, states=3)
     value_encoder = trained(value_encoders.start(alone, sd, sharding.make_mesh()))
     requests = [Request(prompt, 0, (Dose("shape equality"),)) for prompt in PROMPTS]
-    columns, _ = conditioning.value_columns(sd, requests, reads_prompt=False)
+    columns, _ = conditioning.value_columns(sd, requests, text=value_encoder.text)
     assert (columns.value_prompt_ids == sd.tokenize(["shape equality, "])).all()
     method = methods.make_method(alone)
     settings = method.make_drawing(method.models(sd, value_encoder), None, tmp_path, None).settings
@@ -204,6 +204,21 @@ def test_a_value_encoder_of_the_value_alone(sd, config, tmp_path):
     with pytest.raises(ValueError, match="states=3, reads_prompt=False: pipelines put the one pooled token"):
         export.export(tmp_path / "export", sd, value_encoder, alone)
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_some_values_may_be_read_alone(sd, config, tmp_path, kind):
+    alone = of_kind(config, kind, alone=("harm",))
+    alone.principles = ("shape", "bloody")
+    value_encoder = trained(value_encoders.start(alone, sd, sharding.make_mesh()))
+    bloody = "bloody considered inappropriate"
+    assert value_encoder.text(bloody, "a cook") == f"{bloody}, "
+    assert value_encoder.text("shape equality: round", "a cook") == "shape equality: round, a cook"
+    export.export(tmp_path / "export", sd, value_encoder, alone)
+    read_back = value_encoders.KINDS[kind].from_pretrained(tmp_path / "export", sd=sd)
+    assert read_back.alone == (bloody,), "or its token would be of texts that it was not trained with"
+    with pytest.raises(ValueError, match=r"config.value_encoder.alone=\('gore',\): choose from 'bias', 'harm'"):
+        value_encoders.start(of_kind(config, kind, alone=("gore",)), sd, sharding.make_mesh())
 
 
 @pytest.mark.parametrize("kind", ["lora", "token"])
