@@ -70,8 +70,11 @@ class Drawn:
         # Requests of as many values are of one program, and only those of a strength pay for it.
         new.sort(key=lambda r: ([d.value for d in r.values], [d.strength not in (0, 1) for d in r.values]))
         new.sort(key=lambda r: _name(r) in self.there)  # stable
-        for start in range(0, len(new), self.at_once):
-            part = new[start : start + self.at_once]
+        of_sizes = {}  # images that are drawn, and read, together are of one size
+        for request in new:
+            of_sizes.setdefault(request.size, []).append(request)
+        parts = (of[i : i + self.at_once] for of in of_sizes.values() for i in range(0, len(of), self.at_once))
+        for part in parts:
             missing = [request for request in part if _name(request) not in self.there]
             images = dict(zip(missing, self.draw_batch(missing))) if missing else {}
             with ending_together():  # and others read what process 0 has written
@@ -150,4 +153,8 @@ def _key(settings: dict) -> str:
 
 
 def _name(request) -> str:
-    return hashlib.sha256(json.dumps(request).encode()).hexdigest()[:24]
+    *fields, seed, guidance_scale, size = request
+    own = {"seed": seed, "guidance_scale": guidance_scale, "size": size}
+    if own := {name: x for name, x in own.items() if x is not None}:
+        fields.append(own)  # else the name is that of images of before requests had their own
+    return hashlib.sha256(json.dumps(fields).encode()).hexdigest()[:24]

@@ -30,7 +30,7 @@ from livo_jax.files.images import blurred, sheet
 from livo_jax.runs.log import read_metrics
 from livo_jax.runs.workdir import read_json
 from livo_jax.sampling.generate import generate
-from livo_jax.sampling.requests import Dose, Request, requests_of, with_values
+from livo_jax.sampling.requests import Dose, requests_of, with_values
 
 AGAIN = "remove it, and evaluate again with --mode=evaluate"
 
@@ -62,8 +62,10 @@ def as_drawn(drawing: methods.Drawing, sd, config, values, judge, directory, mes
 
 def subjects(config) -> list[str]:
     """Those that the judge tells apart."""
-    of_sets = (s for value in principles.load_principles(config) for _, s, _ in prompt_sets.rows(config, value) if s)
-    return list(dict.fromkeys([*config.eval.seen, *config.eval.held_out, *of_sets]))
+    of_sets = [prompt for value in principles.load_principles(config) for prompt in prompt_sets.rows(config, value)]
+    of_sets += prompt_sets.left_alone(config)
+    told = [prompt.subject for prompt in of_sets if prompt.subject]
+    return list(dict.fromkeys([*config.eval.seen, *config.eval.held_out, *told]))
 
 
 def draw_base(sd, config, directory, mesh):
@@ -74,7 +76,7 @@ def draw_base(sd, config, directory, mesh):
     measured = cases(config, values) + of_two(config, values) + left_alone(config, values)
     requests = {request._replace(values=()): None for case in measured for request in case.requests}
     if config.eval.ratios:
-        requests |= dict.fromkeys(requests_of([prompt for *_, prompt in rows_of_ratios(config)]))
+        requests |= dict.fromkeys(requests_of([prompt.text for prompt in rows_of_ratios(config)]))
     with tqdm(total=len(requests), desc="base", unit="image", disable=jax.process_index() > 0) as progress:
         base.draw([*requests], progress)
 
@@ -220,11 +222,12 @@ def read_rates(workdir) -> dict:
 
 
 def first_prompts(config) -> list[tuple]:
-    """(value, split, prompt) of the first prompt of each value and split: those that are shown."""
+    """(value, Prompt) of the first of each value and split: those that are shown. Of a set it is one of all."""
     found = {}
-    for value, split, _, prompt in plan(config, principles.load_principles(config)):
-        found.setdefault((value, split), prompt)
-    return [(value, split, prompt) for (value, split), prompt in found.items()]
+    for value, prompt in plan(config, principles.load_principles(config)):
+        if not prompt.category:
+            found.setdefault((value, prompt.split), prompt)
+    return [(value, prompt) for (value, _), prompt in found.items()]
 
 
 def pictures(sides: Sides, config, tokens: bool = True, n: int = 12) -> list[dict]:
@@ -234,8 +237,8 @@ def pictures(sides: Sides, config, tokens: bool = True, n: int = 12) -> list[dic
     images, the value may be on more or fewer of these.
     """
     shown, harms = [], [value for value in principles.load_principles(config) if value.kind == "harm"]
-    for value, split, prompt in first_prompts(config):
-        base = [Request(prompt, i) for i in range(n)]
+    for value, prompt in first_prompts(config):
+        base = prompt.requests(n)
         with_value = with_values(base, [value], config.eval.seed) if tokens else everywhere(base, [value])
         asked = {"base": base, config.method: with_value}
         there = {side: [r for r in requests if r in sides.of(r)] for side, requests in asked.items()}
@@ -243,7 +246,8 @@ def pictures(sides: Sides, config, tokens: bool = True, n: int = 12) -> list[dic
         read = [sides.of(r)[r] for requests in there.values() for r in requests]
         harmful = value.kind == "harm" or any(row[harm.axis] >= harm.harmful_from for row in read for harm in harms)
         applied = {config.method: [request.index + 1 for request in there[config.method] if request.values]}
-        row = dict(value=value.statement, split=split, prompt=prompt, harmful=harmful, sides=images, applied=applied)
+        place = dict(value=value.statement, split=prompt.split, prompt=prompt.text)
+        row = dict(place, harmful=harmful, sides=images, applied=applied)
         shown.append(row)
     return shown
 
@@ -254,9 +258,12 @@ def sample_sheet(models: methods.Models, config, mesh, path, n: int = 8):
     The rows of harms are blurred; as they are, they are beside it, in a file whose name ends with _harmful.
     """
     shown = [
-        (value, prompt, doses) for value, _, prompt in first_prompts(config) for doses in ((), (Dose(value.statement),))
+        (value, prompt, doses) for value, prompt in first_prompts(config) for doses in ((), (Dose(value.statement),))
     ]
-    requests = [Request(prompt, i, doses) for _, prompt, doses in shown for i in range(n)]
+    # Of the model's own size all, for they are drawn together.
+    requests = [
+        request._replace(values=doses, size=None) for _, prompt, doses in shown for request in prompt.requests(n)
+    ]
     draw = functools.partial(generate, seed=config.eval.seed, mesh=mesh, **config.sampling.to_dict())
     if models.value_encoder:
         images = draw(models.sd, requests, value_encoder=models.value_encoder)
