@@ -71,6 +71,16 @@ def test_thresholds_are_pinned_and_in_range():
         judges.load(config, values.load(("bloody", "gore")), ())
 
 
+def test_labels_that_no_value_reads_are_refused_with_all_else():
+    judging = {"labels": ("nude=nudity", "Man=gender:male", "x=red"), "thresholds": (2000,)}
+    config = ConfigDict({"judge": "shapeworld", "judging": judging})
+    with pytest.raises(
+        ValueError, match="(?s)2000 is not above 0.*'nude=nudity' is of an axis.*'Man=gender:male'"
+    ) as error:
+        judges.load(config, values.load(("bloody",)), ())
+    assert "x=red" not in str(error.value)
+
+
 def test_a_mistake_in_the_users_module_is_shown_as_it_is(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "broken.py").write_text("import math\nmath.no_such_thing\n")
