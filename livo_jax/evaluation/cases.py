@@ -53,6 +53,16 @@ def plan(config, values) -> list[tuple]:
     return [(value, prompt) for value in values for prompt in prompts(config, value) + further_prompts(config, value)]
 
 
+def name_beside_others(measured: str, name: str) -> str:
+    """How a name among the results of one method is told beside those of others: PLAIN is of the method measured."""
+    return f"{measured}, {name}" if name == PLAIN and measured != "livo" else name
+
+
+def beside_others(measured: str, numbers: dict) -> dict:
+    """The numbers of one method, as metrics.rows takes them, by such names."""
+    return {(name_beside_others(measured, name), *rest): x for (name, *rest), x in numbers.items()}
+
+
 class Case(NamedTuple):
     """A prompt's images, to be measured under a value."""
 

@@ -51,6 +51,7 @@ class Drawn:
         self.folder = directory / _key(settings)
         self.readings = self.folder / f"readings_{_key(reading)}"
         self.draw_batch, self.judge, self.at_once, self.read = draw, judge, AT_ONCE * at_once, {}
+        self.settings = settings
         for file in self.readings.glob("read_*.json"):
             try:
                 self.read |= json.loads(file.read_text())
@@ -62,6 +63,10 @@ class Drawn:
                 self.readings.mkdir(parents=True, exist_ok=True)
                 for folder, what in (self.folder, settings), (self.readings, reading):
                     (folder / "settings.json").write_text(_text(what) + "\n")
+
+    def read_by(self, judge, reading: dict) -> "Drawn":
+        """The same images, read by another judge. Arguments as those of the class."""
+        return Drawn(self.folder.parent, self.draw_batch, judge, self.settings, reading, self.at_once // AT_ONCE)
 
     def draw(self, requests, progress):
         """Draws those that are not there yet, and judges those that are not read yet; `progress`: a tqdm bar."""

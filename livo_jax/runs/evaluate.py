@@ -30,15 +30,13 @@ from livo_jax.files.images import blurred, sheet
 from livo_jax.runs.log import read_metrics
 from livo_jax.runs.workdir import read_json
 from livo_jax.sampling.generate import generate
-from livo_jax.sampling.requests import Dose, requests_of, with_values
+from livo_jax.sampling.requests import Dose, Request, requests_of, with_values
 
 AGAIN = "remove it, and evaluate again with --mode=evaluate"
 
 
 def as_drawn(drawing: methods.Drawing, sd, config, values, judge, directory, mesh) -> Drawn:
     """A method's images, with all that they depend on, and all that their readings do."""
-    free = ("endpoint", "cache", "budget")
-    of_values = [dataclasses.asdict(value) for value in values]
     settings = drawing.settings | {
         "arrays": digest(drawing.state),
         "scheduler": sd.scheduler_config,
@@ -48,16 +46,21 @@ def as_drawn(drawing: methods.Drawing, sd, config, values, judge, directory, mes
     trains = isinstance(methods.make_method(config), methods.TrainedMethod)
     if not trains and drawing.settings.get("method") != "base":
         # What such a method does with a value its principle says, not the requests alone.
-        settings["values"] = of_values
-    reading = {
+        settings["values"] = [dataclasses.asdict(value) for value in values]
+    at_once = config.sampling.batch_size * sharding.batch_parts(mesh)
+    return Drawn(directory, drawing.draw, judge, settings, reading_settings(config, values, judge), at_once)
+
+
+def reading_settings(config, values, judge) -> dict:
+    """What the readings of a judge depend on beside the images."""
+    free = ("endpoint", "cache", "budget")
+    return {
         "judge": config.judge,
         "judging": {name: x for name, x in config.judging.to_dict().items() if name not in free},
         "pinned": judge.pinned,
-        "values": of_values,
+        "values": [dataclasses.asdict(value) for value in values],
         "subjects": subjects(config),
     }
-    at_once = config.sampling.batch_size * sharding.batch_parts(mesh)
-    return Drawn(directory, drawing.draw, judge, settings, reading, at_once)
 
 
 def subjects(config) -> list[str]:
@@ -92,9 +95,12 @@ class Evaluated:
             be read, of a method with tokens.
         readings: the rows of readings.csv, one of each image under each name: dicts of method, value, split, prompt,
             index, applied (the values, with their strengths), and what the judge read, by axis.
+        measured, alone: the cases, and those of over-refusal.
     """
 
     sides: Sides
+    measured: list = dataclasses.field(default_factory=list)
+    alone: list = dataclasses.field(default_factory=list)
     numbers: dict = dataclasses.field(default_factory=dict)
     rates: dict = dataclasses.field(default_factory=dict)
     readings: list = dataclasses.field(default_factory=list)
@@ -113,6 +119,31 @@ class Evaluated:
             self.readings.append(row | {"applied": applied} | self.sides.of(request)[request])
 
 
+def followed_values(config) -> list[principles.Value]:
+    """Those that the method is for."""
+    kinds = methods.make_method(config).KINDS
+    return [value for value in principles.load_principles(config) if value.kind in kinds]
+
+
+def ask(config, tokens: bool, even: bool = False, together: bool = True) -> tuple:
+    """What is measured of a method: cases, those of over-refusal, those of two biases, and the arms of each bias.
+
+    Args:
+        tokens, even, together: as Drawing has them.
+    """
+    followed = followed_values(config)
+    pairs = of_two(config, followed, tokens, even) if together else []
+    biases = [value for value in followed if value.kind == "bias" and tokens and config.eval.rate_images]
+    of_arms = {value: arms(value, config) for value in biases}
+    return cases(config, followed, tokens, even), left_alone(config, followed), pairs, of_arms
+
+
+def requests_asked(measured, alone, pairs, of_arms) -> list[Request]:
+    """All images of what `ask` returns, each once."""
+    rows = [case.requests for case in measured + pairs + alone] + [without_values(case.requests) for case in alone]
+    return [*dict.fromkeys(itertools.chain(*rows, *(r for arms in of_arms.values() for r in arms.values())))]
+
+
 def evaluate(sd, drawing: methods.Drawing, config, directory, mesh, judge=None) -> Evaluated:
     """Measures the base and a method on the same prompts and noise.
 
@@ -127,20 +158,16 @@ def evaluate(sd, drawing: methods.Drawing, config, directory, mesh, judge=None) 
     judge = judge or judges.load(config, values, subjects(config))
     base = as_drawn(methods.base(config, sd, mesh), sd, config, values, judge, directory, mesh)
     sides = Sides(base, as_drawn(drawing, sd, config, values, judge, directory, mesh))
-    found = Evaluated(sides)
 
     # ---- what is asked for
     tokens, even = drawing.tokens, drawing.even
-    followed = [value for value in values if value.kind in methods.make_method(config).KINDS]
-    measured, alone = cases(config, followed, tokens, even), left_alone(config, followed)
-    pairs = of_two(config, followed, tokens, even) if drawing.together else []
-    biases = [value for value in followed if value.kind == "bias" and tokens and config.eval.rate_images]
-    of_arms = {value: arms(value, config) for value in biases}
-    rows = [case.requests for case in measured + pairs + alone] + [without_values(case.requests) for case in alone]
-    sides.draw(itertools.chain(*rows, *(r for value in biases for r in of_arms[value].values())))
+    followed = followed_values(config)
+    measured, alone, pairs, of_arms = asked = ask(config, tokens, even, drawing.together)
+    found = Evaluated(sides, measured, alone)
+    sides.draw(requests_asked(*asked))
 
     # ---- what the tokens show, and what that asks for
-    for value in biases:
+    for value in of_arms:
         found.rates[value.statement] = {arm: sides.shares(value, r) for arm, r in of_arms[value].items()}
     further = []
     if tokens:
