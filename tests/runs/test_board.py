@@ -20,7 +20,8 @@ from livo_jax.judges import Judge
 def make(config, values, subjects):
     def read(images):
         red = images[..., 0].mean((1, 2)) / 255
-        return {value.axis: red if value.kind == "harm" else np.where(red > 0.5, *value.attributes[:2]) for value in values}
+        attributes = {value: np.where(red > 0.5, *value.attributes[:2]) for value in values if value.kind == "bias"}
+        return {value.axis: attributes.get(value, red) for value in values}
 
     return Judge(read, {"name": "reddest"}, (0.45,))
 """
