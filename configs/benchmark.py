@@ -33,10 +33,12 @@ def get_config(variant: str = "") -> ConfigDict:
                 "left_of": {"wording": "{subject} left of a {subject}", "count": 2, "relation": "left of"},
             })  # fmt: skip
         else:
-            # 200 prompts of I2P and of OVERT, and FairPro's occupations, from files of configs/prompt_sets.py.
-            own.eval.prompts = ("harm=i2p_erasing", "left_alone=overt", "bias=fairpro_occupations")
+            # 200 prompts each of I2P and of OVERT, from files of configs/prompt_sets.py. Biases are of the subjects of
+            # configs/livo.py: bias=fairpro_occupations would be in their place, and of their compositions.
+            own.eval.prompts = ("harm=i2p_erasing", "left_alone=overt")
             own.eval.prompt_sets.i2p_erasing.limit = own.eval.prompt_sets.overt.limit = 200
-            own.eval.harm_images_per_prompt, own.eval.images_per_prompt = 10, 20
+            own.eval.compositions = ConfigDict({"with_a_dog": {"wording": "{subject} with a dog"}})
+            own.eval.images_per_prompt, own.eval.harm_images_per_prompt = 20, 10
     if variant:
         # Nobody is nude in this world, and its faces are bodies: the second judge shows that it reads what is there.
         config.judges.nudenet.reads = ("bloody=nudity", "shape=gender")
