@@ -125,7 +125,7 @@ def as_rows(found: list[Table]) -> str:
 def as_markdown(found: list[Table], title: str, card: dict) -> str:
     parts = [f"# {title.translate(MARKDOWN)}"]
     for table in found:
-        header = ["", *(heading(*column) for column in table.columns)]
+        header = ["method", *(heading(*column) for column in table.columns)]
         lines = [
             "|" + "|".join(cell.translate(MARKDOWN) for cell in header) + "|",
             "|---" + "|---:" * len(table.columns) + "|",
@@ -143,7 +143,7 @@ def as_latex(found: list[Table]) -> str:
     r"""Tables for \usepackage{booktabs}, each to be put where you want it."""
     parts = []
     for table in found:
-        header = ["", *(heading(*column) for column in table.columns)]
+        header = ["method", *(heading(*column) for column in table.columns)]
         lines = [" & ".join(cell.translate(LATEX) for cell in header) + r" \\", r"\midrule"]
         for method, cells in table.lines.items():
             shown = [method.translate(LATEX)]

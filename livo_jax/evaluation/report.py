@@ -190,8 +190,8 @@ def write(
         sweeps: (title, points) of settings, whose points are (label, method, what follows a value's statement in its
             rows).
         judges: what is pinned of the judges.
-        board: what evaluation/board.py's for_page makes of its `tables`; the rows of `agreement`, the `card`, and the
-            `files` to download, {name: content}.
+        board: what evaluation/board.py's for_page makes of its `tables`; the rows of `agreement`, the `card`, the
+            `files` to download, {name: content}, and `further`, the names of judges beside the first.
     """
     import jinja2
 
@@ -248,6 +248,7 @@ def write(
         differences=[d for d in differences if d["metric"] in TOLD and d["other"] in methods[1:]],
         files=files,
         board=board,
+        card=json.dumps(board["card"], indent=2) if board else "",
         config=json.dumps(config, indent=2),
     )
     path.write_text(page)

@@ -42,6 +42,11 @@ class Reader(NamedTuple):
     judge: Judge
     reads: dict[Value, Value]
 
+    def label(self, followed: Value) -> str:
+        """Its name on the board, with what it reads where that is another value than the one followed."""
+        read = self.reads[followed]
+        return self.name if read == followed else f"{self.name} ({read.name})"
+
 
 def load_readers(comparison, config) -> list[Reader]:
     """The judges of comparison.judges, for the values of a method's config.
@@ -85,16 +90,16 @@ def _load_reader(name: str, entry, config) -> Reader:
     return Reader(name, own, judges.load(own, read, evaluate.subjects(own)), reads)
 
 
-def read_again(reader: Reader, found: evaluate.Evaluated) -> tuple[evaluate.Evaluated, list[dict]]:
+def read_again(reader: Reader, found: evaluate.Evaluated) -> tuple[dict[str, evaluate.Evaluated], list[dict]]:
     """What a further judge reads in the images of an evaluation, of which none is drawn again.
 
     Returns:
-        The numbers and readings, as evaluate has them; and rows of judge, value, method, mean, ci95, prompts, images:
-        Cohen's kappa with the first judge, of each value that both read.
+        The numbers and readings, as evaluate has them, by the judge's label; and rows of judge, value, method, mean,
+        ci95, prompts, images: Cohen's kappa with the first judge, of each value that both read.
     """
     reading = evaluate.reading_settings(reader.config, [*reader.reads.values()], reader.judge)
     sides = Sides(*(side.read_by(reader.judge, reading) for side in (found.sides.base, found.sides.ours)))
-    again = evaluate.Evaluated(sides)
+    again = {}
     measured = [case for case in found.measured if case.value in reader.reads]
     sides.draw([request for case in measured for request in case.requests])
     both = {}  # (value, method) -> the two judges' readings of each prompt
@@ -103,8 +108,9 @@ def read_again(reader: Reader, found: evaluate.Evaluated) -> tuple[evaluate.Eval
         may_read = dict(thresholds=reader.judge.thresholds, unspecified=reader.judge.unspecified)
         same = value == case.value
         floors = metrics.floor(case.groups, None) if case.groups and same else {}
-        again.add(case, metrics.prompt_metrics(value, case.subject, read, **may_read), floors)
-        again.keep(case.method, case, case.requests)
+        of_label = again.setdefault(reader.label(case.value), evaluate.Evaluated(sides))
+        of_label.add(case, metrics.prompt_metrics(value, case.subject, read, **may_read), floors)
+        of_label.keep(case.method, case, case.requests)
         if same:
             both.setdefault((value, case.method), []).append((found.sides.reading(case.requests), read))
     return again, [agreement_row(reader.name, *place, readings) for place, readings in both.items()]
@@ -212,29 +218,36 @@ def measure_quality(networks: Networks, found: evaluate.Evaluated, method: str) 
 class Further:
     """What a board measures of one method beside the comparison.
 
-    numbers: by judge, "" for quality, as metrics.rows takes them. sets, agreement: rows. readings: rows by judge.
-    drawn: the settings that the base's images depend on. pinned: by judge.
+    numbers: by a judge's label, "" for quality, as metrics.rows takes them. sets, agreement: rows. readings: rows, and
+    pinned, by judge. harmful: the (value, split, prompt) in whose images a judge read a harm. drawn: the settings that
+    the base's images depend on.
     """
 
     numbers: dict
     sets: list
     agreement: list
     readings: dict
-    drawn: dict
     pinned: dict
+    harmful: set
+    drawn: dict
 
 
 def measure(found: evaluate.Evaluated, config, comparison) -> Further:
     """Of the images of an evaluation, none of which is drawn again."""
-    numbers, agreement, readings, pinned = {}, [], {}, {}
+    numbers, agreement, readings, pinned, harmful = {}, [], {}, {}, set()
     for reader in load_readers(comparison, config):
         again, kappas = read_again(reader, found)
-        numbers[reader.name], readings[reader.name] = again.numbers, again.readings
+        numbers |= {label: of_label.numbers for label, of_label in again.items()}
+        readings[reader.name] = [row for of_label in again.values() for row in of_label.readings]
         pinned[reader.name] = reader.judge.pinned
+        harms = [value for value in reader.reads.values() if value.kind == "harm"]
+        for row in readings[reader.name]:
+            if any(row[value.axis] >= value.harmful_from for value in harms):
+                harmful.add((row["value"], row["split"], row["prompt"]))
         agreement += kappas
     networks = load_networks(**comparison.quality.to_dict())
     numbers[""], sets = measure_quality(networks, found, config.method)
-    return Further(numbers, sets, agreement, readings, found.sides.base.settings, pinned)
+    return Further(numbers, sets, agreement, readings, pinned, harmful, found.sides.base.settings)
 
 
 def combine(of_each: list[Further]) -> Further:
@@ -411,4 +424,7 @@ def write(folder, title: str, results: list[dict], costs: list[dict], further: d
     texts |= {f"readings_{judge}.csv": board.as_csv([*of.values()]) for judge, of in readings.items()}
     for name, content in texts.items():
         (folder / name).write_text(content, encoding="utf-8")
-    return {"tables": board.for_page(tables), "agreement": list(agreement.values()), "card": card, "files": texts}
+    return {
+        "tables": board.for_page(tables), "agreement": list(agreement.values()), "card": card, "files": texts,
+        "further": list(readings),
+    }  # fmt: skip

@@ -288,6 +288,9 @@ def write(found: list[dict], config, workdir) -> list[dict]:
             place = pictures.setdefault((picture["value"], picture["split"]), picture)
             for field in ("sides", "applied", "harmful"):  # harmful where any method's images are
                 place[field] |= picture[field]
+            if board.is_board(config):
+                where = (picture["value"], picture["split"], picture["prompt"])
+                place["harmful"] |= where in of["further"].harmful
     numbers = dict(sorted(numbers.items(), key=lambda of: of[0][0] != "base"))  # stable
     results = metrics.rows(numbers)
     if jax.process_index() > 0:

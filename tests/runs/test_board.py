@@ -76,8 +76,8 @@ def test_further_judges_read_the_same_images(comparison, found):
     shape, _, bloody = values.load_principles(config)
     by_judge = {judge: {what[1:] for what in numbers} for judge, numbers in further.numbers.items()}
     splits = {"seen", "held_out", "other_words", "spelled_around", "implied"}
-    assert {split for _, split, metric in by_judge["other"] if metric == "R at 0.45"} == splits
-    assert {value for value, *_ in by_judge["other"]} == {bloody.statement}
+    assert {split for _, split, metric in by_judge["other (nudity)"] if metric == "R at 0.45"} == splits
+    assert {value for value, *_ in by_judge["other (nudity)"]} == {bloody.statement}
     assert {value for value, *_ in by_judge["same"]} == {shape.statement} and (
         shape.statement,
         "seen",
@@ -90,6 +90,8 @@ def test_further_judges_read_the_same_images(comparison, found):
     assert all(-1 <= row["mean"] <= 1 and row["images"] > 0 for row in further.agreement)
     assert further.pinned["other"] == {"name": "reddest", "thresholds": [0.45]} and further.numbers[""] == {}
     assert {row["value"] for row in further.readings["other"]} == {bloody.statement}
+    assert further.harmful <= {(bloody.statement, case.split, case.requests[0].prompt) for case in found.measured}
+    assert further.harmful, "noise is red enough for nudity's 0.5 somewhere"
 
 
 def test_quality_is_that_of_the_prompts_to_leave_alone(found):
@@ -140,7 +142,7 @@ def test_what_a_board_leaves(comparison, found, tmp_path):
     assert {path.name for path in folder.iterdir()} == names == made["files"].keys()
     assert json.loads((folder / "card.json").read_text()) == card
     titles = [table["title"] for table in made["tables"]]
-    assert any("read by other" in title and title.startswith("Harm") for title in titles)
+    assert any("read by other (nudity)" in title and title.startswith("Harm") for title in titles)
     assert "Bias, v, read by shapeworld" in titles and "| livo" not in titles
     assert "livo" in (folder / "board.md").read_text() and r"\toprule" in (folder / "board.tex").read_text()
 
