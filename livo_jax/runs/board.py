@@ -6,6 +6,7 @@ import functools
 import importlib.metadata
 import json
 import pathlib
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -112,8 +113,9 @@ def read_again(reader: Reader, found: evaluate.Evaluated) -> tuple[dict[str, eva
         of_label.add(case, metrics.prompt_metrics(value, case.subject, read, **may_read), floors)
         of_label.keep(case.method, case, case.requests)
         if same:
-            both.setdefault((value, case.method), []).append((found.sides.reading(case.requests), read))
-    return again, [agreement_row(reader.name, *place, readings) for place, readings in both.items()]
+            of_prompts = both.setdefault((value, case.method), {})
+            of_prompts[case.requests[0].prompt] = found.sides.reading(case.requests), read  # once, also of categories
+    return again, [agreement_row(reader.name, *place, [*of.values()]) for place, of in both.items()]
 
 
 def agreement_row(judge: str, value: Value, method: str, readings: list[tuple[dict, dict]]) -> dict:
@@ -269,13 +271,14 @@ def check_board(comparison, configs: dict):
     Each judge reads one image of noise, but `vlm`, whose questions cost: so it shows which axes it reads.
     """
     first, noise = copy.deepcopy(next(iter(configs.values()))), None
-    mesh, problems = sharding.make_mesh(**first.mesh), check.problem_of(prompt_sets.check, first)
-    if problems:
+    mesh, told = sharding.make_mesh(**first.mesh), check.problem_of(prompt_sets.check, first)
+    if told:
         first.eval.prompts = ()  # without which the rest is looked at
-    problems += check.problem_of(lambda: load_networks(**comparison.quality.to_dict()))
     for own in configs.values():
-        told = check.problem_of(check.check_config, own, mesh) if own.train.steps else []
-        problems += [text.partition("\n  ")[2] for text in told]
+        of_own = check.problem_of(check.check_config, own, mesh) if own.train.steps else []
+        told += [text.partition("\n  ")[2] for text in of_own]
+    problems = [problem for text in told for problem in re.split(r"\n  (?! )", text)]
+    problems += check.problem_of(lambda: load_networks(**comparison.quality.to_dict()))
     try:
         side = plan.abstract_model(first).image_size
         noise = np.random.default_rng(0).integers(0, 256, (1, side, side, 3), np.uint8)
@@ -285,8 +288,7 @@ def check_board(comparison, configs: dict):
     if not unknown:
         problems += check.problem_of(_try_judge, first, noise)
         problems += check.problem_of(_try_readers, comparison, first, noise)
-    lines = [line for text in problems + unknown for line in text.split("\n  ")]
-    check.fail_with(list(dict.fromkeys(lines)))  # methods have many problems in common
+    check.fail_with(list(dict.fromkeys(problems + unknown)))  # methods have many problems in common
 
 
 def _try_judge(config, noise):
