@@ -18,7 +18,7 @@ from livo_jax.data.cache import cache_directory
 from livo_jax.data.preferences import Preferences
 from livo_jax.evaluation import cases, metrics, report
 from livo_jax.files.directories import held, resolve_directory
-from livo_jax.runs import board, build_preferences, cache_latents, evaluate, restore, train
+from livo_jax.runs import board, build_preferences, cache_latents, evaluate, further, restore, train
 from livo_jax.runs.checkpoint import Checkpoints
 from livo_jax.runs.log import read_metrics
 from livo_jax.runs.workdir import read_config
@@ -182,7 +182,7 @@ def combine(of_each: list[dict]) -> dict:
     return first | {
         "numbers": numbers, "readings": readings, "curve": curve,
         "costs": first["costs"] | mean_costs | {"trainings": len(of_each)},
-        "further": first.get("further") and board.combine([of_training["further"] for of_training in of_each]),
+        "further": first.get("further") and further.combine([of_training["further"] for of_training in of_each]),
     }  # fmt: skip
 
 
@@ -246,7 +246,7 @@ def measure(config, workdir, comparison) -> dict:
     return {
         "numbers": found.numbers, "readings": found.readings, "pictures": pictures, "curve": points, "costs": costs,
         "judge": judge.pinned,
-        "further": board.measure(found, config, comparison) if board.is_board(comparison) else None,
+        "further": further.measure(found, config, comparison) if board.is_board(comparison) else None,
     }  # fmt: skip
 
 
@@ -306,9 +306,9 @@ def write(found: list[dict], config, workdir) -> list[dict]:
     (folder / "readings.csv").write_text(report.as_csv([*readings.values()]), encoding="utf-8")
     made = None
     if board.is_board(config):
-        further = {of["costs"]["method"]: of["further"] for of in found}
+        of_methods = {of["costs"]["method"]: of["further"] for of in found}
         card = board.make_card(config, found[0]["further"], pinned[0])
-        made = board.write(folder, f"Board: {workdir.name}", results, costs, further, card)
+        made = board.write(folder, f"Board: {workdir.name}", results, costs, of_methods, card)
     sweeps = [(title, [(label, method, "") for label, method in points]) for title, points in config.sweeps]
     for name, own in config.methods.items():
         if probabilities := own.eval.keep_probabilities:

@@ -11,7 +11,7 @@ from configs import benchmark
 from livo_jax import judges, values
 from livo_jax.evaluation import cases
 from livo_jax.evaluation.drawn import Drawn, Sides, without_values
-from livo_jax.runs import board, evaluate
+from livo_jax.runs import board, evaluate, further
 
 REDDEST = """
 from livo_jax.judges import Judge
@@ -71,10 +71,10 @@ def test_further_judges_read_the_same_images(comparison, found):
     """What they read may be another value; where it is the same, it is told how far they agree with the first."""
     found, drawn = found
     config, before = comparison.methods.livo, len(drawn)
-    further = board.measure(found, config, comparison)
+    measured = further.measure(found, config, comparison)
     assert len(drawn) == before > 0, "nothing is drawn again"
     shape, _, bloody = values.load_principles(config)
-    by_judge = {judge: {what[1:] for what in numbers} for judge, numbers in further.numbers.items()}
+    by_judge = {judge: {what[1:] for what in numbers} for judge, numbers in measured.numbers.items()}
     splits = {"seen", "held_out", "other_words", "spelled_around", "implied"}
     assert {split for _, split, metric in by_judge["other (nudity)"] if metric == "R at 0.45"} == splits
     assert {value for value, *_ in by_judge["other (nudity)"]} == {bloody.statement}
@@ -83,15 +83,15 @@ def test_further_judges_read_the_same_images(comparison, found):
         "seen",
         "D1",
     ) in by_judge["same"]
-    assert all(measured.floor for measured in further.numbers["same"]["base", shape.statement, "seen", "D1"].values())
-    assert {(row["judge"], row["value"], row["method"]) for row in further.agreement} == {
+    assert all(number.floor for number in measured.numbers["same"]["base", shape.statement, "seen", "D1"].values())
+    assert {(row["judge"], row["value"], row["method"]) for row in measured.agreement} == {
         ("same", shape.statement, side) for side in ("base", "livo")
     }
-    assert all(-1 <= row["mean"] <= 1 and row["images"] > 0 for row in further.agreement)
-    assert further.pinned["other"] == {"name": "reddest", "thresholds": [0.45]} and further.numbers[""] == {}
-    assert {row["value"] for row in further.readings["other"]} == {bloody.statement}
-    assert further.harmful <= {(bloody.statement, case.split, case.requests[0].prompt) for case in found.measured}
-    assert further.harmful, "noise is red enough for nudity's 0.5 somewhere"
+    assert all(-1 <= row["mean"] <= 1 and row["images"] > 0 for row in measured.agreement)
+    assert measured.pinned["other"] == {"name": "reddest", "thresholds": [0.45]} and measured.numbers[""] == {}
+    assert {row["value"] for row in measured.readings["other"]} == {bloody.statement}
+    assert measured.harmful <= {(bloody.statement, case.split, case.requests[0].prompt) for case in found.measured}
+    assert measured.harmful, "noise is red enough for nudity's 0.5 somewhere"
 
 
 def test_quality_is_that_of_the_prompts_to_leave_alone(found):
@@ -102,10 +102,10 @@ def test_quality_is_that_of_the_prompts_to_leave_alone(found):
         return types.SimpleNamespace(features=images.reshape(len(images), -1)[:, :3].astype(float))
 
     reference = np.random.default_rng(1).normal(100, 50, (20, 3))
-    networks = board.Networks(
+    networks = further.Networks(
         features, reference, lambda images, ids: images.mean((1, 2, 3)) + ids, lambda texts: np.ones(len(texts))
     )
-    numbers, rows = board.measure_quality(networks, found, "livo")
+    numbers, rows = further.measure_quality(networks, found, "livo")
     splits = {(case.name, case.split) for case in found.alone}
     assert {what for what in numbers} == {(side, *place, "CLIPScore") for side in ("base", "livo") for place in splits}
     assert {(row["method"], row["value"], row["split"], row["metric"]) for row in rows} == {
@@ -120,8 +120,8 @@ def test_what_a_board_leaves(comparison, found, tmp_path):
     found, _ = found
     config, folder = comparison.methods.livo, tmp_path / "eval"
     folder.mkdir()
-    further = {"livo": board.combine([board.measure(found, config, comparison)] * 2)}
-    card = board.make_card(comparison, further["livo"], {"name": "shapeworld"})
+    of_methods = {"livo": further.combine([further.measure(found, config, comparison)] * 2)}
+    card = board.make_card(comparison, of_methods["livo"], {"name": "shapeworld"})
     assert card["judges"].keys() == {"shapeworld", "same", "other"} and card["base"] == {"method": "base"}
     assert card["methods"] == {"livo": {"steps": 4, "seeds": [0]}} and len(card["not_measured"]) == 2
     results = [
@@ -129,7 +129,7 @@ def test_what_a_board_leaves(comparison, found, tmp_path):
         for method in ("base", "livo", "words")
     ]
     costs = [dict(method="livo", trained_parameters=1, training_seconds=1.0, images_per_second=1.0, of_base=1.0)]
-    made = board.write(folder, "a board", results, costs, further, card)
+    made = board.write(folder, "a board", results, costs, of_methods, card)
     names = {
         "board.csv",
         "board.md",
@@ -153,6 +153,7 @@ def test_all_that_is_wrong_is_told_before_anything_is_drawn(comparison, tmp_path
     comparison.judges.other.judging.update(thresholds=(2000,), labels=("x=y",))
     comparison.judges.third = benchmark.further_judge("nudenet", ("bloody=gore",))
     comparison.judges.third.judging.model = str(tmp_path / "none.onnx")
+    comparison.judges["a/b"] = benchmark.further_judge("nudenet")
     comparison.quality.update(inception=str(tmp_path / "none.safetensors"), reference=str(tmp_path), clip=str(tmp_path))
     config.eval.prompts, config.judging.thresholds = ("harm=own", "harm=nothing"), (-1,)
     config.train.batch_size = 0
@@ -164,7 +165,7 @@ def test_all_that_is_wrong_is_told_before_anything_is_drawn(comparison, tmp_path
         "config.judges.same: reads: 'zombie=nudity' is no FOLLOWED=READ", "no value 'nothing'",
         "config.judges.other: config.judging.thresholds: 2000", "'x=y' is of an axis that no value here has",
         "config.judges.third: the judge nudenet cannot work: the value 'gore': no label is of its axis 'blood'",
-        "there is no such .onnx file",
+        "there is no such .onnx file", "config.judges.a/b: name it by letters",
     ):  # fmt: skip
         assert told in str(error.value), told
 
