@@ -21,6 +21,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.curve.points = 0  # checkpoints between are no part of the board
     # Further judges of the same images: {name: its judge, its judging, and what it reads}. reads has FOLLOWED=READ, as
     # "bloody=nudity": in the images for the value bloody it reads nudity; without any it reads each value as it is.
+    # states has what it should read in the images of compositions.
     config.judges = ConfigDict({"nudenet": further_judge("nudenet", ("nudity=nudity", "gender=gender"))})
     # Of images of prompts that every value should leave alone. inception: a file that livo_jax/evaluation/quality.py
     # says how to make, and reference: a folder of real images of one size, for FID and KID; clip: a CLIP's directory or
@@ -37,16 +38,23 @@ def get_config(variant: str = "") -> ConfigDict:
             # configs/livo.py: bias=fairpro_occupations would be in their place, and of their compositions.
             own.eval.prompts = ("harm=i2p_erasing", "left_alone=overt")
             own.eval.prompt_sets.i2p_erasing.limit = own.eval.prompt_sets.overt.limit = 200
-            own.eval.compositions = ConfigDict({"with_a_dog": {"wording": "{subject} with a dog"}})
+            own.eval.compositions = ConfigDict({
+                "with_a_dog": {"wording": "{subject} with a dog"},
+                "with_two_dogs": {"wording": "{subject} with two dogs"},
+            })  # fmt: skip
             own.eval.images_per_prompt, own.eval.harm_images_per_prompt = 20, 10
     if variant:
         # Nobody is nude in this world, and its faces are bodies: the second judge shows that it reads what is there.
         config.judges.nudenet.reads = ("bloody=nudity", "shape=gender")
     else:
+        states = {"with_a_dog": {"dog": 1}, "with_two_dogs": {"dog": 2}}
+        config.judges.objects = further_judge("detector", states=states)
+        config.judges.objects.judging.model = "hustvl/yolos-small"  # of COCO's classes
         config.quality.clip = config.methods.livo.judging.model
     return config
 
 
-def further_judge(name: str, reads=()) -> ConfigDict:
+def further_judge(name: str, reads=(), states=()) -> ConfigDict:
     """A judge of config.judges."""
-    return ConfigDict({"judge": name, "judging": common.get_config().judging, "reads": reads})
+    judging = common.get_config().judging
+    return ConfigDict({"judge": name, "judging": judging, "reads": reads, "states": dict(states)})

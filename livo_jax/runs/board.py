@@ -67,7 +67,9 @@ def _try_judge(config, noise):
 def _try_readers(comparison, config, noise):
     for reader in load_readers(comparison, config):
         if reader.config.judge != "vlm" and noise is not None:
-            reader.judge(noise)
+            reading = reader.judge(noise)
+            for stated in reader.states.values():
+                metrics.stated_shown(stated, reading)
 
 
 def cost(comparison, configs: dict) -> str:
@@ -112,11 +114,9 @@ def not_measured(comparison, config) -> list[str]:
         told.append("CLIPScore: config.quality.clip is empty")
     if not config.eval.left_alone_images:
         told.append("over-refusal and quality: eval.left_alone_images is 0")
-    if not any(composition.keys() - {"wording"} for composition in config.eval.compositions.to_dict().values()):
-        told.append(
-            "counts, attributes and relations: eval.compositions states none. No judge here detects objects as the code"
-            " of GenEval does: run that on the images"
-        )
+    of_first = any(composition.keys() - {"wording"} for composition in config.eval.compositions.to_dict().values())
+    if not of_first and not any(entry.get("states") for entry in comparison.judges.values()):
+        told.append("counts, attributes and relations: no composition and no judge states any")
     return told
 
 

@@ -8,6 +8,7 @@ import re
 from typing import NamedTuple
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from livo_jax import files, judges, values
 from livo_jax.evaluation import metrics, quality
@@ -26,16 +27,18 @@ class Reader(NamedTuple):
     """A further judge, and what it reads.
 
     config: that of a method with this judge in it. reads: {followed Value: the Value that it reads in its images}.
+    states: {split: {axis: what it should read in the images of this split}}.
     """
 
     name: str
     config: object
     judge: Judge
     reads: dict[Value, Value]
+    states: dict[str, dict]
 
     def label(self, followed: Value) -> str:
         """Its name on the board, with what it reads where that is another value than the one followed."""
-        read = self.reads[followed]
+        read = self.reads.get(followed, followed)
         return self.name if read == followed else f"{self.name} ({read.name})"
 
 
@@ -43,7 +46,8 @@ def load_readers(comparison, config) -> list[Reader]:
     """The judges of comparison.judges, for the values of a method's config.
 
     Each has a judge, its judging, and reads, as ("bloody=nudity",): in the images for the value bloody it reads nudity.
-    Without any it reads every value as it is.
+    Without any it reads every value as it is, or, where it has states, none. These are what it should read in the
+    images of compositions, as {"with_a_dog": {"dog": 1}}.
 
     Raises:
         ValueError: all that is wrong with them.
@@ -77,10 +81,14 @@ def _load_reader(name: str, entry, config) -> Reader:
             problems.append(f"reads: {text!r}: {error}")
     if problems:
         raise ValueError("\n".join(problems))
-    reads = reads or {value: value for value in followed}
+    states = entry.get("states", ConfigDict()).to_dict()
+    if not states:
+        reads = reads or {value: value for value in followed}
+    if unknown := states.keys() - config.eval.compositions.keys():
+        raise ValueError(f"states: of config.eval.compositions there is no {', '.join(sorted(unknown))}")
     own.principles = config.principles  # whose subjects are told apart
     read = list(dict.fromkeys(reads.values()))
-    return Reader(name, own, judges.load(own, read, evaluate.subjects(own)), reads)
+    return Reader(name, own, judges.load(own, read, evaluate.subjects(own)), reads, states)
 
 
 def read_again(reader: Reader, found: evaluate.Evaluated) -> tuple[dict[str, evaluate.Evaluated], list[dict]]:
@@ -93,17 +101,21 @@ def read_again(reader: Reader, found: evaluate.Evaluated) -> tuple[dict[str, eva
     reading = evaluate.reading_settings(reader.config, [*reader.reads.values()], reader.judge)
     sides = Sides(*(side.read_by(reader.judge, reading) for side in (found.sides.base, found.sides.ours)))
     again = {}
-    measured = [case for case in found.measured if case.value in reader.reads]
+    measured = [case for case in found.measured if case.value in reader.reads or case.split in reader.states]
     sides.draw([request for case in measured for request in case.requests])
     both = {}  # (value, method) -> the two judges' readings of each prompt
     for case in measured:
-        value, read = reader.reads[case.value], sides.reading(case.requests)
+        value, read = reader.reads.get(case.value), sides.reading(case.requests)
+        of_label = again.setdefault(reader.label(case.value), evaluate.Evaluated(sides))
+        of_label.keep(case.method, case, case.requests)
+        if case.split in reader.states:
+            of_label.add(case, metrics.stated_shown(reader.states[case.split], read))
+        if not value:
+            continue
         may_read = dict(thresholds=reader.judge.thresholds, unspecified=reader.judge.unspecified)
         same = value == case.value
         floors = metrics.floor(case.groups, None) if case.groups and same else {}
-        of_label = again.setdefault(reader.label(case.value), evaluate.Evaluated(sides))
         of_label.add(case, metrics.prompt_metrics(value, case.subject, read, **may_read), floors)
-        of_label.keep(case.method, case, case.requests)
         if same:
             of_prompts = both.setdefault((value, case.method), {})
             of_prompts[case.requests[0].prompt] = found.sides.reading(case.requests), read  # once, also of categories

@@ -32,6 +32,8 @@ def comparison(tmp_path, monkeypatch):
     """One of LiVO alone, whose further judges are of a user's module."""
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "reddest_of_a_board.py").write_text("import numpy as np\n" + REDDEST)
+    sky = "lambda images: {'sky': images[:, 0, 0, 0] // 64}\n"
+    (tmp_path / "own" / "sky_of_a_board.py").write_text(f"def make(*asked):\n    return {sky}")
     monkeypatch.syspath_prepend(tmp_path / "own")
     config = benchmark.get_config("smoke")
     for name in [*config.methods]:
@@ -40,6 +42,7 @@ def comparison(tmp_path, monkeypatch):
     config.judges = {
         "same": benchmark.further_judge("reddest_of_a_board:make", ("shape=shape",)),
         "other": benchmark.further_judge("reddest_of_a_board:make", ("bloody=nudity",)),
+        "sky": benchmark.further_judge("sky_of_a_board:make", states={"hat": {"sky": 3}}),
     }
     return config
 
@@ -89,6 +92,7 @@ def test_further_judges_read_the_same_images(comparison, found):
     }
     assert all(-1 <= row["mean"] <= 1 and row["images"] > 0 for row in measured.agreement)
     assert measured.pinned["other"] == {"name": "reddest", "thresholds": [0.45]} and measured.numbers[""] == {}
+    assert {what[1:] for what in by_judge["sky"]} == {("hat", "stated sky")}, "what it is to see, and no value"
     assert {row["value"] for row in measured.readings["other"]} == {bloody.statement}
     assert measured.harmful <= {(bloody.statement, case.split, case.requests[0].prompt) for case in found.measured}
     assert measured.harmful, "noise is red enough for nudity's 0.5 somewhere"
@@ -122,7 +126,7 @@ def test_what_a_board_leaves(comparison, found, tmp_path):
     folder.mkdir()
     of_methods = {"livo": further.combine([further.measure(found, config, comparison)] * 2)}
     card = board.make_card(comparison, of_methods["livo"], {"name": "shapeworld"})
-    assert card["judges"].keys() == {"shapeworld", "same", "other"} and card["base"] == {"method": "base"}
+    assert card["judges"].keys() == {"shapeworld", "same", "other", "sky"} and card["base"] == {"method": "base"}
     assert card["methods"] == {"livo": {"steps": 4, "seeds": [0]}} and len(card["not_measured"]) == 2
     results = [
         dict(method=method, value="v", split="seen", metric="D1", mean=0.5, ci95=None, prompts=1, images=4)
@@ -130,15 +134,8 @@ def test_what_a_board_leaves(comparison, found, tmp_path):
     ]
     costs = [dict(method="livo", trained_parameters=1, training_seconds=1.0, images_per_second=1.0, of_base=1.0)]
     made = board.write(folder, "a board", results, costs, of_methods, card)
-    names = {
-        "board.csv",
-        "board.md",
-        "board.tex",
-        "card.json",
-        "agreement.json",
-        "readings_same.csv",
-        "readings_other.csv",
-    }
+    names = {f"board.{end}" for end in ("csv", "md", "tex")} | {"card.json", "agreement.json"}
+    names |= {f"readings_{judge}.csv" for judge in comparison.judges}
     assert {path.name for path in folder.iterdir()} == names == made["files"].keys()
     assert json.loads((folder / "card.json").read_text()) == card
     titles = [table["title"] for table in made["tables"]]
@@ -153,6 +150,7 @@ def test_all_that_is_wrong_is_told_before_anything_is_drawn(comparison, tmp_path
     comparison.judges.other.judging.update(thresholds=(2000,), labels=("x=y",))
     comparison.judges.third = benchmark.further_judge("nudenet", ("bloody=gore",))
     comparison.judges.third.judging.model = str(tmp_path / "none.onnx")
+    comparison.judges.sky.states = {"left_of": {"sky": 1}, "nowhere": {"sky": 1}}
     comparison.judges["a/b"] = benchmark.further_judge("nudenet")
     comparison.quality.update(inception=str(tmp_path / "none.safetensors"), reference=str(tmp_path), clip=str(tmp_path))
     config.eval.prompts, config.judging.thresholds = ("harm=own", "harm=nothing"), (-1,)
@@ -166,6 +164,7 @@ def test_all_that_is_wrong_is_told_before_anything_is_drawn(comparison, tmp_path
         "config.judges.other: config.judging.thresholds: 2000", "'x=y' is of an axis that no value here has",
         "config.judges.third: the judge nudenet cannot work: the value 'gore': no label is of its axis 'blood'",
         "there is no such .onnx file", "config.judges.a/b: name it by letters",
+        "config.judges.sky: states: of config.eval.compositions there is no nowhere",
     ):  # fmt: skip
         assert told in str(error.value), told
 
@@ -186,5 +185,5 @@ def test_the_cost_is_told_beforehand(comparison):
     _, of_base, of_livo, total, readings, of_bytes = board.cost(comparison, comparison.methods).splitlines()
     assert of_base.split() == ["base", f"{base:,}", f"{base * 10:,}", "0"]
     assert of_livo.split() == ["livo", f"{with_value:,}", f"{with_value * 10:,}", "32"]
-    assert f"{base + with_value:,}" in total and "2 further judges" in readings and "of images at most" in of_bytes
+    assert f"{base + with_value:,}" in total and "3 further judges" in readings and "of images at most" in of_bytes
     assert cases.name_beside_others("words", cases.PLAIN) == "words, plain"
