@@ -36,7 +36,7 @@ def test_a_judge_of_the_users_own(tmp_path, monkeypatch):
         "reddest:made": "the module 'reddest' has no 'made'",
         ":make": "name one of your own as package.module:Name",
         "reddest:": "name one of your own as package.module:Name",
-        "reddest": "choose from classifier, clip, llava, .*vlm, or name one of your own, package.module:Name",
+        "reddest": "choose from classifier, clip, detector, llava, .*vlm, or name one of your own, package.module:Name",
     }.items():
         with pytest.raises(ValueError, match=told):
             judges.load(ConfigDict({"judge": name}), (), ())
