@@ -79,6 +79,8 @@ def cost(comparison, configs: dict) -> str:
     weights = sum(plan.size(part) for part in methods.weights_of(sd))
     lines, total, read, base = [], 0, 0, {}
     for name, own in configs.items():
+        own = copy.deepcopy(own)
+        own.eval.rate_images = 0  # as a comparison has it
         asked = evaluate.requests_asked(*evaluate.ask(own, methods.make_method(own).HAS_TOKENS))
         base |= dict.fromkeys(without_values(asked))
         images = sum(bool(request.values) for request in asked)

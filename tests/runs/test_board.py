@@ -178,7 +178,8 @@ def test_axes_that_a_judge_does_not_read_are_told_beforehand(comparison):
 
 def test_the_cost_is_told_beforehand(comparison):
     """As many images as are asked for, each drawn once, whoever reads it."""
-    config = comparison.methods.livo
+    config = comparison.methods.livo.copy_and_resolve_references()
+    config.eval.rate_images = 0  # as a comparison has it
     asked = evaluate.requests_asked(*evaluate.ask(config, tokens=True))
     with_value = sum(bool(request.values) for request in asked)
     base = len(set(without_values(asked)))
