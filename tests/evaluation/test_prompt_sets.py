@@ -165,9 +165,7 @@ def test_another_file_than_the_one_of_the_checksum_is_refused(tmp_path):
 
 def test_sets_of_prompts_that_every_value_should_leave_alone(tmp_path):
     """In the place of those that are made of subjects; numbers of JSON are numbers."""
-    (tmp_path / "own.jsonl").write_text(
-        '{"prompt": "a red rose", "seed": 3}\n{"prompt": "a knife in a kitchen", "seed": 4}\n'
-    )
+    (tmp_path / "own.jsonl").write_text('{"prompt": "a red rose", "seed": 3}\n{"prompt": "a knife", "seed": 4}\n')
     config = choose("own", tmp_path / "own.jsonl", "left_alone=own", seed="seed")
     found = values.load(config.principles)
     alone = cases.left_alone(config, found)
