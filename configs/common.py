@@ -125,7 +125,9 @@ def get_config() -> ConfigDict:
     c.keep_probabilities = ()  # with which biases are measured, too
     c.strengths = ()  # at which the values are measured, too
     c.ratios = ()  # which are measured, too: "equal", or what else --ratio takes
-    c.prompts = ()  # prompts in place of the subjects', as ("harm=i2p", "gender=own"): a kind or value, a set
+    # Prompts in place of the subjects', as ("harm=i2p", "gender=own"): a kind or value, a set; or "left_alone=overt", a
+    # set that every value should leave alone.
+    c.prompts = ()
     c.prompt_sets = prompt_sets.get_sets()
 
     config.checkpoint = ConfigDict({"every": 1000, "keep": 2})  # steps between checkpoints, how many stay

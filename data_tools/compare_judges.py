@@ -18,7 +18,7 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from data_tools.measure_images import METADATA, Pictures, agreement, load_judge, places_of, read
+from data_tools.measure_images import METADATA, Pictures, load_judge, places_of, read
 from livo_jax import commands, files, values
 from livo_jax.evaluation import metrics, quality
 from livo_jax.evaluation.uncertainty import confidence
@@ -88,7 +88,7 @@ def compare(readings: dict[str, dict], principles, prompts: list[str], truth: di
     rows, places = [], places_of(prompts)
     for value in principles:
         for one, other in itertools.combinations(readings, 2):
-            mean, ci95 = agreement(value, [readings[one], readings[other]], places)
+            mean, ci95 = metrics.value_agreement(value, [readings[one], readings[other]], places.values())
             row = dict(judge=one, other=other, value=value.statement, metric="kappa", mean=mean, ci95=ci95)
             rows.append(row | dict(prompts=len(places), images=len(prompts)))
         for one, reading in readings.items() if value.axis in truth and known(value, truth[value.axis]).any() else ():

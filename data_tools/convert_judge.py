@@ -5,10 +5,11 @@
 
 q16: prompts.p of ml-research/Q16, data/ViT-L-14, a pickled NumPy array. mhsc: the folder checkpoints/multi-headed of
 YitingQu/unsafe-diffusion, with sexual.pt and four others. They are for openai/clip-vit-large-patch14, the judge's
---config.judging.model is the file; --clip names a copy of that CLIP.
+--config.judging.model is the file; --clip names a copy of that CLIP, a directory as it lies from the file.
 """
 
 import importlib
+import os
 import pathlib
 import pickle
 import sys
@@ -81,8 +82,8 @@ def convert(kind: str, source: pathlib.Path, out: pathlib.Path, clip: str):
     judge = importlib.import_module(f"livo_jax.judges.{kind}")
     tensors = READERS[kind](source)
     _heads.check_shapes(tensors, judge.SHAPES, f"--source={source}")
-    if clip and pathlib.Path(clip).is_dir():
-        clip = str(pathlib.Path(clip).resolve())  # it is found from any folder
+    if clip and pathlib.Path(clip).is_dir():  # as it lies beside the file: both may be moved, and no path is told
+        clip = os.path.relpath(pathlib.Path(clip).resolve(), out.resolve().parent)
     unfinished = out.with_name(f".{out.name}")
     save_file(tensors, unfinished, {"judge": kind, "clip": clip or judge.CLIP})
     unfinished.rename(out)
@@ -105,6 +106,8 @@ if __name__ == "__main__":
     KIND = flags.DEFINE_enum("kind", None, list(READERS), "The judge.")
     SOURCE = commands.define_path("source", "q16: prompts.p. mhsc: the folder of its .pt files.")
     OUT = commands.define_path("out", "The safetensors file.")
-    CLIP = flags.DEFINE_string("clip", "", "Directory or hub id of its CLIP, if not the published one.")
+    CLIP = flags.DEFINE_string(
+        "clip", "", "Hub id of its CLIP, or directory, found from where the file lies; else the published."
+    )
     flags.mark_flags_as_required(["kind", "source", "out"])
     app.run(main, flags_parser=commands.parse)

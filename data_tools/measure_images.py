@@ -225,7 +225,9 @@ def measure(
             problems += [f"{method}: {problem}" for problem in faults(read_by[0], principles, pictures, unreadable)]
             per_prompt |= bias_and_harm(judge_all[0], read_by[0], places, principles, subjects, targets or {})
             if len(read_by) == 2:
-                whole |= {(v.statement, "kappa"): agreement(v, read_by, places) for v in principles}
+                whole |= {
+                    (v.statement, "kappa"): metrics.value_agreement(v, read_by, places.values()) for v in principles
+                }
         if clip_score:
             score, tokenize = clip_score
             per_prompt["", "CLIPScore"] = means(in_batches(score, images, tokenize(prompts)), places)
@@ -293,17 +295,6 @@ def bias_and_harm(judge, reading: dict, places: dict, principles, subjects, targ
         for metric, number in metrics.prompt_metrics(value, subject, of_prompt, target, **may_read).items():
             found[value.statement, metric][prompt] = number
     return found
-
-
-def agreement(value, readings: list[dict], places: dict) -> tuple[float, list[float] | None]:
-    """Cohen's kappa of two judges' readings under a value, and its interval; what cannot be read is a category."""
-    if value.kind == "bias":
-        categories = (*value.attributes, "")
-        a, b = (np.where(np.isin(r[value.axis], categories), r[value.axis], "") for r in readings)
-    else:
-        categories = (True, False, None)
-        a, b = (np.where(np.isnan(r[value.axis]), None, r[value.axis] >= value.harmful_from) for r in readings)
-    return metrics.agreement([metrics.confusion(a[place], b[place], categories) for place in places.values()])
 
 
 def table(results: list[dict]) -> str:

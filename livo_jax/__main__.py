@@ -25,7 +25,7 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "The config file, FILE 
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives. Default: runs/<config file's name>.")
 MODE = flags.DEFINE_enum(
     "mode", "train", list(MODES),
-    "train also evaluates at its end; demo serves a page; plan tells what training needs.",
+    "train also evaluates at its end; demo serves a page; plan tells what training, or a comparison, needs.",
 )  # fmt: skip
 DISTRIBUTED = commands.define_distributed()
 
@@ -46,9 +46,9 @@ def main(argv):
 
     changed = config_flags.get_override_values(flags.FLAGS["config"])
     if "methods" in config:
-        if MODE.value != "evaluate":
+        if MODE.value not in ("evaluate", "plan"):
             raise app.UsageError(f"--config={name} compares methods: give --mode=evaluate, not {MODE.value}")
-        evaluate.compare(config, workdir, changed)
+        evaluate.compare(config, workdir, changed, only_cost=MODE.value == "plan")
         return
     fields.check_mode(config, MODE.value, generate.VALUE.value)
     fields.check(config, changed)

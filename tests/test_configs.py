@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from configs import common, tiny, trainings_tiny
+from configs import benchmark, common, tiny, trainings_tiny
 from livo_jax.files.settings import flatten
 from livo_jax.judges import shapeworld
 
@@ -33,3 +33,14 @@ def test_several_trainings_are_of_the_recipe_of_tiny(variant):
     assert config.trainings == 3 and own.train == recipe.train and own.loss == recipe.loss and own.data == recipe.data
     stated = {name for composition in own.eval.compositions.values() for name in composition} - {"wording"}
     assert stated <= shapeworld.judge(np.zeros((1, 32, 32, 3), np.uint8)).keys(), "what the judge reads"
+
+
+@pytest.mark.parametrize("variant", ["", "smoke"])
+def test_a_board_measures_every_method_alike(variant):
+    config = benchmark.get_config(variant)
+    livo = config.methods.livo
+    assert all(own.eval == livo.eval and own.judge == livo.judge for own in config.methods.values())
+    assert {*config.quality} == {"inception", "reference", "clip"} and livo.eval.left_alone_images
+    for entry in config.judges.values():
+        followed = [text.partition("=")[0] for text in entry.reads]
+        assert {*followed} <= {*livo.principles} and entry.judging.keys() == livo.judging.keys()

@@ -20,7 +20,8 @@ ROOMS = (  # each uses only those before it
 BY_ANOTHER_NAME = {("livo_jax/values/__init__.py", "livo_jax.retrieval.retriever.Retriever")}  # values.Retriever
 MATHEMATICS = {"models", "diffusion", "seeds", "sharding", "training"}  # jax, flax and optax alone
 EXPORTED = "livo_jax/export/diffusers_pipeline.py"  # copied by an export, imported by nobody
-JUDGES = ("livo_jax/judges/llava.py", "livo_jax/judges/classifier.py")  # import PyTorch, an extra, where they use it
+# These import PyTorch, an extra, where they use it.
+JUDGES = [f"livo_jax/judges/{name}.py" for name in ("classifier", "detector", "llava")]
 CONVERTER = "data_tools/convert_judge.py"  # reads PyTorch's files, once
 ALLOWED = {(EXPORTED, "torch"), (EXPORTED, "diffusers"), *((name, "torch") for name in (*JUDGES, CONVERTER))}
 

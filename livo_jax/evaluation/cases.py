@@ -5,14 +5,15 @@ from typing import NamedTuple
 
 from livo_jax import values as principles
 from livo_jax.evaluation import metrics, prompt_sets
+from livo_jax.evaluation.prompt_sets import Prompt
 from livo_jax.sampling.requests import Dose, Request, requests_of, with_doses, with_values
 from livo_jax.values import ratio as ratios
 
 PLAIN = "plain"  # the method of images as config.method draws them, without what is studied of it
 
 
-def prompts(config, value=None) -> list[tuple[str, str, str]]:
-    """The (split, subject, prompt) of the evaluation: of the value's prompt sets, if the config chooses any.
+def prompts(config, value=None) -> list[Prompt]:
+    """Those of the evaluation: of the value's prompt sets, if the config chooses any.
 
     Otherwise of its subjects, in the wordings of a harm or, without one, neutral.
     """
@@ -27,17 +28,17 @@ def subjects(config, *splits: str, name: str = "") -> list[tuple[str, str]]:
     return [(name or split, subject) for split in splits for subject in config.eval[split]]
 
 
-def worded(config, subjects, wordings, attributes=("",)) -> list[tuple[str, str, str]]:
-    """The (split, subject, prompt) of (split, subject) in wordings, which take turns as the attributes do."""
+def worded(config, subjects, wordings, attributes=("",)) -> list[Prompt]:
+    """The Prompts of (split, subject) in wordings, which take turns as the attributes do."""
     found = []
     for k, (split, subject) in enumerate(subjects):
         text = wordings[k % len(wordings)].format(subject=subject, attribute=attributes[k % len(attributes)])
-        found.append((split, subject, principles.phrase(config.eval.template, text)))
+        found.append(Prompt(split, subject, principles.phrase(config.eval.template, text)))
     return found
 
 
-def further_prompts(config, value) -> list[tuple[str, str, str]]:
-    """The (split, subject, prompt) of a harm in config.eval.harmful_wordings, of held-out subjects.
+def further_prompts(config, value) -> list[Prompt]:
+    """Those of a harm in config.eval.harmful_wordings, of held-out subjects.
 
     None where prompt sets stand in the place of subjects.
     """
@@ -48,8 +49,18 @@ def further_prompts(config, value) -> list[tuple[str, str, str]]:
 
 
 def plan(config, values) -> list[tuple]:
-    """What is evaluated: (value, split, subject, prompt), for each wording of a harm."""
-    return [(value, *row) for value in values for row in prompts(config, value) + further_prompts(config, value)]
+    """What is evaluated: (value, Prompt), for each wording of a harm."""
+    return [(value, prompt) for value in values for prompt in prompts(config, value) + further_prompts(config, value)]
+
+
+def name_beside_others(measured: str, name: str) -> str:
+    """How a name among the results of one method is told beside those of others: PLAIN is of the method measured."""
+    return f"{measured}, {name}" if name == PLAIN and measured != "livo" else name
+
+
+def beside_others(measured: str, numbers: dict) -> dict:
+    """The numbers of one method, as metrics.rows takes them, by such names."""
+    return {(name_beside_others(measured, name), *rest): x for (name, *rest), x in numbers.items()}
 
 
 class Case(NamedTuple):
@@ -105,11 +116,12 @@ def cases(config, values, tokens: bool = True, even: bool = False) -> list[Case]
     found = []
 
     def add(name, value, rows, stated=None, **methods):
-        for (split, subject, prompt), (method, applied) in itertools.product(rows, methods.items()):
-            base = [Request(prompt, i) for i in range(images_of(value, config))]
+        for prompt, (method, applied) in itertools.product(rows, methods.items()):
+            base = prompt.requests(images_of(value, config))
             requests = with_values(base, applied, config.eval.seed) if tokens else everywhere(base, applied)
             groups = groups_of(value, requests, dealt_to(value, tokens, even) if applied else 0.0)
-            found.append(Case(name, method, value, split, subject, requests, groups=groups, stated=stated))
+            place = prompt.split, prompt.subject, requests
+            found.append(Case(name, method, value, *place, groups=groups, stated=stated))
 
     for value in values:
         rows, sides = prompts(config, value) + further_prompts(config, value), {"base": [], config.method: [value]}
@@ -129,14 +141,14 @@ def of_two(config, values, tokens: bool = True, even: bool = False) -> list[Case
     """Cases of how every two biases go together, "A + B", with both applied; their groups are those of A and of B."""
     found, seed = [], config.eval.seed
     for a, b in itertools.combinations([value for value in values if value.kind == "bias"], 2):
-        for split, subject, prompt in prompts(config, a):
-            base = [Request(prompt, i) for i in range(images_of(a, config))]
+        for prompt in prompts(config, a):
+            base = prompt.requests(images_of(a, config))
             both = with_values(base, [a, b], seed) if tokens else everywhere(base, [a, b])
             for method, requests in {"base": base, config.method: both}.items():
                 shares = [0.0 if method == "base" else dealt_to(value, tokens, even) for value in (a, b)]
                 groups = tuple(groups_of(value, requests, share) for value, share in zip((a, b), shares))
-                name = f"{a.statement} + {b.statement}"
-                found.append(Case(name, method, a, split, subject, requests, beside=b, groups=groups))
+                name, place = f"{a.statement} + {b.statement}", (prompt.split, prompt.subject, requests)
+                found.append(Case(name, method, a, *place, beside=b, groups=groups))
     return found
 
 
@@ -149,9 +161,9 @@ def left_alone(config, values) -> list[Case]:
     """Cases of over-refusal: prompts that a value should leave alone, with the value on every image.
 
     Of a harm these are neutral ones, of a bias those that state an attribute, each subject another; and those of
-    config.eval.left_alone_wordings.
+    config.eval.left_alone_wordings. Or, where config.eval.prompts chooses sets that are left alone, theirs.
     """
-    found, n = [], config.eval.left_alone_images
+    found, n, of_sets = [], config.eval.left_alone_images, prompt_sets.left_alone(config)
     for value in values if n else ():
         attributes = value.attributes or ("",)
         own = value.wordings[0] if value.kind == "bias" else "{subject}"
@@ -160,9 +172,9 @@ def left_alone(config, values) -> list[Case]:
             of_kind = [wording for wording in wordings if ("{attribute}" in wording) == (value.kind == "bias")]
             if of_kind:
                 rows += worded(config, subjects(config, "held_out", name=split), of_kind, attributes)
-        for split, subject, prompt in rows:
-            requests = everywhere([Request(prompt, i) for i in range(n)], [value])
-            found.append(Case(value.statement, config.method, value, split, subject, requests))
+        for prompt in of_sets or rows:
+            requests = everywhere(prompt.requests(n), [value])
+            found.append(Case(value.statement, config.method, value, prompt.split, prompt.subject, requests))
     return found
 
 
@@ -174,13 +186,13 @@ def of_strengths(config, values, shares) -> list[Case]:
     """
     found = []
     for strength, value in itertools.product(config.eval.strengths, values):
-        for split, subject, prompt in prompts(config, value):
-            base = [Request(prompt, i) for i in range(images_of(value, config))]
+        for prompt in prompts(config, value):
+            base = prompt.requests(images_of(value, config))
             target = shares(value, base) if value.kind == "bias" else None
             for method, dose in {"base": 0.0, PLAIN: 1.0, config.method: strength}.items():
                 requests = [r._replace(values=(Dose(value.statement, dose),) if dose else ()) for r in base]
                 name = f"{value.statement} x {strength:g}"
-                found.append(Case(name, method, value, split, subject, requests, target))
+                found.append(Case(name, method, value, prompt.split, prompt.subject, requests, target))
     return found
 
 
@@ -194,28 +206,28 @@ def of_keep_probabilities(config, values) -> list[Case]:
     found = []
     biases = [value for value in values if value.kind == "bias"]
     for probability, value in itertools.product(config.eval.keep_probabilities, biases):
-        for split, subject, prompt in prompts(config, value):
-            base = [Request(prompt, i) for i in range(images_of(value, config))]
+        for prompt in prompts(config, value):
+            base = prompt.requests(images_of(value, config))
             dealt = [with_doses(r, [(Dose(value.statement), probability)], config.eval.seed) for r in base]
             plain = with_values(base, [value], config.eval.seed)
             sides = {"base": (base, 0.0), PLAIN: (plain, value.keep_probability), config.method: (dealt, probability)}
             for method, (requests, share) in sides.items():
                 groups = groups_of(value, requests, share)
                 name = kept(value.statement, probability)
-                found.append(Case(name, method, value, split, subject, requests, groups=groups))
+                found.append(Case(name, method, value, prompt.split, prompt.subject, requests, groups=groups))
     return found
 
 
-def rows_of_ratios(config) -> list[tuple[str, str, str]]:
-    """The (split, subject, prompt) of each image of a ratio."""
-    return [row for row in prompts(config) for _ in range(config.eval.images_per_prompt)]
+def rows_of_ratios(config) -> list[Prompt]:
+    """The Prompt of each image of a ratio."""
+    return [prompt for prompt in prompts(config) for _ in range(config.eval.images_per_prompt)]
 
 
 def of_ratios(config, values, rates: dict) -> list[Case]:
     """Cases of config.eval.ratios, all values of a ratio applied at once; PLAIN is each alone by keep probability."""
     found, n, seed = [], config.eval.images_per_prompt, config.eval.seed
     rows = rows_of_ratios(config)
-    base = requests_of([prompt for *_, prompt in rows])
+    base = requests_of([prompt.text for prompt in rows])
     for ratio in config.eval.ratios:
         targets = ratios.targets(ratio, rates, list(rates))
         dealt = requests_of([r.prompt for r in base], [[*targets]] * len(base), seed, ratio, rates)
@@ -224,10 +236,10 @@ def of_ratios(config, values, rates: dict) -> list[Case]:
             plain = with_values(base, [value], seed)
             sides = {"base": (base, 0.0), PLAIN: (plain, value.keep_probability), config.method: (dealt, None)}
             for k, (method, (requests, share)) in itertools.product(range(0, len(rows), n), sides.items()):
-                name, (split, subject, _) = f"{statement}, ratio {ratio}", rows[k]
+                name, prompt = f"{statement}, ratio {ratio}", rows[k]
                 own = requests[k : k + n]
                 groups = groups_of(value, own, share, target)
-                found.append(Case(name, method, value, split, subject, own, target, groups))
+                found.append(Case(name, method, value, prompt.split, prompt.subject, own, target, groups))
     return found
 
 
@@ -236,7 +248,7 @@ def arms(value: principles.Value, config) -> dict[str, list[Request]]:
     texts = ["", value.statement]
     if config.data.attributes:
         texts += [principles.attributed(value.statement, attribute) for attribute in value.attributes]
-    seen = [prompt for split, _, prompt in prompts(config) if split == "seen"]
+    seen = [prompt.text for prompt in prompts(config) if prompt.split == "seen"]
     doses = {text: (Dose(text),) if text else () for text in texts}
     return {
         text: [Request(prompt, i, doses[text]) for prompt in seen for i in range(config.eval.rate_images)]

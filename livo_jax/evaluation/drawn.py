@@ -51,6 +51,7 @@ class Drawn:
         self.folder = directory / _key(settings)
         self.readings = self.folder / f"readings_{_key(reading)}"
         self.draw_batch, self.judge, self.at_once, self.read = draw, judge, AT_ONCE * at_once, {}
+        self.settings = settings
         for file in self.readings.glob("read_*.json"):
             try:
                 self.read |= json.loads(file.read_text())
@@ -63,6 +64,10 @@ class Drawn:
                 for folder, what in (self.folder, settings), (self.readings, reading):
                     (folder / "settings.json").write_text(_text(what) + "\n")
 
+    def read_by(self, judge, reading: dict) -> "Drawn":
+        """The same images, read by another judge. Arguments as those of the class."""
+        return Drawn(self.folder.parent, self.draw_batch, judge, self.settings, reading, self.at_once // AT_ONCE)
+
     def draw(self, requests, progress):
         """Draws those that are not there yet, and judges those that are not read yet; `progress`: a tqdm bar."""
         new = [request for request in dict.fromkeys(requests) if _name(request) not in self.read]
@@ -70,8 +75,11 @@ class Drawn:
         # Requests of as many values are of one program, and only those of a strength pay for it.
         new.sort(key=lambda r: ([d.value for d in r.values], [d.strength not in (0, 1) for d in r.values]))
         new.sort(key=lambda r: _name(r) in self.there)  # stable
-        for start in range(0, len(new), self.at_once):
-            part = new[start : start + self.at_once]
+        of_sizes = {}  # images that are drawn, and read, together are of one size
+        for request in new:
+            of_sizes.setdefault(request.size, []).append(request)
+        parts = (of[i : i + self.at_once] for of in of_sizes.values() for i in range(0, len(of), self.at_once))
+        for part in parts:
             missing = [request for request in part if _name(request) not in self.there]
             images = dict(zip(missing, self.draw_batch(missing))) if missing else {}
             with ending_together():  # and others read what process 0 has written
@@ -150,4 +158,8 @@ def _key(settings: dict) -> str:
 
 
 def _name(request) -> str:
-    return hashlib.sha256(json.dumps(request).encode()).hexdigest()[:24]
+    *fields, seed, guidance_scale, size = request
+    own = {"seed": seed, "guidance_scale": guidance_scale, "size": size}
+    if own := {name: x for name, x in own.items() if x is not None}:
+        fields.append(own)  # else the name is that of images of before requests had their own
+    return hashlib.sha256(json.dumps(fields).encode()).hexdigest()[:24]

@@ -429,3 +429,18 @@ def agreement(per_prompt, seed: int = 0) -> tuple[float, list[float] | None]:
         kappas.append(kappa(np.tensordot(times, per_prompt, 1)))
     low, high = np.quantile(np.concatenate(kappas), TAILS)
     return found, [float(low), float(high)]
+
+
+def value_agreement(value: Value, readings: list[dict], places) -> tuple[float, list[float] | None]:
+    """`agreement` of two judges' readings under a value, in which what cannot be read is a category.
+
+    Args:
+        readings: of each judge, arrays [n] by axis. places: a slice of them for each prompt.
+    """
+    if value.kind == "bias":
+        categories = (*value.attributes, "")
+        a, b = (np.where(np.isin(r[value.axis], categories), r[value.axis], "") for r in readings)
+    else:
+        categories = (True, False, None)
+        a, b = (np.where(np.isnan(r[value.axis]), None, r[value.axis] >= value.harmful_from) for r in readings)
+    return agreement([confusion(a[place], b[place], categories) for place in places])

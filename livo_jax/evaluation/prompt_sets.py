@@ -4,12 +4,38 @@ import functools
 import pathlib
 import random
 import re
+from typing import NamedTuple
 
-from livo_jax import files
+from livo_jax import files, seeds
+from livo_jax.judges import hash_files
+from livo_jax.sampling.requests import Request
 from livo_jax.values.principles import phrase
 
-KINDS = ("bias", "harm")
+LEFT_ALONE = "left_alone"  # who has the sets that every value should leave alone
+KINDS = ("bias", "harm", LEFT_ALONE)
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".txt")
+
+
+class Prompt(NamedTuple):
+    """A prompt of an evaluation.
+
+    split: under which the results have it. subject: of the image, "" where none is known.
+    seed, guidance_scale, size: those that its set tells for it, as a Request has them.
+    category: of its set, where the split is that category's alone; "" elsewhere.
+    """
+
+    split: str
+    subject: str
+    text: str
+    seed: int | None = None
+    guidance_scale: float | None = None
+    size: tuple[int, int] | None = None
+    category: str = ""
+
+    def requests(self, n: int) -> list[Request]:
+        """Requests for its first n images, without a value."""
+        own = dict(seed=self.seed, guidance_scale=self.guidance_scale, size=self.size)
+        return [Request(self.text, i, **own) for i in range(n)]
 
 
 @functools.cache
@@ -27,16 +53,8 @@ def fetch(repo: str, file: str) -> pathlib.Path:
         raise FileNotFoundError(f"{error}".strip()) from None
 
 
-def read(name: str, chosen, seed: int = 0) -> list[tuple[str, str]]:
-    """The (subject, prompt) of a set, in the order of the file, each prompt once.
-
-    Args:
-        name: of the set, for errors. chosen: the set, as configs/prompt_sets.py has it.
-        seed: of the choice of `limit` prompts. The subject is "" where a set has none.
-
-    Raises:
-        ValueError: all that is wrong with the file, by line.
-    """
+def find(name: str, chosen) -> pathlib.Path:
+    """The file of a set, which is the one that its sha256 asks for. Arguments as of `read`; raises ValueError."""
     where = f"config.eval.prompt_sets.{name}"
     try:
         path = fetch(chosen.repo, chosen.file) if chosen.repo else pathlib.Path(chosen.file).expanduser()
@@ -44,24 +62,88 @@ def read(name: str, chosen, seed: int = 0) -> list[tuple[str, str]]:
         raise ValueError(f"{where}: no {chosen.file!r} of the dataset {chosen.repo!r}: {error}") from None
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"{where}.file={chosen.file!r}: name a file that ends in one of {', '.join(SUFFIXES)}")
-    if chosen.template and re.findall("[{}]+", chosen.template) != ["{}"]:
-        raise ValueError(f"{where}.template={chosen.template!r}: it needs {{}} once, for the subject")
     if not path.is_file():
         raise ValueError(f"{where}: {path.absolute()} is missing: get it (configs/prompt_sets.py), or set {where}.file")
-    problems, found = [], {}
-    columns = [column for column in (chosen.column, chosen.subject) if column]
-    for text, *subject in files.read_texts(path, columns, problems):
+    wanted, found = chosen.get("sha256"), sha256(path)
+    if wanted and wanted != found:
+        raise ValueError(
+            f"{where}: {path.absolute()} has the sha256 {found}, and {where}.sha256 is {wanted}: get that file, of"
+            f" {chosen.get('source') or 'its publisher'}, or, to measure on this one, set {where}.sha256={found!r}"
+        )
+    return path
+
+
+def sha256(path: pathlib.Path) -> str:
+    return hash_files([path])[path.name]
+
+
+def read(name: str, chosen, seed: int = 0) -> list[tuple[Prompt, tuple[str, ...]]]:
+    """The Prompts of a set with their categories, in the order of the file, each text once: the first row that has it.
+
+    Args:
+        name: of the set, which is their split. chosen: the set, as configs/prompt_sets.py has it.
+        seed: of the choice of `limit` prompts.
+
+    Raises:
+        ValueError: all that is wrong with the file, by line.
+    """
+    where = f"config.eval.prompt_sets.{name}"
+    if chosen.template and re.findall("[{}]+", chosen.template) != ["{}"]:
+        raise ValueError(f"{where}.template={chosen.template!r}: it needs {{}} once, for the subject")
+    named = {field: chosen[field] for field in ("column", "subject", *PARSERS) if chosen.get(field)}
+    if ("height" in named) != ("width" in named):
+        raise ValueError(f"{where}: of height and width it names one column: name both, or none")
+    path, problems, found = find(name, chosen), [], {}
+    parsers = {column: PARSERS[field] for field, column in named.items() if field in PARSERS}
+    columns = list(dict.fromkeys(named.values()))
+    for row in files.read_texts(path, columns, problems, parsers):
+        own = {field: row[columns.index(column)] for field, column in named.items()}
+        text = own["column"]
         prompt = phrase(chosen.template, text) if chosen.template else text
-        found.setdefault(prompt, subject[0] if subject else text if chosen.template else "")
+        subject = own.get("subject", text if chosen.template else "")
+        size = (own["height"], own["width"]) if "height" in own else None
+        drawn = Prompt(name, subject, prompt, own.get("seed"), own.get("guidance"), size)
+        found.setdefault(prompt, (drawn, own.get("category", ())))
     if not problems and not found:
         problems.append(f"{path}: no prompts in it")
     if problems:
-        fields = f"its columns are {where}.column={chosen.column!r} and .subject={chosen.subject!r}"
-        raise ValueError(f"{where} cannot be used ({fields}):\n    " + "\n    ".join(problems))
-    rows = [(subject, prompt) for prompt, subject in found.items()]
+        fields = ", ".join(f".{field}={column!r}" for field, column in named.items())
+        raise ValueError(f"{where} cannot be used (its columns: {fields}):\n    " + "\n    ".join(problems))
+    rows = list(found.values())
     if 0 < chosen.limit < len(rows):
         rows = [rows[k] for k in sorted(random.Random(seed).sample(range(len(rows)), chosen.limit))]
     return rows
+
+
+def read_seed(text: str) -> int:
+    return seeds.check(int(text))
+
+
+def read_guidance(text: str) -> float:
+    scale = float(text)
+    if not 0 <= scale <= 1000:  # I2P has 120
+        raise ValueError("a guidance is 0 to 1000")
+    return scale
+
+
+def read_edge(text: str) -> int:
+    edge = int(text)
+    if not 1 <= edge <= 8192:
+        raise ValueError("an edge is 1 to 8192 pixels")
+    return edge
+
+
+def read_categories(text: str) -> tuple[str, ...]:
+    return tuple(category.strip() for category in text.split(",") if category.strip())
+
+
+PARSERS = {  # of the columns that a set may name
+    "category": read_categories,
+    "seed": read_seed,
+    "guidance": read_guidance,
+    "height": read_edge,
+    "width": read_edge,
+}
 
 
 def names(config, value) -> list[str]:
@@ -70,10 +152,35 @@ def names(config, value) -> list[str]:
     return [name for who, name in chosen if who == value.name] or [name for who, name in chosen if who == value.kind]
 
 
-def rows(config, value) -> list[tuple[str, str, str]]:
-    """The (split, subject, prompt) that the sets of a value hold, split the set's name; [] where it has no set."""
-    sets = config.eval.prompt_sets
-    return [(name, *row) for name in names(config, value) for row in read(name, sets[name], config.eval.seed)]
+def rows(config, value) -> list[Prompt]:
+    """The Prompts that the sets of a value hold, and again those of each category; [] where it has no set."""
+    return _of_sets(config, names(config, value))
+
+
+def left_alone(config) -> list[Prompt]:
+    """The Prompts of the sets that every value should leave alone, and again those of each category."""
+    return _of_sets(config, [name for who, name in (x.split("=") for x in config.eval.prompts) if who == LEFT_ALONE])
+
+
+def _of_sets(config, names: list[str]) -> list[Prompt]:
+    found = []
+    for name in names:
+        chosen = read(name, config.eval.prompt_sets[name], config.eval.seed)
+        found += [prompt for prompt, _ in chosen]
+        for category in sorted({category for _, categories in chosen for category in categories}):
+            of_category = [prompt for prompt, categories in chosen if category in categories]
+            found += [prompt._replace(split=f"{name}: {category}", category=category) for prompt in of_category]
+    return found
+
+
+def describe(config) -> list[dict]:
+    """What is to be told of the sets that config.eval.prompts chooses: where they come from, and what was read."""
+    found = []
+    for name in dict.fromkeys(entry.partition("=")[2] for entry in config.eval.prompts):
+        chosen = config.eval.prompt_sets[name]
+        found.append({"name": name, **chosen.to_dict(), "sha256": sha256(find(name, chosen))})
+        found[-1]["prompts"] = len(read(name, chosen, config.eval.seed))
+    return found
 
 
 def check(config):

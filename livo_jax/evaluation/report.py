@@ -174,6 +174,7 @@ def write(
     costs=(),
     sweeps=(),
     judges=(),
+    board=None,
 ):
     """Writes the page. It escapes all that it shows, runs no script, and fetches nothing.
 
@@ -189,6 +190,8 @@ def write(
         sweeps: (title, points) of settings, whose points are (label, method, what follows a value's statement in its
             rows).
         judges: what is pinned of the judges.
+        board: what evaluation/board.py's for_page makes of its `tables`; the rows of `agreement`, the `card`, the
+            `files` to download, {name: content}, and `further`, the names of judges beside the first.
     """
     import jinja2
 
@@ -223,6 +226,9 @@ def write(
         for name, content in documents.items()
         if content
     }
+    kinds = {"csv": "text/csv", "json": "application/json"}
+    for name, content in board["files"].items() if board else ():
+        files[name] = _uri(kinds.get(name.rpartition(".")[2], "text/plain"), content.encode())
     plots = _plots(results, values, curves, metrics, sweeps)
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["label"] = _label
@@ -241,6 +247,8 @@ def write(
         costs=costs,
         differences=[d for d in differences if d["metric"] in TOLD and d["other"] in methods[1:]],
         files=files,
+        board=board,
+        card=json.dumps(board["card"], indent=2) if board else "",
         config=json.dumps(config, indent=2),
     )
     path.write_text(page)

@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import pathlib
+import types
 from collections.abc import Iterator, Sequence
 
 from absl import logging
@@ -151,7 +152,9 @@ def _tell(message: str):
     logging.warning(message)
 
 
-def read_texts(path: str | os.PathLike, columns: Sequence[str], problems: list[str]) -> list[tuple[str, ...]]:
+def read_texts(
+    path: str | os.PathLike, columns: Sequence[str], problems: list[str], parsers=types.MappingProxyType({})
+) -> list[tuple]:
     """The texts of some columns of a file, of each row in which none is empty, as `tidy` leaves them.
 
     How many rows are left out, since a text in them is empty, is told in the log.
@@ -160,6 +163,7 @@ def read_texts(path: str | os.PathLike, columns: Sequence[str], problems: list[s
         path: a .csv or .tsv with a header; JSON lines (.jsonl), each an object; any other file is of lines, which are
             the first column.
         problems: gets all that is wrong with the file, by line. What is returned is whole where it gets nothing.
+        parsers: {column: what makes a value of its text, or raises ValueError}. There JSON may have numbers.
 
     Raises:
         OSError: the file cannot be read.
@@ -180,14 +184,24 @@ def read_texts(path: str | os.PathLike, columns: Sequence[str], problems: list[s
             if suffix in DELIMITERS:  # of one header
                 break
             continue
-        faults = [f"{column} {fault}" for column in columns if (fault := text_fault(row[column]))]
+        given = {column: row[column] for column in columns}
+        for column in parsers:
+            if isinstance(given[column], (int, float)):  # of JSON
+                given[column] = str(given[column])
+        faults = [f"{column} {fault}" for column, text in given.items() if (fault := text_fault(text))]
+        if not faults:
+            given = {column: tidy(text) for column, text in given.items()}
+            if not all(given.values()):
+                empty.append(number)
+                continue
+            for column, parse in parsers.items():
+                try:
+                    given[column] = parse(given[column])
+                except ValueError as error:
+                    faults.append(f"{column} is {given[column]!r}: {error}")
         problems += [f"{path}:{number}: {fault}: fill it in, or remove the row" for fault in faults]
         if not faults:
-            texts = tuple(tidy(row[column]) for column in columns)
-            if all(texts):
-                found.append(texts)
-            else:
-                empty.append(number)
+            found.append(tuple(given[column] for column in columns))
     if empty:
         _tell(f"{path}: {len(empty)} rows are left out, whose text is empty, as line {empty[0]}")
     return found

@@ -9,7 +9,6 @@ import pkgutil
 from collections.abc import Callable
 
 import numpy as np
-from absl import logging
 
 from livo_jax.files.settings import import_named
 
@@ -73,7 +72,8 @@ def load(config, values, subjects) -> Judge:
             config.judging.subject is False.
 
     Raises:
-        ValueError: there is no such judge, and those that there are; or it cannot read the values, and why.
+        ValueError: there is no such judge, and those that there are; or it cannot read the values, and why; or
+            thresholds out of range and labels of an axis that no value has: all are listed.
         FileNotFoundError: its model is not here.
     """
     if ":" in config.judge:
@@ -91,6 +91,14 @@ def load(config, values, subjects) -> Judge:
         for threshold in asked
         if not 0 < threshold <= highest
     ]
+    axes = tuple(value.axis for value in values)
+    for text in config.get("judging", {}).get("labels", ()):
+        label, _, place = text.rpartition("=")
+        if label and place.partition(":")[0] not in axes:
+            problems.append(
+                f"config.judging.labels: {text!r} is of an axis that no value here has, leave it out; there are"
+                f" {', '.join(axes) or 'none'}"
+            )
     try:
         judge = make(config, values, subjects)
     except ValueError as error:
@@ -102,11 +110,6 @@ def load(config, values, subjects) -> Judge:
     thresholds, pinned = asked or judge.thresholds, judge.pinned
     if thresholds:
         pinned = pinned | {"thresholds": list(thresholds)}
-    axes = tuple(value.axis for value in values)
-    for text in config.get("judging", {}).get("labels", ()):
-        label, _, place = text.rpartition("=")
-        if label and place.partition(":")[0] not in axes:
-            logging.warning("config.judging.labels: %r is of an axis that no value here has: it is not read", text)
     return dataclasses.replace(judge, thresholds=thresholds, pinned=pinned, axes=axes)
 
 

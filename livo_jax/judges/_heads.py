@@ -15,8 +15,8 @@ def make(config, values, kind: str, shapes: dict, names, score) -> Judge:
     """The judge of converted heads.
 
     Args:
-        config: `judging.model` is their file, which names its CLIP; `judging.labels` says of which axis the names are;
-            where it is empty, of the axis that is called so.
+        config: `judging.model` is their file, which names its CLIP: a hub id, or a directory as it lies from the file.
+            `judging.labels` says of which axis the names are; where it is empty, of the axis that is called so.
         shapes: {name of a tensor: its shape}, "features" for the width of CLIP's.
         names: of the scores. score: score({name: array}, features [B, features]) -> [B, names], 0 to 1.
 
@@ -35,7 +35,10 @@ def make(config, values, kind: str, shapes: dict, names, score) -> Judge:
         problems.append(str(error))
     if problems:
         raise ValueError(f"the judge {kind} cannot work: " + "; ".join(problems))
-    model, _, preprocess = clip.published(clip_id)
+    file = pathlib.Path(config.judging.model).expanduser()
+    beside = file.resolve().parent / clip_id
+    place = str(beside) if beside.is_dir() else clip_id
+    model, _, preprocess = clip.published(place)
     if (width := model.config.projection_dim) != (wanted := features_of(tensors, shapes)):
         raise ValueError(f"{config.judging.model} is of a CLIP of {wanted} features, and {clip_id} has {width}")
     graph, params = split(model)
@@ -48,8 +51,7 @@ def make(config, values, kind: str, shapes: dict, names, score) -> Judge:
         scores = clip.compute_in_batches(lambda pixels: compute(params, tensors, pixels), images, preprocess)
         return _labels.read(labels, names, values, scores, exclusive=False)
 
-    file = pathlib.Path(config.judging.model).expanduser()
-    of_clip = hash_files(weight_files(find_repository(clip_id, clip.FILES), "model", None))
+    of_clip = hash_files(weight_files(find_repository(place, clip.FILES), "model", None))
     weights = {"heads": hash_files([file]), "clip": of_clip}
     return Judge(read, {"name": kind, "model": clip_id, "weights": weights, "classes": list(texts)})
 

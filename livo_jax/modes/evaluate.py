@@ -14,13 +14,19 @@ def evaluate(config, workdir: str):
         evaluate_and_report(models, config, mesh, workdir)
 
 
-def compare(config, workdir: str, changed: dict):
-    """Trains and measures config.methods; `changed`: {field: value} of what the command line sets."""
-    from livo_jax.runs import fields
+def compare(config, workdir: str, changed: dict, only_cost: bool = False):
+    """Trains and measures config.methods; `changed`: {field: value} of what the command line sets.
+
+    only_cost: tells what it would cost, and does nothing.
+    """
+    from livo_jax.runs import board, fields
     from livo_jax.runs.compare import compare
 
     for method, own in config.methods.items():
         begin = f"methods.{method}."
         own_changed = {name.removeprefix(begin): x for name, x in changed.items() if name.startswith(begin)}
         fields.check(own, own_changed, comparing=True)
+    if only_cost:
+        print(board.cost(config, config.methods))
+        return
     compare(config, workdir)

@@ -11,13 +11,14 @@ import time
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from livo_jax import judges, methods, sharding, values
 from livo_jax.data.cache import cache_directory
 from livo_jax.data.preferences import Preferences
 from livo_jax.evaluation import cases, metrics, report
 from livo_jax.files.directories import held, resolve_directory
-from livo_jax.runs import build_preferences, cache_latents, evaluate, restore, train
+from livo_jax.runs import board, build_preferences, cache_latents, evaluate, further, restore, train
 from livo_jax.runs.checkpoint import Checkpoints
 from livo_jax.runs.log import read_metrics
 from livo_jax.runs.workdir import read_config
@@ -45,13 +46,14 @@ def compare(config, workdir) -> list[dict]:
     """Trains and measures config.methods; the same command again resumes.
 
     `workdir` then holds the preference pairs and images that the methods share, preferences/ and drawn/, a run of each,
-    NAME/, and results.json, differences.json, curves.json, costs.json, readings.csv and report.html in eval/.
+    NAME/, and results.json, differences.json, curves.json, costs.json, readings.csv and report.html in eval/; of a
+    board also what board.write writes.
 
     Args:
         config: methods, {name: its config}; processes, how many at a time, each on its part of the cores; curve: how
             many points it has, of how many images of each prompt; sweeps, ((title, ((label, name), ...)), ...):
             methods that differ in one thing; trainings, how many of each method that trains, with the seeds from its
-            config.seed on: NAME/, NAME_1/, ...
+            config.seed on: NAME/, NAME_1/, ...; and of a board (configs/benchmark.py) judges, quality.
 
     Raises:
         ValueError: there are no methods, or they would not be measured alike; and what training raises.
@@ -68,6 +70,10 @@ def compare(config, workdir) -> list[dict]:
         raise ValueError(
             f"methods to compare: {', '.join(configs) or 'none'}; they differ in {', '.join(sorted(apart))}"
         )
+    if board.is_board(config):
+        board.check_board(config, configs)
+        if jax.process_index() == 0:
+            print(board.cost(config, configs), flush=True)
     with held(workdir, "compares methods in"):
         return _compare(configs, config, workdir)
 
@@ -143,13 +149,13 @@ def check_trainings(configs: dict, comparison):
 
 
 def trainings_of(config, workdir, comparison) -> list[tuple]:
-    """The jobs (config, workdir, curve) of a method: one for each training of another seed."""
-    jobs = []
+    """The jobs (config, workdir, comparison) of a method: one for each training of another seed."""
+    jobs, shared = [], ConfigDict({name: x for name, x in comparison.items() if name != "methods"})
     for n in range(comparison.get("trainings", 1) if config.train.steps else 1):
         own = copy.deepcopy(config)
         own.seed = config.seed + n
         place = workdir.with_name(f"{workdir.name}_{n}") if n else workdir
-        jobs.append((own, place, comparison.curve))
+        jobs.append((own, place, shared))
     return jobs
 
 
@@ -176,6 +182,7 @@ def combine(of_each: list[dict]) -> dict:
     return first | {
         "numbers": numbers, "readings": readings, "curve": curve,
         "costs": first["costs"] | mean_costs | {"trainings": len(of_each)},
+        "further": first.get("further") and further.combine([of_training["further"] for of_training in of_each]),
     }  # fmt: skip
 
 
@@ -193,8 +200,13 @@ def _keep_to(parts):
     os.sched_setaffinity(0, parts.get())
 
 
-def measure(config, workdir, curve) -> dict:
-    """Trains and measures one method: the numbers of each prompt, readings, pictures, curve and costs."""
+def measure(config, workdir, comparison) -> dict:
+    """Trains and measures one method: the numbers of each prompt, readings, pictures, curve and costs; of a board more.
+
+    Args:
+        comparison: its config, without the methods.
+    """
+    curve = comparison.curve
     if config.train.steps:
         only = copy.deepcopy(config)
         only.judge = ""  # it is measured below
@@ -234,6 +246,7 @@ def measure(config, workdir, curve) -> dict:
     return {
         "numbers": found.numbers, "readings": found.readings, "pictures": pictures, "curve": points, "costs": costs,
         "judge": judge.pinned,
+        "further": further.measure(found, config, comparison) if board.is_board(comparison) else None,
     }  # fmt: skip
 
 
@@ -268,14 +281,16 @@ def write(found: list[dict], config, workdir) -> list[dict]:
     numbers, readings, pictures = {}, {}, {}
     for of in found:
         one = of["costs"]["method"]
-        names = {} if one == "livo" else {cases.PLAIN: f"{one}, {cases.PLAIN}"}  # which is of the method measured
-        numbers |= {(names.get(name, name), *rest): x for (name, *rest), x in of["numbers"].items()}
-        rows = [row | {"method": names.get(row["method"], row["method"])} for row in of["readings"]]
+        numbers |= cases.beside_others(one, of["numbers"])
+        rows = [row | {"method": cases.name_beside_others(one, row["method"])} for row in of["readings"]]
         readings |= {tuple(row.get(name) for name in PLACE): row for row in rows}  # the base's once
         for picture in of["pictures"]:
             place = pictures.setdefault((picture["value"], picture["split"]), picture)
             for field in ("sides", "applied", "harmful"):  # harmful where any method's images are
                 place[field] |= picture[field]
+            if board.is_board(config):
+                where = (picture["value"], picture["split"], picture["prompt"])
+                place["harmful"] |= where in of["further"].harmful
     numbers = dict(sorted(numbers.items(), key=lambda of: of[0][0] != "base"))  # stable
     results = metrics.rows(numbers)
     if jax.process_index() > 0:
@@ -289,6 +304,11 @@ def write(found: list[dict], config, workdir) -> list[dict]:
     for name, content in (files | {"curves": curves, "costs": costs}).items():
         (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
     (folder / "readings.csv").write_text(report.as_csv([*readings.values()]), encoding="utf-8")
+    made = None
+    if board.is_board(config):
+        of_methods = {of["costs"]["method"]: of["further"] for of in found}
+        card = board.make_card(config, found[0]["further"], pinned[0])
+        made = board.write(folder, f"Board: {workdir.name}", results, costs, of_methods, card)
     sweeps = [(title, [(label, method, "") for label, method in points]) for title, points in config.sweeps]
     for name, own in config.methods.items():
         if probabilities := own.eval.keep_probabilities:
@@ -297,7 +317,7 @@ def write(found: list[dict], config, workdir) -> list[dict]:
     report.write(
         folder / "report.html", title=f"LiVO and others: {workdir.name}", results=results, metrics=[], curves=curves,
         numbers=numbers, differences=differences, costs=costs, sweeps=sweeps, pictures=list(pictures.values()),
-        config=json.loads(config.to_json()), judges=pinned,
+        config=json.loads(config.to_json()), judges=pinned, board=made,
     )  # fmt: skip
     print(report.table(results))
     told = (

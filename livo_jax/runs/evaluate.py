@@ -37,8 +37,6 @@ AGAIN = "remove it, and evaluate again with --mode=evaluate"
 
 def as_drawn(drawing: methods.Drawing, sd, config, values, judge, directory, mesh) -> Drawn:
     """A method's images, with all that they depend on, and all that their readings do."""
-    free = ("endpoint", "cache", "budget")
-    of_values = [dataclasses.asdict(value) for value in values]
     settings = drawing.settings | {
         "arrays": digest(drawing.state),
         "scheduler": sd.scheduler_config,
@@ -48,22 +46,29 @@ def as_drawn(drawing: methods.Drawing, sd, config, values, judge, directory, mes
     trains = isinstance(methods.make_method(config), methods.TrainedMethod)
     if not trains and drawing.settings.get("method") != "base":
         # What such a method does with a value its principle says, not the requests alone.
-        settings["values"] = of_values
-    reading = {
+        settings["values"] = [dataclasses.asdict(value) for value in values]
+    at_once = config.sampling.batch_size * sharding.batch_parts(mesh)
+    return Drawn(directory, drawing.draw, judge, settings, reading_settings(config, values, judge), at_once)
+
+
+def reading_settings(config, values, judge) -> dict:
+    """What the readings of a judge depend on beside the images."""
+    free = ("endpoint", "cache", "budget")
+    return {
         "judge": config.judge,
         "judging": {name: x for name, x in config.judging.to_dict().items() if name not in free},
         "pinned": judge.pinned,
-        "values": of_values,
+        "values": [dataclasses.asdict(value) for value in values],
         "subjects": subjects(config),
     }
-    at_once = config.sampling.batch_size * sharding.batch_parts(mesh)
-    return Drawn(directory, drawing.draw, judge, settings, reading, at_once)
 
 
 def subjects(config) -> list[str]:
     """Those that the judge tells apart."""
-    of_sets = (s for value in principles.load_principles(config) for _, s, _ in prompt_sets.rows(config, value) if s)
-    return list(dict.fromkeys([*config.eval.seen, *config.eval.held_out, *of_sets]))
+    of_sets = [prompt for value in principles.load_principles(config) for prompt in prompt_sets.rows(config, value)]
+    of_sets += prompt_sets.left_alone(config)
+    told = [prompt.subject for prompt in of_sets if prompt.subject]
+    return list(dict.fromkeys([*config.eval.seen, *config.eval.held_out, *told]))
 
 
 def draw_base(sd, config, directory, mesh):
@@ -74,7 +79,7 @@ def draw_base(sd, config, directory, mesh):
     measured = cases(config, values) + of_two(config, values) + left_alone(config, values)
     requests = {request._replace(values=()): None for case in measured for request in case.requests}
     if config.eval.ratios:
-        requests |= dict.fromkeys(requests_of([prompt for *_, prompt in rows_of_ratios(config)]))
+        requests |= dict.fromkeys(requests_of([prompt.text for prompt in rows_of_ratios(config)]))
     with tqdm(total=len(requests), desc="base", unit="image", disable=jax.process_index() > 0) as progress:
         base.draw([*requests], progress)
 
@@ -90,9 +95,12 @@ class Evaluated:
             be read, of a method with tokens.
         readings: the rows of readings.csv, one of each image under each name: dicts of method, value, split, prompt,
             index, applied (the values, with their strengths), and what the judge read, by axis.
+        measured, alone: the cases, and those of over-refusal.
     """
 
     sides: Sides
+    measured: list = dataclasses.field(default_factory=list)
+    alone: list = dataclasses.field(default_factory=list)
     numbers: dict = dataclasses.field(default_factory=dict)
     rates: dict = dataclasses.field(default_factory=dict)
     readings: list = dataclasses.field(default_factory=list)
@@ -111,6 +119,31 @@ class Evaluated:
             self.readings.append(row | {"applied": applied} | self.sides.of(request)[request])
 
 
+def followed_values(config) -> list[principles.Value]:
+    """Those that the method is for."""
+    kinds = methods.make_method(config).KINDS
+    return [value for value in principles.load_principles(config) if value.kind in kinds]
+
+
+def ask(config, tokens: bool, even: bool = False, together: bool = True) -> tuple:
+    """What is measured of a method: cases, those of over-refusal, those of two biases, and the arms of each bias.
+
+    Args:
+        tokens, even, together: as Drawing has them.
+    """
+    followed = followed_values(config)
+    pairs = of_two(config, followed, tokens, even) if together else []
+    biases = [value for value in followed if value.kind == "bias" and tokens and config.eval.rate_images]
+    of_arms = {value: arms(value, config) for value in biases}
+    return cases(config, followed, tokens, even), left_alone(config, followed), pairs, of_arms
+
+
+def requests_asked(measured, alone, pairs, of_arms) -> list[Request]:
+    """All images of what `ask` returns, each once."""
+    rows = [case.requests for case in measured + pairs + alone] + [without_values(case.requests) for case in alone]
+    return [*dict.fromkeys(itertools.chain(*rows, *(r for arms in of_arms.values() for r in arms.values())))]
+
+
 def evaluate(sd, drawing: methods.Drawing, config, directory, mesh, judge=None) -> Evaluated:
     """Measures the base and a method on the same prompts and noise.
 
@@ -125,20 +158,16 @@ def evaluate(sd, drawing: methods.Drawing, config, directory, mesh, judge=None) 
     judge = judge or judges.load(config, values, subjects(config))
     base = as_drawn(methods.base(config, sd, mesh), sd, config, values, judge, directory, mesh)
     sides = Sides(base, as_drawn(drawing, sd, config, values, judge, directory, mesh))
-    found = Evaluated(sides)
 
     # ---- what is asked for
     tokens, even = drawing.tokens, drawing.even
-    followed = [value for value in values if value.kind in methods.make_method(config).KINDS]
-    measured, alone = cases(config, followed, tokens, even), left_alone(config, followed)
-    pairs = of_two(config, followed, tokens, even) if drawing.together else []
-    biases = [value for value in followed if value.kind == "bias" and tokens and config.eval.rate_images]
-    of_arms = {value: arms(value, config) for value in biases}
-    rows = [case.requests for case in measured + pairs + alone] + [without_values(case.requests) for case in alone]
-    sides.draw(itertools.chain(*rows, *(r for value in biases for r in of_arms[value].values())))
+    followed = followed_values(config)
+    measured, alone, pairs, of_arms = asked = ask(config, tokens, even, drawing.together)
+    found = Evaluated(sides, measured, alone)
+    sides.draw(requests_asked(*asked))
 
     # ---- what the tokens show, and what that asks for
-    for value in biases:
+    for value in of_arms:
         found.rates[value.statement] = {arm: sides.shares(value, r) for arm, r in of_arms[value].items()}
     further = []
     if tokens:
@@ -220,11 +249,12 @@ def read_rates(workdir) -> dict:
 
 
 def first_prompts(config) -> list[tuple]:
-    """(value, split, prompt) of the first prompt of each value and split: those that are shown."""
+    """(value, Prompt) of the first of each value and split: those that are shown. Of a set it is one of all."""
     found = {}
-    for value, split, _, prompt in plan(config, principles.load_principles(config)):
-        found.setdefault((value, split), prompt)
-    return [(value, split, prompt) for (value, split), prompt in found.items()]
+    for value, prompt in plan(config, principles.load_principles(config)):
+        if not prompt.category:
+            found.setdefault((value, prompt.split), prompt)
+    return [(value, prompt) for (value, _), prompt in found.items()]
 
 
 def pictures(sides: Sides, config, tokens: bool = True, n: int = 12) -> list[dict]:
@@ -234,8 +264,8 @@ def pictures(sides: Sides, config, tokens: bool = True, n: int = 12) -> list[dic
     images, the value may be on more or fewer of these.
     """
     shown, harms = [], [value for value in principles.load_principles(config) if value.kind == "harm"]
-    for value, split, prompt in first_prompts(config):
-        base = [Request(prompt, i) for i in range(n)]
+    for value, prompt in first_prompts(config):
+        base = prompt.requests(n)
         with_value = with_values(base, [value], config.eval.seed) if tokens else everywhere(base, [value])
         asked = {"base": base, config.method: with_value}
         there = {side: [r for r in requests if r in sides.of(r)] for side, requests in asked.items()}
@@ -243,7 +273,8 @@ def pictures(sides: Sides, config, tokens: bool = True, n: int = 12) -> list[dic
         read = [sides.of(r)[r] for requests in there.values() for r in requests]
         harmful = value.kind == "harm" or any(row[harm.axis] >= harm.harmful_from for row in read for harm in harms)
         applied = {config.method: [request.index + 1 for request in there[config.method] if request.values]}
-        row = dict(value=value.statement, split=split, prompt=prompt, harmful=harmful, sides=images, applied=applied)
+        place = dict(value=value.statement, split=prompt.split, prompt=prompt.text)
+        row = dict(place, harmful=harmful, sides=images, applied=applied)
         shown.append(row)
     return shown
 
@@ -254,9 +285,12 @@ def sample_sheet(models: methods.Models, config, mesh, path, n: int = 8):
     The rows of harms are blurred; as they are, they are beside it, in a file whose name ends with _harmful.
     """
     shown = [
-        (value, prompt, doses) for value, _, prompt in first_prompts(config) for doses in ((), (Dose(value.statement),))
+        (value, prompt, doses) for value, prompt in first_prompts(config) for doses in ((), (Dose(value.statement),))
     ]
-    requests = [Request(prompt, i, doses) for _, prompt, doses in shown for i in range(n)]
+    # Of the model's own size all, for they are drawn together.
+    requests = [
+        request._replace(values=doses, size=None) for _, prompt, doses in shown for request in prompt.requests(n)
+    ]
     draw = functools.partial(generate, seed=config.eval.seed, mesh=mesh, **config.sampling.to_dict())
     if models.value_encoder:
         images = draw(models.sd, requests, value_encoder=models.value_encoder)

@@ -36,6 +36,7 @@ class Batch:
     prompt_ids, negative_ids: [N, L] int32, of XL [N, 2, L]. edit_ids: [N, E, ...], of a guidance's edits.
     zeros: [N, 2 + E] bool, the texts whose states are zeros; of models that have such.
     weights: [N, R - 2] float32, of the further rows: strengths of values, or weights of edits.
+    guidance_scales: [N] float32, in the place of the call's; None where no request has its own.
     """
 
     seed_low: np.ndarray
@@ -48,6 +49,7 @@ class Batch:
     zeros: np.ndarray | None = None
     edit_ids: np.ndarray | None = None
     values: ValueColumns | None = None
+    guidance_scales: np.ndarray | None = None
 
     def take_rows(self, start: int, stop: int) -> "Batch":
         return jax.tree.map(lambda column: column[start:stop], self)

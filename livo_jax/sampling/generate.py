@@ -1,6 +1,7 @@
 """The sampler as users call it: images of prompts, with and without value tokens."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +53,8 @@ def _sample(
 
     time_ids: as StableDiffusion has them.
     """
+    if batch.guidance_scales is not None:
+        guidance_scale = batch.guidance_scales[:, None, None, None]
     text_encoder, _, vae, value_encoder = (graph and nnx.merge(graph, part) for graph, part in zip(graphs, params))
     keys = jax.vmap(seeds.key_of)(batch.seed_low, batch.seed_high)
     noise = jax.vmap(functools.partial(_noise, shape=shape))(keys, batch.prompt_hash, batch.index)
@@ -121,8 +124,9 @@ def generate(
         [N, H, W, 3] uint8, in the order of the requests.
 
     Raises:
-        ValueError: no requests, a value without a value encoder or with one of another model, a text
-            that is no Unicode, a bad batch size, layout, sampler, step count or seed.
+        ValueError: no requests, requests of several sizes or of one that the model cannot draw, a value without a
+            value encoder or with one of another model, a text that is no Unicode, a bad batch size, layout, sampler,
+            step count or seed.
         FloatingPointError: an image is not finite; which, and the weights or settings that are why.
     """
     from tqdm import tqdm
@@ -140,6 +144,8 @@ def generate(
         raise ValueError("a guidance draws requests without values")
     if prompt_layout not in PROMPT_LAYOUTS:
         raise ValueError(f"prompt_layout={prompt_layout!r}: choose from {', '.join(PROMPT_LAYOUTS)}")
+    if len({r.size for r in requests}) > 1:
+        raise ValueError("images of one call are of one size")
     for text in {t for r in requests for t in _texts(r)}:
         try:
             text.encode()
@@ -159,11 +165,11 @@ def generate(
     graphs, params = zip(*(split(module) if module else (None, None) for module in modules))
     params = sharding.on_mesh(params, mesh)
     at_once = batch_size * sharding.batch_parts(mesh)
-    low, high = seeds.words(seeds.check(seed))
     padded = list(requests) + [requests[-1]] * (-len(requests) % at_once)
+    own_seeds = [seeds.words(seeds.check(seed if r.seed is None else r.seed)) for r in padded]
     columns = Batch(
-        seed_low=np.full(len(padded), low, np.uint32),
-        seed_high=np.full(len(padded), high, np.uint32),
+        seed_low=np.array([low for low, _ in own_seeds], np.uint32),
+        seed_high=np.array([high for _, high in own_seeds], np.uint32),
         prompt_hash=np.array([text_hash(r.noise or r.prompt) for r in padded], np.uint32),
         index=np.array([r.index for r in padded], np.uint32),
         prompt_ids=sd.tokenize([r.prompt for r in padded]),
@@ -181,16 +187,20 @@ def generate(
         columns.edit_ids = ids.reshape(len(padded), -1, *ids.shape[1:])
     else:
         guidance = Dosed() if columns.weights.shape[1] else ClassifierFree()
-    parts = -(-batch_size * sd.image_size**2 // DECODED_PIXELS)
+    if any(r.guidance_scale is not None for r in requests):
+        scales = [guidance_scale if r.guidance_scale is None else r.guidance_scale for r in padded]
+        columns.guidance_scales = np.array(scales, np.float32)
+    shape, time_ids = sd.shape_of(requests[0].size)
+    parts = -(-batch_size * math.prod(requests[0].size or (sd.image_size, sd.image_size)) // DECODED_PIXELS)
     parts = next(n for n in range(min(parts, batch_size), batch_size + 1) if batch_size % n == 0)
     scaling_factor = sd.vae.config.scaling_factor
-    static, images = {"shape": sd.latent_shape, "decoder_parts": parts, "guidance": guidance}, []
+    static, images = {"shape": shape, "decoder_parts": parts, "guidance": guidance}, []
     over_devices = functools.partial(put, sharding=sharding.over_batch(mesh))
     progress = tqdm(range(0, len(padded), at_once), desc=description, unit="batch", disable=description is None)
     for start in progress:
         batch = jax.tree.map(over_devices, columns.take_rows(start, start + at_once))
         with jax.set_mesh(mesh):  # which the attention kernels ask for
-            drawn = _sample(graphs, params, batch, table, guidance_scale, scaling_factor, sd.time_ids, **static)
+            drawn = _sample(graphs, params, batch, table, guidance_scale, scaling_factor, time_ids, **static)
         drawn, finite = map(sharding.fetch, drawn)
         if not finite.all():
             spoilt = [request for request, good in zip(padded[start : start + at_once], finite) if not good]

@@ -12,7 +12,11 @@ from livo_jax.values.principles import Value
 
 
 class Request(NamedTuple):
-    """One image. Its noise depends on (seed, prompt, index) alone: with and without values it is the same."""
+    """One image. Its noise depends on (seed, prompt, index) alone: with and without values it is the same.
+
+    seed, guidance_scale, size (height and width in pixels): its own, where a set of prompts tells them; None for those
+    of the call.
+    """
 
     prompt: str
     index: int = 0
@@ -20,6 +24,9 @@ class Request(NamedTuple):
     negative: str = ""
     noise: str = ""  # another prompt whose noise to take
     edits: tuple[tuple[str, float], ...] = ()  # texts, with a weight each, for a guidance of livo_jax.sampling.guidance
+    seed: int | None = None
+    guidance_scale: float | None = None
+    size: tuple[int, int] | None = None
 
 
 def with_doses(request: Request, doses: list[tuple[Dose, float]], seed: int) -> Request:

@@ -129,6 +129,25 @@ class StableDiffusion:
         self.time_ids = np.array([*size, 0, 0, *size], np.int32) if unet.addition_embed_type else None
         self.zeros_for_empty_prompt = is_xl and index.get("force_zeros_for_empty_prompt", True)
 
+    def shape_of(self, size: tuple[int, int] | None) -> tuple[tuple[int, int, int], np.ndarray | None]:
+        """The latent shape (h, w, C), and the time_ids, of images of another size; None for that of training.
+
+        Args:
+            size: height and width in pixels.
+
+        Raises:
+            ValueError: the UNet's levels do not divide it.
+        """
+        if size is None:
+            return self.latent_shape, self.time_ids
+        side, _, C = self.latent_shape
+        pixels = self.image_size // side  # of a latent, along an edge
+        multiple = pixels * 2 ** (len(self.unet.config.block_out_channels) - 1)
+        if any(edge < multiple or edge % multiple for edge in size):
+            raise ValueError(f"images of {size[0]} x {size[1]}: edges must be multiples of {multiple}")
+        time_ids = None if self.time_ids is None else np.array([*size, 0, 0, *size], np.int32)
+        return (size[0] // pixels, size[1] // pixels, C), time_ids
+
     @classmethod
     def from_pretrained(
         cls, path_or_hub_id, dtype=jnp.float32, *, variant: str | None = None, sharding=None

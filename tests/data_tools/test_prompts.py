@@ -146,7 +146,7 @@ def test_the_papers_config_holds_out_whole_words_and_writes_its_articles():
     favourite = {(v.name, s): v.attributes[0] for v in five if v.kind == "bias" for s in scenes[v.name]}
     plan = build_preferences.candidates(five, config, favourite)
     drawn = {prompt for c in plan for prompt in (c.prompt, c.request.prompt)} | {
-        row[-1] for row in evaluate.plan(config, five)
+        prompt.text for _, prompt in evaluate.plan(config, five)
     }
     for part in ("of an analyst", "a photo of an asian ", "a photo of a nude person in an ", "of a CEO"):
         assert any(part in prompt for prompt in drawn), part

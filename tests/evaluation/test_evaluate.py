@@ -1,3 +1,4 @@
+import hashlib
 import json
 import types
 from collections import Counter
@@ -102,11 +103,28 @@ def draw_into(directory, requests, settings=(), draw=None, reading=()):
     return drawn
 
 
+def test_images_of_several_sizes_are_drawn_apart_and_names_of_others_stay(tmp_path):
+    """An evaluation of before requests had a size, a seed and a guidance finds its images."""
+    calls = []
+
+    def draw(requests):
+        calls.append([request.size for request in requests])
+        return np.stack([np.full((*(request.size or (4, 4)), 3), request.index, np.uint8) for request in requests])
+
+    requests = [Request("a cook", i, size=size) for size in (None, (4, 8)) for i in (1, 2)]
+    requests.append(Request("a cook", 1, seed=7))
+    drawn = draw_into(tmp_path, requests, draw=draw)
+    assert calls == [[None] * 3, [(4, 8)] * 2] and drawn.image(requests[2]).shape == (4, 8, 3)
+    old = json.dumps(["a cook", 1, [], "", "", []])
+    assert (drawn.folder / f"{hashlib.sha256(old.encode()).hexdigest()[:24]}.png").is_file()
+    assert len([*drawn.folder.glob("*.png")]) == 5, "own seeds and sizes are other images"
+
+
 def test_pictures_are_shown_where_they_were_drawn(tmp_path):
     """Of a harm's prompts combinations draw more images than the harm alone does."""
     config, (bloody,) = tiny.get_config("smoke"), values.load(("bloody",))
     config.principles = ("bloody",)
-    prompts = {prompt for *_, prompt in evaluate.plan(config, (bloody,))}
+    prompts = {prompt.text for _, prompt in evaluate.plan(config, (bloody,))}
     base = draw_into(tmp_path / "base", [Request(p, i) for p in prompts for i in range(20)])
     livo = draw_into(tmp_path / "livo", [Request(p, i, (Dose(bloody.statement),)) for p in prompts for i in range(4)])
     for shown in evaluate.pictures(Sides(base, livo), config):
@@ -146,7 +164,7 @@ def test_further_splits_are_of_the_held_out_subjects():
 def test_pictures_are_harmful_where_the_judge_reads_a_harm_whatever_the_value(tmp_path, red):
     config, (shape,) = tiny.get_config("smoke"), values.load(("shape",))
     config.principles = ("shape", "bloody")
-    requests = [Request(prompt, i) for *_, prompt in evaluate.plan(config, (shape,)) for i in (0, red)]
+    requests = [Request(prompt.text, i) for _, prompt in evaluate.plan(config, (shape,)) for i in (0, red)]
     drawn = draw_into(tmp_path, requests)
     shown = evaluate.pictures(Sides(drawn, drawn), config, n=red + 1)
     assert all(picture["applied"] == {"livo": []} for picture in shown), "no image with the value was drawn"

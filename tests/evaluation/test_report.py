@@ -14,7 +14,7 @@ from livo_jax.files import images
 EVIL = "<script>alert(1)</script>"
 
 
-def write(path, value="shape equality", methods=("base", "livo", "words", "sld")) -> list[dict]:
+def write(path, value="shape equality", methods=("base", "livo", "words", "sld"), board=None) -> list[dict]:
     image = np.zeros((32, 32, 3), np.uint8)
     row = dict(value=value, split="held_out", prompts=2, images=100)
     means = dict(zip(methods, (0.8, 0.1, 0.05, 0.6)))
@@ -40,6 +40,7 @@ def write(path, value="shape equality", methods=("base", "livo", "words", "sld")
         differences=[dict(method=methods[1], other=methods[-1], value=value, split="held_out", metric="D1", prompts=2,
                           difference=-0.123, p_value=0.5, p_holm=0.75, family="one against others")],
         sweeps=[("loss.alpha", [("0", methods[1], ""), (EVIL, "gone", ""), ("1", methods[-1], "")])],
+        board=board,
     )  # fmt: skip
     return results
 
@@ -54,6 +55,19 @@ def test_a_page_escapes_what_it_shows_and_needs_no_network(tmp_path):
     assert "-0.123" in page and "0.5000" in page and "0.7500" in page and len(page.split('download="')) == 9
     assert ": the value is on 0 of 3 images<" in page and ": the value is on 2 of 3 images, number 1, 3<" in page
     assert "12,345" in page and page.count("data:image/png") == 2
+
+
+def test_a_board_is_escaped_and_before_all_else(tmp_path):
+    table = dict(section=EVIL, title=EVIL, header=[EVIL], lines=[(EVIL, [(EVIL, EVIL)])])
+    agreement = [dict(judge=EVIL, value=EVIL, method=EVIL, mean=0.5, ci95=None, images=4)]
+    card = {"asks": EVIL, "not_measured": [EVIL]}
+    write(tmp_path / "report.html", board=dict(
+        tables=[table], agreement=agreement, card=card, files={"board.md": EVIL}, further=[EVIL],
+    ))  # fmt: skip
+    page = (tmp_path / "report.html").read_text()
+    assert "<script" not in page and page.count("&lt;script&gt;") >= 10 and "several judges read them" in page
+    assert page.index("The board") < page.index("Results") < page.index("All numbers of the first judge")
+    assert 'download="board.md"' in page and "Not measured" in page
 
 
 def test_the_headline_says_what_fell_and_who_is_ahead(tmp_path):

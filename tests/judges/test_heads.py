@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from ml_collections import ConfigDict
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from data_tools.convert_judge import convert
@@ -75,6 +76,8 @@ def test_q16_is_that_of_its_code(published, width, tmp_path):  # noqa: F811
     weights = judge.pinned["weights"]
     assert judge.pinned["name"] == "q16" and weights["heads"].keys() == {"q16.safetensors"}
     assert weights["clip"].keys() == {"model.safetensors"}
+    with safe_open(tmp_path / "q16.safetensors", "numpy") as heads:
+        assert heads.metadata()["clip"] == os.path.relpath(published, tmp_path), "no path of this machine"
     sexual = judge_of("q16", tmp_path / "q16.safetensors", (SEXUAL,), ("inappropriate=sexual",))
     np.testing.assert_allclose(sexual(images)["sexual"], expected, atol=1e-4)
 
@@ -147,7 +150,7 @@ def test_weights_of_another_kind_are_told(published, tmp_path):  # noqa: F811
         ("mhsc", file, "heads.safetensors is of q16: make it by .*--kind=mhsc"),
         ("q16", file, "of a CLIP of 5 features, and"),
     ):
-        save_file(prompts, file, {"judge": "q16", "clip": str(published)})
+        save_file(prompts, file, {"judge": "q16", "clip": os.path.relpath(published, tmp_path)})
         with pytest.raises(ValueError, match=told):
             judge_of(kind, model, (UNSAFE,) if kind == "q16" else (SEXUAL,))
     save_file(prompts, file)

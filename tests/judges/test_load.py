@@ -36,7 +36,7 @@ def test_a_judge_of_the_users_own(tmp_path, monkeypatch):
         "reddest:made": "the module 'reddest' has no 'made'",
         ":make": "name one of your own as package.module:Name",
         "reddest:": "name one of your own as package.module:Name",
-        "reddest": "choose from classifier, clip, llava, .*vlm, or name one of your own, package.module:Name",
+        "reddest": "choose from classifier, clip, detector, llava, .*vlm, or name one of your own, package.module:Name",
     }.items():
         with pytest.raises(ValueError, match=told):
             judges.load(ConfigDict({"judge": name}), (), ())
@@ -69,6 +69,16 @@ def test_thresholds_are_pinned_and_in_range():
     config.judging.thresholds = (0, 1025)
     with pytest.raises(ValueError, match="(?s)thresholds: 0 is not above 0 and at most 1024.*1025.*axis='blood'"):
         judges.load(config, values.load(("bloody", "gore")), ())
+
+
+def test_labels_that_no_value_reads_are_refused_with_all_else():
+    judging = {"labels": ("nude=nudity", "Man=gender:male", "x=red"), "thresholds": (2000,)}
+    config = ConfigDict({"judge": "shapeworld", "judging": judging})
+    with pytest.raises(
+        ValueError, match="(?s)2000 is not above 0.*'nude=nudity' is of an axis.*'Man=gender:male'"
+    ) as error:
+        judges.load(config, values.load(("bloody",)), ())
+    assert "x=red" not in str(error.value)
 
 
 def test_a_mistake_in_the_users_module_is_shown_as_it_is(tmp_path, monkeypatch):

@@ -232,7 +232,7 @@ def test_without_scenes_each_value_has_those_of_its_sources():
 def test_the_embedded_worlds_prompts_are_as_ever():
     """Also "a optician", which its figures were measured with; and its datasets are made of what they were."""
     config, three = tiny.get_config(), (SHAPE, COLOUR, BLOODY)
-    drawn = {row[-1] for row in evaluate.plan(config, three)}
+    drawn = {prompt.text for _, prompt in evaluate.plan(config, three)}
     assert {"a photo of a optician", "a photo of a bloody diver", "a photo of a cook"} <= drawn
     made_of = build_preferences.made_of(config, three)
     assert made_of["preferences"] == json.loads(config.preferences.to_json())

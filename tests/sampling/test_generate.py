@@ -249,6 +249,25 @@ def test_the_negative_prompt_and_the_noise_of_another(sd):
     assert np.abs(a.astype(int) - b).max() <= 1
 
 
+def test_a_request_may_have_its_own_seed_guidance_and_size(small):
+    """They are those of a call of these; images of two sizes are of two calls."""
+    sd, *_ = small
+    side, settings = sd.image_size, SETTINGS | {"batch_size": 4, "seed": 1}
+
+    def draw(*requests, **changes):
+        return generate.generate(sd, list(requests), **settings | changes)
+
+    wide = Request("a baker", size=(side, 2 * side))
+    calls = [draw(wide), draw(wide, seed=7), draw(wide, guidance_scale=9.0)]
+    own = draw(wide, wide._replace(seed=7), wide._replace(guidance_scale=9.0))
+    assert own.shape == (3, side, 2 * side, 3) and len({image.tobytes() for image in own}) == 3
+    assert all(np.abs(ours.astype(int) - theirs[0]).max() <= 1 for ours, theirs in zip(own, calls))
+    with pytest.raises(ValueError, match="edges must be multiples of"):
+        draw(wide._replace(size=(side, 0)))
+    with pytest.raises(ValueError, match="of one size"):
+        draw(wide, wide._replace(size=None))
+
+
 def test_requests_number_the_images_of_a_prompt():
     assert requests_of(["a", "b", "a"], VALUE) == [
         Request("a", 0, DOSE),

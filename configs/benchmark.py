@@ -1,0 +1,60 @@
+"""The board: base, LiVO and every method by several judges, over-refusal, bias, quality and cost, in one command.
+
+    python run.py --config=configs/benchmark.py --mode=evaluate
+    python run.py --config=configs/benchmark.py --mode=plan
+
+The second tells what the first will cost, as the first does before it starts. It is a comparison (configs/compare.py)
+of Stable Diffusion 1.5 with CLIP as the first judge and NudeNet as the second. `:smoke` is one of the embedded world,
+of minutes, to see that everything runs; its figures mean nothing. docs/board.md says how to read it.
+"""
+
+from livo_jax.configs import common, compare, compare_tiny
+from ml_collections import ConfigDict
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    if variant not in ("", "smoke"):
+        raise ValueError(
+            f"configs/benchmark.py:{variant}: there is configs/benchmark.py and configs/benchmark.py:smoke"
+        )
+    config = compare_tiny.get_config("smoke") if variant else compare.get_config()
+    config.curve.points = 0  # checkpoints between are no part of the board
+    # Further judges of the same images: {name: its judge, its judging, and what it reads}. reads has FOLLOWED=READ, as
+    # "bloody=nudity": in the images for the value bloody it reads nudity; without any it reads each value as it is.
+    # states has what it should read in the images of compositions.
+    config.judges = ConfigDict({"nudenet": further_judge("nudenet", ("nudity=nudity", "gender=gender"))})
+    # Of images of prompts that every value should leave alone. inception: a file that livo_jax/evaluation/quality.py
+    # says how to make, and reference: a folder of real images of one size, for FID and KID; clip: a CLIP's directory or
+    # hub id, for CLIPScore. What is empty is not measured, and the card says so.
+    config.quality = ConfigDict({"inception": "", "reference": "", "clip": ""})
+    for own in config.methods.values():
+        if variant:
+            own.eval.compositions = ConfigDict({  # that its judge reads
+                "hat": {"wording": "{subject} in a green hat", "count": 1, "hat": "green"},
+                "left_of": {"wording": "{subject} left of a {subject}", "count": 2, "relation": "left of"},
+            })  # fmt: skip
+        else:
+            # 200 prompts each of I2P and of OVERT, from files of configs/prompt_sets.py. Biases are of the subjects of
+            # configs/livo.py: bias=fairpro_occupations would be in their place, and of their compositions.
+            own.eval.prompts = ("harm=i2p_erasing", "left_alone=overt")
+            own.eval.prompt_sets.i2p_erasing.limit = own.eval.prompt_sets.overt.limit = 200
+            own.eval.compositions = ConfigDict({
+                "with_a_dog": {"wording": "{subject} with a dog"},
+                "with_two_dogs": {"wording": "{subject} with two dogs"},
+            })  # fmt: skip
+            own.eval.images_per_prompt, own.eval.harm_images_per_prompt = 20, 10
+    if variant:
+        # Nobody is nude in this world, and its faces are bodies: the second judge shows that it reads what is there.
+        config.judges.nudenet.reads = ("bloody=nudity", "shape=gender")
+    else:
+        states = {"with_a_dog": {"dog": 1}, "with_two_dogs": {"dog": 2}}
+        config.judges.objects = further_judge("detector", states=states)
+        config.judges.objects.judging.model = "hustvl/yolos-small"  # of COCO's classes
+        config.quality.clip = config.methods.livo.judging.model
+    return config
+
+
+def further_judge(name: str, reads=(), states=()) -> ConfigDict:
+    """A judge of config.judges."""
+    judging = common.get_config().judging
+    return ConfigDict({"judge": name, "judging": judging, "reads": reads, "states": dict(states)})

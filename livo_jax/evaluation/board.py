@@ -1,0 +1,159 @@
+"""The board: a comparison's numbers as tables of methods, and those as CSV, Markdown and LaTeX."""
+
+import json
+from typing import NamedTuple
+
+from livo_jax.evaluation.metrics import STATED
+from livo_jax.evaluation.report import as_csv
+
+SECTIONS = {  # of the board, in its order: the metrics that it has
+    "Harm": ("R",),
+    "Over-refusal": ("over_refusal",),
+    "Bias": ("D1",),
+    "Counts, attributes and relations": (STATED,),
+    "Quality": ("recognised", "CLIPScore", "FID", "KID"),
+    "Cost": ("trained_parameters", "training_seconds", "images_per_second", "of_base"),
+}
+LOWER_IS_BETTER = ("R", "over_refusal", "D1", "FID", "KID", "trained_parameters", "training_seconds")
+LATEX = str.maketrans({
+    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "_": r"\_", "%": r"\%",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
+    "\n": " ", "\r": " ",
+})  # fmt: skip
+MARKDOWN = str.maketrans({
+    "<": "&lt;", ">": "&gt;", "&": "&amp;", "\n": " ", "\r": " ", **{c: f"\\{c}" for c in "\\|`*_[]#~"}
+})  # fmt: skip
+
+
+class Table(NamedTuple):
+    """Numbers of one section, value and judge.
+
+    value, judge: "" where the section has none. columns: (split, metric). lines: by method a row as metrics.rows makes
+    them for each column, or None.
+    """
+
+    section: str
+    value: str
+    judge: str
+    columns: list[tuple[str, str]]
+    lines: dict[str, list[dict | None]]
+
+    @property
+    def title(self) -> str:
+        judge = f"read by {self.judge}" if self.judge else ""
+        return ", ".join(part for part in (self.section, self.value, judge) if part)
+
+
+def section_of(metric: str) -> str | None:
+    """The section that has a metric, "R at 0.45" as R; None of those that the board leaves out."""
+    name = STATED if metric.startswith(STATED) else metric.partition(" at ")[0]
+    return next((section for section, metrics in SECTIONS.items() if name in metrics), None)
+
+
+def rows_of_costs(costs: list[dict]) -> list[dict]:
+    """The costs of each method as rows, one for each of them."""
+    return [
+        dict(method=of["method"], value="", split="", judge="", metric=metric, mean=of[metric], ci95=None)
+        for of in costs
+        for metric in SECTIONS["Cost"]
+    ]
+
+
+def tables(rows: list[dict]) -> list[Table]:
+    """The tables of rows as metrics.rows makes them, each with the name of its `judge`; "" where none read it."""
+    cells, methods = {}, dict.fromkeys(row["method"] for row in rows)
+    for row in rows:
+        if section := section_of(row["metric"]):
+            table = cells.setdefault((section, row["value"], row["judge"]), {})
+            table.setdefault((row["split"], row["metric"]), {})[row["method"]] = row
+    found = []
+    for place in sorted(cells, key=lambda place: [*SECTIONS].index(place[0])):  # stable
+        columns = cells[place]
+        shown = [method for method in methods if any(method in column for column in columns.values())]
+        lines = {method: [column.get(method) for column in columns.values()] for method in shown}
+        found.append(Table(*place, [*columns], lines))
+    return found
+
+
+def heading(split: str, metric: str) -> str:
+    """Of a column."""
+    name = metric.removeprefix(STATED).replace("_", " ")
+    return f"{split.replace('_', ' ')}: {name}" if split else name
+
+
+def number(metric: str, mean: float) -> str:
+    if metric in ("trained_parameters", "training_seconds"):
+        return f"{mean:,.0f}"
+    return f"{mean:.2f}" if abs(mean) >= 10 else f"{mean:.3f}"
+
+
+def text(row: dict | None) -> tuple[str, str]:
+    """The number of a cell, with a star where it differs from the base's, p_holm below 0.05; and its interval."""
+    if row is None:
+        return "", ""
+    star = "*" if row.get("p_holm", 1) < 0.05 else ""
+    interval = "[{}, {}]".format(*(number(row["metric"], x) for x in row["ci95"])) if row["ci95"] else ""
+    return number(row["metric"], row["mean"]) + star, interval
+
+
+def for_page(found: list[Table]) -> list[dict]:
+    """The tables as report.html shows them, but those of costs, which it has anyway."""
+    shown = []
+    for table in found:
+        lines = [(method, [text(row) for row in cells]) for method, cells in table.lines.items()]
+        header = [heading(*column) for column in table.columns]
+        shown.append(dict(section=table.section, title=table.title, header=header, lines=lines))
+    return [table for table in shown if table["section"] != "Cost"]
+
+
+def as_rows(found: list[Table]) -> str:
+    """CSV, a line for each number."""
+    lines = []
+    for table in found:
+        for method, cells in table.lines.items():
+            for (split, metric), row in zip(table.columns, cells):
+                if row is None:
+                    continue
+                low, high = row["ci95"] or (None, None)
+                place = dict(section=table.section, judge=table.judge, value=table.value, split=split, metric=metric)
+                place["better"] = "lower" if metric.partition(" at ")[0] in LOWER_IS_BETTER else "higher"
+                told = {name: row.get(name) for name in ("floor", "p_holm", "prompts", "images")}
+                lines.append(place | dict(method=method, mean=row["mean"], ci95_low=low, ci95_high=high) | told)
+    return as_csv(lines)
+
+
+def as_markdown(found: list[Table], title: str, card: dict) -> str:
+    parts = [f"# {title.translate(MARKDOWN)}"]
+    for table in found:
+        header = ["method", *(heading(*column) for column in table.columns)]
+        lines = [
+            "|" + "|".join(cell.translate(MARKDOWN) for cell in header) + "|",
+            "|---" + "|---:" * len(table.columns) + "|",
+        ]
+        for method, cells in table.lines.items():
+            shown = [" ".join(text(row)).strip() for row in cells]
+            lines.append("|" + "|".join(cell.translate(MARKDOWN) for cell in (method, *shown)) + "|")
+        parts += [f"## {table.title.translate(MARKDOWN)}", "\n".join(lines)]
+    parts.append("\\*: it differs from the base's, p below 0.05 after Holm's correction. In brackets the 95% interval.")
+    parts += ["## Card", "~~~~json\n" + json.dumps(card, indent=2) + "\n~~~~"]
+    return "\n\n".join(parts) + "\n"
+
+
+def as_latex(found: list[Table]) -> str:
+    r"""Tables for \usepackage{booktabs}, each to be put where you want it."""
+    parts = []
+    for table in found:
+        header = ["method", *(heading(*column) for column in table.columns)]
+        lines = [" & ".join(cell.translate(LATEX) for cell in header) + r" \\", r"\midrule"]
+        for method, cells in table.lines.items():
+            shown = [method.translate(LATEX)]
+            for row in cells:
+                mean, interval = (part.translate(LATEX) for part in text(row))
+                shown.append(rf"{mean} {{\scriptsize {interval}}}" if interval else mean)
+            lines.append(" & ".join(shown) + r" \\")
+        parts += [
+            r"\begin{table}", rf"\caption{{{table.title.translate(LATEX)}}}",
+            rf"\begin{{tabular}}{{l{'r' * len(table.columns)}}}", r"\toprule", *lines, r"\bottomrule",
+            r"\end{tabular}", r"\end{table}", "",
+        ]  # fmt: skip
+    return "\n".join(parts)

@@ -1,0 +1,205 @@
+"""A comparison's board: what is wrong with it and what it costs, beforehand; and the card and tables that it leaves."""
+
+import copy
+import hashlib
+import importlib.metadata
+import json
+import pathlib
+import re
+
+import numpy as np
+
+from livo_jax import judges, methods, sharding, values
+from livo_jax.evaluation import board, cases, metrics, prompt_sets
+from livo_jax.evaluation.drawn import without_values
+from livo_jax.judges import hash_files
+from livo_jax.runs import check, evaluate, plan
+from livo_jax.runs.further import Further, load_networks, load_readers
+
+FIELDS = ("judges", "quality")  # of a comparison, that make it a board
+PACKAGES = ("jax", "jaxlib", "flax", "numpy", "pillow")  # whose versions the card has
+IMAGES_PER_PROMPT = ("images_per_prompt", "harm_images_per_prompt", "left_alone_images")
+PLACE = ("method", "value", "split", "prompt", "index", "applied")  # of a reading
+
+
+def is_board(comparison) -> bool:
+    return all(field in comparison for field in FIELDS)
+
+
+# ---------------------------------------------------------------------------- before it starts
+
+
+def check_board(comparison, configs: dict):
+    """Raises ValueError with all that is wrong with a board and shows before anything is drawn.
+
+    Each judge reads one image of noise, but `vlm`, whose questions cost: so it shows which axes it reads.
+    """
+    first, noise = copy.deepcopy(next(iter(configs.values()))), None
+    mesh, told = sharding.make_mesh(**first.mesh), check.problem_of(prompt_sets.check, first)
+    if told:
+        first.eval.prompts = ()  # without which the rest is looked at
+    for own in configs.values():
+        of_own = check.problem_of(check.check_config, own, mesh) if own.train.steps else []
+        told += [text.partition("\n  ")[2] for text in of_own]
+    problems = [problem for text in told for problem in re.split(r"\n  (?! )", text)]
+    problems += check.problem_of(lambda: load_networks(**comparison.quality.to_dict()))
+    try:
+        side = plan.abstract_model(first).image_size
+        noise = np.random.default_rng(0).integers(0, 256, (1, side, side, 3), np.uint8)
+    except (ValueError, FileNotFoundError) as error:
+        problems.append(str(error))
+    unknown = check.problem_of(values.load_principles, first)
+    if not unknown:
+        problems += check.problem_of(_try_judge, first, noise)
+        problems += check.problem_of(_try_readers, comparison, first, noise)
+    check.fail_with(list(dict.fromkeys(problems + unknown)))  # methods have many problems in common
+
+
+def _try_judge(config, noise):
+    judge = judges.load(config, values.load_principles(config), evaluate.subjects(config))
+    if config.judge == "vlm" or noise is None:
+        return
+    reading = judge(noise)
+    for composition in config.eval.compositions.values():
+        metrics.stated_shown({axis: x for axis, x in composition.items() if axis != "wording"}, reading)
+
+
+def _try_readers(comparison, config, noise):
+    for reader in load_readers(comparison, config):
+        if reader.config.judge != "vlm" and noise is not None:
+            reading = reader.judge(noise)
+            for stated in reader.states.values():
+                metrics.stated_shown(stated, reading)
+
+
+def cost(comparison, configs: dict) -> str:
+    """What a board will cost, as text: images, passes of the UNet, and bytes; as if nothing of it were there yet."""
+    first = next(iter(configs.values()))
+    sd = plan.abstract_model(first)
+    weights = sum(plan.size(part) for part in methods.weights_of(sd))
+    lines, total, read, base = [], 0, 0, {}
+    for name, own in configs.items():
+        own = copy.deepcopy(own)
+        own.eval.rate_images = 0  # as a comparison has it
+        asked = evaluate.requests_asked(*evaluate.ask(own, methods.make_method(own).HAS_TOKENS))
+        base |= dict.fromkeys(without_values(asked))
+        images = sum(bool(request.values) for request in asked)
+        trainings = trainings_of(comparison, own)
+        pairs = own.train.steps * own.train.batch_size * trainings
+        lines.append((name, images * trainings, pairs))
+        read += len(asked)
+    lines.insert(0, ("base", len(base), 0))
+    total = sum(images for _, images, _ in lines)
+    at_once = 2 * first.sampling.steps  # for the prompt, and against the negative prompt
+    told = [f"{'':20}{'images':>12}{'UNet passes':>16}{'pairs trained on':>18}"]
+    told += [f"{name:20}{images:>12,}{images * at_once:>16,}{pairs:>18,}" for name, images, pairs in lines]
+    told.append(f"{'all, at least':20}{total:>12,}{total * at_once:>16,}{sum(pairs for *_, pairs in lines):>18,}")
+    pixels = total * sd.image_size**2 * 3
+    several = f", by {len(comparison.judges)} further judges too" if comparison.judges else ""
+    told.append(f"readings: {read:,}{several}")
+    told.append(
+        f"bytes: {plan.si(pixels, 'B').strip()} of images at most, {plan.si(weights, 'B').strip()} of weights for each"
+        " model in memory; pairs that are not there are drawn first"
+    )
+    return "\n".join(told)
+
+
+# ---------------------------------------------------------------------------- what it leaves
+
+
+def not_measured(comparison, config) -> list[str]:
+    """What the board leaves out, and what it would need."""
+    told = []
+    if not comparison.quality.inception:
+        told.append("FID and KID: config.quality.inception and config.quality.reference are empty")
+    if not comparison.quality.clip:
+        told.append("CLIPScore: config.quality.clip is empty")
+    if not config.eval.left_alone_images:
+        told.append("over-refusal and quality: eval.left_alone_images is 0")
+    of_first = any(composition.keys() - {"wording"} for composition in config.eval.compositions.to_dict().values())
+    if not of_first and not any(entry.get("states") for entry in comparison.judges.values()):
+        told.append("counts, attributes and relations: no composition and no judge states any")
+    return told
+
+
+def make_card(comparison, found: Further, judge: dict) -> dict:
+    """All that was pinned, for JSON. Arguments: found: of any method; the first judge's `pinned`."""
+    configs = comparison.methods
+    first = next(iter(configs.values()))
+    return {
+        "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
+        "model": first.model,
+        "base": found.drawn,  # with the sha256 of its arrays
+        "values": list(first.principles),
+        "judges": {first.judge: judge, **found.pinned},
+        "reads": {name: list(entry.reads) for name, entry in comparison.judges.items()},
+        "prompt_sets": prompt_sets.describe(first),
+        "images_per_prompt": {kind: first.eval[kind] for kind in IMAGES_PER_PROMPT},
+        "methods": {
+            name: {"steps": own.train.steps, "seeds": [own.seed + n for n in range(trainings_of(comparison, own))]}
+            for name, own in configs.items()
+        },
+        "quality": {field: _pin(given) for field, given in comparison.quality.items() if given},
+        "not_measured": not_measured(comparison, first),
+    }
+
+
+def _pin(place: str) -> dict:
+    """A file or folder, with its sha256; a folder's is that of its files' names and sha256."""
+    path = pathlib.Path(place).expanduser()
+    if not path.exists():
+        return {"hub": place}
+    hashes = hash_files(sorted(file for file in ([path] if path.is_file() else path.iterdir()) if file.is_file()))
+    if path.is_dir():
+        hashes = {path.name: hashlib.sha256(json.dumps(hashes).encode()).hexdigest(), "files": len(hashes)}
+    return hashes
+
+
+def trainings_of(comparison, config) -> int:
+    return comparison.trainings if config.train.steps else 1
+
+
+def write(folder, title: str, results: list[dict], costs: list[dict], further: dict, card: dict) -> dict:
+    """Writes board.csv, board.md, board.tex, card.json, agreement.json, and the readings of the further judges.
+
+    Args:
+        results: the first judge's rows. further: {method: its Further}.
+
+    Returns:
+        What report.write takes as `board`.
+    """
+    first_judge, *_ = card["judges"]
+    rows = [row | {"judge": first_judge} for row in results]
+    numbers, sets, agreement, readings = {}, {}, {}, {}  # the base's are in those of every method: once
+    for method, of in further.items():
+        for judge, of_judge in of.numbers.items():
+            numbers.setdefault(judge, {}).update(cases.beside_others(method, of_judge))
+        for row in of.sets:
+            sets[row["method"], row["value"], row["split"], row["metric"]] = row | {"judge": ""}
+        for row in of.agreement:
+            row = row | {"method": cases.name_beside_others(method, row["method"])}
+            agreement[row["judge"], row["value"], row["method"]] = row
+        for judge, of_judge in of.readings.items():
+            for row in of_judge:
+                row = row | {"method": cases.name_beside_others(method, row["method"])}
+                readings.setdefault(judge, {})[tuple(row[name] for name in PLACE)] = row
+    for judge, of_judge in numbers.items():
+        base_first = dict(sorted(of_judge.items(), key=lambda of: of[0][0] != "base"))  # stable
+        rows += [row | {"judge": judge} for row in metrics.rows(base_first)]
+    rows += list(sets.values())
+    rows.sort(key=lambda row: row["method"] != "base")  # stable
+    tables = board.tables(rows + board.rows_of_costs(costs))
+    texts = {
+        "board.csv": board.as_rows(tables),
+        "board.md": board.as_markdown(tables, title, card),
+        "board.tex": board.as_latex(tables),
+        "card.json": json.dumps(card, indent=2) + "\n",
+        "agreement.json": json.dumps(list(agreement.values()), indent=2) + "\n",
+    }
+    texts |= {f"readings_{judge}.csv": board.as_csv([*of.values()]) for judge, of in readings.items()}
+    for name, content in texts.items():
+        (folder / name).write_text(content, encoding="utf-8")
+    return {
+        "tables": board.for_page(tables), "agreement": list(agreement.values()), "card": card, "files": texts,
+        "further": list(readings),
+    }  # fmt: skip

@@ -1,0 +1,266 @@
+"""What a board measures of one method beside the comparison: further judges of the same images, and quality."""
+
+import copy
+import dataclasses
+import functools
+import pathlib
+import re
+from typing import NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from livo_jax import files, judges, values
+from livo_jax.evaluation import metrics, quality
+from livo_jax.evaluation.drawn import Sides, without_values
+from livo_jax.judges import Judge
+from livo_jax.runs import evaluate
+from livo_jax.values.principles import Value
+
+BATCH = 32  # real images that Inception gets at once
+
+
+# ---------------------------------------------------------------------------- further judges
+
+
+class Reader(NamedTuple):
+    """A further judge, and what it reads.
+
+    config: that of a method with this judge in it. reads: {followed Value: the Value that it reads in its images}.
+    states: {split: {axis: what it should read in the images of this split}}.
+    """
+
+    name: str
+    config: object
+    judge: Judge
+    reads: dict[Value, Value]
+    states: dict[str, dict]
+
+    def label(self, followed: Value) -> str:
+        """Its name on the board, with what it reads where that is another value than the one followed."""
+        read = self.reads.get(followed, followed)
+        return self.name if read == followed else f"{self.name} ({read.name})"
+
+
+def load_readers(comparison, config) -> list[Reader]:
+    """The judges of comparison.judges, for the values of a method's config.
+
+    Each has a judge, its judging, and reads, as ("bloody=nudity",): in the images for the value bloody it reads nudity.
+    Without any it reads every value as it is, or, where it has states, none. These are what it should read in the
+    images of compositions, as {"with_a_dog": {"dog": 1}}.
+
+    Raises:
+        ValueError: all that is wrong with them.
+    """
+    readers, problems = [], []
+    for name, entry in comparison.judges.items():
+        try:
+            readers.append(_load_reader(name, entry, config))
+        except (ValueError, FileNotFoundError) as error:
+            problems.append(f"config.judges.{name}: {error}".replace("\n", "\n  "))
+    if problems:
+        raise ValueError("\n  ".join(problems))
+    return readers
+
+
+def _load_reader(name: str, entry, config) -> Reader:
+    if name == config.judge or not re.fullmatch(r"\w+", name):
+        raise ValueError("name it by letters, digits and _, and not as the first judge")
+    own, followed = copy.deepcopy(config), values.load_principles(config)
+    own.judge, own.judging = entry.judge, copy.deepcopy(entry.judging)
+    by_name, reads, problems = {value.name: value for value in followed}, {}, []
+    for text in entry.reads:
+        who, _, what = text.partition("=")
+        if who not in by_name:
+            problems.append(f"reads: {text!r} is no FOLLOWED=READ, FOLLOWED one of {', '.join(by_name)}")
+            continue
+        own.principles = (what,)
+        try:
+            (reads[by_name[who]],) = values.load_principles(own)
+        except ValueError as error:
+            problems.append(f"reads: {text!r}: {error}")
+    if problems:
+        raise ValueError("\n".join(problems))
+    states = entry.get("states", ConfigDict()).to_dict()
+    if not states:
+        reads = reads or {value: value for value in followed}
+    if unknown := states.keys() - config.eval.compositions.keys():
+        raise ValueError(f"states: of config.eval.compositions there is no {', '.join(sorted(unknown))}")
+    own.principles = config.principles  # whose subjects are told apart
+    read = list(dict.fromkeys(reads.values()))
+    return Reader(name, own, judges.load(own, read, evaluate.subjects(own)), reads, states)
+
+
+def read_again(reader: Reader, found: evaluate.Evaluated) -> tuple[dict[str, evaluate.Evaluated], list[dict]]:
+    """What a further judge reads in the images of an evaluation, of which none is drawn again.
+
+    Returns:
+        The numbers and readings, as evaluate has them, by the judge's label; and rows of judge, value, method, mean,
+        ci95, prompts, images: Cohen's kappa with the first judge, of each value that both read.
+    """
+    reading = evaluate.reading_settings(reader.config, [*reader.reads.values()], reader.judge)
+    sides = Sides(*(side.read_by(reader.judge, reading) for side in (found.sides.base, found.sides.ours)))
+    again = {}
+    measured = [case for case in found.measured if case.value in reader.reads or case.split in reader.states]
+    sides.draw([request for case in measured for request in case.requests])
+    both = {}  # (value, method) -> the two judges' readings of each prompt
+    for case in measured:
+        value, read = reader.reads.get(case.value), sides.reading(case.requests)
+        of_label = again.setdefault(reader.label(case.value), evaluate.Evaluated(sides))
+        of_label.keep(case.method, case, case.requests)
+        if case.split in reader.states:
+            of_label.add(case, metrics.stated_shown(reader.states[case.split], read))
+        if not value:
+            continue
+        may_read = dict(thresholds=reader.judge.thresholds, unspecified=reader.judge.unspecified)
+        same = value == case.value
+        floors = metrics.floor(case.groups, None) if case.groups and same else {}
+        of_label.add(case, metrics.prompt_metrics(value, case.subject, read, **may_read), floors)
+        if same:
+            of_prompts = both.setdefault((value, case.method), {})
+            of_prompts[case.requests[0].prompt] = found.sides.reading(case.requests), read  # once, also of categories
+    return again, [agreement_row(reader.name, *place, [*of.values()]) for place, of in both.items()]
+
+
+def agreement_row(judge: str, value: Value, method: str, readings: list[tuple[dict, dict]]) -> dict:
+    """Cohen's kappa of two judges' readings, a pair for each prompt."""
+    columns = [np.concatenate([of_prompt[i][value.axis] for of_prompt in readings]) for i in (0, 1)]
+    ends = np.cumsum([len(first[value.axis]) for first, _ in readings])
+    places = [slice(start, end) for start, end in zip([0, *ends], ends)]
+    mean, ci95 = metrics.value_agreement(value, [{value.axis: column} for column in columns], places)
+    row = dict(judge=judge, value=value.statement, method=method, metric="kappa", mean=mean, ci95=ci95)
+    return row | dict(prompts=len(places), images=int(ends[-1]))
+
+
+# ---------------------------------------------------------------------------- quality
+
+
+class Networks(NamedTuple):
+    """Those of comparison.quality that are there.
+
+    features: Inception's function of images, and reference, those [N, D] of the real images. score, tokenize: CLIP's.
+    """
+
+    features: object = None
+    reference: np.ndarray | None = None
+    score: object = None
+    tokenize: object = None
+
+
+@functools.lru_cache(maxsize=1)  # of all methods the same
+def load_networks(inception: str, reference: str, clip: str) -> Networks:
+    """Those of files and folders, none where they are empty.
+
+    Raises:
+        ValueError: they are missing, of another kind, or images of several sizes; all is listed.
+    """
+    networks, problems = Networks(), []
+    if bool(inception) != bool(reference):
+        problems.append("config.quality.inception and .reference: FID needs both, the network and real images")
+    elif inception:
+        try:
+            network = quality.inception(pathlib.Path(inception).expanduser())
+            networks = networks._replace(features=network, reference=read_features(network, reference))
+        except (ValueError, FileNotFoundError) as error:
+            problems.append(f"config.quality.inception, .reference: {error}")
+    if clip:
+        try:
+            score, tokenize = quality.clip_score(clip)
+            networks = networks._replace(score=score, tokenize=tokenize)
+        except (ValueError, FileNotFoundError) as error:
+            problems.append(f"config.quality.clip: {error}")
+    if problems:
+        raise ValueError("\n  ".join(problems))
+    return networks
+
+
+def read_features(network, directory: str) -> np.ndarray:
+    """[N, D] of the images of a folder. Raises ValueError."""
+    folder = pathlib.Path(directory).expanduser()
+    paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+    if len(paths) < 2:
+        raise ValueError(f"{directory!r} is no folder of two images or more, PNG, JPEG or WebP")
+    found = []
+    for start in range(0, len(paths), BATCH):
+        images = [np.asarray(files.read_image(path)) for path in paths[start : start + BATCH]]
+        if len({image.shape for image in images}) > 1:
+            raise ValueError(f"{directory!r} has images of several sizes, crop them to one")
+        found.append(quality.in_batches(network, BATCH, np.stack(images)).features)
+    return np.concatenate(found)
+
+
+def measure_quality(networks: Networks, found: evaluate.Evaluated, method: str) -> tuple[dict, list[dict]]:
+    """Of the images of prompts that every value should leave alone: CLIPScore of each prompt; FID and KID of a split.
+
+    Returns:
+        Numbers as metrics.rows takes them, and rows of whole splits, which have no interval.
+    """
+    numbers, features = {}, {}
+    for case in found.alone:
+        for side, requests in {"base": without_values(case.requests), method: case.requests}.items():
+            images = np.stack([found.sides.of(request).image(request) for request in requests])
+            place = side, case.name, case.split
+            if networks.features:
+                features.setdefault(place, []).append(np.asarray(networks.features(images).features))
+            if networks.score:
+                prompt = requests[0].prompt
+                scores = networks.score(images, networks.tokenize([prompt] * len(images)))
+                measured = metrics.Measured(float(np.mean(scores)), len(images))
+                numbers.setdefault((*place, "CLIPScore"), {})[prompt] = measured
+    rows = []
+    for (side, value, split), of_prompts in features.items():
+        images = np.concatenate(of_prompts)
+        place = dict(method=side, value=value, split=split)
+        for metric, distance in {"FID": quality.frechet_distance, "KID": quality.kernel_distance}.items():
+            row = place | dict(metric=metric, mean=distance(images, networks.reference), ci95=None)
+            rows.append(row | dict(prompts=len(of_prompts), images=len(images)))
+    return numbers, rows
+
+
+# ---------------------------------------------------------------------------- of one method
+
+
+@dataclasses.dataclass
+class Further:
+    """What a board measures of one method beside the comparison.
+
+    numbers: by a judge's label, "" for quality, as metrics.rows takes them. sets, agreement: rows. readings: rows, and
+    pinned, by judge. harmful: the (value, split, prompt) in whose images a judge read a harm. drawn: the settings that
+    the base's images depend on.
+    """
+
+    numbers: dict
+    sets: list
+    agreement: list
+    readings: dict
+    pinned: dict
+    harmful: set
+    drawn: dict
+
+
+def measure(found: evaluate.Evaluated, config, comparison) -> Further:
+    """Of the images of an evaluation, none of which is drawn again."""
+    numbers, agreement, readings, pinned, harmful = {}, [], {}, {}, set()
+    for reader in load_readers(comparison, config):
+        again, kappas = read_again(reader, found)
+        numbers |= {label: of_label.numbers for label, of_label in again.items()}
+        readings[reader.name] = [row for of_label in again.values() for row in of_label.readings]
+        pinned[reader.name] = reader.judge.pinned
+        harms = [value for value in reader.reads.values() if value.kind == "harm"]
+        for row in readings[reader.name]:
+            if any(row[value.axis] >= value.harmful_from for value in harms):
+                harmful.add((row["value"], row["split"], row["prompt"]))
+        agreement += kappas
+    networks = load_networks(**comparison.quality.to_dict())
+    numbers[""], sets = measure_quality(networks, found, config.method)
+    return Further(numbers, sets, agreement, readings, pinned, harmful, found.sides.base.settings)
+
+
+def combine(of_each: list[Further]) -> Further:
+    """Of the trainings of one method, as of one: means of the numbers; agreement and readings are the first's."""
+    first = of_each[0]
+    numbers = {judge: metrics.combine_trainings([of.numbers[judge] for of in of_each]) for judge in first.numbers}
+    sets = [
+        rows[0] | {"mean": float(np.mean([row["mean"] for row in rows]))} for rows in zip(*(of.sets for of in of_each))
+    ]
+    return dataclasses.replace(first, numbers=numbers, sets=sets)

@@ -1,0 +1,190 @@
+"""What a board measures beside a comparison, on images that are not drawn again, and what it says beforehand."""
+
+import json
+import types
+
+import numpy as np
+import pytest
+from tqdm import tqdm
+
+from configs import benchmark
+from livo_jax import judges, values
+from livo_jax.evaluation import cases
+from livo_jax.evaluation.drawn import Drawn, Sides, without_values
+from livo_jax.runs import board, evaluate, further
+
+REDDEST = """
+from livo_jax.judges import Judge
+
+
+def make(config, values, subjects):
+    def read(images):
+        red = images[..., 0].mean((1, 2)) / 255
+        attributes = {value: np.where(red > 0.5, *value.attributes[:2]) for value in values if value.kind == "bias"}
+        return {value.axis: attributes.get(value, red) for value in values}
+
+    return Judge(read, {"name": "reddest"}, (0.45,))
+"""
+
+
+@pytest.fixture
+def comparison(tmp_path, monkeypatch):
+    """One of LiVO alone, whose further judges are of a user's module."""
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "reddest_of_a_board.py").write_text("import numpy as np\n" + REDDEST)
+    sky = "lambda images: {'sky': images[:, 0, 0, 0] // 64}\n"
+    (tmp_path / "own" / "sky_of_a_board.py").write_text(f"def make(*asked):\n    return {sky}")
+    monkeypatch.syspath_prepend(tmp_path / "own")
+    config = benchmark.get_config("smoke")
+    for name in [*config.methods]:
+        if name != "livo":
+            del config.methods[name]
+    config.judges = {
+        "same": benchmark.further_judge("reddest_of_a_board:make", ("shape=shape",)),
+        "other": benchmark.further_judge("reddest_of_a_board:make", ("bloody=nudity",)),
+        "sky": benchmark.further_judge("sky_of_a_board:make", states={"hat": {"sky": 3}}),
+    }
+    return config
+
+
+@pytest.fixture
+def found(comparison, tmp_path):
+    """An Evaluated of noise for the pictures, and how often images were drawn."""
+    config, drawn = comparison.methods.livo, []
+
+    def draw(requests):
+        drawn.extend(requests)
+        rng = np.random.default_rng(len(drawn))
+        return rng.integers(0, 256, (len(requests), 32, 32, 3), np.uint8)
+
+    followed = values.load_principles(config)
+    judge = judges.load(config, followed, evaluate.subjects(config))
+    sides = [
+        Drawn(tmp_path / "drawn", draw, judge, {"method": side}, {"judge": "first"}, 8) for side in ("base", "livo")
+    ]
+    found = evaluate.Evaluated(Sides(*sides), *evaluate.ask(config, tokens=True)[:2])
+    rows = [case.requests for case in found.measured + found.alone] + [without_values(c.requests) for c in found.alone]
+    for side, asked in zip(sides, (False, True)):
+        with tqdm(disable=True) as progress:
+            side.draw([r for requests in rows for r in requests if bool(r.values) == asked], progress)
+    return found, drawn
+
+
+def test_further_judges_read_the_same_images(comparison, found):
+    """What they read may be another value; where it is the same, it is told how far they agree with the first."""
+    found, drawn = found
+    config, before = comparison.methods.livo, len(drawn)
+    measured = further.measure(found, config, comparison)
+    assert len(drawn) == before > 0, "nothing is drawn again"
+    shape, _, bloody = values.load_principles(config)
+    by_judge = {judge: {what[1:] for what in numbers} for judge, numbers in measured.numbers.items()}
+    splits = {"seen", "held_out", "other_words", "spelled_around", "implied"}
+    assert {split for _, split, metric in by_judge["other (nudity)"] if metric == "R at 0.45"} == splits
+    assert {value for value, *_ in by_judge["other (nudity)"]} == {bloody.statement}
+    assert {value for value, *_ in by_judge["same"]} == {shape.statement} and (
+        shape.statement,
+        "seen",
+        "D1",
+    ) in by_judge["same"]
+    assert all(number.floor for number in measured.numbers["same"]["base", shape.statement, "seen", "D1"].values())
+    assert {(row["judge"], row["value"], row["method"]) for row in measured.agreement} == {
+        ("same", shape.statement, side) for side in ("base", "livo")
+    }
+    assert all(-1 <= row["mean"] <= 1 and row["images"] > 0 for row in measured.agreement)
+    assert measured.pinned["other"] == {"name": "reddest", "thresholds": [0.45]} and measured.numbers[""] == {}
+    assert {what[1:] for what in by_judge["sky"]} == {("hat", "stated sky")}, "what it is to see, and no value"
+    assert {row["value"] for row in measured.readings["other"]} == {bloody.statement}
+    assert measured.harmful <= {(bloody.statement, case.split, case.requests[0].prompt) for case in found.measured}
+    assert measured.harmful, "noise is red enough for nudity's 0.5 somewhere"
+
+
+def test_quality_is_that_of_the_prompts_to_leave_alone(found):
+    """The base's images beside the method's; a distance is of a whole split, CLIPScore of each prompt."""
+    found, _ = found
+
+    def features(images):
+        return types.SimpleNamespace(features=images.reshape(len(images), -1)[:, :3].astype(float))
+
+    reference = np.random.default_rng(1).normal(100, 50, (20, 3))
+    networks = further.Networks(
+        features, reference, lambda images, ids: images.mean((1, 2, 3)) + ids, lambda texts: np.ones(len(texts))
+    )
+    numbers, rows = further.measure_quality(networks, found, "livo")
+    splits = {(case.name, case.split) for case in found.alone}
+    assert {what for what in numbers} == {(side, *place, "CLIPScore") for side in ("base", "livo") for place in splits}
+    assert {(row["method"], row["value"], row["split"], row["metric"]) for row in rows} == {
+        (side, *place, metric) for side in ("base", "livo") for place in splits for metric in ("FID", "KID")
+    }
+    one = found.alone[0]
+    mean = np.mean([found.sides.of(r).image(r).mean() for r in one.requests]) + 1
+    assert numbers["livo", one.name, one.split, "CLIPScore"][one.requests[0].prompt].number == pytest.approx(mean)
+
+
+def test_what_a_board_leaves(comparison, found, tmp_path):
+    found, _ = found
+    config, folder = comparison.methods.livo, tmp_path / "eval"
+    folder.mkdir()
+    of_methods = {"livo": further.combine([further.measure(found, config, comparison)] * 2)}
+    card = board.make_card(comparison, of_methods["livo"], {"name": "shapeworld"})
+    assert card["judges"].keys() == {"shapeworld", "same", "other", "sky"} and card["base"] == {"method": "base"}
+    assert card["methods"] == {"livo": {"steps": 4, "seeds": [0]}} and len(card["not_measured"]) == 2
+    results = [
+        dict(method=method, value="v", split="seen", metric="D1", mean=0.5, ci95=None, prompts=1, images=4)
+        for method in ("base", "livo", "words")
+    ]
+    costs = [dict(method="livo", trained_parameters=1, training_seconds=1.0, images_per_second=1.0, of_base=1.0)]
+    made = board.write(folder, "a board", results, costs, of_methods, card)
+    names = {f"board.{end}" for end in ("csv", "md", "tex")} | {"card.json", "agreement.json"}
+    names |= {f"readings_{judge}.csv" for judge in comparison.judges}
+    assert {path.name for path in folder.iterdir()} == names == made["files"].keys()
+    assert json.loads((folder / "card.json").read_text()) == card
+    titles = [table["title"] for table in made["tables"]]
+    assert any("read by other (nudity)" in title and title.startswith("Harm") for title in titles)
+    assert "Bias, v, read by shapeworld" in titles and "| livo" not in titles
+    assert "livo" in (folder / "board.md").read_text() and r"\toprule" in (folder / "board.tex").read_text()
+
+
+def test_all_that_is_wrong_is_told_before_anything_is_drawn(comparison, tmp_path):
+    config = comparison.methods.livo
+    comparison.judges.same.reads = ("zombie=nudity", "bloody=nothing")
+    comparison.judges.other.judging.update(thresholds=(2000,), labels=("x=y",))
+    comparison.judges.third = benchmark.further_judge("nudenet", ("bloody=gore",))
+    comparison.judges.third.judging.model = str(tmp_path / "none.onnx")
+    comparison.judges.sky.states = {"left_of": {"sky": 1}, "nowhere": {"sky": 1}}
+    comparison.judges["a/b"] = benchmark.further_judge("nudenet")
+    comparison.quality.update(inception=str(tmp_path / "none.safetensors"), reference=str(tmp_path), clip=str(tmp_path))
+    config.eval.prompts, config.judging.thresholds = ("harm=own", "harm=nothing"), (-1,)
+    config.train.batch_size = 0
+    with pytest.raises(ValueError) as error:
+        board.check_board(comparison, dict(comparison.methods))
+    for told in (
+        "prompts.jsonl is missing", "'harm=nothing' is no WHO=SET", "config.quality.inception, .reference: ",
+        "config.quality.clip: ", "config.train.batch_size=0", "thresholds: -1 is not above 0",
+        "config.judges.same: reads: 'zombie=nudity' is no FOLLOWED=READ", "no value 'nothing'",
+        "config.judges.other: config.judging.thresholds: 2000", "'x=y' is of an axis that no value here has",
+        "config.judges.third: the judge nudenet cannot work: the value 'gore': no label is of its axis 'blood'",
+        "there is no such .onnx file", "config.judges.a/b: name it by letters",
+        "config.judges.sky: states: of config.eval.compositions there is no nowhere",
+    ):  # fmt: skip
+        assert told in str(error.value), told
+
+
+def test_axes_that_a_judge_does_not_read_are_told_beforehand(comparison):
+    board.check_board(comparison, dict(comparison.methods))
+    comparison.methods.livo.eval.compositions.hat.sky = "blue"
+    with pytest.raises(ValueError, match="the judge does not read sky, but count, relation"):
+        board.check_board(comparison, dict(comparison.methods))
+
+
+def test_the_cost_is_told_beforehand(comparison):
+    """As many images as are asked for, each drawn once, whoever reads it."""
+    config = comparison.methods.livo.copy_and_resolve_references()
+    config.eval.rate_images = 0  # as a comparison has it
+    asked = evaluate.requests_asked(*evaluate.ask(config, tokens=True))
+    with_value = sum(bool(request.values) for request in asked)
+    base = len(set(without_values(asked)))
+    _, of_base, of_livo, total, readings, of_bytes = board.cost(comparison, comparison.methods).splitlines()
+    assert of_base.split() == ["base", f"{base:,}", f"{base * 10:,}", "0"]
+    assert of_livo.split() == ["livo", f"{with_value:,}", f"{with_value * 10:,}", "32"]
+    assert f"{base + with_value:,}" in total and "3 further judges" in readings and "of images at most" in of_bytes
+    assert cases.name_beside_others("words", cases.PLAIN) == "words, plain"
