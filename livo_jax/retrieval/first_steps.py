@@ -10,6 +10,8 @@ of the prompt, without guidance. Of the last prediction eps there are two kinds 
 A prompt costs NOISES (LOOKED_AT + 1 + V) evaluations of the UNet for V values: one compiled program for all prompts.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +28,7 @@ COMMAND = "python -m data_tools.fit_retriever --features=first_steps"
 STEPS, LOOKED_AT = 10, 5  # half-way it is decided what there is, not yet how it looks
 NOISES = 4
 LEAST = 1e-12
+KEPT = 4096  # prompts whose answers are kept: a page asks again when it draws
 ASKED = "a photo of a person"  # by its effects and movements a model and its value tokens are told from others
 KNOWN = ("effects_of_a_text", "movements_of_a_text")
 
@@ -78,23 +81,24 @@ def make_reader(sd, value_encoder, statements):
             return predict(z, t, states[:1], None, None if embeds is None else embeds[:1])[:, 0], carried
 
         z = scale * diffusion.sample(of_prompt, noise, before)
-        prompt, empty = jnp.unstack(predict(z, t, states, None, embeds), axis=1)
+        mask = None
+        if tokens is not None:  # a row for each value, [u; c]; the prompt and the empty one see no token
+            u = tokens.tokens(value_ids, text_encoder).astype(states.dtype)  # [V, n, D]
+            seen = tokens.seen(value_ids)
+            seen = jnp.ones(u.shape[:2], bool) if seen is None else seen
+            rows = jnp.array([0, 1] + [0] * len(u))
+            states, embeds = states[rows], None if embeds is None else embeds[rows]
+            states = jnp.concatenate([jnp.pad(u, ((2, 0), (0, 0), (0, 0))), states], axis=1)
+            mask = jnp.pad(jnp.pad(seen, ((2, 0), (0, 0))), ((0, 0), (0, ids.shape[-1])), constant_values=True)
+        prompt, empty, *with_values = jnp.unstack(predict(z, t, states, mask, embeds), axis=1)
         effects = prompt - empty
         effect = jnp.sqrt(jnp.square(effects).sum((1, 2, 3)))  # [NOISES]
         # The empty prompt has no effect, and a token may move nothing: that is nought, not nought over nought.
         direction = effects.ravel() / jnp.maximum(jnp.linalg.norm(effect), LEAST)
         if tokens is None:
             return direction, jnp.zeros(len(statements))
-        u = tokens.tokens(value_ids, text_encoder).astype(states.dtype)  # [V, n, D]
-        own = jnp.repeat(states[:1], len(u), axis=0)
-        seen = tokens.seen(value_ids)
-        seen = jnp.ones(u.shape[:2], bool) if seen is None else seen
-        mask = jnp.concatenate([seen, jnp.ones(own.shape[:2], bool)], axis=1)
-        own_embeds = None if embeds is None else jnp.repeat(embeds[:1], len(u), axis=0)
-        with_values = predict(z, t, jnp.concatenate([u, own], axis=1), mask, own_embeds)
-
-        moved = jnp.sqrt(jnp.square(with_values - prompt[:, None]).sum((2, 3, 4)))  # [NOISES, V]
-        return direction, (moved / jnp.maximum(moved + effect[:, None], LEAST)).mean(0)
+        moved = jnp.stack([jnp.sqrt(jnp.square(other - prompt).sum((1, 2, 3))) for other in with_values])
+        return direction, (moved / jnp.maximum(moved + effect, LEAST)).mean(1)
 
     def read(prompt):
         text = prompt if value_encoder is None or value_encoder.reads_prompt else ""
@@ -132,7 +136,11 @@ class FirstSteps(LinearClassifier):
         if value_encoder is None:
             del fitted.known[KNOWN[1]]
         check_known(path, fitted, dict(zip(KNOWN, (effects, movements))))
+        self.look = functools.lru_cache(KEPT)(self.look)
 
-    def products(self, prompt):
+    def look(self, prompt):
         effects, movements = self.read(prompt)
         return effects @ self.weights[:-1] + movements * self.weights[-1]
+
+    def products(self, prompt):
+        return self.look(prompt)

@@ -24,10 +24,19 @@ def run_file(backend: str) -> pathlib.Path:
     return pathlib.Path("retriever") / f"{backend}.safetensors"
 
 
-def run_files(workdir) -> dict[str, pathlib.Path]:
-    """The files of fitted backends that a run has."""
+def without_file(name: str) -> str:
+    """What is wrong where a fitted backend has no file."""
+    return f"{name} needs a file that is fitted for this model: python -m data_tools.fit_retriever --features={name}"
+
+
+def run_files(workdir, values=()) -> dict[str, pathlib.Path]:
+    """The files of fitted backends that a run has. Raises ValueError where `auto` of a value names one without."""
     files = {name: pathlib.Path(workdir) / run_file(name) for name in FITTED}
-    return {name: file for name, file in files.items() if file.is_file()}
+    files = {name: file for name, file in files.items() if file.is_file()}
+    asked = {name for value in values for name in value.auto} & {"states", "first_steps"}
+    if problems := [without_file(name) for name in sorted(asked - files.keys())]:
+        raise ValueError(f"{workdir}: {'; '.join(problems)} --workdir={workdir} writes it")
+    return files
 
 
 def labelled(part: str) -> dict[str, dict[str, set[str]]]:
@@ -112,11 +121,7 @@ class Retriever:
             for name in ("dense", "states", "first_steps")
             if name in chosen and sd is None
         ]
-        problems += [
-            f"{name} needs a file that is fitted for this model: python -m data_tools.fit_retriever --features={name}"
-            for name in ("states", "first_steps")
-            if name in chosen and not files.get(name)
-        ]
+        problems += [without_file(name) for name in ("states", "first_steps") if name in chosen and not files.get(name)]
         if "llm" in chosen and not (model and endpoint.startswith(("http://", "https://"))):
             problems.append(f"llm needs a model and the base URL of an endpoint, not {model!r} and {endpoint!r}")
         if problems:
