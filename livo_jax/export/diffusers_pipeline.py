@@ -141,13 +141,11 @@ class LiVO:
         if problems := argument_problems(prompts, values, strength, keep_probability, known):
             raise ValueError("; ".join(problems))
         rules = Rules(known, livo["lists"]) if "auto" in values else None
-        others = {v.name: set(getattr(v, "auto", ())) - {"keywords"} for v in known}
-        if rules and any(others.values()):
-            told = ", ".join(f"{' and '.join(sorted(names))} for {value}" for value, names in others.items() if names)
-            warnings.warn(
-                f"values='auto': an export goes by keywords alone; its principles also asked {told}, which livo_jax has",
-                stacklevel=3,
-            )
+        others = {v.name: sorted(set(getattr(v, "auto", ())) - {"keywords"}) for v in known}
+        others = [f"{' and '.join(names)} for {value}" for value, names in others.items() if names]
+        if rules and others:
+            what = f"an export goes by keywords alone; its principles also asked {', '.join(others)}"
+            warnings.warn(f"values='auto': {what}, which livo_jax has", stacklevel=3)
 
         def retrieve(prompt):
             found = {name: f"keywords: {reason}" for name, (_, reason) in rules(prompt).items()}
@@ -217,8 +215,9 @@ class LiVO:
 
         Args:
             values: what the images are to follow, by name or statement ("gender equality"), one or a list, whose values
-                work together; "auto" for those that a prompt is for, by the keywords of livo_jax and by nothing else that
-                its principles ask; None for the base's images. For a list of prompts: one for all, or a list with such an entry for each.
+                work together; "auto" for those that a prompt is for, by the keywords of livo_jax and nothing else that
+                its principles ask; None for the base's images. For a list of prompts: one for all, or a list with such
+                an entry for each.
             strength: how much of a value's effect: 0 is the base model, 1 LiVO. A number, or a dict of value -> number.
                 Each value of another strength costs its images one UNet evaluation more.
             keep_probability: the share of each prompt's images that the values are applied to: 0.5 for a bias
