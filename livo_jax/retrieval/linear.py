@@ -69,13 +69,16 @@ def load(path: str | os.PathLike, kind: str, command: str, known: tuple[str, ...
     """
     if not pathlib.Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file; {command} makes one")
-    about, arrays = read_safetensors(path)
+    try:
+        about, arrays = read_safetensors(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; {command} makes it anew") from error
     if about.get("format") != kind or arrays.keys() != {*NUMBERS, *known}:
         raise ValueError(f"{path} is no classifier of {kind!r}: {command} makes one")
     try:
         names, card = json.loads(about["values"]), json.loads(about["card"])
     except (KeyError, ValueError) as error:
-        raise ValueError(f"{path} is damaged: its metadata: {error}") from error
+        raise ValueError(f"{path} is damaged: its metadata: {error}; {command} makes it anew") from error
     V = len(names)
     shapes = {name: arrays[name].shape for name in NUMBERS}
     if len(shapes["weights"]) != 2 or shapes != {
@@ -85,7 +88,7 @@ def load(path: str | os.PathLike, kind: str, command: str, known: tuple[str, ...
     }:
         raise ValueError(f"{path} is damaged: {shapes} for {V} values, {', '.join(names)}")
     if digest(arrays) != about.get("sha256"):
-        raise ValueError(f"{path} is damaged: its numbers are not those that were written; fit it again")
+        raise ValueError(f"{path} is damaged: its numbers are not those that were written; {command} makes it anew")
     numbers = [arrays.pop(name) for name in NUMBERS]
     return Fitted(tuple(names), *numbers, card, arrays)
 

@@ -266,7 +266,9 @@ def test_auto_says_where_it_knows_less(pipeline):
     asking = [value | {"auto": ["keywords", "first_steps"]} for value in known["values"]]
     try:
         pipeline.value_encoder.config.livo = known | {"values": asking}
-        with pytest.warns(UserWarning, match="goes by keywords alone; its principles also asked first_steps for bloody,"):
+        with pytest.warns(
+            UserWarning, match="goes by keywords alone; its principles also asked first_steps for bloody,"
+        ):
             pipeline._choose(["a baker"], ["auto"], 1.0, None)
     finally:
         pipeline.value_encoder.config.livo = known
