@@ -32,9 +32,9 @@ import warnings
 
 import numpy as np
 from absl import app, flags, logging
+from livo_jax.data_tools.fit_retriever import load_models
 from ml_collections import config_flags
 
-from data_tools.fit_retriever import load_models
 from livo_jax import commands, values
 from livo_jax.evaluation import charts, detection
 from livo_jax.retrieval.labelled_sets import NONE, UNSCORED, Row, read_set

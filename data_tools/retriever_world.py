@@ -12,9 +12,9 @@ import pathlib
 from itertools import product
 
 from absl import app, flags
+from livo_jax.configs import tiny
+from livo_jax.data_tools import shapeworld
 
-from configs import tiny
-from data_tools import shapeworld
 from livo_jax import commands
 from livo_jax.judges.shapeworld import COLOURS, SCENES, SHAPES
 
