@@ -223,6 +223,8 @@ def main(_):
             sys.exit(str(warning))
         each = 1000 * (time.monotonic() - start) / len(rows)
         print(f"{backends}: {each:.2f} ms a prompt; the language model failed {failed} times", file=sys.stderr)
+        if looking := retriever.backends.get("first_steps"):
+            print(f"{backends}: {looking.evaluations} evaluations of the UNet a prompt", file=sys.stderr)
         figures["backends"][backends] = table(names, rows, found)
         for category, row in figures["backends"][backends].items():
             cells = " | ".join(show(row[name]) for name in ("found", *FIGURES))

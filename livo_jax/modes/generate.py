@@ -54,7 +54,9 @@ def generate(config, workdir: str):
     else:
         _, sd, value_encoder = restore.restore_run(config, workdir, mesh)
     if chosen == "auto":
-        options["retriever"] = Retriever(known, sd=sd, value_encoder=value_encoder, files=files)
+        retriever = options["retriever"] = Retriever(known, sd=sd, value_encoder=value_encoder, files=files)
+        if looking := retriever.backends.get("first_steps"):
+            print(f"first_steps: {looking.evaluations} evaluations of the UNet a prompt, beside those of its images")
     write_pairs(
         out, sd, value_encoder, prompts, chosen, NUM_IMAGES.value,
         seed=SEED.value, mesh=mesh, options=options, **config.sampling.to_dict(),

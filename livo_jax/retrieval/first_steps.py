@@ -111,7 +111,8 @@ def make_reader(sd, value_encoder, statements):
 class FirstSteps(LinearClassifier):
     """The classifier of a file that was fitted for a model and its value tokens.
 
-    Its weights are those of the effects, and in a last row that of each value's own movement.
+    Its weights are those of the effects, and in a last row that of each value's own movement. evaluations: rows that
+    the UNet evaluates for a prompt.
 
     Raises:
         ValueError: the file is damaged, or fitted for other values, another model or other tokens; there is no model,
@@ -137,6 +138,7 @@ class FirstSteps(LinearClassifier):
             del fitted.known[KNOWN[1]]
         check_known(path, fitted, dict(zip(KNOWN, (effects, movements))))
         self.look = functools.lru_cache(KEPT)(self.look)
+        self.evaluations = count_evaluations(0 if value_encoder is None else len(values))
 
     def look(self, prompt):
         effects, movements = self.read(prompt)

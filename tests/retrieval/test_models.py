@@ -82,6 +82,7 @@ def test_first_steps_decide(model, steps_file):
     find = Retriever(VALUES, ("first_steps",), sd=sd, value_encoder=value_encoder, files={"first_steps": steps_file})
     (shape,) = find("a photo of a baker")
     assert shape.name == "shape" and shape.reason.startswith("first_steps: the model begins to draw it as such prompts")
+    assert find.backends["first_steps"].evaluations == first_steps.count_evaluations(2)
     # In another order than the file's; and of a value that the file tells by effects, without tokens.
     turned = Retriever(
         VALUES[::-1], ("first_steps",), sd=sd, value_encoder=value_encoder, files={"first_steps": steps_file}
