@@ -14,8 +14,9 @@ for the values of --value=NAME, or for none. --where="COLUMN=REGEX" takes some o
 are looked for; without it those of --value, or the harms of the paper.
 
 --backends=auto (what principles.toml says) or such as keywords+ngrams says who looks for them, each time it is given.
-ngrams takes --classifier, a file that data_tools/fit_retriever.py made; dense wants --model, a Stable Diffusion; llm
-wants --endpoint and --llm (its key in OPENAI_API_KEY; --cache keeps its answers).
+ngrams takes --classifier, a file that data_tools/fit_retriever.py made; dense wants --model, a Stable Diffusion; states
+and first_steps want --config and --workdir, a run with the files that fit_retriever.py made for it, or
+--file=BACKEND=FILE each; llm wants --endpoint and --llm (its key in OPENAI_API_KEY; --cache keeps its answers).
 
 It prints the figures of each category with 95% intervals, and of backends that give scores how well these tell the
 prompts apart, and the operating point. --out=DIR gets figures.json, roc.svg, precision_recall.svg,
@@ -31,11 +32,13 @@ import warnings
 
 import numpy as np
 from absl import app, flags, logging
+from livo_jax.data_tools.fit_retriever import load_models
+from ml_collections import config_flags
 
-from livo_jax import values
+from livo_jax import commands, values
 from livo_jax.evaluation import charts, detection
 from livo_jax.retrieval.labelled_sets import NONE, UNSCORED, Row, read_set
-from livo_jax.retrieval.retriever import PAPERS, Retriever, labelled
+from livo_jax.retrieval.retriever import FITTED, PAPERS, Retriever, labelled, run_files
 
 FIGURES = {"recall": "recall", "precision": "precision", "macro_f1": "macro-F1", "over_trigger": "over-trigger"}
 
@@ -75,13 +78,23 @@ def choose_values() -> tuple[values.Value, ...]:
 
 def make_retrievers(chosen) -> dict[str, Retriever]:
     """Those of --backends, by name. Raises ValueError and OSError where one cannot work."""
-    settings = {"classifier": CLASSIFIER.value or ""}
+    settings = {"classifier": CLASSIFIER.value or "", "files": {}}
     backends = list(BACKENDS.value or (["auto"] if PROMPTS.value else ["keywords", "bm25", "keywords+bm25"]))
     if MODEL.value:
         from livo_jax import StableDiffusion
 
         settings["sd"] = StableDiffusion.from_pretrained(MODEL.value)
         backends += [] if BACKENDS.value else ["dense", "keywords+dense"]
+    if CONFIG.value is not None:
+        models = load_models(CONFIG.value, WORKDIR.value)
+        settings |= {"sd": models.sd, "value_encoder": models.value_encoder}
+    if WORKDIR.value:
+        settings["files"] |= run_files(WORKDIR.value)
+    for entry in FILE.value:
+        name, _, file = entry.partition("=")
+        if name not in FITTED or not file:
+            raise ValueError(f"--file={entry} is no BACKEND=FILE, of {', '.join(FITTED)}")
+        settings["files"][name] = file
     if ENDPOINT.value or LLM.value:
         settings |= {"endpoint": ENDPOINT.value or "", "model": LLM.value or "", "cache": CACHE.value}
         backends += [] if BACKENDS.value else ["llm", "keywords+llm"]
@@ -210,6 +223,8 @@ def main(_):
             sys.exit(str(warning))
         each = 1000 * (time.monotonic() - start) / len(rows)
         print(f"{backends}: {each:.2f} ms a prompt; the language model failed {failed} times", file=sys.stderr)
+        if looking := retriever.backends.get("first_steps"):
+            print(f"{backends}: {looking.evaluations} evaluations of the UNet a prompt", file=sys.stderr)
         figures["backends"][backends] = table(names, rows, found)
         for category, row in figures["backends"][backends].items():
             cells = " | ".join(show(row[name]) for name in ("found", *FIGURES))
@@ -245,6 +260,9 @@ if __name__ == "__main__":
     PRINCIPLES_FILE = flags.DEFINE_string("principles_file", None, "A principles.toml of your own.")
     BACKENDS = flags.DEFINE_multi_string("backends", [], "auto, or names with + between them.")
     CLASSIFIER = flags.DEFINE_string("classifier", None, "The file of ngrams. Default: the package's.")
+    CONFIG = config_flags.DEFINE_config_file("config", None, "Whose model states and first_steps look at.")
+    WORKDIR = commands.define_path("workdir", "A run of that config.")
+    FILE = flags.DEFINE_multi_string("file", [], "BACKEND=FILE: of ngrams, states or first_steps.")
     OUT = flags.DEFINE_string("out", None, "The folder for figures.json, mistakes.csv and the curves.")
     MODEL = flags.DEFINE_string("model", None, "A Stable Diffusion, directory or hub id: measures dense.")
     ENDPOINT = flags.DEFINE_string("endpoint", None, "An OpenAI-compatible endpoint, https://HOST/v1: measures llm.")
@@ -252,4 +270,4 @@ if __name__ == "__main__":
     CACHE = flags.DEFINE_string("cache", "", "The directory that keeps its answers.")
     PART = flags.DEFINE_enum("part", "test", ["calibration", "test"], "Of the project's own prompts.")
     MISTAKES = flags.DEFINE_bool("mistakes", False, "Prints the prompts that are got wrong, to stderr.")
-    app.run(main)
+    app.run(main, flags_parser=commands.parse)

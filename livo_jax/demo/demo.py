@@ -86,13 +86,17 @@ def draw(sd, value_encoder, prompt: str, doses, number: int, slots, *, seed: int
         yield from zip(requests, base, aligned)
 
 
-def page(sd, value_encoder, config, mesh, folder: pathlib.Path):
-    """The app, a gr.Blocks; images and their settings are written to `folder`, as generate.write_pairs writes them."""
+def page(sd, value_encoder, config, mesh, folder: pathlib.Path, files):
+    """The app, a gr.Blocks; images and their settings are written to `folder`, as generate.write_pairs writes them.
+
+    files: of the Retriever.
+    """
     import gradio as gr
     import jinja2
 
     principles = load_principles(config)
-    retriever, statements = Retriever(principles), [value.statement for value in principles]
+    retriever = Retriever(principles, sd=sd, value_encoder=value_encoder, files=files)
+    statements = [value.statement for value in principles]
     template = jinja2.Environment(autoescape=True).from_string((HERE / "demo.html.j2").read_text())
     settings = {name: x for name, x in config.sampling.items() if name != "batch_size"}
 
@@ -187,7 +191,7 @@ def without_proxy():
             os.environ["no_proxy"] = before
 
 
-def serve(sd, value_encoder, config, mesh, port: int):
+def serve(sd, value_encoder, config, mesh, port: int, files):
     """Serves the page on 127.0.0.1 until it is interrupted; then its images are deleted."""
     with without_proxy():
         import gradio as gr
@@ -200,7 +204,7 @@ def serve(sd, value_encoder, config, mesh, port: int):
         interrupted = threading.Event()
         before = signal.signal(signal.SIGINT, lambda *_: interrupted.set())
         print(f"The page is http://127.0.0.1:{port}; Ctrl+C ends it.")
-        app = page(sd, value_encoder, config, mesh, pathlib.Path(folder))
+        app = page(sd, value_encoder, config, mesh, pathlib.Path(folder), files)
         with without_proxy():
             app.launch(
                 server_name="127.0.0.1", server_port=port, share=False, allowed_paths=[folder], run_history=False,

@@ -16,6 +16,7 @@ import math
 import numbers
 import os
 import pathlib
+import warnings
 from collections import Counter
 from types import SimpleNamespace
 
@@ -60,7 +61,8 @@ def argument_problems(prompts, values, strength, keep_probability, known) -> lis
             problems.append(f"values={entry!r}: 'auto' stands alone, outside of lists")
     if "auto" in values and not (known and all(value.keywords for value in known)):
         problems.append(
-            "values='auto' needs values with keywords in the value encoder's config, as livo_jax exports it"
+            "values='auto' goes by keywords alone, and needs values that have some in the value encoder's config, as"
+            " livo_jax exports it"
         )
     strengths = strength if isinstance(strength, dict) else {"all values": strength}
     problems += [f"strength={x!r} of {text} is no number" for text, x in strengths.items() if not is_number(x)]
@@ -143,6 +145,11 @@ class LiVO:
         if problems := argument_problems(prompts, values, strength, keep_probability, known):
             raise ValueError("; ".join(problems))
         rules = Rules(known, livo["lists"]) if "auto" in values else None
+        others = {v.name: sorted(set(getattr(v, "auto", ())) - {"keywords"}) for v in known}
+        others = [f"{' and '.join(names)} for {value}" for value, names in others.items() if names]
+        if rules and others:
+            what = f"an export goes by keywords alone; its principles also asked {', '.join(others)}"
+            warnings.warn(f"values='auto': {what}, which livo_jax has", stacklevel=3)
 
         def retrieve(prompt):
             found = {name: f"keywords: {reason}" for name, (_, reason) in rules(prompt).items()}
@@ -214,8 +221,9 @@ class LiVO:
 
         Args:
             values: what the images are to follow, by name or statement ("gender equality"), one or a list, whose values
-                work together; "auto" for those that a prompt is for, by the rules of livo_jax; None for the base's
-                images. For a list of prompts: one for all, or a list with such an entry for each.
+                work together; "auto" for those that a prompt is for, by the keywords of livo_jax and nothing else that
+                its principles ask; None for the base's images. For a list of prompts: one for all, or a list with such
+                an entry for each.
             strength: how much of a value's effect: 0 is the base model, 1 LiVO. A number, or a dict of value -> number.
                 Each value of another strength costs its images one UNet evaluation more.
             keep_probability: the share of each prompt's images that the values are applied to: 0.5 for a bias

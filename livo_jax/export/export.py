@@ -19,7 +19,7 @@ from livo_jax.values import dealing
 from livo_jax.values.principles import lists, load_principles
 
 PIPELINE = pathlib.Path(__file__).with_name("diffusers_pipeline.py")
-CARRIED = ("name", "statement", "kind", "keep_probability", "keywords", "exceptions", "stated")  # of a Value
+CARRIED = ("name", "statement", "kind", "keep_probability", "keywords", "exceptions", "stated", "auto")  # of a Value
 CARRIED_FILES = ("dealing", "ratio", "rules")  # of livo_jax/values
 SCHEDULERS = {  # of diffusers, for diffusion.SAMPLERS
     "ddim": ("DDIMScheduler", {"clip_sample": False, "thresholding": False}),
@@ -205,7 +205,8 @@ print(out.applied)  # for each image the values applied to it, with strength and
 ```
 
 `values` are names or statements: one, or a list of them that work together, or for a list of prompts a list with such
-an entry for each. `strength` is a number, or a dict of value to number: 0 is the base model, 1 LiVO. A `ratio`,
+an entry for each. "auto" goes by keywords alone, whatever else `auto` of principles.toml asks: a harm that no word says
+it does not find. `strength` is a number, or a dict of value to number: 0 is the base model, 1 LiVO. A `ratio`,
 "equal" or a dict of attribute to share, is what all images of a call are to show of a bias (it needs scipy).
 
 `pipeline.py` beside this card is what that runs. In JAX:

@@ -6,13 +6,15 @@ PORT = flags.DEFINE_integer("port", 7860, "demo: of 127.0.0.1.", lower_bound=1, 
 
 
 def serve_demo(config, workdir: str):
-    from livo_jax import sharding
+    from livo_jax import sharding, values
     from livo_jax.demo import demo
     from livo_jax.files.directories import resolve_directory
+    from livo_jax.retrieval.retriever import run_files
     from livo_jax.runs import restore
 
     workdir = resolve_directory(workdir)
     mesh = sharding.make_mesh(**config.mesh)
     demo.check(PORT.value)
+    files = run_files(workdir, values.load_principles(config))
     models = restore.restore_run(config, workdir, mesh)
-    demo.serve(models.sd, models.value_encoder, config, mesh, PORT.value)
+    demo.serve(models.sd, models.value_encoder, config, mesh, PORT.value, files)

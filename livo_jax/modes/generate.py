@@ -30,8 +30,9 @@ SHELF = flags.DEFINE_string("shelf", None, "generate: directory or hub id of a s
 
 
 def generate(config, workdir: str):
-    from livo_jax import sharding
+    from livo_jax import sharding, values
     from livo_jax.files.directories import resolve_directory
+    from livo_jax.retrieval.retriever import Retriever, run_files
     from livo_jax.runs import restore
     from livo_jax.sampling.pairs import write_pairs
     from livo_jax.value_encoders.shelf import Shelf
@@ -44,12 +45,18 @@ def generate(config, workdir: str):
         raise app.UsageError(f"--out={OUT.value} is not empty: remove it, or generate into another")
     prompts = read_prompts()
     chosen, options = read_values(config, workdir)
+    known = values.load_principles(config)
+    files = run_files(workdir, known) if chosen == "auto" else {}  # before models are loaded
     if SHELF.value:
         sd = restore.load_base(config, mesh)
         opened = Shelf(SHELF.value, sd)
         (chosen,), options["strength"], value_encoder = opened.take([chosen], options["strength"])
     else:
         _, sd, value_encoder = restore.restore_run(config, workdir, mesh)
+    if chosen == "auto":
+        retriever = options["retriever"] = Retriever(known, sd=sd, value_encoder=value_encoder, files=files)
+        if looking := retriever.backends.get("first_steps"):
+            print(f"first_steps: {looking.evaluations} evaluations of the UNet a prompt, beside those of its images")
     write_pairs(
         out, sd, value_encoder, prompts, chosen, NUM_IMAGES.value,
         seed=SEED.value, mesh=mesh, options=options, **config.sampling.to_dict(),
@@ -80,9 +87,8 @@ def read_prompts() -> list[str]:
 
 
 def read_values(config, workdir) -> tuple[str | list[str], dict]:
-    """The statements of --value (of a shelf: its names), or "auto"; and the options of `requests_of`."""
+    """The statements of --value (of a shelf: its names), or "auto"; the options of `requests_of`, but no retriever."""
     from livo_jax import values
-    from livo_jax.retrieval.retriever import Retriever
     from livo_jax.runs.evaluate import read_rates
 
     known = values.load_principles(config)
@@ -100,7 +106,6 @@ def read_values(config, workdir) -> tuple[str | list[str], dict]:
     return chosen, {
         "strength": strength,
         "keep_probability": KEEP.value,
-        "retriever": Retriever(known) if chosen == "auto" else None,
         "ratio": RATIO.value,
         "rates": read_rates(workdir) if RATIO.value else None,
     }

@@ -88,9 +88,12 @@ def read_set(
     there = set().union(*labels)
     if not problems and label:
         unknown = sorted(there - mapping.keys()) if REST not in mapping else []
-        problems += [
-            f"no value for the label {text!r}: {text}=NAME, {text}={NONE} or {text}={UNSCORED}" for text in unknown
-        ]
+        for text in unknown:
+            own = [row[column] for row, texts in zip(rows, labels) if text in texts]
+            problems.append(
+                f"no value for the label {text!r} of {len(own)} prompts, as {own[0]!r}: {text}=NAME, {text}={NONE} or"
+                f" {text}={UNSCORED}"
+            )
         problems += [
             f"no row has the label {text!r}; there are {', '.join(sorted(there))}"
             for text in mapping

@@ -10,7 +10,8 @@ import zlib
 from livo_jax.values.dealing import applies
 from livo_jax.values.rules import fold
 
-BACKENDS = ("keywords", "ngrams", "bm25", "dense", "llm", "always")  # who can decide which prompts a value is for
+# Who can decide which prompts a value is for.
+BACKENDS = ("keywords", "ngrams", "states", "first_steps", "bm25", "dense", "llm", "always")
 
 PRINCIPLES = pathlib.Path(__file__).with_name("principles.toml")
 

@@ -257,8 +257,21 @@ def test_auto_needs_rules(pipeline):
     known = pipeline.value_encoder.config.livo
     try:
         del pipeline.value_encoder.config.livo
-        with pytest.raises(ValueError, match="values='auto' needs values with keywords"):
+        with pytest.raises(ValueError, match="values='auto' goes by keywords alone, and needs values that have some"):
             pipeline(PROMPTS[0], "auto")
+    finally:
+        pipeline.value_encoder.config.livo = known
+
+
+def test_auto_says_where_it_knows_less(pipeline):
+    known = pipeline.value_encoder.config.livo
+    asking = [value | {"auto": ["keywords", "first_steps"]} for value in known["values"]]
+    try:
+        pipeline.value_encoder.config.livo = known | {"values": asking}
+        with pytest.warns(
+            UserWarning, match="goes by keywords alone; its principles also asked first_steps for bloody,"
+        ):
+            pipeline._choose(["a baker"], ["auto"], 1.0, None)
     finally:
         pipeline.value_encoder.config.livo = known
 

@@ -59,7 +59,7 @@ def test_a_set_without_labels_and_some_of_its_rows(file, tmp_path):
     "values, settings, parts",
     [
         (["blood=gore", "nude=nudity", "safe=none", "smoke=gore"], {"label": "kind"},
-         ["no value for the label 'insult': insult=NAME, insult=none", "no row has the label 'smoke'; there are"]),
+         ["no value for the label 'insult' of 1 prompts, as", "insult=NAME, insult=none", "has the label 'smoke'"]),
         (["blood=blod", "nude"], {"label": "kind"},
          ["'blood=blod': no value 'blod'; there are gore, nudity, none and unscored", "'nude' is no LABEL=NAME"]),
         (["blood=gore"], {}, ["'blood=gore' is no NAME, for there is no column of labels"]),

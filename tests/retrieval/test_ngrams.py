@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 
 from data_tools import fit_retriever
 from livo_jax import values
-from livo_jax.retrieval import ngrams
+from livo_jax.retrieval import linear, ngrams
 from livo_jax.retrieval.retriever import Retriever
 from tests.retrieval.test_labelled_sets import ROOT
 
@@ -32,7 +32,8 @@ def file(tmp_path):
     weights = np.zeros((2**ngrams.BITS, 2))
     weights[ngrams.buckets("red")[0], 1] = 60
     path = tmp_path / "red.safetensors"
-    ngrams.save(path, NAMES, weights, [-9, -9], [0.5, 0.5], {"from": "a test"})
+    fitted = linear.Fitted(NAMES, weights.astype(np.float16), [-9, -9], [0.5, 0.5], {"from": "a test"}, {})
+    linear.save(path, ngrams.FORMAT, fitted)
     return path
 
 
@@ -60,7 +61,7 @@ def cut(arrays, about):
     "damage, error",
     [
         (altered, "is damaged: its numbers are not those that were written"),
-        (cut, r"is damaged: .* for 2 values, nudity, gore, and 131072 buckets"),
+        (cut, "is damaged: its numbers are not those that were written"),
         (lambda arrays, about: (arrays, {}), "is no classifier of 'livo_jax n-grams 1'"),
         (lambda arrays, about: (arrays, about | {"values": "nudity"}), "is damaged: its metadata"),
         (lambda arrays, about: ({"weights": arrays["weights"]}, about), "is no classifier"),
@@ -133,7 +134,7 @@ def test_the_command_fits_on_labelled_prompts(folder):
         "a chair with blood"
     )
     assert gore.reason.startswith("ngrams: its words and letters are as in such prompts")
-    card = ngrams.load(folder / "own.safetensors")[-1]
+    card = ngrams.read(folder / "own.safetensors").card
     assert json.loads(done.stdout) == card and card["held_out"]["gore"]["recall"] > 0.9
     first, persons = card["sets"]
     assert first["licence"] == "Apache-2.0" and len(first["sha256"]) == 64 and persons["file"] == "persons"

@@ -339,7 +339,8 @@ def test_what_cannot_work_is_said_at_once():
     with pytest.raises(ValueError) as error:
         Retriever([bare], ("keywords", "telepathy", "dense", "llm"), votes=5, endpoint="localhost")
     for part in (
-        "backend 'telepathy': choose from keywords, ngrams, bm25, dense, llm, always", "'gender' has no `keywords`",
+        "backend 'telepathy': choose from keywords, ngrams, states, first_steps, bm25, dense, llm, always",
+        "'gender' has no `keywords`",
         "votes=5", "dense needs sd", "llm needs a model and the base URL of an endpoint, not '' and 'localhost'",
     ):  # fmt: skip
         assert part in str(error.value)
