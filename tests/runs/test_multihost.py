@@ -23,20 +23,20 @@ SHARDED = ("--config.mesh.fsdp=2", "--config.mesh.tensor=2", "--config.shard_fro
 MODEL = tiny.get_config().model
 EVALUATED = ("--mode=evaluate", f"--config.model={MODEL}", f"--config.value_encoder.start={MODEL}/text_encoder",
              "--config.random_weights=False", "--config.judge=shapeworld", "--config.principles=('shape',)",
-             "--config.sampling.batch_size=1", "--config.eval.left_alone_images=1",
+             "--config.sampling.batch_size=2", "--config.eval.left_alone_images=1",
              "--config.eval.rate_images=1")  # fmt: skip
 ENDLESS = ("--config.train.steps=100000", "--config.checkpoint.every=100000", "--config.train.schedule=constant")
 
 
 def start_pair() -> list[subprocess.Popen]:
-    """Two processes of four devices, which run what they are sent."""
+    """Two processes of two devices, which run what they are sent."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     return [
         subprocess.Popen(
             [sys.executable, "-m", "tests.runs.pair", f"localhost:{port},2,{i}"], cwd=small_run.ROOT,
-            env=small_run.environment(devices=4), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            env=small_run.environment(devices=2), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, text=True,
         )
         for i in range(2)
@@ -82,10 +82,10 @@ def run_two(pair, root):
 
 @pytest.fixture
 def alone(root, capfd):
-    """alone(workdir, flags) is what the same command prints in this process, of eight devices."""
+    """alone(workdir, flags) is what the same command prints in this process, on four devices."""
 
     def alone(workdir, *flags) -> str:
-        small_run.run_here(small_run.arguments(root, workdir, *flags))
+        small_run.run_here(small_run.arguments(root, workdir, "--config.mesh.data=4", *flags))
         return capfd.readouterr().out
 
     return alone
