@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+from unittest import mock
 
 ANSWER = "answer: "  # what an answer begins with: others print too
 DIE = "die"
@@ -31,6 +32,19 @@ def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def keep_what_is_compiled():
+    """Has each process write to the compilation cache: JAX has the first alone, whose programs others cannot use."""
+    from jax._src import compiler, distributed
+
+    write = compiler._cache_write
+
+    def write_too(*given):
+        with mock.patch.object(distributed.global_state, "process_id", 0):
+            write(*given)
+
+    compiler._cache_write = write_too
+
+
 def main():
     import jax
 
@@ -39,6 +53,7 @@ def main():
 
     sys.modules["wandb"] = None  # is not installed
     sharding.join(sys.argv[1])
+    keep_what_is_compiled()
     jax.devices()  # as XLA_FLAGS has them: tests.conftest has flags of its own
     for line in sys.stdin:
         arguments = json.loads(line)
