@@ -46,9 +46,9 @@ VAE = LEVELS | dict(
 )
 
 
-# The files that take longest, each a minute or more: a worker that begins with them does not end with them.
+# The files that take longest, each half a minute or more: a worker that begins with them does not end with them.
 LONGEST = (
-    "multihost train step run compare recovery half_precision value_encoders images training parity build_preferences"
+    "run multihost train recovery build_preferences value_encoders of_unet step images notebook compare shapeworld"
 ).split()
 
 

@@ -1,5 +1,6 @@
 """A run of seconds, as a user starts it: a small model of random weights, pairs that show nothing, no evaluation."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -10,7 +11,11 @@ import sys
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import flags
+from absl.testing import flagsaver
 
+import run as command_line
+from livo_jax import commands
 from tests.conftest import DEVICES, QUICK
 from tests.data import test_data
 
@@ -39,18 +44,37 @@ def environment(devices: int = 1) -> dict:
     return os.environ | {"XLA_FLAGS": f"{DEVICES.format(devices)} {QUICK}"}
 
 
-def start(root, workdir, *flags, devices: int = 1, **more) -> subprocess.Popen:
-    command = [
-        sys.executable, "run.py", "--config=configs/tiny.py:smoke", f"--workdir={workdir}",
-        f"--config.model={root / 'model'}", "--config.random_weights=True", f"--config.data.directory={root / 'pairs'}",
+def arguments(root, workdir, *given) -> list[str]:
+    """The small run's command, of the model and pairs in `root`."""
+    return [
+        "run.py", "--config=configs/tiny.py:smoke", f"--workdir={workdir}", f"--config.model={root / 'model'}",
+        "--config.random_weights=True", f"--config.data.directory={root / 'pairs'}",
         "--config.principles=('shape', 'colour')", "--config.judge=", "--config.eval.seen=('cook',)",
         "--config.eval.held_out=('baker',)", "--config.sampling.steps=2", "--config.log.samples_every=0",
-        "--config.log.every=1", "--config.data.cache=False", *flags,
+        "--config.log.every=1", "--config.data.cache=False", *given,
     ]  # fmt: skip
+
+
+def start(root, workdir, *given, devices: int = 1, **more) -> subprocess.Popen:
+    """The small run as a process."""
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment(devices) | more, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True,
+        [sys.executable, *arguments(root, workdir, *given)], cwd=ROOT, env=environment(devices) | more,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
+
+
+def run_here(arguments: list[str]):
+    """A command in this process, which saves the seconds of a start."""
+    import grain  # noqa: F401 (it defines flags, which flagsaver would take away again)
+
+    before, sys.argv = sys.argv, list(arguments)  # where config_flags looks for overrides
+    try:
+        with contextlib.chdir(ROOT), flagsaver.flagsaver():
+            flags.FLAGS.unparse_flags()
+            commands.parse(arguments)
+            command_line.main(arguments[:1])
+    finally:
+        sys.argv = before
 
 
 def finish(process) -> str:

@@ -123,9 +123,9 @@ def compiled_step(mesh, **settings):
     return compiled, state, params, plan.traffic(sd, state["params"], sharding.RULES, params, mesh, config)
 
 
-def test_data_parallel_steps_send_gradients_alone():
+def test_data_parallel_steps_send_gradients_alone(root):
     """One sum over the devices: each trained array, and the seven scalars of the metrics."""
-    compiled, state, _, planned = compiled_step(sharding.make_mesh(8))
+    compiled, state, _, planned = compiled_step(sharding.make_mesh(8), model=str(root / "model"), random_weights=True)
     ((kind, sizes, among),) = collectives(compiled)
     trained = [
         x.nbytes for name, part in state["params"].items() if name != "embeddings" for x in jax.tree.leaves(part)

@@ -1,5 +1,6 @@
 """Modules of published directories: read, made at random, written."""
 
+import functools
 import json
 import pathlib
 import re
@@ -70,7 +71,11 @@ def read_config(model_class, directory: pathlib.Path):
 
 def skeleton(model_class, directory: pathlib.Path):
     """A component without weights: the graph of its module, and the tree of its parameters' shapes."""
-    config = read_config(model_class, directory)
+    return _skeleton(model_class, read_config(model_class, directory))
+
+
+@functools.cache  # a comparison loads its base for each method
+def _skeleton(model_class, config):
     return split(nnx.eval_shape(lambda: model_class(config, rngs=one_key())))
 
 

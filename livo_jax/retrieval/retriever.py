@@ -59,6 +59,11 @@ def _calibration() -> dict[str, set[str]]:
     return {prompt: wanted for rows in labelled("calibration").values() for prompt, wanted in rows.items()}
 
 
+@functools.lru_cache(16)  # a call with values="auto" makes a retriever, and reading the keywords takes a while
+def _rules(values: tuple) -> Rules:
+    return Rules(values, lists())
+
+
 class Always:
     """Finds its values in every prompt."""
 
@@ -126,7 +131,7 @@ class Retriever:
             problems.append(f"llm needs a model and the base URL of an endpoint, not {model!r} and {endpoint!r}")
         if problems:
             raise ValueError("the retriever cannot work: " + "; ".join(problems))
-        self.rules = Rules(self.values, lists())
+        self.rules = _rules(self.values)
         self.backends = {}
         for name in chosen:
             match name:

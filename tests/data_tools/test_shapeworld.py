@@ -204,8 +204,8 @@ def test_diffusers_loads_the_model_and_draws_the_same(base):
 
 def test_the_model_shares_the_prejudice_and_obeys_words(base):
     """Stereotyped without words, what is said with them: there is something to align, and pairs can be drawn."""
-    settings = dict(steps=12, guidance_scale=1.5, batch_size=64, mesh=sharding.make_mesh(1))
-    trades = list(TRADES)
+    settings = dict(steps=10, guidance_scale=1.5, batch_size=32, mesh=sharding.make_mesh(1))
+    trades = list(TRADES)[::2]
     colours = [colour for colour, _ in zip(itertools.cycle(COLOURS), trades)]
     others = colours[2:] + colours[:2]
 

@@ -196,7 +196,7 @@ def test_an_evaluation_with_sets(tmp_path):
     config.principles, config.sampling.steps = ("shape", "bloody"), 2
     config.eval.left_alone_images = config.eval.rate_images = 0
     config.judging.thresholds = (20,)
-    mesh, found = sharding.make_mesh(data=8), values.load(config.principles)
+    mesh, found = sharding.make_mesh(data=1), values.load(config.principles)
     sd = StableDiffusion.from_pretrained(config.model, sharding=sharding.replicated(mesh))
     judge = judges.load(config, found, evaluate.subjects(config))
     method = methods.make_method(config)

@@ -378,13 +378,13 @@ def test_a_hub_id_fetches_what_is_needed(hub, tmp_path):
     assert list((tmp_path / "home" / "hub").glob("models--owner--model"))
 
     fetched.clear()
-    answer = load_from(hub, tmp_path / "home", load.format(", variant='fp16'"))
+    none = "; StableDiffusion.from_pretrained('owner/none')"
+    answer = load_from(hub, tmp_path / "home", load.format(", variant='fp16'") + none)
     assert "loaded" in answer.stdout, answer.stderr
+    assert "no model at 'owner/none'" in answer.stderr and "hf download owner/none" in answer.stderr
     assert {name.split(".", 1)[1] for name in fetched} == {"fp16.safetensors"}
 
     fetched.clear()
     code = "ValueEncoder.from_pretrained('owner/model', subfolder='text_encoder')\n" + load.format("")
     answer = load_from(hub, tmp_path / "home", code, HF_HUB_OFFLINE="1")
     assert "loaded" in answer.stdout and not fetched, answer.stderr
-    answer = load_from(hub, tmp_path / "home", "StableDiffusion.from_pretrained('owner/none')")
-    assert "no model at 'owner/none'" in answer.stderr and "hf download owner/none" in answer.stderr

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from configs import tiny
-from livo_jax import StableDiffusion, values
+from livo_jax import StableDiffusion, sharding, values
 from livo_jax.data import dataset
 from livo_jax.data.preferences import Preferences
 from livo_jax.files import directories
@@ -31,10 +31,18 @@ from tests import small_run
 SHAPE, COLOUR, BLOODY = values.load(("shape", "colour", "bloody"))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_device():
+    """On other devices than those of `command` pixels may round otherwise."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "make_local_mesh", lambda: sharding.make_mesh(1))
+        yield
+
+
 @pytest.fixture(scope="module")
 def config():
     config = tiny.get_config("smoke")
-    config.sampling.steps, config.sampling.batch_size = 12, 2
+    config.sampling.steps, config.sampling.batch_size = 12, 16
     c = config.preferences
     c.pairs_per_scene, c.candidates_per_pair, c.census_per_scene, c.images_per_file = 3, 1.5, 4, 16
     return config
@@ -81,8 +89,8 @@ def files(directory) -> dict[str, bytes]:
     return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
-def command(config, out, *flags, devices=8):
-    """The build of this config as its own process; started. On other devices than here, pixels may round otherwise."""
+def command(config, out, *flags):
+    """The build of this config as its own process; started."""
     c, s = config.preferences, config.sampling
     overrides = {
         "preferences.pairs_per_scene": c.pairs_per_scene, "preferences.candidates_per_pair": c.candidates_per_pair,
@@ -93,7 +101,7 @@ def command(config, out, *flags, devices=8):
     return subprocess.Popen(
         [sys.executable, "-m", "data_tools.build_preferences", "--config=configs/tiny.py:smoke", f"--out={out}"]
         + arguments + list(flags),
-        env=small_run.environment(devices),
+        env=small_run.environment(),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 

@@ -33,9 +33,10 @@ def losses(workdir):
     return [line["train/loss"] for line in lines if "train/loss" in line]
 
 
-def test_the_losses_are_those_of_the_images(config, tmp_path):
+def test_the_losses_are_those_of_the_images(config, root, tmp_path):
     """With second values, named attributes, anchors and mirror images."""
     config = config.copy_and_resolve_references()
+    config.model, config.random_weights = str(root / "model"), True
     config.data.beside = config.data.attributes = config.data.anchors = 0.5
     train_and_evaluate(config, tmp_path / "images")
     cached = config.copy_and_resolve_references()

@@ -138,6 +138,7 @@ def get_config():
     config = compare_tiny.get_config("smoke")
     for name, own in [*config.methods.items()]:
         own.principles, own.mesh.data, own.sampling.batch_size = ("shape", "bloody"), 1, 8
+        own.sampling.steps, own.eval.harmful_wordings, own.eval.left_alone_wordings = 2, {{}}, {{}}
         own.train.steps, own.eval.rate_images = min(own.train.steps, 2), 0
         own.eval.images_per_prompt = own.eval.harm_images_per_prompt = own.eval.left_alone_images = 2
         if name not in {METHODS}:

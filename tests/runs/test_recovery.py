@@ -272,11 +272,12 @@ def test_a_run_in_the_background_of_a_script_ignores_ctrl_c():
 
 RUN = ("--config.train.accumulate=2", "--config.train.ema_decay=0.9", "--config.train.steps=16",
        "--config.checkpoint.every=2", "--config.log.samples_every=1000000")  # fmt: skip
+HERE = ("--config.mesh.data=1",)  # this process has eight devices, one that is started has one
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(root):
-    small_run.finish(small_run.start(root, root / "uninterrupted", *RUN, "--config.profile.steps=2"))
+    small_run.run_here(small_run.arguments(root, root / "uninterrupted", *RUN, *HERE, "--config.profile.steps=2"))
     return root / "uninterrupted"
 
 
@@ -310,7 +311,7 @@ def assert_same(workdir, whole):
     assert names(workdir) == names(whole), "nothing half-written is left"
 
 
-def test_killed_and_terminated_a_run_ends_as_if_it_were_not(root, uninterrupted, tmp_path):
+def test_killed_and_terminated_a_run_ends_as_if_it_were_not(root, uninterrupted, tmp_path, capfd):
     workdir = tmp_path / "run"
     process = small_run.start(root, workdir, *RUN)
     wait_for(workdir, process, 4)
@@ -329,7 +330,8 @@ def test_killed_and_terminated_a_run_ends_as_if_it_were_not(root, uninterrupted,
         step = Checkpoints(epath.Path(workdir)).latest_step()
         assert least <= step < 16 and f"{one.name}: step {step} is saved in {workdir}/checkpoints" in out
 
-    assert f"at step {step}\n" in small_run.finish(small_run.start(root, workdir, *RUN))
+    small_run.run_here(small_run.arguments(root, workdir, *RUN, *HERE))
+    assert f"at step {step}\n" in capfd.readouterr().out
     assert_same(workdir, uninterrupted)
 
 

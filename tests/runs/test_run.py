@@ -1,6 +1,8 @@
 """The command line, as a user meets it: a whole small run, its files, and its answers to mistakes."""
 
+import contextlib
 import csv
+import io
 import json
 import os
 import pathlib
@@ -11,12 +13,8 @@ import sys
 
 import numpy as np
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 from PIL import Image
 
-import run as command_line
-from livo_jax import commands
 from livo_jax.files import directories
 from tests import small_run
 
@@ -42,43 +40,46 @@ def run(workdir, *given, **kw):
 
 
 @pytest.fixture
-def main(monkeypatch, capfd):
+def main(capfd):
     """main(workdir, flags) is what the command prints, run in this process, which saves the seconds of a start."""
 
     def main(workdir, *given, **kw) -> str:
-        import grain  # noqa: F401 (it defines flags, which flagsaver would take away again)
-
-        given = arguments(workdir, *given, **kw)
-        monkeypatch.chdir(ROOT)
-        monkeypatch.setattr(sys, "argv", list(given))  # where config_flags looks for overrides
-        with flagsaver.flagsaver():
-            flags.FLAGS.unparse_flags()
-            commands.parse(given)
-            command_line.main(given[:1])
+        small_run.run_here(arguments(workdir, *given, **kw))
         return "".join(capfd.readouterr())
 
     return main
 
 
 @pytest.fixture
-def answer(main, capfd):
-    """answer(workdir, flags) is the error that the command ends with, and what it prints."""
+def answer_to(capfd):
+    """answer_to(arguments) is the error that the command ends with, and what it prints."""
 
-    def answer(workdir, *given) -> str:
+    def answer_to(arguments) -> str:
         with pytest.raises((Exception, SystemExit)) as error:
-            main(workdir, *given)
+            small_run.run_here(arguments)
         assert error.type is not SystemExit or error.value.code not in (0, None), "it tells the shell"
         return f"{error.type.__name__}: {error.value}\n{''.join(capfd.readouterr())}"
+
+    return answer_to
+
+
+@pytest.fixture
+def answer(answer_to):
+    """answer(workdir, flags) is that of the embedded world's run."""
+
+    def answer(workdir, *given) -> str:
+        return answer_to(arguments(workdir, *given))
 
     return answer
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("runs") / "finished"
-    process = run(workdir, "--config.log.samples_every=4")
-    assert process.returncode == 0, process.stderr
-    return workdir, process
+    """A workdir of a finished run, and what it printed."""
+    workdir, printed, progress = tmp_path_factory.mktemp("runs") / "finished", io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(progress):
+        small_run.run_here(arguments(workdir, "--config.log.samples_every=4"))
+    return workdir, printed.getvalue(), progress.getvalue()
 
 
 @pytest.fixture
@@ -99,9 +100,9 @@ FLOORED = ("D1", "D2", "entropy", "TV", "joint_TV", "joint_D1", "mutual_informat
 
 
 def test_a_run_leaves_what_it_promises(finished):
-    workdir, process = finished
-    assert "shape equality" in process.stdout and "held_out" in process.stdout
-    assert "train: 100%" in process.stderr and "evaluate: 100%" in process.stderr
+    workdir, printed, progress = finished
+    assert "shape equality" in printed and "held_out" in printed
+    assert "train: 100%" in progress and "evaluate: 100%" in progress
     assert json.loads((workdir / "config.json").read_text())["train"]["steps"] == 4
     assert {p.name for p in (workdir / "checkpoints").iterdir()} == {"2", "4"}
     assert list((workdir / "tensorboard").glob("events*"))
@@ -141,22 +142,25 @@ def test_a_run_leaves_what_it_promises(finished):
     assert "eval/shape_equality/livo/seen/D1" in names
 
 
-def test_rerunning_a_finished_run_says_so(finished):
-    workdir, _ = finished
+def test_rerunning_a_finished_run_says_so(finished, main):
+    workdir, *_ = finished
     before, sheet = metrics(workdir), workdir / "samples" / "step_4.png"
     picture = sheet.read_bytes()
     sheet.unlink()
-    process = run(workdir, "--config.log.samples_every=4")
-    assert process.returncode == 0, process.stderr
+    printed = main(workdir, "--config.log.samples_every=4")
     assert sheet.read_bytes() == picture, "it is drawn where the end came before it was"
-    assert "is finished: its 4 steps are trained and evaluated" in process.stdout and "D1" in process.stdout
+    assert "is finished: its 4 steps are trained and evaluated" in printed and "D1" in printed
     assert metrics(workdir) == before
 
 
 def test_evaluate_and_generate_read_the_checkpoint(finished, main, tmp_path):
-    workdir, _ = finished
+    workdir, *_ = finished
     shutil.copytree(workdir, tmp_path / "run")
-    further = ("--config.eval.combinations=True", "--config.eval.strengths=(0.0, 0.5, 1.0)")
+    further = (
+        "--config.eval.combinations=True", "--config.eval.strengths=(0.0, 0.5, 1.0)", "--config.eval.seen=('cook',)",
+        "--config.eval.held_out=('baker',)", "--config.eval.images_per_prompt=2",
+        "--config.eval.harm_images_per_prompt=2",
+    )  # fmt: skip
     printed = main(tmp_path / "run", "--mode=evaluate", "--config.eval.seed=1", *further)
     rows = json.loads((tmp_path / "run" / "eval" / "results.json").read_text())["rows"]
     means = {(r["value"], r["method"], r["split"], r["metric"]): r["mean"] for r in rows}
@@ -271,7 +275,7 @@ def test_a_mistake_is_answered_by_the_command(given, told, tmp_path):
 
 
 def test_a_workdir_keeps_its_config(finished, answer):
-    workdir, _ = finished
+    workdir, *_ = finished
     before = (workdir / "config.json").read_text()
     told = answer(workdir, "--config.seed=4", "--config.train.learning_rate=1.0", "--config.eval.seed=1",
                   "--config.judging.model=a-vlm", "--config.judging.budget=9")  # fmt: skip
@@ -282,41 +286,47 @@ def test_a_workdir_keeps_its_config(finished, answer):
     assert (workdir / "config.json").read_text() == before
 
 
-def test_nothing_that_is_not_finite_is_saved(pairs, answer, tmp_path):
+def test_nothing_that_is_not_finite_is_saved(root, answer_to, tmp_path):
     """The squares of the parameters overflow at the first learning rate, at the second the next loss alone."""
-    run = (pairs, *CONSTANT, "--config.train.steps=6", "--config.checkpoint.every=1")
-    told = answer(tmp_path / "at once", *run, "--config.train.learning_rate=1e30")
+    run = (*CONSTANT, "--config.train.steps=6", "--config.checkpoint.every=1")
+    told = answer_to(small_run.arguments(root, tmp_path / "at once", *run, "--config.train.learning_rate=1e30"))
     assert "FloatingPointError: the norm of the parameters after step 1 is inf. There is no checkpoint: the " in told
     assert not (tmp_path / "at once" / "checkpoints").exists()
-    told = answer(tmp_path / "later", *run, "--config.train.learning_rate=1e12")
+    told = answer_to(small_run.arguments(root, tmp_path / "later", *run, "--config.train.learning_rate=1e12"))
     saved = tmp_path / "later" / "checkpoints"
     assert "FloatingPointError: the loss of step 2 is nan, the norm of the gradients of step 2 is nan" in told
     assert f"is step 1 in {saved}: the same command meets the same batch at step 2" in told
     assert [path.name for path in saved.iterdir()] == ["1"]
 
 
-def test_a_run_of_before_goes_on_longer(pairs, finished, main, answer, tmp_path, monkeypatch):
+def test_a_run_of_before_goes_on_longer(root, answer_to, capfd, tmp_path, monkeypatch):
     """In a home, from pairs that cannot be written. Its config.json is of before some fields; it gets more steps."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    shutil.copytree(finished[0] / "preferences", tmp_path / "pairs", ignore=shutil.ignore_patterns("cache"))
+    shutil.copytree(root / "pairs", tmp_path / "pairs")
     access = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: "pairs" not in str(path) and access(path, mode))
-    given = ("--config.data.directory=~/pairs", "--config.judge=", *CONSTANT)
-    main("~/run", *given, "--config.train.steps=2")
+
+    def command(*given):
+        of_all = ("--config.data.directory=~/pairs", "--config.data.cache=True", *CONSTANT)
+        return small_run.arguments(root, "~/run", *of_all, *given)
+
+    small_run.run_here(command("--config.train.steps=2"))
     run = tmp_path / "run"
     assert (run / "cache" / "made_of.json").exists() and not (tmp_path / "pairs" / "cache").exists()
     written = json.loads((run / "config.json").read_text())
     del written["cpu_devices"], written["data"]["cache"], written["loss"]["form"], written["value_encoder"]["states"]
     written["train"]["gone"] = 1
     (run / "config.json").write_text(json.dumps(written))
-    main("~/run", "--mode=export", "--out=~/export")
+    small_run.run_here(command("--mode=export", "--out=~/export"))
     assert (tmp_path / "export" / "README.md").exists()
-    assert f"resuming {run} at step 2" in main("~/run", *given, "--config.train.steps=3")
+    capfd.readouterr()
+    small_run.run_here(command("--config.train.steps=3"))
+    assert f"resuming {run} at step 2" in capfd.readouterr().out
     assert json.loads((run / "config.json").read_text())["loss"]["form"] == "livo"
-    told = answer("~/run", *given, "--config.train.steps=2")
+    told = answer_to(command("--config.train.steps=2"))
     assert f"{run}/checkpoints has step 3, config.train.steps=2: choose as many at least" in told
     with directories.held(run, "trains in"):
-        told = answer("~/run", *given, "--config.train.steps=3")
+        told = answer_to(command("--config.train.steps=3"))
     assert f"FileExistsError: another process trains in {run}: PID {os.getpid()} on " in told
 
 

@@ -56,14 +56,14 @@ def losses(record) -> list[float]:
 
 @pytest.fixture(scope="module")
 def on_one_device(small):
-    return run(small, 1, steps=10)
+    return run(small, 1, steps=10, ema_decay=0.15)
 
 
-@pytest.mark.parametrize("mesh, shard_frozen", [((8, 1, 1), False), ((4, 2, 1), False), ((2, 2, 2), True)])
-def test_ten_steps_are_the_same_on_any_mesh(small, on_one_device, mesh, shard_frozen):
-    record = run(small, *mesh, steps=10, shard_frozen=shard_frozen)
-    assert losses(record) == pytest.approx(losses(on_one_device), abs=ROUNDING)
-    trees = record[-1][1]["params"], on_one_device[-1][1]["params"], small[2]["text_encoder"]
+@pytest.mark.parametrize("mesh, shard_frozen", [((2, 1, 1), False), ((1, 2, 1), False), ((2, 2, 2), True)])
+def test_steps_are_the_same_on_any_mesh(small, on_one_device, mesh, shard_frozen):
+    record = run(small, *mesh, steps=4, shard_frozen=shard_frozen)
+    assert losses(record) == pytest.approx(losses(on_one_device)[:4], abs=ROUNDING)
+    trees = record[-1][1]["params"], on_one_device[3][1]["params"], small[2]["text_encoder"]
     leaves = zip(*(jax.tree_util.tree_leaves_with_path(tree) for tree in trees))
     for (path, ours), (_, theirs), (_, first) in leaves:
         # Where a gradient is rounding, AdamW makes its sign a step of the learning rate: the keys' bias.
@@ -78,10 +78,9 @@ def test_every_parameter_trains(small, on_one_device):
     assert all(0 < x < 0.02 for x in jax.tree.leaves(moved))
 
 
-@pytest.mark.parametrize("devices", [1, 2])
-def test_accumulation_changes_no_number(small, on_one_device, devices):
-    """Four micro-batches: the losses and gradients of the whole batch."""
-    whole, parts = on_one_device[0], run(small, devices, accumulate=4)[0]
+def test_accumulation_changes_no_number(small, on_one_device):
+    """Four micro-batches, on two devices: the losses and gradients of the whole batch."""
+    whole, parts = on_one_device[0], run(small, 2, accumulate=4)[0]
     assert parts[0]["loss"] == pytest.approx(whole[0]["loss"], abs=ROUNDING)
     for a, b in zip(*(jax.tree.leaves(state["opt_state"][1][0].mu) for _, state in (whole, parts))):
         np.testing.assert_allclose(a, b, atol=1e-6)
@@ -90,7 +89,7 @@ def test_accumulation_changes_no_number(small, on_one_device, devices):
 def test_moving_average(small, on_one_device):
     """Its decay rises as t / (t + 9), to ema_decay."""
     history = [small[2]["text_encoder"], *(state["params"] for _, state in on_one_device[:2])]
-    _, (_, state) = run(small, 1, steps=2, ema_decay=0.15)
+    _, state = on_one_device[1]
     first = jax.tree.map(lambda a, b: 0.1 * a + 0.9 * b, *history[:2])  # 1 / 10 is below 0.15
     expected = jax.tree.map(lambda a, b: 0.15 * a + 0.85 * b, first, history[2])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), state["ema"], expected)

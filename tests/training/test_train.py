@@ -145,7 +145,7 @@ def louder(text_encoder, params: dict, times: float = 10.0):
 
 @pytest.mark.parametrize(
     "min_snr_gamma, second_value, prediction",
-    [(2.0, False, "epsilon"), (0.0, True, "epsilon"), (0.0, False, "v_prediction"), (2.0, False, "v_prediction")],
+    [(2.0, True, "epsilon"), (2.0, False, "v_prediction")],  # with neither: the steps below
 )
 def test_loss_and_gradients_are_pytorchs(parts, torch_models, min_snr_gamma, second_value, prediction):
     sd, networks, frozen, batch = parts
