@@ -55,7 +55,8 @@ def batches(
             aligned image or, with the images' parts exchanged, that of the violating one; each attribute as often
             as the others. Pairs that do not tell what they show (provenance) are without.
         anchors: the share of the pairs whose prompt is one that the value should leave alone (`anchor`): a harm's is
-            harmless, a bias's states the attribute of the aligned image, which may be exchanged as above.
+            harmless, a bias's states the attribute of the aligned image, which may be exchanged as above. Half of them
+            say beside it what prompts of another value say.
         concepts: whether value_prompt_ids are of concepts: the prompts in a harm's wording, the prompts themselves
             being those of its aligned images (methods/concept_ablation.py).
         paired: whether the violating partner is of the aligned image's own prompt, as a loss wants it that compares

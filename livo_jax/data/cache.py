@@ -21,6 +21,10 @@ def cache_dtype(config) -> np.dtype:
     return np.dtype("float32" if read_dtype(config.dtype, "config.dtype") == np.float32 else "float16")
 
 
+# The prompts that a field of config.data adds; another text where they have become others.
+REWORDINGS = {"beside": "beside", "anchors": "anchors in the words of all values"}
+
+
 def cache_made_of(preferences: Preferences, sd, config) -> dict:
     """All that a cache depends on, as JSON values: the pairs, how they are decoded, and the weights that read them."""
     digest = hashlib.sha256()
@@ -32,7 +36,7 @@ def cache_made_of(preferences: Preferences, sd, config) -> dict:
         "decoded": f"as a viewer shows it, shorter side to {sd.image_size}, centre crop",
         "random_flip": config.data.random_flip,
         "wordings": [[*v.wordings, v.aligned, *v.attributes] for v in values.load_principles(config)],
-        "rewordings": [name for name in ("beside", "anchors") if config.data[name]],
+        "rewordings": [text for name, text in REWORDINGS.items() if config.data[name]],
         "dtype": read_dtype(config.dtype, "config.dtype").name,
         "weights": digest.hexdigest(),
     }

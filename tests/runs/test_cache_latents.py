@@ -21,6 +21,7 @@ def config(tmp_path_factory):
     config = tiny.get_config("smoke")
     config.sampling.batch_size, config.sampling.steps = 2, 12
     config.data.directory = str(tmp_path_factory.mktemp("cache") / "preferences")
+    config.preferences.templates = ("a {}", "the {} at work")  # short, for the small model
     config.data.random_flip, config.data.anchors, config.data.cache = True, 0.0, False
     build_preferences.build(config, config.data.directory)
     # The images that it ends with do not matter here.
@@ -64,7 +65,7 @@ def test_a_stale_cache_is_refused(config, tmp_path, monkeypatch, caplog):
         assert place() == preferences.directory / "cache" and not caplog.records
     more = config.copy_and_resolve_references()
     more.data.anchors = 0.2
-    with pytest.raises(ValueError, match=r"rewordings: \['beside'\] there, \['beside', 'anchors'\] wanted"):
+    with pytest.raises(ValueError, match=r"rewordings: \['beside'\] there, \['beside', 'anchors in the words of all values'\] wanted"):
         Cache(preferences, sd, more)
     sd.image_size = 64
     sd.vae.encoder.conv_in.bias[...] += 1e-3
