@@ -16,9 +16,9 @@ import sys
 
 import numpy as np
 from absl import app, flags, logging
+from livo_jax.data_tools.measure_images import METADATA, Pictures, load_judge, places_of, read
 from ml_collections import config_flags
 
-from livo_jax.data_tools.measure_images import METADATA, Pictures, load_judge, places_of, read
 from livo_jax import commands, files, values
 from livo_jax.evaluation import metrics, quality
 from livo_jax.evaluation.uncertainty import confidence
