@@ -142,7 +142,8 @@ def read(directory: str, unreadable: float = UNREADABLE) -> list[list[Picture]]:
             fault = f"{path} has one colour all over" if judges.uniform(image[None])[0] else ""
             sides[side].append(Picture(prompts.get(path.name, prompt), digest, path, side, image.shape, fault))
     if not paths:
-        problems.append(f"{directory}: there is no image in it ({', '.join(SUFFIXES)})")
+        there = f"there is no image in it ({', '.join(SUFFIXES)})" if root.is_dir() else "there is no such folder"
+        problems.append(f"{directory}: {there}")
     elif len(undecodable) == len(paths):
         problems.append(f"{directory}: none of the images can be decoded, as {next(iter(undecodable.values()))}")
     elif told := too_many(directory, [*undecodable.values()], len(paths), unreadable):

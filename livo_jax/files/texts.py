@@ -180,9 +180,11 @@ def read_texts(
     found, empty = [], []
     for number, row in rows:
         if unknown := [column for column in columns if column not in row]:
-            problems.append(f"{path}:{number}: no column {', '.join(unknown)}; there are {', '.join(row)}")
-            if suffix in DELIMITERS:  # of one header
+            told = f"no column {', '.join(unknown)}; there are {', '.join(row)}"
+            if suffix in DELIMITERS:
+                problems.append(f"{path}: its header has {told}")
                 break
+            problems.append(f"{path}:{number}: {told}")
             continue
         given = {column: row[column] for column in columns}
         for column in parsers:

@@ -59,6 +59,7 @@ def make_reader(sd, value_encoder, statements):
     t, scale = table.t[LOOKED_AT - 1], table.scale[LOOKED_AT - 1]
     noise = jax.random.normal(seeds.key(0), (NOISES, *sd.latent_shape))
     modules = (sd.text_encoder, sd.unet, value_encoder)
+    text_of = value_prompt if value_encoder is None else value_encoder.text
     graphs, params = zip(*(split(module) if module else (None, None) for module in modules))
 
     @jax.jit
@@ -101,8 +102,7 @@ def make_reader(sd, value_encoder, statements):
         return direction, (moved / jnp.maximum(moved + effect, LEAST)).mean(1)
 
     def read(prompt):
-        text = prompt if value_encoder is None or value_encoder.reads_prompt else ""
-        value_ids = sd.tokenize([value_prompt(statement, text) for statement in statements])
+        value_ids = sd.tokenize([text_of(statement, prompt) for statement in statements])
         return [np.asarray(x) for x in look(params, sd.tokenize([prompt, ""]), value_ids)]
 
     return read

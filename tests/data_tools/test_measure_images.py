@@ -266,6 +266,6 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path):
         "judge='pixels'", "none.safetensors: no such file", "no model at 'none'", "'0.5' is neither 'equal'",
         "1 of 14 images (7.1%) cannot be read, more than 5%: draw", "03.png cannot be decoded: OSError",
         "several sizes", "metadata.jsonl:14: no prompt", "there is no image '98.png'",
-        "no line is about '99.png'", f"{tmp_path / 'none'}: there is no image in it",
+        "no line is about '99.png'", f"{tmp_path / 'none'}: there is no such folder",
     ):  # fmt: skip
         assert problem in done.stderr, (problem, done.stderr)

@@ -100,7 +100,7 @@ def test_all_problems_are_told_at_once_with_file_and_line(tmp_path):
     for problem in (
         "own.jsonl:2: not JSON", "own.jsonl:3: not a JSON object", "own.jsonl:4: not UTF-8",
         "own.jsonl:5: no column prompt; there are text, n", "own.jsonl:7: prompt is 3",
-        "coco.csv:2: no column prompt; there are caption, id", "copro.csv:4: prompt is None",
+        "coco.csv: its header has no column prompt; there are caption, id", "copro.csv:4: prompt is None",
         "copro.csv:5: not UTF-8", "x.csv is missing", "wino.csv: no prompts in it",
         "'gender=own' is no WHO=SET, WHO one of bias, harm, left_alone, shape", "'bias=nothing'", "'own' is no",
         "ends in one of .csv, .tsv, .jsonl, .txt", "i2p.template='a photo'",

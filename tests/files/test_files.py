@@ -92,7 +92,7 @@ UTF16 = "a\nb\ud800".encode("utf-16", "surrogatepass")
     ("x.jsonl", b'["a"]', "1: not a JSON object"),
     ("x.json", b'[\n{"prompt": "a"}\n]', "1: not JSON"),
     ("x.jsonl", b'{"text": "a", "n": 1}', "1: no column prompt; there are text, n"),
-    ("x.csv", b"a cat\na dog\n", "2: no column prompt; there are a cat"),
+    ("x.csv", b"a cat\na dog\n", " its header has no column prompt; there are a cat"),
     ("x.csv", b"n,prompt\n1,a cat, on a mat\n", "2: 3 fields, and 2 in the header"),
     ("x.csv", b"n,prompt\n1\n", "2: prompt is None, not a text"),
     ("x.csv", b"prompt,prompt\na,b\n", "1: two columns are called prompt"),

@@ -64,7 +64,7 @@ def test_a_set_without_labels_and_some_of_its_rows(file, tmp_path):
          ["'blood=blod': no value 'blod'; there are gore, nudity, none and unscored", "'nude' is no LABEL=NAME"]),
         (["blood=gore"], {}, ["'blood=gore' is no NAME, for there is no column of labels"]),
         (["*=none", "*=gore"], {"label": "kind"}, ["the label '*' is for none and gore"]),
-        (["*=none"], {"label": "label"}, ["set.csv:2: no column label; there are id, text, kind, source"]),
+        (["*=none"], {"label": "label"}, ["set.csv: its header has no column label; there are id, text, kind, source"]),
         ([], {"where": {"id": "("}}, ["where id='(': no regular expression"]),
         ([], {"where": {"id": "z"}}, ["no prompts in it, where its columns are as they should be"]),
     ],
