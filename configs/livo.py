@@ -22,7 +22,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config = common.get_config()
     # Off here, because the paper does not have it, though README.md shows it on the embedded world (configs/tiny.py):
     # a second value beside a pair's own (data.beside), attributes that --ratio mixes (data.attributes), and prompts
-    # that a value should leave alone (data.anchors, loss.anchor). Set them for an encoder that does these things.
+    # that a value should leave alone (data.anchors, loss.anchor). configs/livo_anchored.py sets them.
     c = config.eval
     seen, held_out = word_lists.split(word_lists.words(("careers", "people", "places")))
     c.seen, c.held_out = tuple(seen[::9]), tuple(held_out[::3])  # 17 of each, for time

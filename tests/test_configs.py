@@ -17,7 +17,7 @@ def fields(config) -> set[str]:
     return {name for name in flatten(config.to_dict()) if not name.startswith(MAPS)}
 
 
-@pytest.mark.parametrize("name", ["livo", "sdxl", "tiny"])
+@pytest.mark.parametrize("name", ["livo", "livo_anchored", "sdxl", "tiny"])
 @pytest.mark.parametrize("variant", ["", "smoke"])
 def test_a_config_sets_fields_that_there_are(name, variant):
     """A ConfigDict takes a misspelt field without a word."""
