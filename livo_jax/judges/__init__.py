@@ -59,6 +59,18 @@ def known() -> list[str]:
     return [module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")]
 
 
+def find_maker(config):
+    """The make of config.judge, as `load` has it. Raises ValueError: there is none, and the judges that there are."""
+    if ":" in config.judge:
+        return import_named(config.judge, "config.judge")
+    if config.judge not in known():
+        raise ValueError(
+            f"config.judge={config.judge!r}: choose from {', '.join(known())}, or name one of your own,"
+            " package.module:Name"
+        )
+    return importlib.import_module(f"{__name__}.{config.judge}").make
+
+
 def load(config, values, subjects) -> Judge:
     """The judge of config.judge.
 
@@ -76,14 +88,7 @@ def load(config, values, subjects) -> Judge:
             thresholds out of range and labels of an axis that no value has: all are listed.
         FileNotFoundError: its model is not here.
     """
-    if ":" in config.judge:
-        make = import_named(config.judge, "config.judge")
-    elif config.judge in known():
-        make = importlib.import_module(f"{__name__}.{config.judge}").make
-    else:
-        raise ValueError(
-            f"judge={config.judge!r}: choose from {', '.join(known())}, or name one of your own, package.module:Name"
-        )
+    make = find_maker(config)
     asked = tuple(config.get("judging", {}).get("thresholds", ()))
     highest = max([1.0, *(value.highest for value in values)])
     problems = [

@@ -43,6 +43,8 @@ def check_config(config, mesh):
     problems += problem_of(value_encoders.kind_of, config)
     problems += problem_of(make_preference, config, 1)  # how many timesteps there are is no matter here
     problems += problem_of(prompt_sets.check, config)
+    if config.judge:
+        problems += problem_of(judges.find_maker, config)
     if config.eval.drawn:
         problems += problem_of(resolve_directory, config.eval.drawn)
     unknown = problem_of(values.load_principles, config)
