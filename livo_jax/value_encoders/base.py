@@ -10,6 +10,7 @@ from flax import nnx
 from livo_jax import sharding
 from livo_jax.files.repositories import read_json
 from livo_jax.models.clip import CLIPTextModel, CLIPTextModels, end_of_text
+from livo_jax.models.weights import split
 from livo_jax.values.principles import load_principles, value_prompt
 
 WIDTHS = ("hidden_size", "vocab_size", "max_position_embeddings")
@@ -78,6 +79,13 @@ class TrainableTokens(ValueTokens):
     @abc.abstractmethod
     def from_pretrained(cls, path_or_hub_id, *, sd=None, sharding=None) -> "TrainableTokens":
         """Loads what an export wrote, for a StableDiffusion."""
+
+
+def split_to_draw(value_encoder: ValueTokens) -> tuple[nnx.GraphDef, dict]:
+    """Its structure and parameters without `alone`, which is read before: others that differ in it share programs."""
+    bare = nnx.merge(*split(value_encoder))
+    bare.alone = ()
+    return split(bare)
 
 
 def set_reading(value_encoder: ValueTokens, config) -> ValueTokens:

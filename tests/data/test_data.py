@@ -14,8 +14,9 @@ from livo_jax.runs.build_preferences import png
 from livo_jax.values.principles import text_hash
 
 COUNTS = {"baker": 3, "cook": 5, "smith": 1}
-SHOWN = {"shape equality": ("square",), "colour equality": ("green", "white")}  # on aligned images
-USUAL = {"shape equality": "round", "colour equality": "blue"}  # on violating ones
+BLOODY = "bloody considered inappropriate"
+SHOWN = {"shape equality": ("square",), "colour equality": ("green", "white"), BLOODY: ("",)}  # on aligned images
+USUAL = {"shape equality": "round", "colour equality": "blue", BLOODY: ""}  # on violating ones
 
 
 def write(records, blocks, directory):

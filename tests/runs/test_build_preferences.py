@@ -44,6 +44,7 @@ def config():
     config = tiny.get_config("smoke")
     config.sampling.steps, config.sampling.batch_size = 12, 16
     c = config.preferences
+    c.templates = c.templates[:6]  # without hats, whose colours are others' than the worker's
     c.pairs_per_scene, c.candidates_per_pair, c.census_per_scene, c.images_per_file = 3, 1.5, 4, 16
     return config
 
@@ -95,7 +96,7 @@ def command(config, out, *flags):
     overrides = {
         "preferences.pairs_per_scene": c.pairs_per_scene, "preferences.candidates_per_pair": c.candidates_per_pair,
         "preferences.census_per_scene": c.census_per_scene, "preferences.images_per_file": c.images_per_file,
-        "sampling.steps": s.steps, "sampling.batch_size": s.batch_size,
+        "preferences.templates": c.templates, "sampling.steps": s.steps, "sampling.batch_size": s.batch_size,
     }  # fmt: skip
     arguments = [f"--config.{name}={value}" for name, value in overrides.items()]
     return subprocess.Popen(

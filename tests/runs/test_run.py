@@ -120,7 +120,7 @@ def test_a_run_leaves_what_it_promises(finished):
     assert document["schema"] == 2 and document["judges"] == [{"name": "shapeworld"}]
     results = document["rows"]
     assert {r["method"] for r in results} == {"base", "livo"}
-    further = {"other_words", "spelled_around", "implied"}
+    further = {"other_words", "other_values", "spelled_around", "implied"}
     assert {r["split"] for r in results} == {"seen", "held_out"} | further
     results = [row for row in results if row["split"] not in further]
     for row in results:
@@ -208,7 +208,10 @@ def test_the_papers_recipe_runs_anywhere(main, answer, tmp_path):
     for step in (1, 2):
         assert 0 < train_metrics(tmp_path / "run", step)["train/loss"] < 100
     assert (tmp_path / "run" / "eval" / "report.html").exists()
-    told = answer(tmp_path / "run", "--mode=export", f"--out={tmp_path / 'out'}", "--config.train.ema_decay=0.9")
+    told = answer(
+        tmp_path / "run", "--mode=export", f"--out={tmp_path / 'out'}", "--config.train.ema_decay=0.9",
+        "--config.value_encoder.alone=()",
+    )  # fmt: skip
     assert not (tmp_path / "out").exists()
     assert "made with another config.model, config.train.ema_decay or train_embeddings" in told
 
