@@ -226,9 +226,10 @@ MISTAKES = {  # flags: what the answer holds
     ("--config.train.steps=6", "--config.log.wandb=livo"): "wandb is not installed: pip install wandb",
     ("--mode=trian",): "train.*evaluate.*generate",
     ("--config.model=nowhere",): "no model at 'nowhere'(.|\n)*hf download",
-    ("--config.train.batch_size=0", "--config.train.schedule=linear"): "train.batch_size=0(.|\n)*'linear': choose from",
-    ("--config.loss.timesteps=(900, 2000)", "--config.judge=human", "--config.sampling.sampler=heun"):
-        "timesteps=\\(900, 2000\\)(.|\n)*'heun'(.|\n)*'human': choose from classifier, clip, detector",
+    ("--config.train.batch_size=0", "--config.train.schedule=linear", "--config.judge=human"):
+        "train.batch_size=0(.|\n)*'linear': choose from(.|\n)*'human': choose from classifier, clip, detector",
+    ("--config.loss.timesteps=(900, 2000)", "--config.sampling.sampler=heun"):
+        "timesteps=\\(900, 2000\\)(.|\n)*'heun'",
     ("--config.principles=('shape', 'age')", "--config.train.ema_decay=1.0"):
         "ema_decay=1.0(.|\n)*no value 'age'. Values there: gender.*shape, colour, bloody",
     ("--config.log.samples_every=-1", "--config.profile.steps=-2"):
