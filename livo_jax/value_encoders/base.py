@@ -81,11 +81,13 @@ class TrainableTokens(ValueTokens):
         """Loads what an export wrote, for a StableDiffusion."""
 
 
-def split_to_draw(value_encoder: ValueTokens) -> tuple[nnx.GraphDef, dict]:
-    """Its structure and parameters without `alone`, which is read before: others that differ in it share programs."""
+def without_alone(value_encoder: ValueTokens) -> ValueTokens:
+    """The same without `alone`, which no program reads: value encoders that differ in it alone share one."""
+    if "alone" not in vars(value_encoder):  # where it is set, if only to (), it is in the graph
+        return value_encoder
     bare = nnx.merge(*split(value_encoder))
-    bare.alone = ()
-    return split(bare)
+    del bare.alone
+    return bare
 
 
 def set_reading(value_encoder: ValueTokens, config) -> ValueTokens:
