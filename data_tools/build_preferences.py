@@ -13,7 +13,7 @@ audit.jsonl tells of every candidate why it was kept or dropped. The same comman
 stopped. Equal configs give equal bytes, on any number of processes, and of devices but for their rounding.
 """
 
-from absl import app, flags, logging
+from absl import flags, logging
 from ml_collections import config_flags
 
 from livo_jax import commands, sharding
@@ -32,4 +32,4 @@ if __name__ == "__main__":
     OUT = flags.DEFINE_string("out", None, "The directory to write.")
     DISTRIBUTED = commands.define_distributed()
     flags.mark_flags_as_required(["config", "out"])
-    app.run(main, flags_parser=commands.parse)
+    commands.run(main, flags_parser=commands.parse)

@@ -9,7 +9,7 @@ VAE nor text encoder then. A cache of another model, resolution or dataset is re
 import os
 import sys
 
-from absl import app, flags, logging
+from absl import flags, logging
 from ml_collections import config_flags
 
 from livo_jax import commands, data, sharding
@@ -39,4 +39,4 @@ if __name__ == "__main__":
     DATA = commands.define_path("data", "The dataset, to which the cache is added.")
     DISTRIBUTED = commands.define_distributed()
     flags.mark_flags_as_required(["config", "data"])
-    app.run(main, flags_parser=commands.parse)
+    commands.run(main, flags_parser=commands.parse)

@@ -18,7 +18,7 @@ from collections import Counter, defaultdict
 
 import imagehash
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
 from ml_collections import config_flags
 from PIL import Image, ImageOps
 from tqdm import tqdm
@@ -205,4 +205,4 @@ if __name__ == "__main__":
     LEAST_DISTANCE = flags.DEFINE_integer("least_distance", 4, "Bits of 64 below which two images are near duplicates.")
     CONFIG = config_flags.DEFINE_config_file("config", None, "A config, whose eval.held_out should not occur.")
     flags.mark_flag_as_required("data")
-    app.run(main, flags_parser=commands.parse)
+    commands.run(main, flags_parser=commands.parse)

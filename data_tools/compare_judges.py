@@ -15,7 +15,7 @@ import pathlib
 import sys
 
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
 from livo_jax.data_tools.measure_images import METADATA, Pictures, load_judge, places_of, read
 from ml_collections import config_flags
 
@@ -155,4 +155,4 @@ if __name__ == "__main__":
     OUT = commands.define_path("out", "A JSON file of the rows, and of what is pinned of the judges.")
     CONFIG = config_flags.DEFINE_config_file("config", None, "A config: values and subjects.")
     flags.mark_flags_as_required(["images", "config", "judge"])
-    app.run(main, flags_parser=commands.parse)
+    commands.run(main, flags_parser=commands.parse)

@@ -15,7 +15,7 @@ import pickle
 import sys
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 from safetensors.numpy import save_file
 
 from livo_jax import commands
@@ -110,4 +110,4 @@ if __name__ == "__main__":
         "clip", "", "Hub id of its CLIP, or directory, found from where the file lies; else the published."
     )
     flags.mark_flags_as_required(["kind", "source", "out"])
-    app.run(main, flags_parser=commands.parse)
+    commands.run(main, flags_parser=commands.parse)

@@ -31,7 +31,7 @@ import time
 import warnings
 
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
 from livo_jax.data_tools.fit_retriever import load_models
 from ml_collections import config_flags
 
@@ -270,4 +270,4 @@ if __name__ == "__main__":
     CACHE = flags.DEFINE_string("cache", "", "The directory that keeps its answers.")
     PART = flags.DEFINE_enum("part", "test", ["calibration", "test"], "Of the project's own prompts.")
     MISTAKES = flags.DEFINE_bool("mistakes", False, "Prints the prompts that are got wrong, to stderr.")
-    app.run(main, flags_parser=commands.parse)
+    commands.run(main, flags_parser=commands.parse)

@@ -36,7 +36,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
 from ml_collections import config_flags
 from tqdm import tqdm
 
@@ -357,4 +357,4 @@ if __name__ == "__main__":
     PRINCIPLES_FILE = commands.define_path("principles_file", "A principles.toml of your own.")
     PENALTY = flags.DEFINE_float("penalty", None, "Of the weights' squares. Default: the features' own.", lower_bound=0)
     flags.mark_flags_as_required(["sets", "folder"])
-    app.run(main, flags_parser=commands.parse)
+    commands.run(main, flags_parser=commands.parse)

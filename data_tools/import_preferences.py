@@ -33,7 +33,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
 from tqdm import tqdm
 
 from livo_jax import commands, data, files, judges
@@ -371,4 +371,4 @@ if __name__ == "__main__":
     LARGEST = flags.DEFINE_float("max_gb", MAX_GB, "What a tar may hold, uncompressed.", lower_bound=0)
     MOST = flags.DEFINE_integer("max_members", MAX_MEMBERS, "How many files and folders a tar may hold.", lower_bound=0)
     flags.mark_flags_as_required(["source", "out"])
-    app.run(main)
+    commands.run(main)

@@ -30,7 +30,7 @@ import sys
 from typing import NamedTuple
 
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
 from ml_collections import config_flags
 from tqdm import tqdm
 
@@ -433,4 +433,4 @@ if __name__ == "__main__":
     )
     CONFIG = config_flags.DEFINE_config_file("config", None, "A config: values, judge, subjects.")
     flags.mark_flag_as_required("images")
-    app.run(main, flags_parser=commands.parse)
+    commands.run(main, flags_parser=commands.parse)

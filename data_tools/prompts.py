@@ -15,8 +15,9 @@ import os
 import pathlib
 import sys
 
-from absl import app, flags, logging
+from absl import flags, logging
 
+from livo_jax import commands
 from livo_jax.data.word_lists import WORDS, fault, forms, load_word_lists
 from livo_jax.values.principles import phrase
 
@@ -165,4 +166,4 @@ if __name__ == "__main__":
     TIMEOUT = flags.DEFINE_float("timeout", 60.0, "Seconds for a request.")
     OUT = flags.DEFINE_string("out", None, "The file to write.")
     flags.mark_flags_as_required(["list", "endpoint", "model", "cache", "out"])
-    app.run(main)
+    commands.run(main)

@@ -11,7 +11,7 @@ import csv
 import pathlib
 from itertools import product
 
-from absl import app, flags
+from absl import flags
 from livo_jax.configs import tiny
 from livo_jax.data_tools import shapeworld
 
@@ -76,4 +76,4 @@ def main(_):
 if __name__ == "__main__":
     OUT = commands.define_path("out", "The folder to write.")
     flags.mark_flags_as_required(["out"])
-    app.run(main)
+    commands.run(main)

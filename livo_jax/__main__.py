@@ -61,7 +61,7 @@ def start():
         for flag in flags.FLAGS.get_key_flags_for_module(module):
             flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)  # --help lists it, whichever file is started
     flags.mark_flag_as_required("config")
-    app.run(main, flags_parser=commands.parse)
+    commands.run(main, flags_parser=commands.parse)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
 """What the command lines have in common."""
 
+import linecache
 import os
 import pathlib
 import sys
+import traceback
+from collections.abc import Callable
 
 from absl import app, flags
 
@@ -40,12 +43,13 @@ def divide_cpu(devices: int):
 def find_config(argument: str) -> str:
     """--config=configs/tiny.py, with the path of the installed file where the folder that one works in has none."""
     name, _, file = argument.partition("=")
-    if name.lstrip("-") != "config" or not file.startswith("configs/") or os.path.exists(file.split(":")[0]):
+    path = file.split(":")[0]
+    if name.lstrip("-") != "config" or os.path.exists(path):
         return argument
     for folder in pathlib.Path(__file__).parents[:2]:  # installed, and in a checkout
-        if os.path.exists(folder / file.split(":")[0]):
+        if path.startswith("configs/") and os.path.exists(folder / path):
             return f"{name}={folder / file}"
-    return argument
+    sys.exit(f"{argument}: there is no such file")
 
 
 def parse(argv):
@@ -80,3 +84,30 @@ def parse(argv):
             sys.exit("; ".join(dict.fromkeys(problems)))
         divide_cpu(config.get("cpu_devices", 1))
     return rest
+
+
+def run(main: Callable, flags_parser: Callable | None = None):
+    """absl's app.run, but what livo_jax raises on purpose ends the command with its message alone.
+
+    Such a message names the place and the remedy. Any other error is a fault of the program: it keeps its traceback.
+    """
+
+    def told(argv):
+        try:
+            main(argv)
+        except app.UsageError as error:
+            sys.exit(f"{error}\n--help lists the flags")
+        except Exception as error:
+            if not is_raised_here(error):
+                raise
+            sys.exit(str(error))
+
+    app.run(told, flags_parser=flags_parser)
+
+
+def is_raised_here(error: Exception) -> bool:
+    """Whether an error comes from a raise statement of livo_jax or data_tools, and of no library below them."""
+    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+    package = frame.f_globals["__name__"].split(".")[0]
+    own = package in ("livo_jax", "data_tools", "__main__")
+    return own and linecache.getline(frame.f_code.co_filename, line).lstrip().startswith("raise ")

@@ -91,6 +91,8 @@ def read_values(config, workdir) -> tuple[str | list[str], dict]:
     from livo_jax import values
     from livo_jax.runs.evaluate import read_rates
 
+    if twice := sorted({name for name in VALUE.value if VALUE.value.count(name) > 1}):
+        raise app.UsageError(f"--value={', '.join(twice)} is given more than once: --strength doses a value")
     known = values.load_principles(config)
     if VALUE.value == ["auto"]:
         chosen = "auto"

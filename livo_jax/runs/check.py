@@ -10,9 +10,12 @@ from livo_jax.training.objective import make_preference
 from livo_jax.training.optimizer import make_optimizer
 
 
-def check_config(config, mesh):
-    """Raises ValueError with everything in the config that would fail later and shows without a model."""
-    problems = seeds.problems(config)
+def check_config(config, mesh, further=()):
+    """Raises ValueError with everything in the config that would fail later and shows without a model.
+
+    `further`: problems that are found already, told with these.
+    """
+    problems = [*further, *seeds.problems(config)]
     positive = "train.steps train.reference_batch_size train.accumulate sampling.batch_size checkpoint.every log.every"
     for path in positive.split():
         section, name = path.split(".")

@@ -18,7 +18,7 @@ from livo_jax.files.directories import held, is_remote, resolve_directory
 from livo_jax.files.modules import read_dtype
 from livo_jax.processes import ending_together, say
 from livo_jax.runs import build_preferences, cache_latents
-from livo_jax.runs.check import check_config, check_with_model
+from livo_jax.runs.check import check_config, check_with_model, problem_of
 from livo_jax.runs.checkpoint import Checkpoints, Termination
 from livo_jax.runs.evaluate import evaluate_and_report, read_results, sample_sheet
 from livo_jax.runs.log import Log, check_wandb
@@ -51,34 +51,39 @@ def train_and_evaluate(config, workdir):
         SystemExit: after SIGTERM or Ctrl-C, with its step saved; status 143 or 130, as a shell has them.
     """
     workdir = resolve_directory(workdir)
-    with ending_together():
-        if is_remote(directory := config.data.directory or workdir / "preferences"):
-            raise ValueError(
-                f"{directory} is in a bucket, where pairs cannot be read: give a config.data.directory on disk"
-            )
-        directory = pathlib.Path(directory).expanduser()
-        if not config.judge and not directory.exists():
-            raise ValueError(
-                f"{directory} holds no preference pairs, and without config.judge none can be built:"
-                " give config.data.directory, or a judge that reads the axes of config.principles"
-            )
-        if read_dtype(config.dtype, "config.dtype") == jnp.float16:
-            raise ValueError(
-                f"config.dtype={config.dtype!r}: small gradients are 0 in float16, and no scale of the loss keeps them:"
-                " train in bfloat16 or float32, and draw in float16 if you like"
-            )
-        check_wandb(config)
-    with held(workdir, "trains in"):
-        check_shared(workdir)
-        _train_and_evaluate(config, workdir, directory)
-
-
-def _train_and_evaluate(config, workdir, directory: pathlib.Path):
-    """That of a workdir that is held, with the pairs of `directory`."""
-    # ---- what is given: models, pairs, mesh
+    directory = config.data.directory or workdir / "preferences"
     mesh = sharding.make_mesh(**config.mesh)
     with ending_together():
-        check_config(config, mesh)
+        check_config(config, mesh, problems_of_training(config, directory))
+    with held(workdir, "trains in"):
+        check_shared(workdir)
+        _train_and_evaluate(config, workdir, pathlib.Path(directory).expanduser(), mesh)
+
+
+def problems_of_training(config, directory) -> list[str]:
+    """What stands in the way of training alone, with the pairs of `directory`, and shows without a model."""
+    problems = problem_of(check_wandb, config)
+    if is_remote(directory):
+        problems.append(f"{directory} is in a bucket, where pairs cannot be read: give a config.data.directory on disk")
+    elif not config.judge and not pathlib.Path(directory).expanduser().exists():
+        problems.append(
+            f"{directory} holds no preference pairs, and without config.judge none can be built:"
+            " give config.data.directory, or a judge that reads the axes of config.principles"
+        )
+    if unknown := problem_of(read_dtype, config.dtype, "config.dtype"):
+        return problems + unknown
+    if read_dtype(config.dtype) == jnp.float16:
+        problems.append(
+            f"config.dtype={config.dtype!r}: small gradients are 0 in float16, and no scale of the loss keeps them:"
+            " train in bfloat16 or float32, and draw in float16 if you like"
+        )
+    return problems
+
+
+def _train_and_evaluate(config, workdir, directory: pathlib.Path, mesh):
+    """That of a workdir that is held, with the pairs of `directory`."""
+    # ---- what is given: models, pairs
+    with ending_together():
         sd, module = load_models(config, mesh)
         check_with_model(config, sd)
     checkpoints, steps = Checkpoints(workdir, config.checkpoint.keep), config.train.steps

@@ -52,6 +52,10 @@ class Value:
         return applies(self.statement, self.keep_probability, seed, prompt, index)
 
 
+FIELDS = [field.name for field in dataclasses.fields(Value)][1:-2]  # those of a table
+REQUIRED = [field for field in FIELDS if not hasattr(Value, field)]
+
+
 def text_hash(text: str) -> int:
     """32 bits of a text, the same in every process and on every machine."""
     return zlib.crc32(text.encode())
@@ -128,12 +132,17 @@ def load(names, path=None) -> tuple[Value, ...]:
     tables = read_tables(path)
     known, problems = {}, []
     for name, table in tables.items():
-        problems += [f"[{name}]: {problem}" for problem in keyword_faults(table)]
-        try:
-            value = Value(name, **{k: tuple(v) if isinstance(v, list) else v for k, v in table.items()})
-        except TypeError as error:
-            problems.append(f"[{name}]: {error}")
+        if not isinstance(table, dict):
+            problems.append(f"{name}={table!r} is of no value: it stands above the first [NAME]")
             continue
+        problems += [f"[{name}]: {problem}" for problem in keyword_faults(table)]
+        if lacking := [field for field in REQUIRED if field not in table]:
+            problems.append(f"[{name}] lacks {', '.join(lacking)}")
+        if unknown := [field for field in table if field not in FIELDS]:
+            problems.append(f"[{name}] has {', '.join(unknown)}: there are {', '.join(FIELDS)}")
+        if lacking or unknown:
+            continue
+        value = Value(name, **{k: tuple(v) if isinstance(v, list) else v for k, v in table.items()})
         problems += [f"[{name}]: {problem}" for problem in faults(value)]
         known[name] = value
     problems += [f"no value {name!r}" for name in names if name not in tables]
@@ -180,4 +189,4 @@ def keyword_faults(table: dict) -> list[str]:
         elif field != "descriptions":
             names = {word[1:] for phrase in phrases for word in phrase.split() if word.startswith("@")}
             problems += [f"{field}: there is no list @{name} in people.toml" for name in names - lists().keys()]
-    return problems + [f"{name} is what a Retriever says" for name in ("score", "reason") if name in table]
+    return problems

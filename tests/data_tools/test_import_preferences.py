@@ -404,7 +404,7 @@ def test_command(source, tmp_path):
     command = [sys.executable, "-m", "data_tools.import_preferences", f"--source={path}", f"--out={out}"]
     options = dict(capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
     refused = subprocess.run([*command, "--max_members=2"], **options)
-    assert refused.returncode and "ValueError" in refused.stderr and "--max_members=2" in refused.stderr
+    assert refused.returncode and "Traceback" not in refused.stderr and "--max_members=2" in refused.stderr
     imported = subprocess.run(command, **options)
     assert not imported.returncode, imported.stderr
     assert len(data.Preferences(out).source) == 5

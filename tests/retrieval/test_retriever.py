@@ -202,7 +202,7 @@ descriptions = ["someone smokes a cigarette"]
         + 'stated = "x"\nscore = 1\n[b]\nstatement="x"\nkind="harm"\naxis="y"\nwordings=[]\nkeywords=["@no", "-"]\n'
     )
     with pytest.raises(
-        ValueError, match=r"\[smoking\]: stated='x' is no list .*score is what a.*\[b\]: keywords=\['@no"
+        ValueError, match=r"\[smoking\]: stated='x' is no list .*has score: there are st.*\[b\]: keywords=\['@no"
     ):
         values.load((), file)
     file.write_text(table.replace("Cigarette", "@nowhere", 1))

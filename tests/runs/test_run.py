@@ -13,8 +13,10 @@ import sys
 
 import numpy as np
 import pytest
+from absl import app
 from PIL import Image
 
+from livo_jax import commands, values
 from livo_jax.files import directories
 from tests import small_run
 
@@ -269,13 +271,33 @@ def test_mistakes_are_answered_before_work_is_done(given, answer, tmp_path):
     "given, told",
     [
         ("--config.train.stepz=3", "no config.train.stepz. It has\n"),
+        ("--config=configs/tinny.py", "--config=configs/tinny.py: there is no such file"),
         ("--config=configs/tiny.py:tiny", "configs/tiny.py:tiny: there is configs/tiny.py and configs/tiny.py:smoke"),
-        ("--config.train.batch_size=0", "ValueError: the config cannot work:\n  config.train.batch_size=0: choose"),
+        ("--config.train.batch_size=0", "the config cannot work:\n  config.train.batch_size=0: choose"),
     ],
 )
 def test_a_mistake_is_answered_by_the_command(given, told, tmp_path):
     process = run(tmp_path / "run", given)
     assert process.returncode != 0 and told in process.stdout + process.stderr, process.stdout + process.stderr
+    assert "Traceback" not in process.stderr or "Error whilst parsing config file" in process.stderr
+
+
+def test_only_what_is_raised_on_purpose_is_told_without_a_traceback(monkeypatch):
+    def own(argv):
+        values.load(["nothing"])
+
+    def library(argv):
+        np.zeros(3).reshape(2)
+
+    def usage(argv):
+        raise app.UsageError("needs --out=DIR")
+
+    monkeypatch.setattr(sys, "argv", ["run.py"])
+    for main, told in ((own, "no value 'nothing'"), (usage, "needs --out=DIR\n--help lists the flags")):
+        with pytest.raises(SystemExit, match=told):
+            commands.run(main, flags_parser=list)
+    with pytest.raises(ValueError, match="cannot reshape"):
+        commands.run(library, flags_parser=list)
 
 
 def test_a_workdir_keeps_its_config(finished, answer):
