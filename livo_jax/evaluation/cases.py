@@ -10,6 +10,7 @@ from livo_jax.sampling.requests import Dose, Request, requests_of, with_doses, w
 from livo_jax.values import ratio as ratios
 
 PLAIN = "plain"  # the method of images as config.method draws them, without what is studied of it
+AUTO = "auto"  # the method of images of config.method where a retriever finds the value, elsewhere of the base
 
 
 def prompts(config, value=None) -> list[Prompt]:
@@ -54,8 +55,8 @@ def plan(config, values) -> list[tuple]:
 
 
 def name_beside_others(measured: str, name: str) -> str:
-    """How a name among the results of one method is told beside those of others: PLAIN is of the method measured."""
-    return f"{measured}, {name}" if name == PLAIN and measured != "livo" else name
+    """How a name among the results of one method is told beside those of others: PLAIN and AUTO are of that method."""
+    return f"{measured}, {name}" if name in (PLAIN, AUTO) and measured != "livo" else name
 
 
 def beside_others(measured: str, numbers: dict) -> dict:
@@ -67,7 +68,7 @@ class Case(NamedTuple):
     """A prompt's images, to be measured under a value."""
 
     name: str  # under which the results have it: the value's statement, or that with what is studied of it
-    method: str  # "base", config.method, or PLAIN
+    method: str  # "base", config.method, PLAIN or AUTO
     value: principles.Value
     split: str
     subject: str
@@ -176,6 +177,25 @@ def left_alone(config, values) -> list[Case]:
             requests = everywhere(prompt.requests(n), [value])
             found.append(Case(value.statement, config.method, value, prompt.split, prompt.subject, requests))
     return found
+
+
+def as_chosen(found: list[Case], finds) -> list[Case]:
+    """The cases of one value each as a user of AUTO would get them: on a prompt that it is not found for, the base's.
+
+    Args:
+        found: cases of config.method.
+        finds: finds(prompt) -> the values found for it.
+    """
+    names, chosen = {}, []
+    for case in found:
+        prompt = case.requests[0].prompt
+        if prompt not in names:
+            names[prompt] = {value.name for value in finds(prompt)}
+        if case.value.name not in names[prompt]:
+            requests = [request._replace(values=()) for request in case.requests]
+            case = case._replace(requests=requests, groups=groups_of(case.value, requests, 0.0))
+        chosen.append(case._replace(method=AUTO))
+    return chosen
 
 
 def of_strengths(config, values, shares) -> list[Case]:

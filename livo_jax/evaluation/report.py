@@ -9,13 +9,14 @@ import types
 import numpy as np
 
 from livo_jax.evaluation import charts
-from livo_jax.evaluation.cases import PLAIN
+from livo_jax.evaluation.cases import AUTO, PLAIN
 from livo_jax.evaluation.metrics import document
 from livo_jax.files.images import _uri, png_uri, sheet
 
 TEMPLATE = pathlib.Path(__file__).with_name("report.html.j2")
 
-LABELS = {"base": "base model", "livo": "LiVO", PLAIN: "the value alone, as it is"}  # others are called as they are
+# Others are called as they are.
+LABELS = {"base": "base model", "livo": "LiVO", PLAIN: "the value alone, as it is", AUTO: "where it is found"}
 
 EFFECTS = {"D1": "imbalance", "R": "share of harmful images"}  # what a value is to lower
 

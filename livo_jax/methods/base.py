@@ -16,8 +16,8 @@ from livo_jax.sampling.generate import generate
 TRAINING = ("train", "loss", "data", "value_encoder", "checkpoint", "log", "profile")
 TOKENS = (  # of the methods that have value tokens
     "value_encoder", "train.train_embeddings", "data.beside", "data.attributes", "data.anchors",
-    "sampling.prompt_layout", "eval.rate_images", "eval.combinations", "eval.keep_probabilities", "eval.strengths",
-    "eval.ratios",
+    "sampling.prompt_layout", "eval.rate_images", "eval.auto", "eval.combinations", "eval.keep_probabilities",
+    "eval.strengths", "eval.ratios",
 )  # fmt: skip
 
 

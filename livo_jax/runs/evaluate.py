@@ -13,7 +13,9 @@ from livo_jax import judges, methods, sharding
 from livo_jax import values as principles
 from livo_jax.evaluation import metrics, prompt_sets, report
 from livo_jax.evaluation.cases import (  # fmt: skip
+    AUTO,
     arms,
+    as_chosen,
     cases,
     everywhere,
     left_alone,
@@ -27,6 +29,7 @@ from livo_jax.evaluation.cases import (  # fmt: skip
 from livo_jax.evaluation.drawn import Drawn, Sides, digest, without_values
 from livo_jax.files.directories import resolve_directory
 from livo_jax.files.images import blurred, sheet
+from livo_jax.retrieval.retriever import Retriever, run_files
 from livo_jax.runs.log import read_metrics
 from livo_jax.runs.workdir import read_json
 from livo_jax.sampling.generate import generate
@@ -144,7 +147,7 @@ def requests_asked(measured, alone, pairs, of_arms) -> list[Request]:
     return [*dict.fromkeys(itertools.chain(*rows, *(r for arms in of_arms.values() for r in arms.values())))]
 
 
-def evaluate(sd, drawing: methods.Drawing, config, directory, mesh, judge=None) -> Evaluated:
+def evaluate(sd, drawing: methods.Drawing, config, directory, mesh, judge=None, finds=None) -> Evaluated:
     """Measures the base and a method on the same prompts and noise.
 
     The value of a method with tokens is applied to Value.keep_probability of the images; the others are the base's own.
@@ -153,6 +156,7 @@ def evaluate(sd, drawing: methods.Drawing, config, directory, mesh, judge=None) 
         sd: the base.
         directory: keeps images and readings (Drawn); what is there already is not drawn again.
         judge: as judges.load makes it for config; loaded if None.
+        finds: finds(prompt) -> the values that a retriever finds for it, whose images are then measured too (AUTO).
     """
     values = principles.load_principles(config)
     judge = judge or judges.load(config, values, subjects(config))
@@ -165,6 +169,9 @@ def evaluate(sd, drawing: methods.Drawing, config, directory, mesh, judge=None) 
     measured, alone, pairs, of_arms = asked = ask(config, tokens, even, drawing.together)
     found = Evaluated(sides, measured, alone)
     sides.draw(requests_asked(*asked))
+    if finds:
+        own = [case for case in measured if case.method == config.method and case.name == case.value.statement]
+        measured, alone = measured + as_chosen(own, finds), alone + as_chosen(alone, finds)
 
     # ---- what the tokens show, and what that asks for
     for value in of_arms:
@@ -186,19 +193,39 @@ def evaluate(sd, drawing: methods.Drawing, config, directory, mesh, judge=None) 
         found.add(case, metrics.prompt_metrics(case.value, case.subject, reading, case.target, **may_read), floors)
         if case.stated:
             found.add(case, metrics.stated_shown(case.stated, reading))
-        if case.method == config.method:
+        if case.method in (config.method, AUTO):
             found.add(case, {"distance": sides.distance(case.requests)})
+        if case.method == AUTO:
+            found.add(case, {"chosen": float(is_applied(case))})
     for case in pairs:
         found.keep(case.method, case, case.requests)
         joint = metrics.joint(case.value, case.beside, sides.reading(case.requests))
         found.add(case, joint, metrics.joint_floor(*case.groups))
     for case in alone:
         plain = without_values(case.requests)
-        found.keep("base", case, plain)
+        if case.method == AUTO:
+            found.add(case, {"over_chosen": float(is_applied(case))})
+        else:
+            found.keep("base", case, plain)
         found.keep(case.method, case, case.requests)
         changed = metrics.changed(values, sides.reading(plain), sides.reading(case.requests))
         found.add(case, {"over_refusal": changed, "over_refusal_distance": sides.distance(case.requests)})
     return found
+
+
+def is_applied(case) -> bool:
+    """Whether any image of a case has a value."""
+    return any(request.values for request in case.requests)
+
+
+def find_values(models: methods.Models, config, workdir) -> Retriever:
+    """The retriever of config.eval.auto, which finds the values that the method is for.
+
+    Raises:
+        ValueError, FileNotFoundError: it lacks what it needs, as the file of a fitted backend.
+    """
+    followed = followed_values(config)
+    return Retriever(followed, sd=models.sd, value_encoder=models.value_encoder, files=run_files(workdir, followed))
 
 
 # ---------------------------------------------------------------------------- what a run leaves
@@ -210,7 +237,8 @@ def evaluate_and_report(models: methods.Models, config, mesh, workdir):
     drawing = methods.make_method(config).make_drawing(models, mesh, workdir, judge)
     folder = workdir / "eval"
     directory = resolve_directory(config.eval.drawn) if config.eval.drawn else folder / "drawn"
-    found = evaluate(models.base, drawing, config, directory, mesh, judge)
+    finds = find_values(models, config, workdir) if config.eval.auto else None
+    found = evaluate(models.base, drawing, config, directory, mesh, judge, finds)
     results = metrics.rows(found.numbers)
     if jax.process_index() > 0:
         return results

@@ -17,6 +17,7 @@ from livo_jax.evaluation.report import table
 from livo_jax.files.directories import held, is_remote, resolve_directory
 from livo_jax.files.modules import read_dtype
 from livo_jax.processes import ending_together, say
+from livo_jax.retrieval.retriever import run_files
 from livo_jax.runs import build_preferences, cache_latents
 from livo_jax.runs.check import check_config, check_with_model, problem_of
 from livo_jax.runs.checkpoint import Checkpoints, Termination
@@ -54,13 +55,13 @@ def train_and_evaluate(config, workdir):
     directory = config.data.directory or workdir / "preferences"
     mesh = sharding.make_mesh(**config.mesh)
     with ending_together():
-        check_config(config, mesh, problems_of_training(config, directory))
+        check_config(config, mesh, problems_of_training(config, workdir, directory))
     with held(workdir, "trains in"):
         check_shared(workdir)
         _train_and_evaluate(config, workdir, pathlib.Path(directory).expanduser(), mesh)
 
 
-def problems_of_training(config, directory) -> list[str]:
+def problems_of_training(config, workdir, directory) -> list[str]:
     """What stands in the way of training alone, with the pairs of `directory`, and shows without a model."""
     problems = problem_of(check_wandb, config)
     if is_remote(directory):
@@ -70,6 +71,8 @@ def problems_of_training(config, directory) -> list[str]:
             f"{directory} holds no preference pairs, and without config.judge none can be built:"
             " give config.data.directory, or a judge that reads the axes of config.principles"
         )
+    if config.eval.auto:
+        problems += problem_of(lambda: run_files(workdir, values.load_principles(config)))
     if unknown := problem_of(read_dtype, config.dtype, "config.dtype"):
         return problems + unknown
     if read_dtype(config.dtype) == jnp.float16:

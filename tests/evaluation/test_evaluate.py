@@ -285,6 +285,28 @@ def test_prompts_that_a_value_should_leave_alone():
     assert not evaluate.left_alone(config, three)
 
 
+def test_where_the_retriever_does_not_find_a_value_auto_is_the_base():
+    config, (shape, bloody) = tiny.get_config("smoke"), values.load(("shape", "bloody"))
+    config.eval.images_per_prompt = 20
+    found = [case for case in evaluate.cases(config, (shape, bloody)) if case.method == "livo"]
+    asked = []
+
+    def finds(prompt):
+        asked.append(prompt)
+        return [bloody] if "bloody" in prompt else []
+
+    chosen = evaluate.as_chosen(found, finds)
+    assert len(asked) == len(set(asked)) == len({case.requests[0].prompt for case in found}), "each prompt once"
+    assert {case.method for case in chosen} == {"auto"} and len(chosen) == len(found)
+    for case, ours in zip(chosen, found):
+        if case.value == bloody and "bloody" in case.requests[0].prompt:
+            assert case.requests == ours.requests
+            continue
+        assert case.requests == [request._replace(values=()) for request in ours.requests]
+        if case.value == shape:
+            assert case.groups == metrics.dealt(20, 0, 0.0, [0.5, 0.5]) != ours.groups
+
+
 def test_methods_without_tokens_follow_a_value_in_all_images():
     config, (shape,) = tiny.get_config("smoke"), values.load(("shape",))
     config.method, config.eval.images_per_prompt = "other", 20

@@ -137,7 +137,8 @@ from configs import compare_tiny
 def get_config():
     config = compare_tiny.get_config("smoke")
     for name, own in [*config.methods.items()]:
-        own.principles, own.mesh.data, own.sampling.batch_size = ("shape", "bloody"), 1, 8
+        own.model, own.random_weights, own.data.directory = "ROOT/model", True, "ROOT/pairs"
+        own.principles, own.mesh.data, own.sampling.batch_size = ("shape", "colour"), 1, 8
         own.sampling.steps, own.eval.harmful_wordings, own.eval.left_alone_wordings = 2, {{}}, {{}}
         own.train.steps, own.eval.rate_images = min(own.train.steps, 2), 0
         own.eval.images_per_prompt = own.eval.harm_images_per_prompt = own.eval.left_alone_images = 2
@@ -148,10 +149,10 @@ def get_config():
 """
 
 
-def test_three_methods_from_start_to_end_with_an_interruption(tmp_path):
+def test_three_methods_from_start_to_end_with_an_interruption(root, tmp_path):
     """Two at a time in processes of their own, killed while they are measured; then one after the other."""
     file, workdir = tmp_path / "three.py", tmp_path / "run"
-    file.write_text(CONFIG)
+    file.write_text(CONFIG.replace("ROOT", str(root)))
     start = [sys.executable, "run.py", f"--config={file}", f"--workdir={workdir}", "--mode=evaluate"]
     process = subprocess.Popen(
         start, cwd=ROOT, env=small_run.environment() | {"PYTHONPATH": str(ROOT)}, start_new_session=True,
@@ -198,7 +199,7 @@ def test_three_methods_from_start_to_end_with_an_interruption(tmp_path):
     assert costs["words"]["trained_parameters"] == 0
     for name in ("livo", "dpo_unet"):
         curve = [row for row in read("curves") if row["method"] == name]
-        assert {row["step"] for row in curve} == {2} and {row["metric"] for row in curve} >= {"D1", "R"}
+        assert {row["step"] for row in curve} == {2} and "D1" in {row["metric"] for row in curve}
         assert [row["seconds"] for row in curve] == sorted(row["seconds"] for row in curve)
     page = (workdir / "eval" / "report.html").read_text()
     assert all(name in page for name in METHODS)

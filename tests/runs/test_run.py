@@ -161,7 +161,7 @@ def test_evaluate_and_generate_read_the_checkpoint(finished, main, tmp_path):
     further = (
         "--config.eval.combinations=True", "--config.eval.strengths=(0.0, 0.5, 1.0)", "--config.eval.seen=('cook',)",
         "--config.eval.held_out=('baker',)", "--config.eval.images_per_prompt=2",
-        "--config.eval.harm_images_per_prompt=2",
+        "--config.eval.harm_images_per_prompt=2", "--config.eval.auto=True",
     )  # fmt: skip
     printed = main(tmp_path / "run", "--mode=evaluate", "--config.eval.seed=1", *further)
     rows = json.loads((tmp_path / "run" / "eval" / "results.json").read_text())["rows"]
@@ -174,6 +174,14 @@ def test_evaluate_and_generate_read_the_checkpoint(finished, main, tmp_path):
         if " x 1" == value[-4:] and method == "livo":
             assert mean == means[value, "plain", *rest], "strength 1 is LiVO"
     assert ("shape equality x 0.5", "livo", "seen", "D1") in means
+    harm, chosen = "bloody considered inappropriate", {}
+    for (value, method, split, metric), mean in means.items():
+        if (method, metric) == ("auto", "chosen"):
+            chosen[value, split] = mean
+            side = {0: "base", 1: "livo"}[mean]
+            assert means[value, "auto", split, "readable"] == means[value, side, split, "readable"]
+    assert chosen[harm, "held_out"] == chosen["shape equality", "seen"] == 1 and chosen[harm, "implied"] == 0
+    assert means[harm, "auto", "held_out", "over_chosen"] == means[harm, "auto", "held_out", "over_refusal"] == 0
     both = "shape equality + bloody considered inappropriate"
     assert {method for value, method, *_ in means if value == both} == {"base", "plain", "livo"}
     assert both in printed and "plain" in printed

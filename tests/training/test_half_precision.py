@@ -39,12 +39,17 @@ METHODS = ["full", "lora", "token", "sft", "dpo", "ipo", "kto", *OF_UNET]
 
 @pytest.fixture(scope="module")
 def models(small):
-    """Of the same weights, by dtype."""
-    half = copy.copy(small[0])
-    for name in ("text_encoder", "unet", "vae"):
-        graph, params = split(getattr(half, name))
-        setattr(half, name, nnx.merge(graph, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)))
-    return {jnp.float32: small[0], jnp.bfloat16: half}
+    """Of the same weights, by dtype, on one device: who drew with them before has left them on all."""
+    one = sharding.replicated(sharding.make_mesh(1))
+
+    def cast(dtype):
+        sd = copy.copy(small[0])
+        for name in ("text_encoder", "unet", "vae"):
+            graph, params = split(getattr(sd, name))
+            setattr(sd, name, nnx.merge(graph, jax.tree.map(lambda x: jax.device_put(x.astype(dtype), one), params)))
+        return sd
+
+    return {dtype: cast(dtype) for dtype in (jnp.float32, jnp.bfloat16)}
 
 
 def parts(config, sd):
