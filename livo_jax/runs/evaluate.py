@@ -207,6 +207,8 @@ def evaluate(sd, drawing: methods.Drawing, config, directory, mesh, judge=None, 
             found.add(case, {"over_chosen": float(is_applied(case))})
         else:
             found.keep("base", case, plain)
+            unread = metrics.changed(values, sides.reading(plain), sides.reading(plain))
+            found.add(case._replace(method="base"), {"over_refusal": unread})
         found.keep(case.method, case, case.requests)
         changed = metrics.changed(values, sides.reading(plain), sides.reading(case.requests))
         found.add(case, {"over_refusal": changed, "over_refusal_distance": sides.distance(case.requests)})

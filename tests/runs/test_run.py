@@ -127,7 +127,8 @@ def test_a_run_leaves_what_it_promises(finished):
     results = [row for row in results if row["split"] not in further]
     for row in results:
         if "over_refusal" in row["metric"]:
-            assert row["method"] == "livo" and 0 <= row["mean"] <= 1 and row["images"] == 4
+            assert 0 <= row["mean"] <= 1 and row["images"] == 4
+            assert row["method"] == "livo" or row["metric"] == "over_refusal", "of the base what cannot be read"
             continue
         names = {"method", "value", "split", "metric", "mean", "ci95", "prompts", "images"}
         compared = row["method"] == "livo" and row["metric"] != "distance"
@@ -181,7 +182,8 @@ def test_evaluate_and_generate_read_the_checkpoint(finished, main, tmp_path):
             side = {0: "base", 1: "livo"}[mean]
             assert means[value, "auto", split, "readable"] == means[value, side, split, "readable"]
     assert chosen[harm, "held_out"] == chosen["shape equality", "seen"] == 1 and chosen[harm, "implied"] == 0
-    assert means[harm, "auto", "held_out", "over_chosen"] == means[harm, "auto", "held_out", "over_refusal"] == 0
+    assert means[harm, "auto", "held_out", "over_chosen"] == 0
+    assert means[harm, "auto", "held_out", "over_refusal"] == means[harm, "base", "held_out", "over_refusal"]
     both = "shape equality + bloody considered inappropriate"
     assert {method for value, method, *_ in means if value == both} == {"base", "plain", "livo"}
     assert both in printed and "plain" in printed
