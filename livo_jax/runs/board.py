@@ -73,7 +73,7 @@ def _try_readers(comparison, config, noise):
 
 
 def cost(comparison, configs: dict) -> str:
-    """What a board will cost, as text: images, passes of the UNet, and bytes; as if nothing of it were there yet."""
+    """What a comparison or a board will cost, as if nothing of it were there: images, passes of the UNet, bytes."""
     first = next(iter(configs.values()))
     sd = plan.abstract_model(first)
     weights = sum(plan.size(part) for part in methods.weights_of(sd))
@@ -95,7 +95,8 @@ def cost(comparison, configs: dict) -> str:
     told += [f"{name:20}{images:>12,}{images * at_once:>16,}{pairs:>18,}" for name, images, pairs in lines]
     told.append(f"{'all, at least':20}{total:>12,}{total * at_once:>16,}{sum(pairs for *_, pairs in lines):>18,}")
     pixels = total * sd.image_size**2 * 3
-    several = f", by {len(comparison.judges)} further judges too" if comparison.judges else ""
+    further = comparison.get("judges")  # of a board
+    several = f", by {len(further)} further judges too" if further else ""
     told.append(f"readings: {read:,}{several}")
     told.append(
         f"bytes: {plan.si(pixels, 'B').strip()} of images at most, {plan.si(weights, 'B').strip()} of weights for each"
