@@ -13,8 +13,9 @@ import ml_collections
 import numpy as np
 import pytest
 
-from configs import ablations, compare, compare_tiny
+from configs import ablations, compare, compare_tiny, trainings_tiny
 from livo_jax.evaluation.metrics import Measured, rows_of
+from livo_jax.runs import board
 from livo_jax.runs.compare import combine, trainings_of, write
 from livo_jax.runs.compare import compare as compare_methods
 from tests import small_run
@@ -34,6 +35,16 @@ def test_every_file_of_baselines_is_a_method():
         assert {*config.methods} == {"livo"} | files
         for name, own in config.methods.items():
             assert own.method == name and own.eval == config.methods.livo.eval, f"configs/baselines/{name}.py"
+
+
+@pytest.mark.parametrize("module", [compare_tiny, ablations, trainings_tiny])
+def test_the_cost_is_told_beforehand(module):
+    config = module.get_config()
+    header, base, *rows, total, readings, of_bytes = board.cost(config, config.methods).splitlines()
+    assert [row.split()[0] for row in (base, *rows)] == ["base", *config.methods]
+    (pairs,) = {row.split()[-1] for row in rows if row.startswith("livo ")}
+    own = config.methods.livo.train
+    assert pairs == f"{config.trainings * own.steps * own.batch_size:,}" and "judges" not in readings
 
 
 def test_ablations_change_one_thing_each():
