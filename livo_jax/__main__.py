@@ -11,11 +11,12 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from livo_jax import commands, modes
-from livo_jax.modes import demo, evaluate, export, generate, plan, train
+from livo_jax.modes import attack, demo, evaluate, export, generate, plan, train
 
 MODES = {
     "train": train.train,
     "evaluate": evaluate.evaluate,
+    "attack": attack.attack,
     "generate": generate.generate,
     "export": export.export_run,
     "demo": demo.serve_demo,
@@ -25,7 +26,8 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "The config file, FILE 
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives. Default: runs/<config file's name>.")
 MODE = flags.DEFINE_enum(
     "mode", "train", list(MODES),
-    "train also evaluates at its end; demo serves a page; plan tells what training, or a comparison, needs.",
+    "train also evaluates at its end; attack looks for words that bring a harm back; demo serves a page; plan tells"
+    " what training, or a comparison, needs.",
 )  # fmt: skip
 DISTRIBUTED = commands.define_distributed()
 

@@ -13,7 +13,7 @@ from livo_jax.processes import ending_together
 
 # Fields that may change between the starts of a run: no parameter depends on them, but for rounding.
 FREE = (
-    "checkpoint", "eval", "log", "profile", "mesh", "shard_frozen", "cpu_devices", "data.cache",
+    "checkpoint", "eval", "attack", "log", "profile", "mesh", "shard_frozen", "cpu_devices", "data.cache",
     "judging.endpoint", "judging.cache", "judging.budget", "judging.thresholds",
     "preferences.images_per_file",
 )  # fmt: skip

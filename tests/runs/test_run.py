@@ -248,6 +248,8 @@ MISTAKES = {  # flags: what the answer holds
         "profile.steps=-2: choose 0 .no profile.(.|\n)*samples_every=-1: choose 0 .no samples. or more",
     ("--config.judge=vlm",): "'shape' has no `question`.*model is",
     ("--mode=evaluate",): "no checkpoint: train first",
+    ("--mode=attack", "--config.attack.search=best", "--config.attack.steps=0"):
+        "'best': choose from coordinate, projected(.|\n)*attack.steps=0: choose at least 1",
     ("--mode=generate",): "generate needs --out=DIR",
     ("--mode=generate", "--out=DIR"): "needs --prompt=TEXT or --prompts_file=FILE",
     ("--mode=generate", "--out=DIR", "--prompt=a\udcff", "--prompts_file=docs/demo.png"):
@@ -308,6 +310,25 @@ def test_only_what_is_raised_on_purpose_is_told_without_a_traceback(monkeypatch)
             commands.run(main, flags_parser=list)
     with pytest.raises(ValueError, match="cannot reshape"):
         commands.run(library, flags_parser=list)
+
+
+def test_an_attack_leaves_its_rates_and_what_it_found(finished, main, tmp_path):
+    workdir, *_ = finished
+    shutil.copytree(workdir, tmp_path / "run")
+    budget = [f"--config.attack.{name}=1" for name in ("tokens", "steps", "noises", "candidates")]
+    images = ("--config.eval.harm_images_per_prompt=2", "--config.eval.left_alone_images=1", "--config.eval.auto=True")
+    printed = main(tmp_path / "run", "--mode=attack", *budget, *images, "--config.attack.prompts=2")
+    document = json.loads((tmp_path / "run" / "eval" / "attacks.json").read_text())
+    means = {(r["method"], r["split"], r["metric"]): r["mean"] for r in document["rows"]}
+    assert document["attack"]["search"] == "coordinate" and document["judges"] == [{"name": "shapeworld"}]
+    assert means["base", "no harm said", "R"] == 0 and means["base", "harm said", "R"] == 1
+    assert means["base", "no harm said", "distance"] == 0 < means["base", "harm said", "distance"]
+    assert means["auto", "harm said", "chosen"] == 1 and means["auto", "no harm said", "chosen"] == 0
+    assert ("livo", "attacked", "R") in means and ("livo", "held_out", "over_refusal") in means
+    found = json.loads((tmp_path / "run" / "eval" / "attacks_found.json").read_text())
+    assert [row["method"] for row in found] == ["base", "base", "livo", "livo"]
+    assert all(len(row["tokens"]) == 1 and row["prompt"].startswith("a photo of a") for row in found)
+    assert "attacked" in printed
 
 
 def test_a_workdir_keeps_its_config(finished, answer):

@@ -1,0 +1,269 @@
+"""White-box attacks: words before a prompt that bring a harm back, found by the gradient of a model and its defence.
+
+The objective is UnlearnDiffAtk's (Zhang et al. 2024, "To Generate or Not?", equation 5): the error of the noise that
+is predicted in a target image which shows the harm, under the attacked prompt and, of a defence by tokens, the token:
+
+    min over words of mean over t, eps of | eps_hat(z_t, t, [u; c(words, prompt)]) - eps |^2
+
+Two searches go over the whole words of the vocabulary, so that what is found is a text that anyone can type:
+
+    coordinate   greedy coordinate search (Zou et al. 2023, GCG): the gradient by the embedding of each word proposes
+                 others, of which `candidates` are tried and the best is kept
+    projected    projected steps (Wen et al. 2023, PEZ): embeddings are moved along the gradient, taken at the words
+                 that are nearest to them
+
+All prompts of a batch are attacked in one compiled program, without a stop between its steps.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from livo_jax import diffusion, seeds
+from livo_jax.models.weights import split
+from livo_jax.training.losses import denoising_error
+
+SEARCHES = ("coordinate", "projected")
+LEAST = 1e-12
+JUDGED = 16  # noises by which the words of several restarts are compared
+
+
+class Budget(NamedTuple):
+    """What a search may spend.
+
+    tokens: words before the prompt. steps, restarts: of the search. noises: (t, eps) that a step looks at, the same
+    for all that it compares. candidates: that a step of coordinate tries, of the `likeliest` words of a place. rate:
+    how far a step of projected moves an embedding, in the mean length of a word's.
+    """
+
+    search: str = "coordinate"
+    tokens: int = 3
+    steps: int = 30
+    restarts: int = 1
+    noises: int = 4
+    candidates: int = 32
+    likeliest: int = 32
+    rate: float = 0.2
+
+
+class Texts(NamedTuple):
+    """Ids with a gap of K words before the prompts. ids: [P, L] int32. at: where the gap begins; None for none."""
+
+    ids: np.ndarray
+    at: int | None
+
+
+def whole_words(tokenizer) -> np.ndarray:
+    """The ids of tokens that are words of letters alone, and are read as themselves: a text of them keeps its ids."""
+    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+    read = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return np.array([i for i, (text, ids) in enumerate(zip(texts, read)) if text.strip().isalpha() and ids == [i]])
+
+
+def with_gap(sd, texts: list[str], prompts: list[str], filler: str, tokens: int) -> Texts:
+    """The ids of texts that hold the attacked prompts, each with `tokens` fillers before its prompt.
+
+    Raises:
+        ValueError: a text is too long for so many words more.
+    """
+    filled = [f"{' '.join([filler] * tokens)} {prompt}" for prompt in prompts]
+    texts = [text.replace(prompt, other) if prompt else text for text, prompt, other in zip(texts, prompts, filled)]
+    length = sd.text_encoder.config.max_position_embeddings
+    whole = sd.tokenizer(texts, verbose=False)["input_ids"]
+    if long := [text for text, ids in zip(texts, whole) if len(ids) > length]:
+        raise ValueError(
+            f"{len(long)} prompts, as {long[0]!r}, are longer than the {length} tokens that the text encoder reads:"
+            f" lower config.attack.tokens={tokens}"
+        )
+    (mark,) = sd.tokenizer(filler, add_special_tokens=False)["input_ids"]
+    gap = [mark] * tokens
+    at = next((i for i in range(len(whole[0])) if whole[0][i : i + tokens] == gap), None)
+    return Texts(sd.tokenize(texts), at)
+
+
+def find_words(
+    sd, value_encoder, statement: str, prompts: list[str], targets, budget: Budget, *, seed: int = 0, at_once: int = 16
+) -> list[str]:
+    """The words for each prompt that lead a model to its target.
+
+    Args:
+        sd: a StableDiffusion of one text encoder, with the UNet of the attacked method.
+        value_encoder: of the defence, whose token of `statement` is on every image; None where there is none.
+        targets: [P, H, W, 3] uint8, an image with the harm for each prompt.
+        seed: of all that is drawn: the same seed finds the same words.
+        at_once: prompts that are attacked together, for memory. One program serves all.
+
+    Returns:
+        Texts of `budget.tokens` words. `text + " " + prompt` is the attacked prompt, whose ids are those attacked.
+
+    Raises:
+        ValueError: a model of several text encoders, or prompts that leave no room.
+    """
+    if len(sd.tokenizers) > 1:
+        raise ValueError("attacks go through one text encoder, and this model has two: measure it by prompt sets")
+    allowed = whole_words(sd.tokenizer)
+    filler = sd.tokenizer.decode([int(allowed[0])]).strip()
+    texts = [with_gap(sd, prompts, prompts, filler, budget.tokens)]
+    if value_encoder is not None:
+        read = [value_encoder.text(statement, prompt) for prompt in prompts]
+        reads_prompt = all(prompt in text for prompt, text in zip(prompts, read))
+        hidden = prompts if reads_prompt else [""] * len(prompts)
+        texts.append(with_gap(sd, read, hidden, filler, budget.tokens))
+    graphs, params = zip(*(split(m) if m else (None, None) for m in (sd.text_encoder, sd.unet, value_encoder)))
+    search = make_search(graphs, sd, tuple(text.at for text in texts), budget)
+    found, at_once = [], min(at_once, len(prompts))
+    for start in range(0, len(prompts), at_once):
+        rows = np.minimum(np.arange(start, start + at_once), len(prompts) - 1)  # the last batch is filled up
+        z = encode(sd, np.asarray(targets)[rows])
+        ids = search(params, [text.ids[rows] for text in texts], z, jnp.array(allowed), seeds.key(seed))
+        found += [sd.tokenizer.decode(row) for row in np.asarray(ids).tolist()]
+    return found[: len(prompts)]
+
+
+def encode(sd, images) -> jax.Array:
+    """The latents [P, h, w, C] float32 of images [P, H, W, 3] uint8."""
+    graph, params = split(sd.vae)
+
+    @jax.jit
+    def latents(params, images):
+        mean, _ = nnx.merge(graph, params).encode(images.astype(jnp.float32) / 127.5 - 1)
+        return mean.astype(jnp.float32) * sd.vae.config.scaling_factor
+
+    return latents(params, jnp.asarray(images))
+
+
+def embeddings(params: dict) -> jax.Array:
+    """Those of a text encoder's tokens, [V, D]."""
+    return params["embeddings"]["token_embedding"]["embedding"]
+
+
+def add_rows(params, rows, first: bool):
+    """The parameters with more embeddings of tokens, before the others or behind; of what has none as they are."""
+    if not params or "embeddings" not in params:
+        return params
+    table = embeddings(params)
+    table = jnp.concatenate([rows.astype(table.dtype), table] if first else [table, rows.astype(table.dtype)])
+    tokens = params["embeddings"]["token_embedding"] | {"embedding": table}
+    return params | {"embeddings": params["embeddings"] | {"token_embedding": tokens}}
+
+
+class Objective(NamedTuple):
+    """What a search minimises, and by what.
+
+    errors(params, ids, z, t, eps): [P], of each prompt's target, latents z [P, h, w, C], the mean over M noises t [M],
+        eps [M, h, w, C]. params: of the text encoder, the UNet and the value encoder. ids: of the prompts, and of what
+        the value encoder reads.
+    put(ids, words): the ids with words [P, K] in their gaps.
+    gradient(params, ids, words, z, t, eps): [P, K, D] float32, of the sum of errors by the words' embeddings.
+    """
+
+    errors: Callable
+    put: Callable
+    gradient: Callable
+
+
+def make_objective(graphs, sd, places) -> Objective:
+    """That of a model and its defence; graphs: of these networks, None for none; places: where the gaps begin."""
+
+    def errors(params, ids, z, t, eps):
+        text_encoder, _, value_encoder = (graph and nnx.merge(graph, part) for graph, part in zip(graphs, params))
+        cond = text_encoder(ids[0]).last_hidden_state
+        if value_encoder is not None:
+            u = value_encoder.tokens(ids[1], text_encoder).astype(cond.dtype)
+            cond = jnp.concatenate([u, cond], axis=1)
+        P, M = len(z), len(t)
+        z, cond = (jnp.repeat(x, M, axis=0) for x in (z, cond))
+        t, eps = jnp.tile(t, P), jnp.tile(eps, (P, 1, 1, 1))
+        unet = nnx.merge(graphs[1], params[1])
+        predicted = unet(diffusion.add_noise(sd.schedule, z, eps, t), t, cond)
+        return denoising_error(predicted, diffusion.target(sd.schedule, z, eps, t)).reshape(P, M).mean(1)
+
+    def put(ids, words):
+        return [x if at is None else x.at[:, at : at + words.shape[1]].set(words) for x, at in zip(ids, places)]
+
+    def gradient(params, ids, words, z, t, eps):
+        # Each place gets an embedding of its own: a row more in the table. The end of a text may be its largest id.
+        table, first = embeddings(params[0]), sd.text_encoder.config.eos_token_id == 2
+        own = jnp.arange(words.size).reshape(words.shape) + (0 if first else len(table))
+        ids = put([x + (words.size if first else 0) for x in ids], own)
+
+        def total(rows):
+            extended = [add_rows(part, rows.reshape(-1, rows.shape[-1]), first) for part in params]
+            return errors(extended, ids, z, t, eps).sum()
+
+        return jax.grad(total)(table[words].astype(jnp.float32))
+
+    return Objective(errors, put, gradient)
+
+
+def make_search(graphs, sd, places, budget: Budget):
+    """The compiled search(params, ids, z, allowed, key) -> words [P, K] int32.
+
+    Arguments as make_objective and its functions have them; allowed: ids of the words to choose from.
+    """
+    objective, K, R = make_objective(graphs, sd, places), budget.tokens, budget.restarts
+    step, begin, end = {"coordinate": coordinate, "projected": projected}[budget.search](objective, budget)
+
+    @jax.jit
+    def search(params, ids, z, allowed, key):
+        P, of_start, of_steps, of_end = len(z), *jax.random.split(key, 3)
+        ids, z = [jnp.tile(x, (R, 1)) for x in ids], jnp.tile(z, (R, 1, 1, 1))
+        table = embeddings(params[0])[allowed].astype(jnp.float32)
+        state = begin(allowed[jax.random.randint(of_start, (R * P, K), 0, len(allowed))], params)
+
+        def advance(state, key):
+            of_noise, of_step = jax.random.split(key)
+            noises = draw_noises(of_noise, budget.noises, sd.schedule, z.shape[1:])
+            return step(params, ids, z, noises, allowed, table, state, of_step), None
+
+        state, _ = jax.lax.scan(advance, state, jax.random.split(of_steps, budget.steps))
+        words = end(state, allowed, table)
+        noises = draw_noises(of_end, JUDGED, sd.schedule, z.shape[1:])
+        best = objective.errors(params, objective.put(ids, words), z, *noises).reshape(R, P).argmin(0)
+        return words.reshape(R, P, K)[best, jnp.arange(P)]
+
+    return search
+
+
+def draw_noises(key, M: int, schedule, shape):
+    """t [M] int32, uniform, and eps [M, h, w, C] float32."""
+    of_t, of_eps = jax.random.split(key)
+    t = jax.random.randint(of_t, (M,), 0, schedule.num_timesteps)
+    return t, jax.random.normal(of_eps, (M, *shape))
+
+
+def coordinate(objective: Objective, budget: Budget):
+    """The functions step, begin and end of a greedy coordinate search, whose state is the words [P, K]."""
+
+    def step(params, ids, z, noises, allowed, table, words, key):
+        towards = objective.gradient(params, ids, words, z, *noises)
+        scores = -jnp.einsum("pkd,vd->pkv", towards, table)
+        likeliest = allowed[jax.lax.top_k(scores, min(budget.likeliest, len(allowed)))[1]]  # [P, K, C]
+        of_place, of_word = jax.random.split(key)
+        shape, rows = (budget.candidates, len(words)), jnp.arange(len(words))
+        place = jax.random.randint(of_place, shape, 0, budget.tokens)
+        choice = jax.random.randint(of_word, shape, 0, likeliest.shape[-1])
+        tried = jax.vmap(lambda k, c: words.at[rows, k].set(likeliest[rows, k, c]))(place, choice)
+        tried = jnp.concatenate([words[None], tried])  # [1 + candidates, P, K]
+        found = jax.lax.map(lambda words: objective.errors(params, objective.put(ids, words), z, *noises), tried)
+        return tried[found.argmin(0), rows]
+
+    return step, lambda words, params: words, lambda words, allowed, table: words
+
+
+def projected(objective: Objective, budget: Budget):
+    """The functions step, begin and end of projected steps, whose state is embeddings [P, K, D]."""
+
+    def nearest(x, allowed, table):
+        return allowed[((x[:, :, None] - table) ** 2).sum(-1).argmin(-1)]
+
+    def step(params, ids, z, noises, allowed, table, x, key):
+        towards = objective.gradient(params, ids, nearest(x, allowed, table), z, *noises)
+        length = jnp.linalg.norm(table, axis=-1).mean()
+        return x - budget.rate * length * towards / (jnp.linalg.norm(towards, axis=-1, keepdims=True) + LEAST)
+
+    return step, lambda words, params: embeddings(params[0])[words].astype(jnp.float32), nearest

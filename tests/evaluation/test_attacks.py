@@ -1,0 +1,159 @@
+"""Attacks: gradients, texts that keep their ids, and words that bring the harm back on a model without a defence."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from configs import tiny
+from livo_jax import StableDiffusion, judges, values
+from livo_jax.evaluation import attacks
+from livo_jax.models.weights import split
+from livo_jax.runs import attack
+from livo_jax.value_encoders.full import copy_of
+from tests.data_tools.test_shapeworld import MODEL
+
+PROMPTS = ["a photo of a baker", "a photo of a cook"]
+
+
+@pytest.fixture(scope="module")
+def world():
+    return StableDiffusion.from_pretrained(MODEL)
+
+
+def test_found_words_are_texts_that_keep_their_ids(world):
+    ids = attacks.whole_words(world.tokenizer)
+    rng = np.random.default_rng(0)
+    for row in rng.choice(ids, (50, 3)):
+        text = world.tokenizer.decode(row.tolist())
+        assert world.tokenizer(text, add_special_tokens=False)["input_ids"] == row.tolist()
+        assert all(word.isalpha() for word in text.split())
+
+
+def test_words_stand_before_the_prompt_wherever_it_is_read(world):
+    own = attacks.with_gap(world, PROMPTS, PROMPTS, "the", 2)
+    read = attacks.with_gap(world, [f"shape equality, {p}" for p in PROMPTS], PROMPTS, "the", 2)
+    alone = attacks.with_gap(world, ["shape equality"] * 2, ["", ""], "the", 2)
+    assert own.at == 1 and alone.at is None
+    assert (own.ids == world.tokenize([f"the the {p}" for p in PROMPTS])).all()
+    assert (read.ids == world.tokenize([f"shape equality, the the {p}" for p in PROMPTS])).all()
+    (mark,) = world.tokenizer("the", add_special_tokens=False)["input_ids"]
+    assert (read.ids[:, read.at : read.at + 2] == mark).all()
+    with pytest.raises(ValueError, match="1 prompts, as .* longer than the 24 tokens .* lower config.attack.tokens=20"):
+        attacks.with_gap(world, PROMPTS[:1], PROMPTS[:1], "the", 20)
+
+
+@pytest.mark.parametrize("end", ["its id", "the largest id"])
+@pytest.mark.parametrize("defended", [False, True])
+def test_the_gradient_is_that_of_the_words_embeddings(small, monkeypatch, defended, end):
+    """Of a change of one word's row in both tables, to first order; published models say eos_token_id=2."""
+    sd, rng = small[0], np.random.default_rng(0)
+    value_encoder = copy_of(sd.text_encoder) if defended else None
+    if end == "the largest id":
+        for module in filter(None, (sd.text_encoder, value_encoder)):
+            monkeypatch.setattr(module, "config", module.config.__class__(**{**vars(module.config), "eos_token_id": 2}))
+    modules = (sd.text_encoder, sd.unet, value_encoder)
+    graphs, params = zip(*(split(module) if module else (None, None) for module in modules))
+    read = ["a cook", "equality, a cook"][: 1 + defended]
+    gaps = [attacks.with_gap(sd, [text], ["a cook"], "the", 2) for text in read]
+    texts, objective = [jnp.array(gap.ids) for gap in gaps], attacks.make_objective(graphs, sd, [g.at for g in gaps])
+    elsewhere = {int(i) for ids in texts for i in ids.ravel()}
+    words = jnp.array([[i for i in attacks.whole_words(sd.tokenizer) if i not in elsewhere][:2]])
+    z = jnp.asarray(rng.normal(size=(1, *sd.latent_shape)), jnp.float32)
+    t, eps = attacks.draw_noises(jax.random.key(0), 2, sd.schedule, sd.latent_shape)
+    found = jax.jit(objective.gradient)(params, texts, words, z, t, eps)
+    assert found.shape == (1, 2, sd.text_encoder.config.hidden_size)
+
+    def error(rows):
+        """Both tables with other embeddings of the two words, which stand nowhere else."""
+        changed = []
+        for part in params:
+            if part and "embeddings" in part:
+                table = attacks.embeddings(part).at[words[0]].set(rows)
+                part = part | {"embeddings": part["embeddings"] | {"token_embedding": {"embedding": table}}}
+            changed.append(part)
+        return objective.errors(changed, objective.put(texts, words), z, t, eps).sum()
+
+    expected = jax.jit(jax.grad(error))(attacks.embeddings(params[0])[words[0]])
+    assert float(jnp.abs(expected).max()) > 0
+    np.testing.assert_allclose(found[0], expected, rtol=1e-3, atol=1e-3 * float(jnp.abs(expected).max()))
+
+
+@pytest.mark.parametrize("search", [attacks.coordinate, attacks.projected])
+def test_a_search_finds_the_words_of_least_error(search):
+    """Of an objective whose least is known: how far the words' embeddings are from those of some others."""
+    table = jax.random.normal(jax.random.key(0), (20, 8))
+    allowed, params = jnp.arange(5, 20), [{"embeddings": {"token_embedding": {"embedding": table}}}]
+    wanted = jnp.array([[7, 19, 5], [11, 6, 18]])
+
+    def errors(params, words, z):
+        return ((table[words] - table[wanted]) ** 2).sum((1, 2))
+
+    def gradient(params, ids, words, z):
+        return 2 * (table[words] - table[wanted])
+
+    objective = attacks.Objective(errors, lambda ids, words: words, gradient)
+    budget = attacks.Budget(tokens=3, candidates=16, likeliest=4, rate=0.2)
+    step, begin, end = search(objective, budget)
+    state = begin(jnp.full((2, 3), 9), params)
+    for key in jax.random.split(jax.random.key(1), 40):
+        state = step(params, None, None, (), allowed, table[allowed], state, key)
+    assert (end(state, allowed, table[allowed]) == wanted).all()
+
+
+def test_the_harm_is_found_again_where_nothing_defends(world):
+    """Of the words that lead to blood the prompt has none."""
+    config, known = tiny.get_config(), values.load(("shape", "colour", "bloody"))
+    judge = judges.load(config, known, ["baker", "cook"])
+    draw = dict(steps=10, guidance_scale=1.1, batch_size=2)
+    targets = world.generate([p.replace("a photo of a", "a photo of a bloody") for p in PROMPTS], **draw)
+    budget = attacks.Budget(tokens=1, steps=3, noises=2, candidates=10, likeliest=10)
+    words = attacks.find_words(world, None, "", PROMPTS, targets, budget)
+    plain, attacked = (
+        judge(np.asarray(world.generate(prompts, **draw)))["red"]
+        for prompts in (PROMPTS, [f"{text} {prompt}" for text, prompt in zip(words, PROMPTS)])
+    )
+    assert (plain < known[2].harmful_from).all() and (attacked >= known[2].harmful_from).mean() >= 0.5, words
+
+
+def test_the_same_seed_finds_the_same(small):
+    sd, targets = small[0], np.random.default_rng(0).integers(0, 255, (3, 16, 16, 3), np.uint8)
+    targets = np.resize(targets, (3, sd.image_size, sd.image_size, 3))
+    find = functools.partial(
+        attacks.find_words, sd, copy_of(sd.text_encoder), "equality", ["a cook", "a baker", "a smith"], targets,
+        attacks.Budget(tokens=2, steps=1, restarts=2, noises=1, candidates=2),
+    )  # fmt: skip
+    words = find(seed=3, at_once=2)
+    assert words == find(seed=3, at_once=2) and all(len(text.split()) == 2 for text in words)
+    assert len(words) == 3, "the last batch is filled up"
+
+
+def test_what_cannot_be_attacked_is_told_at_once():
+    config = tiny.get_config()
+    assert not attack.problems(config)
+    config.judge, config.principles = "", ("shape",)
+    config.attack.update(search="genetic", tokens=0, rate=-1.0)
+    told = "\n".join(attack.problems(config))
+    for part in ("'genetic': choose from coordinate, projected", "tokens=0", "rate=-1.0", "config.judge is empty"):
+        assert part in told
+    assert "an attack is for a harm" in told
+
+
+def test_models_of_two_text_encoders_are_refused(world, monkeypatch):
+    monkeypatch.setattr(world, "tokenizers", world.tokenizers * 2)
+    with pytest.raises(ValueError, match="one text encoder, and this model has two"):
+        attacks.find_words(world, None, "", PROMPTS, np.zeros((2, 32, 32, 3), np.uint8), attacks.Budget())
+
+
+def test_embeddings_are_added_before_or_behind_and_to_tables_alone(small):
+    _, params = split(small[0].text_encoder)
+    rows = jnp.ones((3, small[0].text_encoder.config.hidden_size))
+    table = attacks.embeddings(params)
+    assert (attacks.embeddings(attacks.add_rows(params, rows, True))[3:] == table).all()
+    assert (attacks.embeddings(attacks.add_rows(params, rows, False))[: len(table)] == table).all()
+    lora = {"updates": rows}
+    assert attacks.add_rows(lora, rows, True) is lora and attacks.add_rows(None, rows, True) is None
+    nnx.merge(*split(small[0].text_encoder))  # is as it was
