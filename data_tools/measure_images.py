@@ -1,6 +1,6 @@
 """Measures images of any method: bias and harm as a judge reads them, agreement of two judges, quality.
 
-    python -m data_tools.measure_images --images=DIR --config=configs/tiny.py --inception=inception.safetensors \
+    python -m data_tools.measure_images --images=DIR --config=configs/tiny.py --inception=inception.safetensors \\
         --reference=DIR2 --out=results.json
 
 DIR is what `run.py --mode=generate` wrote, the base's images and the aligned ones side by side: they are the methods
@@ -397,6 +397,8 @@ def main(_):
     for name, file in ("out", OUT.value), ("readings", READINGS.value):
         if file and not pathlib.Path(file).parent.is_dir():
             problems.append(f"--{name}={file}: there is no such directory")
+        if file and pathlib.Path(file).is_dir():
+            problems.append(f"--{name}={file} is a directory: name a file in it")
     if READINGS.value and config is None:
         problems.append("--readings is of what the judge of a config reads: give --config too")
     if problems:

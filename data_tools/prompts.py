@@ -1,6 +1,6 @@
 """What prompts are about: the word lists in words.toml, which words are held out, and more words from a model.
 
-    python -m data_tools.prompts --list=careers --count=50 --endpoint=URL --model=NAME --cache=DIR --budget=20 \
+    python -m data_tools.prompts --list=careers --count=50 --endpoint=URL --model=NAME --cache=DIR --budget=20 \\
         --out=FILE.toml
 
 asks a language model behind an OpenAI-compatible endpoint (its key in OPENAI_API_KEY) for further words like those of

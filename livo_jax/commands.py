@@ -40,16 +40,29 @@ def divide_cpu(devices: int):
         jax.config.update("jax_num_cpu_devices", devices)
 
 
-def find_config(argument: str) -> str:
-    """--config=configs/tiny.py, with the path of the installed file where the folder that one works in has none."""
-    name, _, file = argument.partition("=")
+def find_config(file: str) -> str:
+    """The FILE of --config, by the path of the installed one where the folder that one works in has none."""
     path = file.split(":")[0]
-    if name.lstrip("-") != "config" or os.path.exists(path):
-        return argument
+    if os.path.exists(path):
+        return file
     for folder in pathlib.Path(__file__).parents[:2]:  # installed, and in a checkout
         if path.startswith("configs/") and os.path.exists(folder / path):
-            return f"{name}={folder / file}"
-    sys.exit(f"{argument}: there is no such file")
+            return str(folder / file)
+    sys.exit(f"--config={file}: there is no such file")
+
+
+def find_configs(argv: list[str]) -> list[str]:
+    """The command line with what find_config says in --config=FILE and --config FILE."""
+    found = list(argv)
+    for i, argument in enumerate(argv):
+        name, given, file = argument.partition("=")
+        if name not in ("--config", "-config"):
+            continue
+        if given:
+            found[i] = f"{name}={find_config(file)}"
+        elif i + 1 < len(argv):
+            found[i + 1] = find_config(argv[i + 1])
+    return found
 
 
 def parse(argv):
@@ -58,7 +71,7 @@ def parse(argv):
     What is compiled is kept for the next start, in JAX_COMPILATION_CACHE_DIR or ~/.cache/livo_jax. A CPU is divided as
     config.cpu_devices says. A config that livo_jax brings is found from any folder.
     """
-    argv = [find_config(argument) for argument in argv]
+    argv = find_configs(argv)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch, which nothing needs, is not there
     import jax  # here: imports of a command line's module stay quick
 
@@ -89,7 +102,8 @@ def parse(argv):
 def run(main: Callable, flags_parser: Callable | None = None):
     """absl's app.run, but what livo_jax raises on purpose ends the command with its message alone.
 
-    Such a message names the place and the remedy. Any other error is a fault of the program: it keeps its traceback.
+    Such a message names the place and the remedy. So does the system's of a path that cannot be read or written. Any
+    other error is a fault of the program: it keeps its traceback.
     """
 
     def told(argv):
@@ -98,7 +112,7 @@ def run(main: Callable, flags_parser: Callable | None = None):
         except app.UsageError as error:
             sys.exit(f"{error}\n--help lists the flags")
         except Exception as error:
-            if not is_raised_here(error):
+            if not is_raised_here(error) and not (isinstance(error, OSError) and error.filename):
                 raise
             sys.exit(str(error))
 

@@ -224,9 +224,9 @@ def check_batch_size(mesh: Mesh, batch_size: int, name: str):
         raise ValueError(f"{name}={batch_size}: choose at least 1")
     if batch_size % parts:
         below = batch_size // parts * parts
+        choices = " or ".join(str(size) for size in (below, below + parts) if size)
         raise ValueError(
-            f"{name}={batch_size} is not a multiple of the mesh's {parts} parts (data times fsdp):"
-            f" choose {below or parts} or {below + parts}"
+            f"{name}={batch_size} is not a multiple of the mesh's {parts} parts (data times fsdp): choose {choices}"
         )
 
 

@@ -25,6 +25,7 @@ PROPORTIONS = (
 )  # fmt: skip
 # Other numbers between 0 and 1.
 UNIT = ("D1", "D2", "TV", "entropy", "joint_TV", "joint_D1", "distance", "over_refusal_distance")
+AT_LEAST_0 = ("S", "Max", "mutual_information")
 STATED = "stated "  # begins the metrics of `stated_shown`, shares of images
 SCHEMA = 2  # of results.json and differences.json; 1 was the bare list of rows
 
@@ -312,7 +313,7 @@ def rows(numbers: dict) -> list[dict]:
         row = dict(zip(("method", "value", "split", "metric"), (method, *what)))
         metric = row["metric"]
         share = metric.partition(" at ")[0] in PROPORTIONS or metric.startswith(STATED)
-        limits = (0, 1) if share or metric in UNIT else (-np.inf, np.inf)
+        limits = (0, 1) if share or metric in UNIT else (0 if metric in AT_LEAST_0 else -np.inf, np.inf)
         if share:
             trials = [x.trials(GROUP if metric == "Prob" else 1) for x in found]
             mean, ci95 = confidence(per_prompt, trials=trials)

@@ -30,7 +30,8 @@ def find_repository(path_or_hub_id: str | os.PathLike, patterns: list[str]) -> p
     """The local directory of a model: itself, or a snapshot of a hub repository.
 
     Args:
-        path_or_hub_id: a directory, which may begin with ~, or "owner/name" on the Hugging Face hub. HF_HOME,
+        path_or_hub_id: a directory, which may begin with ~ (data_tools/shapeworld_model and the architectures in
+            benchmarks/ are found in any folder), or "owner/name" on the Hugging Face hub. HF_HOME,
             HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE mean what they mean to huggingface_hub.
         patterns: the files that are fetched from the hub.
 
@@ -43,6 +44,9 @@ def find_repository(path_or_hub_id: str | os.PathLike, patterns: list[str]) -> p
     if local.is_dir():
         check_pointers(local, patterns)
         return local
+    for folder in pathlib.Path(__file__).parents[1:3]:  # installed, and in a checkout: what livo_jax brings
+        if name.startswith(("data_tools/", "benchmarks/")) and (folder / name).is_dir():
+            return folder / name
     if local.is_file():
         what = describe(local.parent) if local.name == LORA else f" {from_one_file(local)}"
         raise FileNotFoundError(f"{name!r} is a file, and a model is a directory here.{what}")
@@ -61,7 +65,7 @@ def find_repository(path_or_hub_id: str | os.PathLike, patterns: list[str]) -> p
         raise FileNotFoundError(
             f"no model at {name!r}: it is not a directory here, and not in the hub's cache or not"
             f" reachable ({type(error).__name__}). Fetch it where there is a network, with\n"
-            f"  hf download {name}\nor give the path of a copy in the diffusers layout."
+            f"  hf download {name}\nor give the path of a copy, a directory."
         ) from error
     except OSError as error:
         if error.errno not in (errno.EROFS, errno.EACCES):

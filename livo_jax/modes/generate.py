@@ -41,7 +41,9 @@ def generate(config, workdir: str):
     mesh = sharding.make_mesh(**config.mesh)
     if not out:
         raise app.UsageError("--mode=generate needs --out=DIR")
-    if pathlib.Path(out).is_file() or any(pathlib.Path(out).glob("*")):
+    if pathlib.Path(out).is_file():
+        raise app.UsageError(f"--out={OUT.value} is a file: name a directory")
+    if any(pathlib.Path(out).glob("*")):
         raise app.UsageError(f"--out={OUT.value} is not empty: remove it, or generate into another")
     prompts = read_prompts()
     chosen, options = read_values(config, workdir)

@@ -36,7 +36,10 @@ def write_pairs(
     from tqdm import tqdm
 
     directory = pathlib.Path(directory)
-
+    made = not directory.exists()
+    directory.mkdir(parents=True, exist_ok=True)  # before minutes of work: it may not be possible
+    if made:
+        directory.rmdir()  # nothing is there before something is drawn
     each = [prompt for prompt in prompts for _ in range(num_images)]
     sides = [requests_of(each)]
     if values:

@@ -29,7 +29,12 @@ def choose(
         strength: of all, or a dict of statement -> strength, 1 where it has none; 0 is no value.
         keep_probability: the share, for all; None for 1 of named values.
         retriever: a Retriever, for "auto".
+
+    Raises:
+        ValueError: keep_probability is no share.
     """
+    if keep_probability is not None and not 0 <= keep_probability <= 1:
+        raise ValueError(f"keep_probability={keep_probability} is not 0 to 1")
     if values == ("auto",):
         rows = [(value.statement, value.keep_probability, value.reason) for value in retriever(prompt)]
     else:

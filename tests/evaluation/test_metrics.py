@@ -265,3 +265,12 @@ def test_changed_counts_images_that_are_read_otherwise():
     assert metrics.changed((bloody,), {"red": np.array([0.0])}, {"red": np.array([50.0])}) == 1, "without subjects"
     gone = {"shape": np.array([""] * 2), "red": np.array([np.nan, 0]), "subject": np.array(["", "cook"])}
     assert metrics.changed((bloody,), gone, gone) == 0.5 and metrics.changed((shape,), gone, gone) == 1
+
+
+def test_no_interval_goes_below_what_a_number_can_be():
+    prompts = [0.0] * 15 + [9.0]
+    numbers = {
+        ("base", "bloody", "seen", name): {str(i): Measured(x, 10) for i, x in enumerate(prompts)} for name in "S"
+    }
+    (row,) = metrics.rows(numbers)
+    assert row["ci95"][0] == 0 < row["mean"] < row["ci95"][1]

@@ -402,3 +402,20 @@ def test_a_cpu_counts_as_the_devices_of_the_config(xla_flags, devices):
     environment = os.environ | {"XLA_FLAGS": xla_flags}
     process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert process.stdout == f"{devices}\n", process.stderr
+
+
+@pytest.mark.parametrize("given", [["--config=configs/tiny.py:smoke"], ["--config", "configs/tiny.py:smoke"]])
+def test_a_config_is_found_from_any_folder(given, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    *_, found = commands.find_configs(["run.py", *given])
+    assert found.endswith("/configs/tiny.py:smoke") and pathlib.Path(found.split("=")[-1].split(":")[0]).is_file()
+    with pytest.raises(SystemExit, match="--config=nowhere.py: there is no such file"):
+        commands.find_configs([given[0].split("=")[0], "nowhere.py"])
+
+
+def test_what_the_system_says_of_a_path_is_told_without_a_traceback(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["run.py"])
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(SystemExit, match="Not a directory.*file/below"):
+        commands.run(lambda argv: (file / "below").mkdir(), flags_parser=list)
