@@ -6,8 +6,6 @@ import sys
 
 import pytest
 
-from configs import livo
-from livo_jax.runs import plan
 from tests import small_run
 
 pytestmark = pytest.mark.slow  # pytest -m slow tests/test_benchmarks.py
@@ -46,13 +44,3 @@ def test_startup(root, tmp_path):
     rows = run(root, tmp_path, "startup")
     first, second = (rows[f"livo_jax, images: compile, {start} start"]["seconds"] for start in ("first", "second"))
     assert second < first
-
-
-@pytest.mark.parametrize("name", ["sd15", "sdxl", "sdxl_small"])
-def test_the_architectures_here_are_of_parts_that_belong_together(name):
-    """Plans, configs/sdxl.py:smoke and the benchmarks open them; their tokenizer is the embedded world's."""
-    config = livo.get_config()
-    config.model = f"benchmarks/{name}"
-    sd = plan.abstract_model(config)
-    ids = sd.tokenize(["a photo of a baker"])
-    assert ids.max() < min(tower.vocab_size for tower in sd.text_encoder.config.towers)

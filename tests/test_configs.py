@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from configs import benchmark, common, tiny, trainings_tiny
+from configs import benchmark, common, livo, tiny, trainings_tiny
 from livo_jax.files.settings import flatten
 from livo_jax.judges import shapeworld
+from livo_jax.runs import plan
 
 MAPS = ("eval.harmful_wordings", "eval.left_alone_wordings", "eval.compositions")  # whose keys are a config's own
 
@@ -44,3 +45,13 @@ def test_a_board_measures_every_method_alike(variant):
     for entry in config.judges.values():
         followed = [text.partition("=")[0] for text in entry.reads]
         assert {*followed} <= {*livo.principles} and entry.judging.keys() == livo.judging.keys()
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl", "sdxl_small"])
+def test_the_architectures_here_are_of_parts_that_belong_together(name):
+    """Plans, configs/sdxl.py:smoke and the benchmarks open them; their tokenizer is the embedded world's."""
+    config = livo.get_config()
+    config.model = f"benchmarks/{name}"
+    sd = plan.abstract_model(config)
+    ids = sd.tokenize(["a photo of a baker"])
+    assert ids.max() < min(tower.vocab_size for tower in sd.text_encoder.config.towers)
