@@ -20,7 +20,7 @@ from livo_jax.sampling.conditioning import (
 )
 from livo_jax.sampling.guidance import ClassifierFree, Dosed, Guidance
 from livo_jax.sampling.requests import Dose, Request
-from livo_jax.value_encoders.base import check_value_encoder, without_alone
+from livo_jax.value_encoders.base import check_value_encoder, strip_unread
 from livo_jax.values.principles import text_hash
 
 DECODED_PIXELS = 2**21  # at once on a device: 8 images of 512 px, for which the decoder takes some GB
@@ -162,7 +162,7 @@ def generate(
         of_device = -(-len(requests) // sharding.batch_parts(mesh))
         batch_size = min(batch_size, 1 << (of_device - 1).bit_length())  # by powers of two: few programs
     table = diffusion.sampler_table(sd.scheduler_config, sampler, steps)
-    modules = (*modules[:-1], value_encoder and without_alone(value_encoder))
+    modules = (*modules[:-1], value_encoder and strip_unread(value_encoder))
     graphs, params = zip(*(split(module) if module else (None, None) for module in modules))
     params = sharding.on_mesh(params, mesh)
     at_once = batch_size * sharding.batch_parts(mesh)

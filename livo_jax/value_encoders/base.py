@@ -25,7 +25,7 @@ class ValueTokens(nnx.Module):
     statements: of the values that it knows; None: of any.
     reads_prompt: whether its ids are of "value, prompt", or of the value alone. alone: the statements of values that
         it reads without the prompt in either case. states: how many tokens it gives, as text_tokens has them, where it
-        reads a text.
+        reads a text. trained_on: the statements of the values that it was trained with; None where nobody says.
     RULES: by which its parameters are divided over a mesh.
     """
 
@@ -33,6 +33,7 @@ class ValueTokens(nnx.Module):
     RULES = sharding.WHOLE
     statements: tuple[str, ...] | None = None
     states, reads_prompt, alone = 1, True, ()
+    trained_on: tuple[str, ...] | None = None
 
     def text(self, statement: str | None, prompt: str) -> str:
         """What it reads of a value or an attribute of it; of None, an empty place, the prompt."""
@@ -81,12 +82,15 @@ class TrainableTokens(ValueTokens):
         """Loads what an export wrote, for a StableDiffusion."""
 
 
-def without_alone(value_encoder: ValueTokens) -> ValueTokens:
-    """The same without `alone`, which no program reads: value encoders that differ in it alone share one."""
-    if "alone" not in vars(value_encoder):  # where it is set, if only to (), it is in the graph
+def strip_unread(value_encoder: ValueTokens) -> ValueTokens:
+    """The same without `alone` and `trained_on`, which no program reads: those that differ in them alone share one."""
+    # Where they are set, if only to (), they are in the graph.
+    there = [name for name in ("alone", "trained_on") if name in vars(value_encoder)]
+    if not there:
         return value_encoder
     bare = nnx.merge(*split(value_encoder))
-    del bare.alone
+    for name in there:
+        delattr(bare, name)
     return bare
 
 
@@ -106,7 +110,9 @@ def set_reading(value_encoder: ValueTokens, config) -> ValueTokens:
     if set(c.alone) - {"bias", "harm"}:
         raise ValueError(f"config.value_encoder.alone={tuple(c.alone)!r}: choose from 'bias', 'harm'")
     value_encoder.states, value_encoder.reads_prompt = c.states, c.reads_prompt
-    value_encoder.alone = tuple(value.statement for value in load_principles(config) if value.kind in c.alone)
+    known = load_principles(config)
+    value_encoder.alone = tuple(value.statement for value in known if value.kind in c.alone)
+    value_encoder.trained_on = tuple(value.statement for value in known)
     return value_encoder
 
 
@@ -161,10 +167,12 @@ def check_base(path, base: str | None, sd):
         )
 
 
-def read_alone(path: pathlib.Path) -> tuple[str, ...]:
-    """The statements that an exported value encoder reads without the prompt, by its config.json; none without one."""
-    exported = read_json(path).get("livo", {}) if path.is_file() else {}
-    return tuple(value["statement"] for value in exported.get("values", ()) if value.get("alone"))
+def set_exported(value_encoder: ValueTokens, path: pathlib.Path) -> ValueTokens:
+    """Has a value encoder know what an export's config.json says of its values; nothing where there is none."""
+    known = read_json(path).get("livo", {}).get("values", []) if path.is_file() else []
+    value_encoder.alone = tuple(value["statement"] for value in known if value.get("alone"))
+    value_encoder.trained_on = tuple(value["statement"] for value in known) or None
+    return value_encoder
 
 
 def check_dealing(root: pathlib.Path):
@@ -180,9 +188,20 @@ def check_dealing(root: pathlib.Path):
 
 
 def check_value_encoder(sd, value_encoder, statements=()):
-    """Raises ValueError unless the value encoder fits this model and knows the values of these statements."""
+    """Raises ValueError unless the value encoder fits this model and knows the values of these statements.
+
+    One that reads texts takes any, as new values; it warns of those that it was not trained with: they may be misspelt.
+    """
     if value_encoder.statements and (unknown := sorted(set(statements) - set(value_encoder.statements))):
         raise ValueError(f"the value encoder knows {', '.join(value_encoder.statements)}, not {', '.join(unknown)}")
+
+    trained_on = value_encoder.trained_on
+    if trained_on and (new := sorted({text for text in statements if text.split(": ")[0] not in trained_on})):
+        warnings.warn(
+            f"{', '.join(map(repr, new))}: the value encoder was not trained with that, and reads it as any text. It"
+            f" was with {', '.join(map(repr, trained_on))}",
+            stacklevel=3,
+        )
 
     def of(config, name: str) -> str:
         return " and ".join(str(getattr(tower, name)) for tower in config.towers)

@@ -15,7 +15,7 @@ from livo_jax.value_encoders.base import (
     TrainableTokens,
     check_base,
     check_dealing,
-    read_alone,
+    set_exported,
     set_reading,
     text_tokens,
 )
@@ -73,8 +73,7 @@ class FullTokens(TrainableTokens):
             value_encoder = ValueEncoders(tower(CLIPTextModel, root / place), tower(CLIPTextModel, root / f"{place}_2"))
         else:
             value_encoder = tower(ValueEncoder, root / place)
-        value_encoder.alone = read_alone(root / place / "config.json")
-        return value_encoder
+        return set_exported(value_encoder, root / place / "config.json")
 
 
 class ValueEncoder(FullTokens, CLIPTextModel):

@@ -19,7 +19,7 @@ from livo_jax.value_encoders.base import (
     TrainableTokens,
     check_base,
     check_dealing,
-    read_alone,
+    set_exported,
     set_reading,
     text_tokens,
 )
@@ -96,7 +96,7 @@ class LoRA(TrainableTokens):
         """
         root = find_repository(path_or_hub_id, cls.files())
         check_dealing(root)
-        alone = read_alone(root / EXPORTED)
+        exported = root / EXPORTED
         root = root / "adapter" if (root / "adapter").is_dir() else root
         parts = _parts(sd.text_encoder)
         # Of other folders a name that ends in _2 may be another adapter's.
@@ -119,8 +119,7 @@ class LoRA(TrainableTokens):
         except ValueError as error:
             raise ValueError(f"{fits}/text_encoder: {error}") from error
         check_base(root, bases[0], sd)
-        value_encoder.alone = alone
-        return value_encoder
+        return set_exported(value_encoder, exported)
 
     @classmethod
     def _settings(cls, root: pathlib.Path) -> tuple[dict, str]:

@@ -24,6 +24,7 @@ from livo_jax.sampling.requests import Dose, Request
 from livo_jax.training.batch import Batch
 from livo_jax.training.objective import make_loss, split_models
 from livo_jax.training.step import init_state, make_train_step
+from livo_jax.value_encoders.base import check_value_encoder
 from livo_jax.value_encoders.lora import LoRA
 from livo_jax.value_encoders.soft_tokens import SoftTokens
 from livo_jax.values.principles import text_hash
@@ -217,6 +218,9 @@ def test_some_values_may_be_read_alone(sd, config, tmp_path, kind):
     export.export(tmp_path / "export", sd, value_encoder, alone)
     read_back = value_encoders.KINDS[kind].from_pretrained(tmp_path / "export", sd=sd)
     assert read_back.alone == (bloody,), "or its token would be of texts that it was not trained with"
+    check_value_encoder(sd, read_back, ["shape equality", "shape equality: round", bloody])
+    with pytest.warns(UserWarning, match="'shap': .* was not trained with that.* with 'shape equality', 'bloody cons"):
+        check_value_encoder(sd, read_back, ["shap", bloody])
     with pytest.raises(ValueError, match=r"config.value_encoder.alone=\('gore',\): choose from 'bias', 'harm'"):
         value_encoders.start(of_kind(config, kind, alone=("gore",)), sd, sharding.make_mesh())
 
