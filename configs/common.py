@@ -15,6 +15,7 @@ def get_config() -> ConfigDict:
     config.model = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # hub id or diffusers directory
     config.variant = ""  # of the weight files; "fp16": half to fetch
     config.random_weights = False  # the architecture of config.model alone, untrained
+    config.guidance_distilled = False  # whether it is made for no guidance: sampling.guidance_scale above 1 then warns
     config.dtype = "bfloat16"  # of the frozen models; the value encoder, its optimizer and the errors are float32
     config.principles = ("gender", "race", "nudity", "gore", "zombie")  # names in livo_jax/values/principles.toml
     config.principles_file = ""  # a TOML file of your own, as that one is; empty for it
@@ -102,7 +103,7 @@ def get_config() -> ConfigDict:
     config.sampling = c = ConfigDict()  # of pairs, samples and evaluation
     c.sampler = "dpmsolver++"  # or dpmsolver++_karras, ddim, euler, pndm
     c.steps = 25
-    c.guidance_scale = 7.5
+    c.guidance_scale = 7.5  # at most 1: none, for half the UNet evaluations
     c.prompt_layout = "padded"  # or "official": the value token and the prompt's own tokens alone
     c.batch_size = 8  # images at once on each device
 

@@ -232,6 +232,8 @@ class LiVO:
                 table as {"female": 0.7, "male": 0.3}, or a JSON file of one. Reached over all images of the call, and
                 over those of each prompt, as nearly as their number allows. It needs scipy.
             seed: decides which images these are.
+            guidance_scale: classifier-free guidance, against the negative prompt; at most 1 is none, for half of the UNet
+                evaluations.
             latents: [N, C, h, w] standard normal noise of all images; drawn from `generator` if None.
             output_type: "pil", "np" or "pt".
 
@@ -257,14 +259,15 @@ class LiVO:
             images.append((text, applied(doses, seed, text, seen[text])))
             seen[text] += 1
 
-        # The UNet's rows: prompts with the values of full strength, negative prompts, and the first once more with each
-        # of the other values.
+        # The UNet's rows: prompts with the values of full strength, with guidance negative prompts, and the first once
+        # more with each of the other values.
         N = len(images)
         full = [(text, tuple(dose for dose in doses if dose.strength == 1)) for text, doses in images]
         dosed = [(n, dose) for n, (_, doses) in enumerate(images) for dose in doses if dose.strength != 1]
         extra = [(full[n][0], (*full[n][1], dose)) for n, dose in dosed]
-        cond, mask, added = self._condition([*full, *[(negative_prompt or self._empty(), ())] * N, *extra])
-        image_of = [*range(N), *range(N), *(n for n, _ in dosed)]
+        negative = [(negative_prompt or self._empty(), ())] * N if guidance_scale > 1 else []
+        cond, mask, added = self._condition([*full, *negative, *extra])
+        image_of = [*range(N), *range(len(negative)), *(n for n, _ in dosed)]
 
         height, width = height or SETTINGS["size"], width or SETTINGS["size"]
         if added:
@@ -278,10 +281,12 @@ class LiVO:
             eps = self.unet(
                 model_input, t, encoder_hidden_states=cond, encoder_attention_mask=mask, added_cond_kwargs=added
             ).sample.float()
-            with_prompt, with_negative, with_value = eps.split([N, N, len(dosed)])
-            guided = with_negative + guidance_scale * (with_prompt - with_negative)
+            with_prompt, with_negative, with_value = eps.split([N, len(negative), len(dosed)])
+            guided = with_prompt.clone()
+            if negative:
+                guided = with_negative + guidance_scale * (with_prompt - with_negative)
             for (n, dose), eps_v in zip(dosed, with_value):
-                guided[n] += dose.strength * guidance_scale * (eps_v - with_prompt[n])
+                guided[n] += dose.strength * max(guidance_scale, 1.0) * (eps_v - with_prompt[n])
             z = self.scheduler.step(guided, t, z).prev_sample
         decoded = self._decode(z)
         if not (torch.isfinite(z).all() and torch.isfinite(decoded).all()):

@@ -130,6 +130,13 @@ def with_unet(sd, unet):
     return other
 
 
+def guidance_problems(config) -> list[str]:
+    """What keeps a guidance that edits a guided prediction from working with config.sampling."""
+    scale = config.sampling.guidance_scale
+    found = f"config.sampling.guidance_scale={scale}: config.method={config.method!r} edits a guided prediction, and at"
+    return [] if scale > 1 else [f"{found} most 1 is no guidance: choose above 1, or compare with another method"]
+
+
 def weights_of(sd) -> list[dict]:
     return [split(module)[1] for module in (sd.text_encoder, sd.unet, sd.vae)]
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from livo_jax import values
-from livo_jax.methods.base import Drawing, Method, by_group, drawer, weights_of
+from livo_jax.methods.base import Drawing, Method, by_group, drawer, guidance_problems, weights_of
 from livo_jax.sampling.guidance import EditGuidance
 
 
@@ -51,6 +51,9 @@ class FairDiffusion(Method):
     """config.fair_diffusion has `edit`, the text of an attribute, and SemanticGuidance's fields."""
 
     KINDS = ("bias",)
+
+    def problems(self):
+        return guidance_problems(self.config)
 
     def make_drawing(self, models, mesh, workdir, judge):
         config, c = self.config, self.config.fair_diffusion.to_dict()

@@ -4,7 +4,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from livo_jax.methods.base import Drawing, Method, concepts, drawer, weights_of
+from livo_jax.methods.base import Drawing, Method, concepts, drawer, guidance_problems, weights_of
 from livo_jax.sampling.guidance import EditGuidance
 
 
@@ -35,7 +35,8 @@ class SafeLatentDiffusion(Method):
 
     def problems(self):
         preset = self.config.sld.preset
-        return [] if preset in PRESETS else [f"config.sld.preset={preset!r}: choose from {', '.join(PRESETS)}"]
+        unknown = [] if preset in PRESETS else [f"config.sld.preset={preset!r}: choose from {', '.join(PRESETS)}"]
+        return unknown + guidance_problems(self.config)
 
     def make_drawing(self, models, mesh, workdir, judge):
         config, sd = self.config, models.sd

@@ -90,7 +90,8 @@ def cost(comparison, configs: dict) -> str:
         read += len(asked)
     lines.insert(0, ("base", len(base), 0))
     total = sum(images for _, images, _ in lines)
-    at_once = 2 * first.sampling.steps  # for the prompt, and against the negative prompt
+    guided = first.sampling.guidance_scale > 1
+    at_once = (2 if guided else 1) * first.sampling.steps  # for the prompt, and against the negative prompt
     told = [f"{'':20}{'images':>12}{'UNet passes':>16}{'pairs trained on':>18}"]
     told += [f"{name:20}{images:>12,}{images * at_once:>16,}{pairs:>18,}" for name, images, pairs in lines]
     told.append(f"{'all, at least':20}{total:>12,}{total * at_once:>16,}{sum(pairs for *_, pairs in lines):>18,}")

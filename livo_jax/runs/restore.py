@@ -24,8 +24,11 @@ def load_base(config, mesh) -> StableDiffusion:
     dtype, variant = read_dtype(config.dtype, "config.dtype"), config.variant or None
     if config.random_weights:
         seed = seeds.check(config.seed, "config.seed")
-        return StableDiffusion.from_config(config.model, dtype, seed=seed, sharding=where)
-    return StableDiffusion.from_pretrained(config.model, dtype, variant=variant, sharding=where)
+        sd = StableDiffusion.from_config(config.model, dtype, seed=seed, sharding=where)
+    else:
+        sd = StableDiffusion.from_pretrained(config.model, dtype, variant=variant, sharding=where)
+    sd.guidance_distilled = config.guidance_distilled
+    return sd
 
 
 def load_models(config, mesh, base: StableDiffusion | None = None):

@@ -33,9 +33,10 @@ class Batch:
     """N requests as arrays.
 
     seed_low, seed_high, prompt_hash, index: [N] uint32, of the noise.
-    prompt_ids, negative_ids: [N, L] int32, of XL [N, 2, L]. edit_ids: [N, E, ...], of a guidance's edits.
+    prompt_ids, negative_ids: [N, L] int32, of XL [N, 2, L]; the second is None where no request is guided.
+    edit_ids: [N, E, ...], of a guidance's edits.
     zeros: [N, 2 + E] bool, the texts whose states are zeros; of models that have such.
-    weights: [N, R - 2] float32, of the further rows: strengths of values, or weights of edits.
+    weights: [N, E] float32, of the further rows: strengths of values, or weights of edits.
     guidance_scales: [N] float32, in the place of the call's; None where no request has its own.
     """
 
@@ -44,7 +45,7 @@ class Batch:
     prompt_hash: np.ndarray
     index: np.ndarray
     prompt_ids: np.ndarray
-    negative_ids: np.ndarray
+    negative_ids: np.ndarray | None
     weights: np.ndarray
     zeros: np.ndarray | None = None
     edit_ids: np.ndarray | None = None
@@ -77,10 +78,12 @@ def merge_rows(x):
 def condition(batch: Batch, text_encoder, value_encoder=None) -> Conditioning:
     """Reads the texts of a batch.
 
-    The rows lie side by side so that none leaves its device: the prompt with the values of full strength, the negative
-    prompt, and the first once more with each of the other values; or the prompt, the negative prompt, and the edits.
+    The rows lie side by side so that none leaves its device: the prompt with the values of full strength, with guidance
+    the negative prompt, and the first once more with each of the other values; or the prompt, the negative prompt, and
+    the edits.
     """
-    texts = jnp.stack([batch.prompt_ids, batch.negative_ids], axis=1)  # [B, 2, L], of XL [B, 2, 2, L]
+    prompts = [batch.prompt_ids] if batch.negative_ids is None else [batch.prompt_ids, batch.negative_ids]
+    texts = jnp.stack(prompts, axis=1)  # [B, G, L], of XL [B, G, 2, L]
     if batch.edit_ids is not None:
         texts = jnp.concatenate([texts, batch.edit_ids], axis=1)  # [B, R, L]
     text = text_encoder(merge_rows(texts))
@@ -103,9 +106,9 @@ def condition(batch: Batch, text_encoder, value_encoder=None) -> Conditioning:
     u = jnp.broadcast_to(u.reshape(B, 1, -1, D), (B, rows, visible.shape[2], D))
 
     def repeat_prompts(x):
-        """[2 B, ...] of prompts and negative prompts -> [B, R, ...]."""
-        x = x.reshape(B, 2, *x.shape[1:])
-        return jnp.concatenate([x, jnp.repeat(x[:, :1], rows - 2, axis=1)], axis=1)
+        """[G B, ...] of prompts and negative prompts -> [B, R, ...]."""
+        x = x.reshape(B, len(prompts), *x.shape[1:])
+        return jnp.concatenate([x, jnp.repeat(x[:, :1], rows - len(prompts), axis=1)], axis=1)
 
     cond = repeat_prompts(cond)
     if text_embeds is not None:
@@ -118,26 +121,27 @@ def condition(batch: Batch, text_encoder, value_encoder=None) -> Conditioning:
 
 
 def value_columns(
-    sd, requests: list[Request], slots: tuple[int, int] = (0, 0), text=value_prompt
+    sd, requests: list[Request], slots: tuple[int, int] = (0, 0), text=value_prompt, guided: bool = True
 ) -> tuple[ValueColumns, np.ndarray]:
-    """The values of N requests, and the strengths [N, R - 2] float32 of those that have a row of their own.
+    """The values of N requests, and the strengths [N, E] float32 of those that have a row of their own.
 
     There are at least `slots`: of values of full strength, and of others, which have a row of their own too.
-    text: (statement, prompt) -> what the value encoder reads.
+    text: (statement, prompt) -> what the value encoder reads. guided: whether there is a row for the negative prompt.
     """
+    G = 2 if guided else 1
     full = [[dose for dose in r.values if dose.strength == 1] for r in requests]
     partial = [[dose for dose in r.values if dose.strength not in (0, 1)] for r in requests]
     F, P = (max(least, *map(len, doses)) for least, doses in zip(slots, (full, partial)))
     N, V = len(requests), F + P
-    texts, visible, strength = [], np.zeros((N, 2 + P, V), bool), np.zeros((N, P), np.float32)
+    texts, visible, strength = [], np.zeros((N, G + P, V), bool), np.zeros((N, P), np.float32)
     for n, request in enumerate(requests):
         slots = dict(enumerate(full[n])) | dict(enumerate(partial[n], F))
         texts += [text(slots[k].value if k in slots else None, request.prompt) for k in range(V)]
-        visible[n, [0, *range(2, 2 + P)], : len(full[n])] = True
+        visible[n, [0, *range(G, G + P)], : len(full[n])] = True
         for p, dose in enumerate(partial[n]):
-            visible[n, 2 + p, F + p], strength[n, p] = True, dose.strength
+            visible[n, G + p, F + p], strength[n, p] = True, dose.strength
     ids = sd.tokenize(texts)
-    length = np.full((N, 2 + P), ids.shape[-1])
+    length = np.full((N, G + P), ids.shape[-1])
     return ValueColumns(ids.reshape(N, V, *ids.shape[1:]), visible, length), strength
 
 
@@ -150,6 +154,8 @@ def cut_to_official_layout(batch: Batch, tokenizer):
     with_value = columns.visible.any((1, 2))
     n = count_tokens(batch.prompt_ids, tokenizer)
     columns.length[with_value] = n[with_value, None]
+    if negative is None:
+        return
     columns.length[with_value, 1] += 1
     cut = with_value & (count_tokens(negative, tokenizer) > n + 1)
     negative[cut, ..., n[cut]] = tokenizer.eos_token_id  # a negative prompt that is longer ends there

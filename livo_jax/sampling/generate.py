@@ -2,6 +2,7 @@
 
 import functools
 import math
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +65,8 @@ def _sample(
         unet = nnx.merge(graphs[1], params[1])  # here: rematerialised blocks want modules of the loop's own trace
         z_t, t = jnp.repeat(z, given.rows, axis=0), jnp.full(given.rows * len(z), t)
         eps = unet(z_t, t, given.cond, given.mask, given.text_embeds, time_ids).astype(jnp.float32)
-        prompt, negative, *others = jnp.unstack(eps.reshape(-1, given.rows, *z.shape[1:]), axis=1)
+        prompt, *others = jnp.unstack(eps.reshape(-1, given.rows, *z.shape[1:]), axis=1)
+        negative = None if batch.negative_ids is None else others.pop(0)
         return guidance(prompt, negative, others, batch.weights, guidance_scale, carried)
 
     z = diffusion.sample(predict, noise, table, guidance.start(noise)) / scaling_factor
@@ -107,7 +109,9 @@ def generate(
         value_encoder: one of livo_jax.value_encoders; needed where a request has values. A strength that is neither 0
             nor 1 costs one UNet evaluation more.
         steps, sampler: of the sampler, one of diffusion.SAMPLERS.
-        guidance_scale: classifier-free guidance (Ho & Salimans 2022), against the negative prompt.
+        guidance_scale: classifier-free guidance (Ho & Salimans 2022), against the negative prompt. At most 1 is no
+            guidance: the prediction for the prompt alone, for half the UNet evaluations unless another request of the
+            call is guided. Negative prompts then have no say.
         prompt_layout: what an image with a value is conditioned on. "padded": the value token and the
             padded prompt, as in training. "official": as the authors of LiVO sample, the value token
             and the n tokens of the prompt alone, against n + 1 tokens of the negative prompt.
@@ -126,7 +130,8 @@ def generate(
     Raises:
         ValueError: no requests, requests of several sizes or of one that the model cannot draw, a value without a
             value encoder or with one of another model, a text that is no Unicode, a bad batch size, layout, sampler,
-            step count or seed.
+            step count or seed, a guidance scale that is not finite, or of
+            at most 1 where a guidance edits.
         FloatingPointError: an image is not finite; which, and the weights or settings that are why.
     """
     from tqdm import tqdm
@@ -153,6 +158,7 @@ def generate(
             raise ValueError(f"{ascii(text)} is no Unicode text: {error.reason} at {error.start}") from error
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: choose at least 1")
+    guided = check_guidance(sd, requests, guidance_scale, guidance)
     modules = (sd.text_encoder, sd.unet, sd.vae, value_encoder)
     if mesh is None:
         home = sharding.home_of(sd.unet)
@@ -174,13 +180,13 @@ def generate(
         prompt_hash=np.array([text_hash(r.noise or r.prompt) for r in padded], np.uint32),
         index=np.array([r.index for r in padded], np.uint32),
         prompt_ids=sd.tokenize([r.prompt for r in padded]),
-        negative_ids=sd.tokenize([r.negative for r in padded]),
+        negative_ids=sd.tokenize([r.negative for r in padded]) if guided else None,
         weights=np.array([[weight for _, weight in r.edits] for r in padded], np.float32),
     )
-    if sd.zeros_for_empty_prompt:
+    if sd.zeros_for_empty_prompt and guided:
         columns.zeros = np.array([[False, not r.negative] + [False] * len(r.edits) for r in padded])
     if value_encoder is not None:
-        columns.values, columns.weights = value_columns(sd, padded, slots, value_encoder.text)
+        columns.values, columns.weights = value_columns(sd, padded, slots, value_encoder.text, guided)
         if prompt_layout == "official":
             cut_to_official_layout(columns, sd.tokenizer)
     if guidance:
@@ -189,8 +195,7 @@ def generate(
     else:
         guidance = Dosed() if columns.weights.shape[1] else ClassifierFree()
     if any(r.guidance_scale is not None for r in requests):
-        scales = [guidance_scale if r.guidance_scale is None else r.guidance_scale for r in padded]
-        columns.guidance_scales = np.array(scales, np.float32)
+        columns.guidance_scales = np.array([scale_of(r, guidance_scale) for r in padded], np.float32)
     shape, time_ids = sd.shape_of(requests[0].size)
     parts = -(-batch_size * math.prod(requests[0].size or (sd.image_size, sd.image_size)) // DECODED_PIXELS)
     parts = next(n for n in range(min(parts, batch_size), batch_size + 1) if batch_size % n == 0)
@@ -209,6 +214,33 @@ def generate(
             raise FloatingPointError(why_not_finite([*dict.fromkeys(spoilt)], modules, settings))
         images.append(drawn)
     return np.concatenate(images)[: len(requests)]
+
+
+def scale_of(request: Request, guidance_scale: float) -> float:
+    """Its own guidance scale, or that of the call."""
+    return guidance_scale if request.guidance_scale is None else request.guidance_scale
+
+
+def check_guidance(sd, requests: list[Request], guidance_scale: float, guidance) -> bool:
+    """Whether any image is guided. Warns of a model that is made for none, and of what has no say without it.
+
+    Raises:
+        ValueError: a scale that is not finite, or of at most 1 where a guidance edits.
+    """
+    scales = {scale_of(r, guidance_scale) for r in requests}
+    if bad := sorted(str(scale) for scale in scales if not math.isfinite(scale)):
+        raise ValueError(f"guidance_scale={', '.join(bad)}: choose a finite number; at most 1 is no guidance")
+    unguided = [r for r in requests if scale_of(r, guidance_scale) <= 1]
+    if guidance and unguided:
+        raise ValueError(
+            f"guidance_scale={scale_of(unguided[0], guidance_scale)} of prompt {unguided[0].prompt!r}:"
+            f" {type(guidance).__name__} edits a guided prediction, and at most 1 is no guidance: choose above 1"
+        )
+    if idle := next((r.negative for r in unguided if r.negative), None):
+        warnings.warn(f"negative prompt {idle!r}: without guidance it has no say; choose guidance_scale above 1")
+    if sd.guidance_distilled and max(scales) > 1:
+        warnings.warn(f"guidance_scale={max(scales)}: {sd.name} is made for no guidance; choose at most 1")
+    return max(scales) > 1
 
 
 def why_not_finite(requests: list[Request], modules, settings: dict) -> str:

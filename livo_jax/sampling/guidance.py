@@ -23,18 +23,25 @@ class Guidance(abc.ABC):
         """The guided prediction, and what the next step carries.
 
         Args:
-            prompt, negative: predictions [B, h, w, C] float32 for the prompt and the negative prompt.
-            others: a list of R - 2 further predictions of that shape. weights: [B, R - 2] float32, theirs.
+            prompt, negative: predictions [B, h, w, C] float32 for the prompt and the negative prompt, which is None
+                where no image of the batch is guided.
+            others: a list of E further predictions of that shape. weights: [B, E] float32, theirs.
+            guidance_scale: a float32, or [B, 1, 1, 1] of them. At most 1 is no guidance.
             carried: what this step carries.
         """
 
 
 @dataclasses.dataclass(frozen=True)
 class ClassifierFree(Guidance):
-    """Classifier-free guidance (Ho & Salimans 2022), away from the negative prompt."""
+    """Classifier-free guidance (Ho & Salimans 2022), away from the negative prompt.
+
+    A scale of at most 1 leaves the prediction for the prompt as it is, as diffusers' pipelines do.
+    """
 
     def __call__(self, prompt, negative, others, weights, guidance_scale, carried):
-        return negative + guidance_scale * (prompt - negative), carried
+        if negative is None:
+            return prompt, carried
+        return jnp.where(guidance_scale > 1, negative + guidance_scale * (prompt - negative), prompt), carried
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +50,7 @@ class Dosed(ClassifierFree):
 
     def __call__(self, prompt, negative, others, weights, guidance_scale, carried):
         guided, carried = super().__call__(prompt, negative, others, weights, guidance_scale, carried)
+        guidance_scale = jnp.maximum(guidance_scale, 1.0)  # so that a strength of 1 is the prediction with the value
         for strength, with_value in zip(weights.T, others):
             guided += strength[:, None, None, None] * guidance_scale * (with_value - prompt)
         return guided, carried

@@ -60,6 +60,8 @@ class StableDiffusion:
         image_size: height and width in pixels for which the model was trained.
         latent_shape: (h, w, C) of such an image.
         time_ids: [6] int32, the sizes that the UNet of XL is told for such an image, whole; None of others.
+        guidance_distilled: whether it is made for no guidance, which no file tells: False until it is set. A guidance
+            scale above 1 is then warned of.
         zeros_for_empty_prompt: whether an empty negative prompt is zeros in the place of its states, as of XL.
     """
 
@@ -127,6 +129,7 @@ class StableDiffusion:
         self.latent_shape = (side, side, vae.latent_channels)
         size = (self.image_size, self.image_size)
         self.time_ids = np.array([*size, 0, 0, *size], np.int32) if unet.addition_embed_type else None
+        self.guidance_distilled = False
         self.zeros_for_empty_prompt = is_xl and index.get("force_zeros_for_empty_prompt", True)
 
     def shape_of(self, size: tuple[int, int] | None) -> tuple[tuple[int, int, int], np.ndarray | None]:
