@@ -33,6 +33,7 @@ def test_train_step(root, tmp_path):
 def test_sampler(root, tmp_path):
     rows = run(root, tmp_path, "sampler", "--peers=eager", "--config.sampling.steps=4")
     assert rows["diffusers, PyTorch eager"]["difference"] < 0.5
+    assert rows["livo_jax, no guidance"]["images_per_sec"] > 0
 
 
 def test_loader(root, tmp_path):

@@ -232,8 +232,8 @@ class LiVO:
                 table as {"female": 0.7, "male": 0.3}, or a JSON file of one. Reached over all images of the call, and
                 over those of each prompt, as nearly as their number allows. It needs scipy.
             seed: decides which images these are.
-            guidance_scale: classifier-free guidance, against the negative prompt; at most 1 is none, for half of the UNet
-                evaluations.
+            guidance_scale: classifier-free guidance, against the negative prompt; at most 1 is none, for half the
+                evaluations of the UNet.
             latents: [N, C, h, w] standard normal noise of all images; drawn from `generator` if None.
             output_type: "pil", "np" or "pt".
 

@@ -237,9 +237,11 @@ def check_guidance(sd, requests: list[Request], guidance_scale: float, guidance)
             f" {type(guidance).__name__} edits a guided prediction, and at most 1 is no guidance: choose above 1"
         )
     if idle := next((r.negative for r in unguided if r.negative), None):
-        warnings.warn(f"negative prompt {idle!r}: without guidance it has no say; choose guidance_scale above 1")
+        told = f"negative prompt {idle!r}: without guidance it has no say; choose guidance_scale above 1"
+        warnings.warn(told, stacklevel=3)
     if sd.guidance_distilled and max(scales) > 1:
-        warnings.warn(f"guidance_scale={max(scales)}: {sd.name} is made for no guidance; choose at most 1")
+        told = f"guidance_scale={max(scales)}: {sd.name} is made for no guidance; choose at most 1"
+        warnings.warn(told, stacklevel=3)
     return max(scales) > 1
 
 

@@ -183,11 +183,19 @@ def noise(prompts, images: int) -> torch.Tensor:
     return torch.tensor(np.stack(rows)).permute(0, 3, 1, 2)
 
 
-@pytest.mark.parametrize("options", [dict(keep_probability=0.5), dict(ratio={"round": 0.4, "square": 0.6})], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(keep_probability=0.5, guidance_scale=3.0), dict(ratio={"round": 0.4, "square": 0.6}, guidance_scale=3.0),
+        dict(keep_probability=0.5, guidance_scale=0.5),
+    ],
+    ids=str,
+)  # fmt: skip
 def test_the_pipeline_draws_the_same_images(options, sd, value_encoder, pipeline):
     """As JAX from the same noise, values of several strengths on a share of the images; and says the same of them."""
     n, values = 3, [[VALUE, BLOODY], "auto", None]
-    settings = dict(strength={VALUE: 0.5}, seed=7, guidance_scale=3.0)
+    settings = dict(strength={VALUE: 0.5}, seed=7, guidance_scale=options["guidance_scale"])
+    options = {name: x for name, x in options.items() if name not in settings}
     in_torch = dict(num_images_per_prompt=n, latents=noise(PROMPTS, n), output_type="np", **settings)
     theirs, base = pipeline(PROMPTS, values, **options, **in_torch), pipeline(PROMPTS, **in_torch)
     prompts, entries = zip(*(row for row in zip(PROMPTS, values) for _ in range(n)))

@@ -271,6 +271,15 @@ def test_unknown_methods_and_presets_are_refused(sd, config):
         fair_config.get_config("large")
 
 
+@pytest.mark.parametrize("method", ["sld", "fair_diffusion"])
+def test_edits_want_guidance(method):
+    config = importlib.import_module(f"configs.baselines.{method}").get_config("tiny")
+    assert not methods.make_method(config).problems()
+    config.sampling.guidance_scale = 1.0
+    (problem,) = methods.make_method(config).problems()
+    assert problem.startswith(f"config.sampling.guidance_scale=1.0: config.method='{method}' edits a guided prediction")
+
+
 def test_a_method_of_the_users_own(sd, tmp_path, monkeypatch):
     """The page's, named by its module, which is on Python's path; its fields are checked as the methods' here."""
     (tmp_path / "polite.py").write_text(example("evaluation.md", "class Polite(Method):"))

@@ -188,3 +188,6 @@ def test_the_cost_is_told_beforehand(comparison):
     assert of_livo.split() == ["livo", f"{with_value:,}", f"{with_value * 10:,}", "32"]
     assert f"{base + with_value:,}" in total and "3 further judges" in readings and "of images at most" in of_bytes
     assert cases.name_beside_others("words", cases.PLAIN) == "words, plain"
+    comparison.methods.livo.sampling.guidance_scale = 1.0
+    _, unguided, *_ = board.cost(comparison, comparison.methods).splitlines()
+    assert unguided.split() == ["base", f"{base:,}", f"{base * 5:,}", "0"]

@@ -3,6 +3,8 @@
 import pytest
 
 from configs import tiny
+from livo_jax import sharding
+from livo_jax.runs import restore
 from livo_jax.runs.train import train_and_evaluate
 
 
@@ -19,3 +21,11 @@ def test_what_shows_without_a_model_is_told_before_one_is_looked_for(tmp_path):
     ):  # fmt: skip
         assert told in str(error.value)
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_a_model_that_is_made_for_no_guidance_is_known_as_such(published):
+    config = tiny.get_config()
+    config.model = str(published)
+    for distilled in (False, True):
+        config.guidance_distilled = distilled
+        assert restore.load_base(config, sharding.make_mesh(1)).guidance_distilled is distilled

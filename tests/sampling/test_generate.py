@@ -123,7 +123,7 @@ def test_a_step_without_guidance_costs_half(sd, monkeypatch):
 def test_requests_with_and_without_guidance_in_one_call(sd, value_encoder, monkeypatch):
     """Each is the image of a call of its own, with values of every strength; a strength is a dial without guidance."""
     doses = ((), DOSE, (Dose(VALUE, 0.5), Dose(OTHER)), (Dose(VALUE, 1 - 1e-6),))
-    requests = [Request("a baker", 0, values, guidance_scale=scale) for scale in (0.5, 1.0, 3.0) for values in doses]
+    requests = [Request("a baker", 0, of_one, guidance_scale=scale) for scale in (0.5, 1.0, 3.0) for of_one in doses]
     mixed = generate.generate(sd, requests, value_encoder, **SETTINGS).astype(int)
     for request, image in zip(requests, mixed):
         (alone,) = generate.generate(sd, [request], value_encoder, **SETTINGS)
@@ -133,8 +133,8 @@ def test_requests_with_and_without_guidance_in_one_call(sd, value_encoder, monke
     assert (np.abs(at - guided).max((1, 2, 3)) > 1).all()
     assert np.abs(at[1] - at[3]).max() <= 1 < np.abs(at[1] - at[0]).max()
     rows = evaluated_rows(monkeypatch)
-    for values in doses:
-        generate.generate(sd, [Request("a baker", 0, values)], value_encoder, **UNGUIDED)
+    for of_one in doses:
+        generate.generate(sd, [Request("a baker", 0, of_one)], value_encoder, **UNGUIDED)
     assert rows == [1, 1, 2, 2], "a strength costs a row, as with guidance"
 
 

@@ -28,9 +28,15 @@ from tests.sdxl.conftest import OTHER, PROMPTS, SCHEDULER, SETTINGS, VALUE, Towe
 
 
 @pytest.mark.parametrize(
-    "sampler, negative, zeros", [("euler", "", True), ("euler", "", False), ("dpmsolver++", "a tailor", True)]
+    "sampler, negative, zeros, scale",
+    [
+        ("euler", "", True, 3.0),
+        ("euler", "", False, 3.0),
+        ("dpmsolver++", "a tailor", True, 3.0),
+        ("euler", "", True, 1.0),
+    ],
 )
-def test_images_are_the_published_pipelines(sd, published, theirs, monkeypatch, sampler, negative, zeros):
+def test_images_are_the_published_pipelines(sd, published, theirs, monkeypatch, sampler, negative, zeros, scale):
     """Tokens to pixels, against diffusers' StableDiffusionXLPipeline from the same noise."""
     import diffusers
     from transformers import CLIPTokenizer
@@ -44,14 +50,26 @@ def test_images_are_the_published_pipelines(sd, published, theirs, monkeypatch, 
     pipeline.set_progress_bar_config(disable=True)
     noise = np.stack([generate.initial_noise(5, text_hash(p), 0, sd.latent_shape) for p in PROMPTS])
     expected = pipeline(
-        PROMPTS, negative_prompt=[negative] * 2 if negative else None, num_inference_steps=3, guidance_scale=3.0,
+        PROMPTS, negative_prompt=[negative] * 2 if negative else None, num_inference_steps=3, guidance_scale=scale,
         latents=torch.tensor(noise.transpose(0, 3, 1, 2)), output_type="np",
     ).images  # fmt: skip
     monkeypatch.setattr(sd, "zeros_for_empty_prompt", zeros)
     requests = [Request(p, negative=negative) for p in PROMPTS]
-    ours = generate.generate(sd, requests, seed=5, **SETTINGS | {"sampler": sampler})
+    ours = generate.generate(sd, requests, seed=5, **SETTINGS | {"sampler": sampler, "guidance_scale": scale})
     assert ours.shape == (2, 16, 16, 3)
     assert np.abs(ours - expected * 255).max() < 1.0, "equal but for rounding to bytes"
+
+
+@pytest.mark.parametrize("kind", value_encoders.KINDS)
+def test_values_without_guidance(sd, made, kind):
+    """As in a call with guided images, where the negative prompt has a row too."""
+    doses = [(), (Dose(VALUE),), (Dose(VALUE, 0.5), Dose(OTHER))]
+    requests = [Request("a baker", 0, values, guidance_scale=1.0) for values in doses]
+    alone = generate.generate(sd, requests, made[kind], **SETTINGS).astype(int)
+    guided = [request._replace(guidance_scale=3.0) for request in requests]
+    mixed = generate.generate(sd, requests + guided, made[kind], **SETTINGS)
+    assert np.abs(alone - mixed[:3]).max() <= 1
+    assert min(np.abs(alone[i] - alone[j]).max() for i, j in ((0, 1), (1, 2), (0, 2))) > 1
 
 
 def test_each_tokenizer_pads_as_it_does(sd):
