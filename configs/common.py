@@ -101,7 +101,8 @@ def get_config() -> ConfigDict:
     c.ema_decay = 0.0  # moving average of the value encoder, used in its place (try 0.999); 0 for none
 
     config.sampling = c = ConfigDict()  # of pairs, samples and evaluation
-    c.sampler = "dpmsolver++"  # or dpmsolver++_karras, ddim, euler, pndm
+    c.sampler = "dpmsolver++"  # or dpmsolver++_karras, ddim, euler, pndm; few steps: euler_ancestral, euler_trailing,
+    # ddim_trailing, lcm, tcd, as the model was published
     c.steps = 25
     c.guidance_scale = 7.5  # at most 1: none, for half the UNet evaluations
     c.prompt_layout = "padded"  # or "official": the value token and the prompt's own tokens alone

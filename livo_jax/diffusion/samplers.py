@@ -8,9 +8,12 @@ import numpy as np
 
 from livo_jax.diffusion.schedule import SOLVER, NoiseSchedule
 
+ORIGINAL_STEPS = 50  # of a distillation whose scheduler_config.json does not say how many
+GAMMA = 0.3  # of TCD, where the file has no `eta`
+
 
 class SamplerTable(NamedTuple):
-    """A deterministic sampler as numbers, float32: one row for each evaluation of the UNet.
+    """A sampler as numbers, float32: one row for each evaluation of the UNet.
 
     The samplers are linear multistep methods. Their state is the latents z and K arrays of memory,
     [1 + K, B, h, w, C], the memory zero at first. A row turns it into the next by
@@ -18,6 +21,7 @@ class SamplerTable(NamedTuple):
         out    = unet(scale * z, t)
         z_0    = from_z * z + from_out * out            the image that the UNet sees in z
         state <- step @ [state, out, z_0]
+        z <- z + noise * N(0, I)                        if the sampler is no deterministic one
     """
 
     t: np.ndarray  # [n]
@@ -25,6 +29,7 @@ class SamplerTable(NamedTuple):
     from_z: np.ndarray  # [n]
     from_out: np.ndarray  # [n]
     step: np.ndarray  # [n, 1 + K, 1 + K + 2]
+    noise: np.ndarray | None = None  # [n], or None: then no noise is drawn
 
 
 def _z_0(schedule: NoiseSchedule, a, s):
@@ -130,11 +135,14 @@ def dpm_solver_pp(schedule: NoiseSchedule, config: dict, steps: int) -> SamplerT
     return SamplerTable(t.round(), np.ones(steps), *_z_0(schedule, a[:-1], s[:-1]), step)
 
 
-def euler(schedule: NoiseSchedule, config: dict, steps: int) -> SamplerTable:
+def euler(schedule: NoiseSchedule, config: dict, steps: int, ancestral: bool = False) -> SamplerTable:
     """Euler's method in sigma (Karras et al. 2022, algorithm 1), as diffusers' EulerDiscreteScheduler steps.
 
     It steps x = z / a_t = z_0 + sigma eps. The state is x over its initial deviation, so that it
     begins as the noise.
+
+    ancestral: whether a step goes further down, by noise that is added up to sigma again, as a step of the chain that
+    is reversed (Ho et al. 2020, algorithm 2). So does diffusers' EulerAncestralDiscreteScheduler.
     """
     sigmas = _sigmas(schedule)
     t = _spaced(config, "linspace", steps, schedule.num_timesteps, schedule.num_timesteps)
@@ -145,12 +153,58 @@ def euler(schedule: NoiseSchedule, config: dict, steps: int) -> SamplerTable:
     initial = sigma.max() if config.get("timestep_spacing") != "leading" else np.sqrt(sigma.max() ** 2 + 1)
     after = np.append(sigma[1:], 0.0 if config.get("final_sigmas_type", "zero") == "zero" else sigmas[0])
 
-    a, ratio = 1 / np.sqrt(sigma**2 + 1), after / sigma
+    a, ratio, noise = 1 / np.sqrt(sigma**2 + 1), after / sigma, None
+    if ancestral:
+        noise = after * np.sqrt(1 - ratio**2) / initial
+        ratio = ratio**2
     scale = initial * a
     from_z, from_out = _z_0(schedule, a, sigma * a)
     step = np.stack([ratio, np.zeros(steps), (1 - ratio) / initial], axis=-1)[:, None]
     step[-1] *= initial
-    return SamplerTable(t, scale, from_z * scale, from_out, step)
+    return SamplerTable(t, scale, from_z * scale, from_out, step, noise)
+
+
+def euler_ancestral(schedule: NoiseSchedule, config: dict, steps: int) -> SamplerTable:
+    """Euler's method with noise at each step, which knows none of Euler's choices of sigmas."""
+    config = {name: x for name, x in config.items() if name not in ("use_karras_sigmas", "final_sigmas_type")}
+    return euler(schedule, config, steps, ancestral=True)
+
+
+def _distilled(config: dict, steps: int, T: int) -> np.ndarray:
+    """[steps] descending timesteps of the original_inference_steps of a distillation, every T / original-th."""
+    original = config.get("original_inference_steps", ORIGINAL_STEPS)
+    chosen = np.floor(np.linspace(0, original, steps, endpoint=False)).astype(int)
+    return (np.arange(original, 0, -1) * (T // original) - 1)[chosen]
+
+
+def lcm(schedule: NoiseSchedule, config: dict, steps: int) -> SamplerTable:
+    """Multistep sampling of latent consistency models (Luo et al. 2023), as diffusers' LCMScheduler steps.
+
+    The consistency function at t is c_skip z + c_out z_0, and noise takes it to the next timestep.
+    """
+    t = _distilled(config, steps, schedule.num_timesteps)
+    a, s = np.sqrt(schedule.alphas_cumprod[t]), np.sqrt(1 - schedule.alphas_cumprod[t])
+    a_after, s_after = np.append(a[1:], 1.0), np.append(s[1:], 0.0)
+    scaled, data = t * config.get("timestep_scaling", 10.0), 0.5
+    c_skip, c_out = data**2 / (scaled**2 + data**2), scaled / np.sqrt(scaled**2 + data**2)
+    step = np.stack([a_after * c_skip, np.zeros(steps), a_after * c_out], axis=-1)[:, None]
+    return SamplerTable(t, np.ones(steps), *_z_0(schedule, a, s), step, s_after)
+
+
+def tcd(schedule: NoiseSchedule, config: dict, steps: int) -> SamplerTable:
+    """Strategic stochastic sampling (Zheng et al. 2024, gamma = `eta`), as diffusers' TCDScheduler steps.
+
+    A step leads to (1 - gamma) of the next timestep, and noise from there to it.
+    """
+    eta, bar = config.get("eta", GAMMA), schedule.alphas_cumprod
+    t = _distilled(config, steps, schedule.num_timesteps)
+    after = np.append(t[1:], 0)
+    between = np.floor(np.float32(1 - eta) * after.astype(np.float32)).astype(int)  # rounded as PyTorch does
+    a, s, a_s, s_s = np.sqrt(bar[t]), np.sqrt(1 - bar[t]), np.sqrt(bar[between]), np.sqrt(1 - bar[between])
+    ratio = bar[after] / bar[between]
+    eps_z, eps_out = _eps(schedule, a, s)
+    step = (np.sqrt(ratio) * np.stack([s_s * eps_z, s_s * eps_out, a_s])).T[:, None]
+    return SamplerTable(t, np.ones(steps), *_z_0(schedule, a, s), step, np.sqrt(1 - ratio) if eta else None)
 
 
 def pndm(schedule: NoiseSchedule, config: dict, steps: int) -> SamplerTable:
@@ -219,14 +273,22 @@ def pndm(schedule: NoiseSchedule, config: dict, steps: int) -> SamplerTable:
     return SamplerTable(np.array(timesteps), np.ones(n), np.zeros(n), np.zeros(n), np.stack(rows))
 
 
+def _with(sampler, **options):
+    """The sampler with these in the place of what the scheduler_config.json says."""
+    return lambda schedule, config, steps: sampler(schedule, config | options, steps)
+
+
 SAMPLERS = {
     "ddim": ddim,
+    "ddim_trailing": _with(ddim, timestep_spacing="trailing"),
     "dpmsolver++": dpm_solver_pp,
-    "dpmsolver++_karras": lambda schedule, config, steps: dpm_solver_pp(
-        schedule, config | {"use_karras_sigmas": True}, steps
-    ),
+    "dpmsolver++_karras": _with(dpm_solver_pp, use_karras_sigmas=True),
     "euler": euler,
+    "euler_ancestral": euler_ancestral,
+    "euler_trailing": _with(euler, timestep_spacing="trailing"),
+    "lcm": lcm,
     "pndm": pndm,
+    "tcd": tcd,
 }
 
 
@@ -244,12 +306,24 @@ def sampler_table(config: dict, sampler: str, steps: int) -> SamplerTable:
     if sampler not in SAMPLERS:
         problems.append(f"sampler={sampler!r}: choose from {', '.join(SAMPLERS)}")
     fewest = 4 if sampler == "pndm" and not config.get("skip_prk_steps") else 1
-    if not fewest <= steps <= schedule.num_timesteps:
-        problems.append(f"steps={steps}: choose {fewest} to {schedule.num_timesteps}")
+    most, why, T = schedule.num_timesteps, "", schedule.num_timesteps
+    if sampler in ("lcm", "tcd"):
+        most, why = (
+            config.get("original_inference_steps", ORIGINAL_STEPS),
+            ", the original_inference_steps of its distillation",
+        )
+        if not (isinstance(most, int) and 1 <= most <= T):
+            problems.append(f"original_inference_steps={most!r}: choose 1 to {T}")
+            most = T
+    eta = config.get("eta", GAMMA)
+    if sampler == "tcd" and not (isinstance(eta, int | float) and 0 <= eta <= 1):
+        problems.append(f"eta={eta!r}: choose 0 (no noise) to 1")
+    if not fewest <= steps <= most:
+        problems.append(f"steps={steps}: choose {fewest} to {most}{why}")
     choices = {"timestep_spacing": ("linspace", "leading", "trailing")}
     if sampler.startswith("dpmsolver++"):
         choices |= SOLVER | {"final_sigmas_type": ("zero", "sigma_min")}
-    if sampler == "euler":
+    if sampler in ("euler", "euler_trailing"):
         choices |= {"final_sigmas_type": ("zero", "sigma_min"), "interpolation_type": ("linear",)}
     for name, known in choices.items():
         if config.get(name, known[0]) not in known:
@@ -257,7 +331,7 @@ def sampler_table(config: dict, sampler: str, steps: int) -> SamplerTable:
     if config.get("thresholding"):
         problems.append("thresholding: not supported")
     for name in ("use_lu_lambdas", "use_exponential_sigmas", "use_beta_sigmas"):
-        if config.get(name) and (sampler == "euler" or sampler.startswith("dpmsolver++")):
+        if config.get(name) and sampler.startswith(("dpmsolver++", "euler")) and sampler != "euler_ancestral":
             problems.append(f"{name}: not supported; set it to false, or choose ddim or pndm")
     if problems:
         raise ValueError("scheduler config: " + "; ".join(problems))
@@ -269,10 +343,10 @@ def sampler_table(config: dict, sampler: str, steps: int) -> SamplerTable:
             "rescale_betas_zero_snr: from noise alone a model of prediction_type='epsilon' sees no image, so that"
             f" {sampler} cannot start there: choose another sampler, or timestep_spacing='leading'"
         )
-    return SamplerTable(*(np.asarray(column, np.float32) for column in table))
+    return jax.tree.map(np.float32, table)
 
 
-def sample(predict, noise, table: SamplerTable, carried=None):
+def sample(predict, noise, table: SamplerTable, carried=None, draw_noise=None):
     """Runs a sampler; traceable, one loop whatever the number of steps.
 
     Args:
@@ -281,20 +355,27 @@ def sample(predict, noise, table: SamplerTable, carried=None):
         noise: [B, h, w, C] float32, standard normal.
         table: what sampler_table returns.
         carried: a tree of arrays that predict gets at the first step.
+        draw_noise: number of the step, int32 -> the noise [B, h, w, C] that it adds, standard normal; needed where the
+            table has noise.
 
     Returns:
         [B, h, w, C] float32 latents z_0, scaled as the UNet has them.
     """
 
-    def step(carry, row: SamplerTable):
+    def step(carry, row_and_number):
+        row, number = row_and_number
         state, carried = carry
         z = state[0]
         out, carried = predict(row.scale * z, row.t, carried)
         out = out.astype(z.dtype)
         z_0 = row.from_z * z + row.from_out * out
         known = jnp.concatenate([state, out[None], z_0[None]])
-        return (jnp.einsum("ij,j...->i...", row.step, known, precision="highest"), carried), None
+        state = jnp.einsum("ij,j...->i...", row.step, known, precision="highest")
+        if row.noise is not None:
+            state = state.at[0].add(row.noise * draw_noise(number))
+        return (state, carried), None
 
+    numbers = None if table.noise is None else jnp.arange(len(table.noise))
     memory = jnp.zeros((table.step.shape[1] - 1, *noise.shape), noise.dtype)
-    (state, _), _ = jax.lax.scan(step, (jnp.concatenate([noise[None], memory]), carried), table)
+    (state, _), _ = jax.lax.scan(step, (jnp.concatenate([noise[None], memory]), carried), (table, numbers))
     return state[0]

@@ -32,7 +32,7 @@ from .livo_ratio import deal
 from .livo_rules import Rules
 
 # How the value encoder was trained to be sampled; `livo_jax.export.export` fills this in.
-SETTINGS = dict(xl=False, size=512, scheduler="DDIMScheduler", options={}, steps=25, guidance_scale=7.5)
+SETTINGS = dict(xl=False, size=512, scheduler="DDIMScheduler", options={}, eta=0.0, steps=25, guidance_scale=7.5)
 
 
 @dataclasses.dataclass
@@ -234,7 +234,8 @@ class LiVO:
             seed: decides which images these are.
             guidance_scale: classifier-free guidance, against the negative prompt; at most 1 is none, for half the
                 evaluations of the UNet.
-            latents: [N, C, h, w] standard normal noise of all images; drawn from `generator` if None.
+            latents: [N, C, h, w] standard normal noise of all images; drawn from `generator` if None. Noise that the
+                scheduler adds at each step is drawn from it in any case.
             output_type: "pil", "np" or "pt".
 
         Returns:
@@ -276,6 +277,7 @@ class LiVO:
         self.scheduler.set_timesteps(num_inference_steps, device=cond.device)
         channels = self.unet.config.in_channels
         z = self.prepare_latents(N, channels, height, width, torch.float32, cond.device, generator, latents).float()
+        extra = self.prepare_extra_step_kwargs(generator, SETTINGS["eta"])  # what the scheduler takes of them
         for t in self.progress_bar(self.scheduler.timesteps):
             model_input = self.scheduler.scale_model_input(z, t)[image_of].to(cond.dtype)
             eps = self.unet(
@@ -287,7 +289,7 @@ class LiVO:
                 guided = with_negative + guidance_scale * (with_prompt - with_negative)
             for (n, dose), eps_v in zip(dosed, with_value):
                 guided[n] += dose.strength * max(guidance_scale, 1.0) * (eps_v - with_prompt[n])
-            z = self.scheduler.step(guided, t, z).prev_sample
+            z = self.scheduler.step(guided, t, z, **extra).prev_sample
         decoded = self._decode(z)
         if not (torch.isfinite(z).all() and torch.isfinite(decoded).all()):
             raise FloatingPointError(

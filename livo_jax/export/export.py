@@ -8,6 +8,7 @@ import pathlib
 import shutil
 import tempfile
 
+from livo_jax.diffusion.samplers import GAMMA
 from livo_jax.diffusion.schedule import SOLVER
 from livo_jax.files.modules import read_dtype, save
 from livo_jax.files.repositories import read_json
@@ -23,11 +24,18 @@ CARRIED = ("name", "statement", "kind", "keep_probability", "keywords", "excepti
 CARRIED_FILES = ("dealing", "ratio", "rules")  # of livo_jax/values
 SCHEDULERS = {  # of diffusers, for diffusion.SAMPLERS
     "ddim": ("DDIMScheduler", {"clip_sample": False, "thresholding": False}),
+    "ddim_trailing": (
+        "DDIMScheduler", {"clip_sample": False, "thresholding": False, "timestep_spacing": "trailing"},
+    ),
     "dpmsolver++": ("DPMSolverMultistepScheduler", {"thresholding": False}),
     "dpmsolver++_karras": ("DPMSolverMultistepScheduler", {"thresholding": False, "use_karras_sigmas": True}),
     "euler": ("EulerDiscreteScheduler", {}),
+    "euler_ancestral": ("EulerAncestralDiscreteScheduler", {}),
+    "euler_trailing": ("EulerDiscreteScheduler", {"timestep_spacing": "trailing"}),
+    "lcm": ("LCMScheduler", {"clip_sample": False, "thresholding": False}),
     "pndm": ("PNDMScheduler", {}),
-}
+    "tcd": ("TCDScheduler", {"clip_sample": False, "thresholding": False}),
+}  # fmt: skip
 
 READS = """reads a value and a prompt; its pooled output, one token put before the prompt's tokens, makes the frozen
 base model follow the value."""
@@ -108,7 +116,8 @@ def export(directory: str | os.PathLike, sd, value_encoder, config, results: lis
     options = options | {name: sd.scheduler_config[name] for name in right if name in sd.scheduler_config}
     settings = {
         "xl": sd.time_ids is not None, "size": sd.image_size, "scheduler": scheduler,
-        "options": options, "steps": config.sampling.steps, "guidance_scale": config.sampling.guidance_scale,
+        "options": options, "eta": sd.scheduler_config.get("eta", GAMMA) if config.sampling.sampler == "tcd" else 0.0,
+        "steps": config.sampling.steps, "guidance_scale": config.sampling.guidance_scale,
     }  # fmt: skip
     text_encoder = sd.text_encoder
     if isinstance(value_encoder, LoRA) and read_dtype(config.dtype) != "float32":  # what peft adds to is not rounded

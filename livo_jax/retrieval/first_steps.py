@@ -55,7 +55,7 @@ def make_reader(sd, value_encoder, statements):
     if value_encoder is not None:
         check_value_encoder(sd, value_encoder, statements)
     table = diffusion.sampler_table(sd.scheduler_config, "dpmsolver++", STEPS)
-    before = table._make(column[: LOOKED_AT - 1] for column in table)
+    before = jax.tree.map(lambda column: column[: LOOKED_AT - 1], table)
     t, scale = table.t[LOOKED_AT - 1], table.scale[LOOKED_AT - 1]
     noise = jax.random.normal(seeds.key(0), (NOISES, *sd.latent_shape))
     modules = (sd.text_encoder, sd.unet, value_encoder)

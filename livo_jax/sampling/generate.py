@@ -24,12 +24,22 @@ from livo_jax.sampling.requests import Dose, Request
 from livo_jax.value_encoders.base import check_value_encoder, strip_unread
 from livo_jax.values.principles import text_hash
 
+STEP_NOISE = 2**32 - 1  # folded into an image's key for the noise of its steps; no seed has it as its upper word
 DECODED_PIXELS = 2**21  # at once on a device: 8 images of 512 px, for which the decoder takes some GB
 
 
 def initial_noise(seed, prompt_hash, index, shape):
     """The noise [h, w, C] float32 that an image starts from; prompt_hash is values.text_hash(prompt)."""
     return _noise(seeds.key(seed), prompt_hash, index, shape)
+
+
+def step_noise(seed, prompt_hash, index, step, shape):
+    """The noise [h, w, C] float32 that a sampler which draws noise adds at a step, 0 for the first."""
+    return _step_noise(seeds.key(seed), prompt_hash, index, step, shape)
+
+
+def _step_noise(key, prompt_hash, index, step, shape):
+    return _noise(jax.random.fold_in(jax.random.fold_in(key, STEP_NOISE), step), prompt_hash, index, shape)
 
 
 def _noise(key, prompt_hash, index, shape):
@@ -58,7 +68,8 @@ def _sample(
         guidance_scale = batch.guidance_scales[:, None, None, None]
     text_encoder, _, vae, value_encoder = (graph and nnx.merge(graph, part) for graph, part in zip(graphs, params))
     keys = jax.vmap(seeds.key_of)(batch.seed_low, batch.seed_high)
-    noise = jax.vmap(functools.partial(_noise, shape=shape))(keys, batch.prompt_hash, batch.index)
+    whose = keys, batch.prompt_hash, batch.index
+    noise = jax.vmap(functools.partial(_noise, shape=shape))(*whose)
     given = condition(batch, text_encoder, value_encoder)
 
     def predict(z, t, carried):
@@ -69,7 +80,10 @@ def _sample(
         negative = None if batch.negative_ids is None else others.pop(0)
         return guidance(prompt, negative, others, batch.weights, guidance_scale, carried)
 
-    z = diffusion.sample(predict, noise, table, guidance.start(noise)) / scaling_factor
+    def draw_noise(step):
+        return jax.vmap(functools.partial(_step_noise, step=step, shape=shape))(*whose)
+
+    z = diffusion.sample(predict, noise, table, guidance.start(noise), draw_noise) / scaling_factor
     return decode(z, vae, decoder_parts)
 
 

@@ -12,7 +12,8 @@ from livo_jax.values.principles import Value
 
 
 class Request(NamedTuple):
-    """One image. Its noise depends on (seed, prompt, index) alone: with and without values it is the same.
+    """One image. Its noise, also what a sampler adds at each step, depends on (seed, prompt, index) alone: with and
+    without values it is the same.
 
     seed, guidance_scale, size (height and width in pixels): its own, where a set of prompts tells them; None for those
     of the call.

@@ -1,7 +1,7 @@
 """Schedules, targets and samplers agree with diffusers' for the same config."""
 
-import functools
 import inspect
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +64,11 @@ def toy_unet(z, t, np=np):
     return np.tanh(np.einsum("bhwc,cd->bhwd", z, W) + t / 1000)
 
 
-sample = jax.jit(functools.partial(diffusion.sample, lambda z, t, _: (toy_unet(z, t, jnp), None)))
+@jax.jit
+def sample(noise, table, added=None):
+    """Around toy_unet; added: [n, B, h, w, C], the noise of each step."""
+    return diffusion.sample(lambda z, t, _: (toy_unet(z, t, jnp), None), noise, table, None, lambda i: added[i])
+
 
 SAMPLERS = {
     "ddim": ("DDIMScheduler", dict(clip_sample=False)),  # its default is for pixels
@@ -72,6 +76,13 @@ SAMPLERS = {
     "dpmsolver++_karras": ("DPMSolverMultistepScheduler", dict(use_karras_sigmas=True)),
     "euler": ("EulerDiscreteScheduler", {}),
     "pndm": ("PNDMScheduler", {}),
+}
+FEW_STEPS = {
+    "ddim_trailing": ("DDIMScheduler", dict(clip_sample=False, timestep_spacing="trailing")),
+    "euler_trailing": ("EulerDiscreteScheduler", dict(timestep_spacing="trailing")),
+    "euler_ancestral": ("EulerAncestralDiscreteScheduler", {}),
+    "lcm": ("LCMScheduler", {}),
+    "tcd": ("TCDScheduler", {}),
 }
 OPTIONS = [
     {},
@@ -91,17 +102,21 @@ OPTIONS = [
 ]
 
 
-def trajectory(sampler, config, steps, noise):
-    """Timesteps and last latents of diffusers' scheduler around toy_unet."""
+def trajectory(sampler, config, steps, noise, added=None):
+    """Timesteps and last latents of diffusers' scheduler around toy_unet, which adds the noise of `added`."""
     import diffusers
 
-    name, forced = SAMPLERS[sampler]
+    name, forced = (SAMPLERS | FEW_STEPS)[sampler]
+    options = {"eta": config["eta"]} if "eta" in config else {}  # its file has no such field
     scheduler = getattr(diffusers, name).from_config(config | forced)
     scheduler.set_timesteps(steps)
+    drawn = iter([] if added is None else added)
     z = torch.tensor(noise) * scheduler.init_noise_sigma
     for t in scheduler.timesteps:
         out = toy_unet(scheduler.scale_model_input(z, t).numpy(), float(t))
-        z = scheduler.step(torch.tensor(out, dtype=torch.float32), t, z).prev_sample
+        draw = f"{type(scheduler).__module__}.randn_tensor"
+        with mock.patch(draw, lambda *_, **__: torch.tensor(next(drawn)), create=True):  # PNDM's draws none
+            z = scheduler.step(torch.tensor(out, dtype=torch.float32), t, z, **options).prev_sample
     return scheduler.timesteps.numpy(), z
 
 
@@ -125,6 +140,51 @@ def test_trajectories(sampler, prediction_type, steps, options):
     assert relative_error(sample(noise, table), expected) < 1e-4
 
 
+FEW_STEPS_CASES = [
+    ("ddim_trailing", dict(timestep_spacing="leading", steps_offset=1)),
+    ("euler_trailing", dict(timestep_spacing="leading", steps_offset=1)),
+    ("euler_ancestral", {}),
+    ("euler_ancestral", dict(timestep_spacing="leading", steps_offset=1)),
+    ("euler_ancestral", dict(timestep_spacing="trailing")),
+    ("euler_ancestral", dict(use_karras_sigmas=True, use_beta_sigmas=True, final_sigmas_type="sigma_min")),
+    ("lcm", dict(timestep_spacing="leading", steps_offset=1)),
+    ("lcm", dict(original_inference_steps=100)),
+    ("lcm", dict(original_inference_steps=30)),  # which does not divide the timesteps
+    ("lcm", dict(original_inference_steps=8, timestep_scaling=0.001)),  # so that z itself counts
+    ("tcd", {}),
+    ("tcd", dict(eta=0.0)),
+    ("tcd", dict(eta=0.7, original_inference_steps=30)),
+    ("tcd", dict(eta=1.0, original_inference_steps=8)),
+]
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+@pytest.mark.parametrize("sampler, options", FEW_STEPS_CASES, ids=str)
+def test_few_steps(sampler, options, steps, prediction_type):
+    """With the noise that they add at each step but the last."""
+    config = BASE | options | dict(prediction_type=prediction_type)
+    noise, *added = np.random.default_rng(0).normal(size=(1 + steps, 2, 4, 4, 4)).astype(np.float32)
+    timesteps, expected = trajectory(sampler, config, steps, noise, added)
+    table = diffusion.sampler_table(config, sampler, steps)
+    np.testing.assert_allclose(table.t, timesteps, rtol=1e-5, atol=1e-3 if "euler" in sampler else 0)
+    assert relative_error(sample(noise, table, np.stack(added)), expected) < 1e-4
+    if sampler in ("ddim_trailing", "euler_trailing") or config.get("eta") == 0:
+        assert table.noise is None, "so that none is drawn"
+        assert relative_error(sample(noise, table), expected) < 1e-4
+    else:
+        assert (table.noise[:-1] > 0).all() and table.noise[-1] == 0
+
+
+@pytest.mark.parametrize("sampler", ["euler_ancestral", "lcm", "tcd"])
+def test_few_steps_from_zero_terminal_snr(sampler):
+    config = BASE | dict(prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    noise, *added = np.random.default_rng(0).normal(size=(5, 1, 4, 4, 4)).astype(np.float32)
+    _, expected = trajectory(sampler, config, 4, noise, added)
+    table = diffusion.sampler_table(config, sampler, 4)
+    assert relative_error(sample(noise, table, np.stack(added)), expected) < 1e-4
+
+
 @pytest.mark.parametrize("sampler", ["ddim", "dpmsolver++", "euler"])
 def test_zero_terminal_snr(sampler):
     """The zero that rescaling puts at T - 1 is what samplers start from."""
@@ -139,7 +199,7 @@ def test_zero_terminal_snr(sampler):
     [
         (dict(prediction_type="sample"), "ddim", 10, "prediction_type='sample': choose from epsilon, v_prediction"),
         (dict(beta_schedule="sigmoid"), "ddim", 10, "beta_schedule='sigmoid'"),
-        ({}, "heun", 0, "sampler='heun': choose from ddim, dpmsolver.*; steps=0: choose 1 to 1000"),
+        ({}, "heun", 0, "sampler='heun': choose from ddim, .*dpmsolver.*; steps=0: choose 1 to 1000"),
         (dict(timestep_spacing="odd", solver_order=3), "dpmsolver++", 10, "timestep_spacing='odd'.*solver_order=3"),
         (dict(thresholding=True), "ddim", 10, "thresholding"),
         (dict(steps_offset=1), "ddim", 1000, "1000 steps with steps_offset=1 pass the last timestep"),
@@ -148,6 +208,11 @@ def test_zero_terminal_snr(sampler):
         (dict(use_beta_sigmas=True), "euler", 10, "use_beta_sigmas: not supported; set it to false, or choose ddim"),
         (dict(use_flow_sigmas=True), "ddim", 10, "use_flow_sigmas=True: not Stable Diffusion's noise"),
         (dict(timestep_type="continuous"), "ddim", 10, "timestep_type='continuous': not Stable Diffusion's noise"),
+        ({}, "lcm", 60, "steps=60: choose 1 to 50, the original_inference_steps of its distillation"),
+        (dict(original_inference_steps=4), "tcd", 5, "steps=5: choose 1 to 4, the original"),
+        (dict(original_inference_steps=2000), "lcm", 5, "original_inference_steps=2000: choose 1 to 1000"),
+        (dict(original_inference_steps=None, eta=1.5), "tcd", 5, "original_inference_steps=None: .*eta=1.5: choose 0"),
+        (dict(rescale_betas_zero_snr=True), "lcm", 4, "rescale_betas_zero_snr: .*lcm cannot start there"),
         (dict(beta_end=None), "ddim", 10, "beta_end=None: a number is wanted"),
         (dict(beta_schedule="linear", beta_end=1.5), "ddim", 10, "betas from .* to 1.5: all must be between 0 and 1"),
         (
@@ -177,7 +242,8 @@ def test_every_known_scheduler_is_read_for_its_noise(name):
     np.testing.assert_array_equal(ours.alphas_cumprod, named.alphas_cumprod)
     right, _ = diffusion.for_latents(defaults | {"_class_name": name}, is_xl=False)
     for sampler in diffusion.SAMPLERS:
-        assert all(np.isfinite(column).all() for column in diffusion.sampler_table(right, sampler, 5))
+        table = diffusion.sampler_table(right, sampler, 5)
+        assert all(np.isfinite(column).all() for column in jax.tree.leaves(table))
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from livo_jax.retrieval.retriever import Retriever
 from livo_jax.sampling import generate
 from livo_jax.values.principles import load, text_hash
 from tests.files.test_modules import hub_of, load_from
+from tests.sampling.test_generate import feed_step_noise
 
 ROOT = pathlib.Path(__file__).parents[2]
 VALUE, BLOODY = "shape equality", "bloody considered inappropriate"
@@ -208,6 +209,28 @@ def test_the_pipeline_draws_the_same_images(options, sd, value_encoder, pipeline
     assert len({len(doses) for doses in ours.applied}) >= 3
     differ = [bool(np.abs(a - b).max() > 1 / 255) for a, b in zip(theirs.images, base.images)]
     assert differ == [bool(doses) for doses in ours.applied]
+
+
+@pytest.mark.parametrize("sampler", ["lcm", "tcd"])
+def test_noise_of_each_step(sampler, sd, value_encoder, config, published, tmp_path, monkeypatch):
+    """An export of a few-step sampler draws what JAX draws, fed the noise that JAX adds."""
+    from diffusers import DiffusionPipeline
+
+    config = config.copy_and_resolve_references()
+    config.sampling.update(sampler=sampler, guidance_scale=1.0)
+    monkeypatch.setitem(sd.scheduler_config, "eta", 0.5)
+    export(tmp_path / "out", sd, value_encoder, config)
+    pipeline = DiffusionPipeline.from_pretrained(
+        published, custom_pipeline=str(tmp_path / "out"), trust_remote_code=True, safety_checker=None
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    feed_step_noise(monkeypatch, type(pipeline.scheduler).__name__, 7, PROMPTS[:2], sd.latent_shape)
+    theirs = pipeline(PROMPTS[:2], VALUE, strength=0.5, seed=7, latents=noise(PROMPTS[:2], 1), output_type="np").images
+    ours = sd.generate(
+        PROMPTS[:2], VALUE, value_encoder, strength=0.5, seed=7, steps=4, guidance_scale=1.0, sampler=sampler,
+        batch_size=2, mesh=sharding.make_mesh(1),
+    )  # fmt: skip
+    assert np.abs(ours - theirs * 255).max() < 1.0
 
 
 def test_a_value_has_a_name_a_strength_and_a_reason(pipeline):

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import itertools
 import json
 import warnings
 from collections import Counter
@@ -17,6 +18,7 @@ from PIL import Image
 
 from data_tools import measure_images
 from livo_jax import ValueEncoder, diffusion, sharding, values
+from livo_jax.diffusion.samplers import GAMMA
 from livo_jax.export.export import SCHEDULERS
 from livo_jax.files.modules import initialise
 from livo_jax.methods.sld import PRESETS
@@ -50,17 +52,33 @@ def published_pipeline(sd, published, torch_models, scheduler, cls=None, **optio
     )  # fmt: skip
 
 
+def feed_step_noise(monkeypatch, scheduler: str, seed: int, prompts, shape):
+    """Has a scheduler of diffusers add the noise that we add to the first images of these prompts."""
+    import diffusers
+
+    step = itertools.count()
+
+    def draw(*_, **__):
+        i = next(step)
+        noise = np.stack([generate.step_noise(seed, text_hash(prompt), 0, i, shape) for prompt in prompts])
+        return torch.tensor(noise.transpose(0, 3, 1, 2))
+
+    # Schedulers without noise have no such name, and need none.
+    monkeypatch.setattr(f"{getattr(diffusers, scheduler).__module__}.randn_tensor", draw, raising=False)
+
+
 @pytest.mark.parametrize("sampler", diffusion.SAMPLERS)
-def test_images_are_the_published_pipelines(sd, published, torch_models, sampler):
+def test_images_are_the_published_pipelines(sd, published, torch_models, sampler, monkeypatch):
     """The whole way, tokens to pixels, against diffusers' StableDiffusionPipeline from the same noise."""
     scheduler, options = SCHEDULERS[sampler]
+    feed_step_noise(monkeypatch, scheduler, 5, ["a photo of a baker", "a cook at work"], sd.latent_shape)
     pipeline = published_pipeline(sd, published, torch_models, scheduler, **options)
     pipeline.set_progress_bar_config(disable=True)
     prompts = ["a photo of a baker", "a cook at work"]
     noise = np.stack([generate.initial_noise(5, text_hash(p), 0, sd.latent_shape) for p in prompts])
     theirs = pipeline(
         prompts, num_inference_steps=6, guidance_scale=3.0, latents=torch.tensor(noise.transpose(0, 3, 1, 2)),
-        output_type="np",
+        output_type="np", eta=GAMMA if sampler == "tcd" else 0.0,
     ).images  # fmt: skip
     ours = sd.generate(prompts, seed=5, sampler=sampler, **SETTINGS | {"steps": 6, "batch_size": 2})
     assert ours.shape == (2, sd.image_size, sd.image_size, 3) and ours.dtype == np.uint8
@@ -443,9 +461,51 @@ def test_images_tell_which_attribute_they_were_dealt(sd, value_encoder):
 
 def test_noise_is_normal_and_its_keys_differ():
     indices = np.arange(50, dtype=np.uint32)
-    noise = np.array(jax.vmap(lambda i: generate.initial_noise(0, text_hash("a"), i, (8, 8, 4)))(indices))
+    initial = jax.vmap(lambda i: generate.initial_noise(0, text_hash("a"), i, (8, 8, 4)))(indices)
+    steps = [
+        jax.vmap(lambda i: generate.step_noise(0, text_hash("a"), i, step, (8, 8, 4)))(indices)  # noqa: B023
+        for step in range(3)
+    ]
+    noise = np.concatenate([initial, *steps])
     assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05
-    assert len({n.tobytes() for n in noise}) == 50
+    assert len({n.tobytes() for n in noise}) == 200
+
+
+@pytest.mark.parametrize("sampler", ["euler_ancestral", "lcm", "tcd"])
+def test_noise_of_each_step_is_the_images_own(sd, value_encoder, sampler):
+    """Whatever its place in the batch, and whichever images are beside it; without a value it is the base's."""
+    settings = SETTINGS | {"sampler": sampler, "guidance_scale": 1.0}
+    requests = [Request(p, i, v) for p in ("a baker", "a cook") for i in range(2) for v in ((), DOSE)]
+    images = generate.generate(sd, requests, value_encoder, **settings)
+    assert len({image.tobytes() for image in images}) == len(requests)
+    for order, changes in (
+        (slice(None, None, -1), {}),
+        (slice(2, 7), {"batch_size": 2}),
+        (slice(None), {"mesh": None}),
+    ):
+        again = generate.generate(sd, requests[order], value_encoder, **settings | changes)
+        assert np.abs(images[order].astype(int) - again).max() <= 1
+    assert np.abs(images[0].astype(int) - generate.generate(sd, requests[:1], **settings)[0]).max() <= 1
+    (own,) = generate.generate(sd, [requests[0]._replace(seed=1)], **settings)
+    (same,) = generate.generate(sd, requests[:1], seed=1, **settings)
+    np.testing.assert_array_equal(own, same)
+
+
+def test_deterministic_samplers_draw_no_noise(sd):
+    """Their program is what it is without: it has one draw, of the initial noise."""
+
+    def draws(sampler):
+        table, z = diffusion.sampler_table(sd.scheduler_config, sampler, 4), np.zeros((1, 2, 2, 4), np.float32)
+
+        def run(key, z):
+            draw = functools.partial(jax.random.normal, shape=z.shape)
+            return diffusion.sample(
+                lambda z, t, _: (z, None), z, table, None, lambda i: draw(jax.random.fold_in(key, i))
+            )
+
+        return "random_bits" in str(jax.make_jaxpr(run)(jax.random.key(0), z))
+
+    assert {sampler for sampler in diffusion.SAMPLERS if draws(sampler)} == {"euler_ancestral", "lcm", "tcd"}
 
 
 def test_what_cannot_be_drawn_is_said(sd, value_encoder, tmp_path):

@@ -63,7 +63,11 @@ def test_images_are_the_published_pipelines(sd, published, theirs, monkeypatch, 
 @pytest.mark.parametrize("kind", value_encoders.KINDS)
 def test_values_without_guidance(sd, made, kind):
     """As in a call with guided images, where the negative prompt has a row too."""
-    doses = [(), (Dose(VALUE),), (Dose(VALUE, 0.5), Dose(OTHER))]
+    doses = [
+        (),
+        (Dose(VALUE, 20.0),),
+        (Dose(VALUE), Dose(OTHER, 20.0)),
+    ]  # much effect
     requests = [Request("a baker", 0, values, guidance_scale=1.0) for values in doses]
     alone = generate.generate(sd, requests, made[kind], **SETTINGS).astype(int)
     guided = [request._replace(guidance_scale=3.0) for request in requests]
