@@ -308,10 +308,8 @@ def sampler_table(config: dict, sampler: str, steps: int) -> SamplerTable:
     fewest = 4 if sampler == "pndm" and not config.get("skip_prk_steps") else 1
     most, why, T = schedule.num_timesteps, "", schedule.num_timesteps
     if sampler in ("lcm", "tcd"):
-        most, why = (
-            config.get("original_inference_steps", ORIGINAL_STEPS),
-            ", the original_inference_steps of its distillation",
-        )
+        most = config.get("original_inference_steps", ORIGINAL_STEPS)
+        why = ", the original_inference_steps of its distillation"
         if not (isinstance(most, int) and 1 <= most <= T):
             problems.append(f"original_inference_steps={most!r}: choose 1 to {T}")
             most = T

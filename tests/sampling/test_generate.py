@@ -492,16 +492,16 @@ def test_noise_of_each_step_is_the_images_own(sd, value_encoder, sampler):
 
 
 def test_deterministic_samplers_draw_no_noise(sd):
-    """Their program is what it is without: it has one draw, of the initial noise."""
+    """Their program is what it was before there were others."""
 
     def draws(sampler):
         table, z = diffusion.sampler_table(sd.scheduler_config, sampler, 4), np.zeros((1, 2, 2, 4), np.float32)
 
         def run(key, z):
-            draw = functools.partial(jax.random.normal, shape=z.shape)
-            return diffusion.sample(
-                lambda z, t, _: (z, None), z, table, None, lambda i: draw(jax.random.fold_in(key, i))
-            )
+            def draw(step):
+                return jax.random.normal(jax.random.fold_in(key, step), z.shape)
+
+            return diffusion.sample(lambda z, t, _: (z, None), z, table, None, draw)
 
         return "random_bits" in str(jax.make_jaxpr(run)(jax.random.key(0), z))
 

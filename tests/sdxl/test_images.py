@@ -24,6 +24,7 @@ from livo_jax.value_encoders.lora import LoRA
 from livo_jax.value_encoders.shelf import Shelf
 from livo_jax.value_encoders.soft_tokens import SoftTokens
 from livo_jax.values.principles import text_hash
+from tests.sampling.test_generate import feed_step_noise
 from tests.sdxl.conftest import OTHER, PROMPTS, SCHEDULER, SETTINGS, VALUE, Towers, of_kind
 
 
@@ -34,6 +35,7 @@ from tests.sdxl.conftest import OTHER, PROMPTS, SCHEDULER, SETTINGS, VALUE, Towe
         ("euler", "", False, 3.0),
         ("dpmsolver++", "a tailor", True, 3.0),
         ("euler", "", True, 1.0),
+        ("euler_ancestral", "", True, 1.0),
     ],
 )
 def test_images_are_the_published_pipelines(sd, published, theirs, monkeypatch, sampler, negative, zeros, scale):
@@ -42,6 +44,7 @@ def test_images_are_the_published_pipelines(sd, published, theirs, monkeypatch, 
     from transformers import CLIPTokenizer
 
     scheduler, options = SCHEDULERS[sampler]
+    feed_step_noise(monkeypatch, scheduler, 5, PROMPTS, sd.latent_shape)
     pipeline = diffusers.StableDiffusionXLPipeline(
         **theirs, **{name: CLIPTokenizer.from_pretrained(published / name) for name in ("tokenizer", "tokenizer_2")},
         scheduler=getattr(diffusers, scheduler).from_config(SCHEDULER, **options), force_zeros_for_empty_prompt=zeros,
