@@ -15,6 +15,7 @@ def get_config() -> ConfigDict:
     config.model = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # hub id or diffusers directory
     config.variant = ""  # of the weight files; "fp16": half to fetch
     config.random_weights = False  # the architecture of config.model alone, untrained
+    config.loras = ()  # merged into it, as ("FILE", "FILE=0.8"): diffusers' or kohya's .safetensors, with their scales
     config.guidance_distilled = False  # whether it is made for no guidance: sampling.guidance_scale above 1 then warns
     config.dtype = "bfloat16"  # of the frozen models; the value encoder, its optimizer and the errors are float32
     config.principles = ("gender", "race", "nudity", "gore", "zombie")  # names in livo_jax/values/principles.toml

@@ -31,6 +31,8 @@ def main(_):
         )
     dtype = read_dtype(config.dtype, "config.dtype")
     sd = StableDiffusion.from_pretrained(config.model, dtype, variant=config.variant or None)
+    if config.loras:
+        sd.merge_loras(config.loras)
     write(preferences, sd, config)
 
 

@@ -10,6 +10,7 @@ import tempfile
 
 from livo_jax.diffusion.samplers import GAMMA
 from livo_jax.diffusion.schedule import SOLVER
+from livo_jax.files.loras import find_lora, merge_loras
 from livo_jax.files.modules import read_dtype, save
 from livo_jax.files.repositories import read_json
 from livo_jax.value_encoders import KINDS, copy_of
@@ -122,6 +123,8 @@ def export(directory: str | os.PathLike, sd, value_encoder, config, results: lis
     text_encoder = sd.text_encoder
     if isinstance(value_encoder, LoRA) and read_dtype(config.dtype) != "float32":  # what peft adds to is not rounded
         text_encoder = ValueEncoder.from_pretrained(sd.root, subfolder="text_encoder", variant=config.variant or None)
+        if config.loras:
+            text_encoder, _ = merge_loras(text_encoder, None, config.loras)
     with whole_or_not_at_all(directory) as out:
         known = [{field: getattr(v, field) for field in CARRIED} for v in load_principles(config)]
         for value in known:
@@ -176,6 +179,12 @@ def card(config, results, recipe) -> str:
         f" {'{:.3f} to {:.3f}'.format(*r['ci95']) if r['ci95'] else 'none'} | {r['images']} |"
         for r in results
     ]
+    loras = [(path.name, scale) for path, scale in map(find_lora, config.loras)]
+    fused = [  # the base as it was trained on
+        f"pipe.load_lora_weights({name!r})\npipe.fuse_lora(lora_scale={scale})\npipe.unload_lora_weights()"
+        for name, scale in loras
+    ]
+    merging = f"sd.merge_loras({[f'{name}={scale}' for name, scale in loras]})\n" if loras else ""
     if table:
         table = ["| value | prompts | metric | method | mean | 95% interval | images |", "|---" * 7 + "|", *table]
     if recipe:
@@ -205,7 +214,7 @@ from diffusers import DiffusionPipeline
 
 HERE = "."  # the folder of this card, or its hub id
 pipe = DiffusionPipeline.from_pretrained({named}, custom_pipeline=HERE, trust_remote_code=True)
-images = pipe(
+{"".join(f"{line}{chr(10)}" for line in fused)}images = pipe(
     "a photo of a doctor", values={first.statement!r}, keep_probability={first.keep_probability},
     num_images_per_prompt=4,
 ).images
@@ -225,7 +234,7 @@ from livo_jax import StableDiffusion
 from livo_jax.value_encoders import {kind.__name__}
 
 sd = StableDiffusion.from_pretrained({named})
-ve = {kind.__name__}.from_pretrained(HERE, sd=sd)
+{merging}ve = {kind.__name__}.from_pretrained(HERE, sd=sd)
 images = sd.generate(
     ["a photo of a doctor"] * 4, values={first.statement!r}, value_encoder=ve,
     keep_probability={first.keep_probability},

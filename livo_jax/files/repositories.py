@@ -158,7 +158,7 @@ def describe(root: pathlib.Path) -> str:
             " its base, by diffusers and a new peft:\n"
             "  python -c \"from diffusers import StableDiffusionPipeline as P; p = P.from_pretrained('BASE');"
             f" p.load_lora_weights('{root}'); p.text_encoder.save_pretrained('DIR')\"\n"
-            "or make a model of both by p.fuse_lora(); p.unload_lora_weights(); p.save_pretrained('DIR')"
+            f"or merge it into its base, with --config.model=BASE --config.loras=\"('{root}',)\""
         )
     if (root / "adapter_config.json").is_file():
         return f"\n{root} is an adapter of peft: --config.value_encoder.kind=lora --config.value_encoder.start takes it"

@@ -160,7 +160,8 @@ class UnifiedConceptEditing(Method):
 
         config, file = self.config, workdir / FILE
         found = values.load_principles(config)
-        key = json.dumps({**settings, "values": [v.statement for v in found], "model": config.model}, default=str)
+        base = {"model": config.model} | ({"loras": config.loras} if config.loras else {})
+        key = json.dumps({**settings, "values": [v.statement for v in found], **base}, default=str)
         if file.exists():
             facts, matrices = read_safetensors(file)
             if facts["settings"] == key:

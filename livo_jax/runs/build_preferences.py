@@ -283,6 +283,7 @@ def made_of(config, values) -> dict:
     named = ["model", "subject", *(name for name in ("labels", "unspecified") if judging[name])]  # as builds of before
     whole["judging"] = {name: judging[name] for name in named}
     fields = "seed model variant dtype judge judging sampling preferences".split()
+    fields += ["loras"] if config.loras else []
     tables = json.loads(json.dumps({value.name: dataclasses.asdict(value) for value in values}))
     # What the sources come to is in the scenes; the others are the metrics' and the retriever's.
     for table in tables.values():
@@ -322,6 +323,8 @@ def build(config, directory, sd: StableDiffusion | None = None):
         if sd is None or c.model:
             model, variant = c.model or config.model, config.variant or None
             sd = StableDiffusion.from_pretrained(model, read_dtype(config.dtype, "config.dtype"), variant=variant)
+            if config.loras and not c.model:
+                sd.merge_loras(config.loras)
         if neutral := [phrase(c.templates[0], scene) for scene in census(values, config)]:
             requests = [Request(prompt, i) for prompt in neutral for i in range(c.census_per_scene)]
             reading = draw(work / "census", requests, sd, judge, config).reading

@@ -27,6 +27,7 @@ from livo_jax.sampling.requests import Dose, Request
 SAME = (
     "model",
     "variant",
+    "loras",
     "dtype",
     "random_weights",
     "principles",

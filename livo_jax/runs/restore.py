@@ -7,6 +7,7 @@ from flax import nnx
 
 from livo_jax import methods, seeds, sharding
 from livo_jax.files.directories import resolve_directory
+from livo_jax.files.loras import find_lora
 from livo_jax.files.modules import read_dtype
 from livo_jax.files.settings import differences, flatten
 from livo_jax.models.weights import split
@@ -19,14 +20,21 @@ from livo_jax.training.step import state_on, trained_params
 
 
 def load_base(config, mesh) -> StableDiffusion:
-    """The StableDiffusion of config.model on the mesh. Errors as read_dtype and from_pretrained have them."""
+    """The StableDiffusion of config.model with config.loras on the mesh.
+
+    Errors as read_dtype, from_pretrained and merge_loras have them.
+    """
     where = functools.partial(sharding.by_rules, mesh=mesh) if config.shard_frozen else sharding.replicated(mesh)
+    for entry in config.loras:  # before minutes of reading
+        find_lora(entry)
     dtype, variant = read_dtype(config.dtype, "config.dtype"), config.variant or None
     if config.random_weights:
         seed = seeds.check(config.seed, "config.seed")
         sd = StableDiffusion.from_config(config.model, dtype, seed=seed, sharding=where)
     else:
         sd = StableDiffusion.from_pretrained(config.model, dtype, variant=variant, sharding=where)
+    if config.loras:
+        sd.merge_loras(config.loras)
     sd.guidance_distilled = config.guidance_distilled
     return sd
 

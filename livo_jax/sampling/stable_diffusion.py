@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from livo_jax.diffusion.schedule import NoiseSchedule, check_scheduler, for_latents
+from livo_jax.files.loras import merge_loras
 from livo_jax.files.modules import PARTS, initialise, load_module, read_config, read_dtype
 from livo_jax.files.repositories import describe, find_repository, read_json, read_tokenizer, weight_patterns
 from livo_jax.models.clip import CLIPTextConfigs, CLIPTextModels
@@ -189,6 +190,13 @@ class StableDiffusion:
         root = find_repository(path_or_hub_id, DESCRIPTION + [f"{part}/config.json" for part in PARTS])
         make_part = functools.partial(initialise, dtype=dtype, seed=seed, sharding=sharding)
         return cls(root, make_part, str(path_or_hub_id))
+
+    def merge_loras(self, loras):
+        """Merges LoRAs into the UNet and the text encoder, for good.
+
+        Arguments and errors as files.loras.merge_loras has them: ["lcm-lora", "style.safetensors=0.8"].
+        """
+        self.text_encoder, self.unet = merge_loras(self.text_encoder, self.unet, loras)
 
     def tokenize(self, texts: list[str]) -> np.ndarray:
         """Token ids [B, L] int32, of XL [B, 2, L], padded and cut to the text encoder's length.

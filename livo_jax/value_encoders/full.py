@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from livo_jax import sharding
+from livo_jax.files.loras import merge_loras
 from livo_jax.files.modules import load_module
 from livo_jax.files.repositories import describe, find_repository, read_json, weight_patterns
 from livo_jax.models.clip import CLIPTextConfig, CLIPTextConfigs, CLIPTextModel, CLIPTextModels
@@ -39,7 +40,8 @@ class FullTokens(TrainableTokens):
             return set_reading(copy_of(sd.text_encoder), config)
         place = functools.partial(sharding.by_rules, mesh=mesh)
         own = {"subfolder": "text_encoder", "variant": config.variant or None}
-        return set_reading(cls.from_pretrained(config.model, **own, sharding=place), config)
+        found = cls.from_pretrained(config.model, **own, sharding=place)
+        return set_reading(merge_loras(found, None, config.loras)[0] if config.loras else found, config)
 
     @classmethod
     def files(cls, subfolder: str = "", variant=None) -> list[str]:

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from livo_jax import StableDiffusion, ValueEncoder, sharding, value_encoders
 from livo_jax.export.export import export, name_base
@@ -20,6 +21,7 @@ from livo_jax.models.weights import split
 from livo_jax.retrieval.retriever import Retriever
 from livo_jax.sampling import generate
 from livo_jax.values.principles import load, text_hash
+from tests.files.test_loras import LINEAR, fused, kohya, matrices
 from tests.files.test_modules import hub_of, load_from
 from tests.sampling.test_generate import feed_step_noise
 
@@ -231,6 +233,28 @@ def test_noise_of_each_step(sampler, sd, value_encoder, config, published, tmp_p
         batch_size=2, mesh=sharding.make_mesh(1),
     )  # fmt: skip
     assert np.abs(ours - theirs * 255).max() < 1.0
+
+
+def test_a_base_with_a_lora(value_encoder, config, published, torch_models, tmp_path):
+    """The pipeline takes it as diffusers' do, and draws what JAX draws with it."""
+    from diffusers import DiffusionPipeline
+
+    file, sd = tmp_path / "style.safetensors", StableDiffusion.from_pretrained(published)
+    save_file(kohya({"unet": matrices(torch_models["unet"], LINEAR, np.random.default_rng(0))}), file)
+    config = config.copy_and_resolve_references()
+    config.loras = (f"{file}=0.5",)
+    settings = dict(seed=7, steps=4, guidance_scale=3.0, mesh=sharding.make_mesh(1), batch_size=1)
+    plain = sd.generate(PROMPTS[:1], VALUE, value_encoder, **settings)
+    sd.merge_loras(config.loras)
+    export(tmp_path / "out", sd, value_encoder, config)
+    pipeline = DiffusionPipeline.from_pretrained(
+        published, custom_pipeline=str(tmp_path / "out"), trust_remote_code=True, safety_checker=None
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = fused(pipeline, file, 0.5)(PROMPTS[0], VALUE, seed=7, latents=noise(PROMPTS[:1], 1), output_type="np")
+    ours = sd.generate(PROMPTS[:1], VALUE, value_encoder, **settings)
+    assert np.abs(ours - theirs.images * 255).max() < 1.0
+    assert np.abs(ours.astype(int) - plain).max() > 1
 
 
 def test_a_value_has_a_name_a_strength_and_a_reason(pipeline):
