@@ -70,8 +70,9 @@ def merge_loras(text_encoder, unet, loras):
     modules |= {} if unet is None else {"unet": unet}
     updates, problems = {}, []
     layers = {part: _layers(module) for part, module in modules.items()}
+    names, only = _names(layers), ("text_encoder", "lora_te") if unet is None else ("",)
     for path, scale, entry in [(*find_lora(entry), entry) for entry in loras]:
-        found, wrong = _read(path, scale, layers, left_out=() if unet else ("unet.", "lora_unet_"))
+        found, wrong = _read(path, scale, layers, names, only)
         problems += [f"{entry}: {problem}" for problem in wrong]
         for place, update in found.items():
             updates.setdefault(place, []).append(update)
@@ -184,19 +185,22 @@ def _stability_name(name: str, names) -> str:
 
 
 def _read(
-    path: pathlib.Path, scale: float, layers, left_out: tuple[str, ...]
+    path: pathlib.Path, scale: float, layers, names, only: tuple[str, ...]
 ) -> tuple[dict[tuple[str, str], Update], list[str]]:
-    """The updates of a file by (part, published name), but of keys that begin so; and what is wrong with it."""
+    """The updates of a file by (part, published name), of the keys that begin so; and what is wrong with them.
+
+    layers: as _layers has them, by part. names: what _names made of them.
+    """
     import safetensors
 
     if is_pointer(path):
         return {}, ["it is a pointer of Git LFS: fetch the file itself"]
-    tensors, names = open_tensors([path]), _names(layers)
+    tensors = open_tensors([path])
     with safetensors.safe_open(path, framework="numpy") as file:
         settings = json.loads((file.metadata() or {}).get(METADATA, "{}"))
     matrices, alphas, problems = {}, {}, []
     for key, tensor in tensors.items():
-        if key.startswith(left_out):
+        if not key.startswith(only):
             continue
         match, is_alpha = MATRIX.search(key), key.endswith(".alpha")
         layer = key[: match.start()] if match else key.removesuffix(".alpha")

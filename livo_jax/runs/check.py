@@ -1,5 +1,7 @@
 """What is wrong with a config, all of it, before anything is made."""
 
+import math
+
 from livo_jax import diffusion, judges, seeds, sharding, value_encoders, values
 from livo_jax.evaluation import prompt_sets
 from livo_jax.files.directories import resolve_directory
@@ -32,6 +34,8 @@ def check_config(config, mesh, further=()):
         problems.append(
             f"config.sampling.prompt_layout={config.sampling.prompt_layout!r}: choose from {', '.join(PROMPT_LAYOUTS)}"
         )
+    if not math.isfinite(scale := config.sampling.guidance_scale):
+        problems.append(f"config.sampling.guidance_scale={scale}: choose a finite number; at most 1 is no guidance")
     parts = sharding.batch_parts(mesh)
     if config.train.accumulate > 1 and config.train.batch_size % (parts * config.train.accumulate):
         problems.append(

@@ -24,7 +24,7 @@ from livo_jax.sampling.requests import Dose, Request
 from livo_jax.value_encoders.base import check_value_encoder, strip_unread
 from livo_jax.values.principles import text_hash
 
-STEP_NOISE = 2**32 - 1  # folded into an image's key for the noise of its steps; no seed has it as its upper word
+STEP_NOISE = 2**32 - 1  # folded into a seed's key for the noise of steps; no seed has it as its upper word
 DECODED_PIXELS = 2**21  # at once on a device: 8 images of 512 px, for which the decoder takes some GB
 
 
@@ -144,8 +144,7 @@ def generate(
     Raises:
         ValueError: no requests, requests of several sizes or of one that the model cannot draw, a value without a
             value encoder or with one of another model, a text that is no Unicode, a bad batch size, layout, sampler,
-            step count or seed, a guidance scale that is not finite, or of
-            at most 1 where a guidance edits.
+            step count or seed, a guidance scale that is not finite, or of at most 1 where a guidance edits.
         FloatingPointError: an image is not finite; which, and the weights or settings that are why.
     """
     from tqdm import tqdm
