@@ -1,16 +1,22 @@
 """LoRAs of XL merge into what diffusers makes, by diffusers' names and by those that Stability AI published."""
 
 import copy
+import pathlib
+from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from safetensors.torch import save_file
 
 from livo_jax import StableDiffusion
-from livo_jax.files.loras import merge_loras
-from livo_jax.models.weights import split, to_published
+from livo_jax.files.loras import _stability_name, merge_loras
+from livo_jax.files.modules import skeleton
+from livo_jax.models.unet import UNet2DConditionModel
+from livo_jax.models.weights import published_name, split, to_published
 from tests.files.test_loras import compare, fused, kohya, matrices, of_peft, text_names
 
+ROOT = pathlib.Path(__file__).parents[2]
 STABILITY = {  # of the small XL
     "conv_in": "input_blocks.0.0",
     "time_embedding.linear_2": "time_embed.2",
@@ -76,3 +82,28 @@ def test_a_lora_of_another_family_is_refused(small_sd15, updates, tmp_path):
         small_sd15.merge_loras([file])
     assert "unexpected lora_unet_add_embedding_linear_1.lora_up.weight" in str(error.value)
     assert small_sd15.unet is before
+
+
+def test_the_full_sizes_blocks_are_numbered_as_diffusers_reads_them():
+    """Each of XL base 1.0's attention layers by name, of other layers the block."""
+    from diffusers.loaders.lora_conversion_utils import _maybe_map_sgm_blocks_to_diffusers
+
+    place = ROOT / "benchmarks" / "sdxl" / "unet"
+    _, abstract = skeleton(UNet2DConditionModel, place)
+    kernels = [path for path, _ in jax.tree_util.tree_leaves_with_path(abstract) if path[-1].key == "kernel"]
+    names = [published_name(path).removesuffix(".weight") for path in kernels if "block" in path[0].key]
+    keys = {f"lora_unet_{_stability_name(name, names).replace('.', '_')}.lora_down.weight": name for name in names}
+    assert len(keys) == len(names) > 700
+    read = _maybe_map_sgm_blocks_to_diffusers(keys, SimpleNamespace(layers_per_block=2))
+    assert len(read) == len(names)
+    for key, name in read.items():
+        if "resnets" in name:  # whose inner names it translates later
+            block = name.split(".")[: 3 if name.startswith("mid_block") else 4]
+            assert key.startswith(f"lora_unet_{_as_read(block)}_"), (key, name)
+        elif "attentions" in name:
+            assert key == f"lora_unet_{_as_read(name.split('.'))}.lora_down.weight", (key, name)
+
+
+def _as_read(parts: list[str]) -> str:
+    sides = {"down_blocks": "input_blocks", "up_blocks": "output_blocks", "mid_block": "middle_block"}
+    return "_".join([sides[parts[0]], *parts[1:]])
