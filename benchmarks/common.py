@@ -35,6 +35,18 @@ def median_seconds(run, inputs) -> float:
     return statistics.median(times[2:])
 
 
+def median_seconds_in_turns(runs: dict, inputs) -> dict[str, float]:
+    """median_seconds of each of several, by name, in turns: what else the machine does slows all of them alike."""
+    times = {name: [] for name in runs}
+    for _ in range(REPEATS.value + 2):
+        for name, run in runs.items():
+            given = inputs()
+            start = time.perf_counter()
+            run(given)
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(taken[2:]) for name, taken in times.items()}
+
+
 def device() -> str:
     """The accelerator, or the processor and the cores that this process may use."""
     import jax

@@ -79,12 +79,11 @@ def main(_):
     if config.sampling.guidance_scale > 1:
         unguided = divided | {"guidance_scale": 1.0}
         samplers[UNGUIDED] = lambda seed: generate(sd, requests, seed=seed, mesh=mesh, **unguided)
-    first, seeds, rows = samplers["livo_jax"](0).astype(int), itertools.count(1), []
-    for name, sample in samplers.items():
-        row = {"sampler": name}
-        if name != UNGUIDED:  # whose images are others
-            row["difference"] = float(np.abs(sample(0) - first).mean())
-        seconds = common.median_seconds(sample, lambda: next(seeds))
+    first, fresh, rows = samplers["livo_jax"](0).astype(int), itertools.count(1), []
+    compared = {name: sample for name, sample in samplers.items() if name != UNGUIDED}  # whose images are others
+    differences = {name: float(np.abs(sample(0) - first).mean()) for name, sample in compared.items()}
+    for name, seconds in common.median_seconds_in_turns(samplers, lambda: next(fresh)).items():
+        row = {"sampler": name} | ({"difference": differences[name]} if name in differences else {})
         rows.append(row | {"seconds": seconds, "images_per_sec": n / seconds})
     for row in rows:
         row["livo_jax_is_faster"] = row["seconds"] / rows[0]["seconds"]
