@@ -18,10 +18,11 @@ from livo_jax.data.cache import cache_directory
 from livo_jax.data.preferences import Preferences
 from livo_jax.evaluation import cases, metrics, report
 from livo_jax.files.directories import held, resolve_directory
-from livo_jax.runs import board, build_preferences, cache_latents, evaluate, further, restore, train
+from livo_jax.processes import is_raised_here
+from livo_jax.runs import board, build_preferences, cache_latents, check, evaluate, further, restore, train
 from livo_jax.runs.checkpoint import Checkpoints
 from livo_jax.runs.log import read_metrics
-from livo_jax.runs.workdir import read_config
+from livo_jax.runs.workdir import check_claim, read_config
 from livo_jax.sampling.requests import Dose, Request
 
 SAME = (
@@ -87,6 +88,10 @@ def _compare(configs: dict, config, workdir) -> list[dict]:
         own.checkpoint.every, own.checkpoint.keep = max(1, own.train.steps // max(1, points)), points + 1
         own.log.samples_every = max(1, own.train.steps)
 
+    # Those that train take longest.
+    jobs = [job for name, own in configs.items() for job in trainings_of(own, workdir / name, config)]
+    jobs = sorted(jobs, key=lambda job: job[0].train.steps, reverse=True)
+    check_claims(jobs)
     mesh = sharding.make_mesh(**first.mesh)
     sd = restore.load_base(first, mesh)
     if not resolve_directory(first.data.directory).exists() and any(own.train.steps for own in configs.values()):
@@ -107,9 +112,6 @@ def _compare(configs: dict, config, workdir) -> list[dict]:
             )
     evaluate.draw_base(sd, first, resolve_directory(first.eval.drawn), mesh)
 
-    # Those that train take longest.
-    jobs = [job for name, own in configs.items() for job in trainings_of(own, workdir / name, config)]
-    jobs = sorted(jobs, key=lambda job: job[0].train.steps, reverse=True)
     if config.processes == 1:
         found = [measure(*job) for job in jobs]
     else:
@@ -118,7 +120,11 @@ def _compare(configs: dict, config, workdir) -> list[dict]:
         for i in range(config.processes):
             parts.put(cores[i :: config.processes] or cores)
         with concurrent.futures.ProcessPoolExecutor(config.processes, context, _keep_to, (parts,)) as pool:
-            found = list(pool.map(measure, *zip(*jobs)))
+            found = []
+            for of_job in pool.map(measure_apart, *zip(*jobs)):
+                if isinstance(of_job, Exception):
+                    raise of_job
+                found.append(of_job)
     by_method = {}
     for (own, *_), of_training in zip(jobs, found):
         by_method.setdefault(own.method, []).append(of_training)
@@ -146,6 +152,21 @@ def check_trainings(configs: dict, comparison):
         problems.append(f"trainings and methods that would share a folder: {', '.join(twice)}")
     if problems:
         raise ValueError("\n  ".join(problems))
+
+
+def check_claims(jobs: list[tuple]):
+    """Raises ValueError with all of the trainings' workdirs that hold what another config made."""
+    trained = [(place, without_judge(own)) for own, place, _ in jobs if own.train.steps]
+    problems = [text for place, own in trained for text in check.problem_of(check_claim, place, own)]
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def without_judge(config):
+    """The config that a method trains with: its images are measured afterwards."""
+    only = copy.deepcopy(config)
+    only.judge = ""
+    return only
 
 
 def trainings_of(config, workdir, comparison) -> list[tuple]:
@@ -200,6 +221,16 @@ def _keep_to(parts):
     os.sched_setaffinity(0, parts.get())
 
 
+def measure_apart(*job):
+    """`measure` in a process of its own. What that raises on purpose is returned, for the first process to raise."""
+    try:
+        return measure(*job)
+    except Exception as error:
+        if not is_raised_here(error):
+            raise
+        return error
+
+
 def measure(config, workdir, comparison) -> dict:
     """Trains and measures one method: the numbers of each prompt, readings, pictures, curve and costs; of a board more.
 
@@ -208,9 +239,7 @@ def measure(config, workdir, comparison) -> dict:
     """
     curve = comparison.curve
     if config.train.steps:
-        only = copy.deepcopy(config)
-        only.judge = ""  # it is measured below
-        train.train_and_evaluate(only, workdir)
+        train.train_and_evaluate(without_judge(config), workdir)
     mesh, directory = sharding.make_mesh(**config.mesh), resolve_directory(config.eval.drawn)
     followed = values.load_principles(config)
     sd, judge = restore.load_base(config, mesh), judges.load(config, followed, evaluate.subjects(config))

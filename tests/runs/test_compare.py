@@ -15,7 +15,9 @@ import pytest
 
 from configs import ablations, compare, compare_tiny, trainings_tiny
 from livo_jax.evaluation.metrics import Measured, rows_of
+from livo_jax.processes import is_raised_here
 from livo_jax.runs import board
+from livo_jax.runs import compare as runs_compare
 from livo_jax.runs.compare import combine, trainings_of, write
 from livo_jax.runs.compare import compare as compare_methods
 from tests import small_run
@@ -138,6 +140,31 @@ def test_trainings_of_one_method_are_told_as_one(tmp_path):
     assert costs["training_seconds"] == pytest.approx(2) and (costs["trained_parameters"], costs["trainings"]) == (7, 3)
     readings = list(csv.DictReader((tmp_path / "eval" / "readings.csv").read_text().splitlines()))
     assert [(row["method"], row["training"]) for row in readings] == [("base", ""), *(("livo", n) for n in "012")]
+
+
+def test_workdirs_of_another_config_are_all_told_at_once(tmp_path):
+    config = compare_tiny.get_config("smoke")
+    jobs = [job for name in ("livo", "sft") for job in trainings_of(config.methods[name], tmp_path / name, config)]
+    for own, place, _ in jobs:
+        (place / "checkpoints").mkdir(parents=True)
+        (place / "config.json").write_text(runs_compare.without_judge(own).to_json())
+    runs_compare.check_claims(jobs)
+    for own, *_ in jobs:
+        own.train.batch_size += 1
+    with pytest.raises(ValueError) as error:
+        runs_compare.check_claims(jobs)
+    assert str(error.value).count("config.train.batch_size: ") == 2 == str(error.value).count("name a new --workdir")
+
+
+def test_what_a_worker_raises_on_purpose_comes_back_for_its_parent_to_raise(tmp_path):
+    """A fault of the program keeps the worker's traceback."""
+    config = compare_tiny.get_config("smoke").methods.livo
+    config.train.batch_size = 0
+    comparison = ml_collections.ConfigDict({"curve": {"points": 0, "images": 1}})
+    told = runs_compare.measure_apart(config, tmp_path, comparison)
+    assert isinstance(told, ValueError) and "config.train.batch_size=0" in str(told) and is_raised_here(told)
+    with pytest.raises(AttributeError):
+        runs_compare.measure_apart(None, tmp_path, comparison)
 
 
 METHODS = ("dpo_unet", "livo", "words")
