@@ -5,7 +5,6 @@ import hashlib
 import importlib.metadata
 import json
 import pathlib
-import re
 
 import numpy as np
 
@@ -34,15 +33,9 @@ def check_board(comparison, configs: dict):
 
     Each judge reads one image of noise, but `vlm`, whose questions cost: so it shows which axes it reads.
     """
-    first, noise = copy.deepcopy(next(iter(configs.values()))), None
-    mesh, told = sharding.make_mesh(**first.mesh), check.problem_of(prompt_sets.check, first)
-    if told:
-        first.eval.prompts = ()  # without which the rest is looked at
-    for own in configs.values():
-        of_own = check.problem_of(check.check_config, own, mesh) if own.train.steps else []
-        told += [text.partition("\n  ")[2] for text in of_own]
-    problems = [problem for text in told for problem in re.split(r"\n  (?! )", text)]
-    problems += check.problem_of(lambda: load_networks(**comparison.quality.to_dict()))
+    first, noise, problems = copy.deepcopy(next(iter(configs.values()))), None, problems_of_methods(configs)
+    first.eval.prompts = readable_prompts(first)  # without the others the rest is looked at
+    problems += check.problems_of(lambda: load_networks(**comparison.quality.to_dict()))
     try:
         side = plan.abstract_model(first).image_size
         noise = np.random.default_rng(0).integers(0, 256, (1, side, side, 3), np.uint8)
@@ -50,9 +43,28 @@ def check_board(comparison, configs: dict):
         problems.append(str(error))
     unknown = check.problem_of(values.load_principles, first)
     if not unknown:
-        problems += check.problem_of(_try_judge, first, noise)
-        problems += check.problem_of(_try_readers, comparison, first, noise)
-    check.fail_with(list(dict.fromkeys(problems + unknown)))  # methods have many problems in common
+        problems += check.problems_of(_try_judge, first, noise)
+        problems += check.problems_of(_try_readers, comparison, first, noise)
+    check.fail_with(list(dict.fromkeys(problems + unknown)))
+
+
+def problems_of_methods(configs: dict) -> list[str]:
+    """What is wrong with the methods of a comparison, and shows without a model."""
+    first = next(iter(configs.values()))
+    mesh, problems = sharding.make_mesh(**first.mesh), check.problems_of(prompt_sets.check, first)
+    for own in configs.values():
+        problems += check.problems_of(check.check_config, own, mesh) if own.train.steps else []
+    return list(dict.fromkeys(problems))  # they have many in common
+
+
+def readable_prompts(config) -> tuple[str, ...]:
+    """Those of config.eval.prompts whose sets are here, and can be read."""
+    one, readable = copy.deepcopy(config), []
+    for entry in config.eval.prompts:
+        one.eval.prompts = (entry,)
+        if not check.problem_of(prompt_sets.check, one):
+            readable.append(entry)
+    return tuple(readable)
 
 
 def _try_judge(config, noise):

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import pathlib
 import time
+import types
 
 import jax
 import numpy as np
@@ -19,7 +20,7 @@ from livo_jax.data.preferences import Preferences
 from livo_jax.evaluation import cases, metrics, report
 from livo_jax.files.directories import held, resolve_directory
 from livo_jax.processes import is_raised_here
-from livo_jax.runs import board, build_preferences, cache_latents, check, evaluate, further, restore, train
+from livo_jax.runs import board, build_preferences, cache_latents, check, evaluate, fields, further, restore, train
 from livo_jax.runs.checkpoint import Checkpoints
 from livo_jax.runs.log import read_metrics
 from livo_jax.runs.workdir import check_claim, read_config
@@ -43,7 +44,7 @@ POINT = ("step", "method", "value", "split", "metric")  # of a curve
 PLACE = ("method", "value", "split", "prompt", "index", "applied", "training")  # of a reading
 
 
-def compare(config, workdir) -> list[dict]:
+def compare(config, workdir, changed=types.MappingProxyType({})) -> list[dict]:
     """Trains and measures config.methods; the same command again resumes.
 
     `workdir` then holds the preference pairs and images that the methods share, preferences/ and drawn/, a run of each,
@@ -55,28 +56,81 @@ def compare(config, workdir) -> list[dict]:
             many points it has, of how many images of each prompt; sweeps, ((title, ((label, name), ...)), ...):
             methods that differ in one thing; trainings, how many of each method that trains, with the seeds from its
             config.seed on: NAME/, NAME_1/, ...; and of a board (configs/benchmark.py) judges, quality.
+        changed: {field: value} of what the command line sets.
 
     Raises:
-        ValueError: there are no methods, or they would not be measured alike; and what training raises.
+        ValueError: as check_comparison; and what training raises.
         FileExistsError: another process compares in `workdir`.
     """
     workdir = resolve_directory(workdir)
-    configs = {name: copy.deepcopy(config.methods[name]) for name in sorted(config.methods, key=_livo_first)}
-    first = next(iter(configs.values()), None)
-    apart = {
-        f"{n}.{field}" for n, own in configs.items() for field, x in _alike(own).items() if x != _alike(first)[field]
-    }
-    check_trainings(configs, config)
-    if first is None or apart:
-        raise ValueError(
-            f"methods to compare: {', '.join(configs) or 'none'}; they differ in {', '.join(sorted(apart))}"
-        )
-    if board.is_board(config):
-        board.check_board(config, configs)
-        if jax.process_index() == 0:
-            print(board.cost(config, configs), flush=True)
+    configs = configs_of(config)
+    check_comparison(config, configs, changed)
+    if board.is_board(config) and jax.process_index() == 0:
+        print(board.cost(config, configs), flush=True)
     with held(workdir, "compares methods in"):
         return _compare(configs, config, workdir)
+
+
+def tell_cost(config, changed=types.MappingProxyType({})):
+    """Prints what a comparison will cost, also where that is known although something is wrong. Arguments as `compare`.
+
+    Raises:
+        ValueError: as check_comparison, after it has printed.
+    """
+    configs = configs_of(config)
+    told = check.problem_of(check_comparison, config, configs, changed)
+    missing = {}
+    for own in configs.values() if told else ():
+        readable = board.readable_prompts(own)
+        missing |= dict.fromkeys(entry for entry in own.eval.prompts if entry not in readable)
+        own.eval.prompts = readable
+    try:
+        print(board.cost(config, configs))
+    except (ValueError, FileNotFoundError):
+        if not told:
+            raise
+    else:
+        if missing:
+            print(f"without {', '.join(missing)}: if there are prompts of subjects in their place, these are counted")
+    if told:
+        raise ValueError("\n".join(told))
+
+
+def configs_of(comparison) -> dict:
+    """Copies of the methods' configs, LiVO's first."""
+    return {name: copy.deepcopy(comparison.methods[name]) for name in sorted(comparison.methods, key=_livo_first)}
+
+
+def check_comparison(comparison, configs: dict, changed=types.MappingProxyType({})):
+    """Raises ValueError with all that is wrong with a comparison, or board, and shows before anything is drawn.
+
+    There are no methods, or they would not be measured alike; fields that a method does not read; and what each of them
+    cannot work with. `configs`: of the methods. `changed`: {field: value} of what the command line sets.
+    """
+    if not configs:
+        raise ValueError("config.methods is empty: name the methods to compare, as configs/compare.py does")
+    first_name, first = next(iter(configs.items()))
+    problems, sound = check.problems_of(check_trainings, configs, comparison), {}
+    for name, own in configs.items():
+        alike = _alike(first)
+        problems += [
+            f"config.methods.{name}.{field} differs from that of {first_name}: methods are measured alike, set it for"
+            " each of them"
+            for field, x in _alike(own).items()
+            if x != alike[field]
+        ]
+        begin = f"config.methods.{name}."
+        set_here = {f"config.{field}".removeprefix(begin): x for field, x in changed.items()}
+        set_here = {field: x for field, x in set_here.items() if not field.startswith("config.")}
+        told = check.problems_of(fields.check, own, set_here, True)
+        problems += [text.replace("config.", begin) for text in told]
+        if not told:
+            sound[name] = own
+    if sound and board.is_board(comparison):
+        problems += check.problems_of(board.check_board, comparison, sound)
+    elif sound:
+        problems += board.problems_of_methods(sound)
+    check.fail_with(problems)
 
 
 def _compare(configs: dict, config, workdir) -> list[dict]:

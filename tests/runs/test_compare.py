@@ -68,10 +68,40 @@ def test_ablations_change_one_thing_each():
 
 def test_methods_that_would_not_be_measured_alike_are_refused(tmp_path):
     process = command(tmp_path, "--mode=evaluate", "--config.methods.words.sampling.steps=7")
-    assert process.returncode != 0 and "differ in words.sampling" in process.stderr
+    assert process.returncode != 0 and "config.methods.words.sampling differs from that of livo" in process.stderr
     process = command(tmp_path)
     assert process.returncode != 0 and "compares methods: give --mode=evaluate" in process.stderr
     assert not [*tmp_path.iterdir()]
+
+
+def test_all_that_is_wrong_with_a_comparison_is_told_at_once_and_its_cost_before(tmp_path, capsys):
+    """As by --mode=plan: a method's own fields under its name, and prompts that are not here beside the rest."""
+    config = compare_tiny.get_config("smoke")
+    for own in config.methods.values():
+        own.eval.prompts = ("harm=own",)
+        own.eval.prompt_sets.own.file = str(tmp_path / "none.csv")
+    config.methods.sld.judging.subject = False
+    config.methods.words.method = "magic"
+    config.methods.sft.train.batch_size, config.trainings = 0, 0
+    with pytest.raises(ValueError) as error:
+        runs_compare.tell_cost(config, {"methods.sld.train.learning_rate": 1.0})
+    lines = str(error.value).splitlines()
+    assert lines[0] == "the config cannot work:" and len(lines) == 7
+    for told in (
+        "config.trainings=0", "config.methods.sld.judging differs from that of livo: methods are measured alike",
+        "config.methods.words.method='magic', which trains nothing: choose from", "none.csv is missing",
+        "config.methods.sld.train.learning_rate=1.0: config.methods.sld.method='sld' does not read it",
+        "config.train.batch_size=0: choose at least 1",
+    ):  # fmt: skip
+        assert sum(told in line for line in lines) == 1, (told, lines)
+    assert not capsys.readouterr().out, "of a method that there is not nobody knows the cost"
+    config.methods.words.method = "words"
+    with pytest.raises(ValueError):
+        runs_compare.tell_cost(config)
+    told = capsys.readouterr().out
+    assert "UNet passes" in told and "without harm=own: " in told
+    with pytest.raises(ValueError, match="config.methods is empty"):
+        compare_methods(ml_collections.ConfigDict({"methods": {}}), tmp_path)
 
 
 def test_pictures_are_blurred_where_those_of_any_method_are_harmful(tmp_path):
