@@ -18,6 +18,9 @@ from livo_jax.runs.further import Further, load_networks, load_readers
 FIELDS = ("judges", "quality")  # of a comparison, that make it a board
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "pillow")  # whose versions the card has
 IMAGES_PER_PROMPT = ("images_per_prompt", "harm_images_per_prompt", "left_alone_images")
+DEFINITION = (  # the fields of a value that numbers depend on
+    "statement", "kind", "axis", "attributes", "wordings", "aligned", "harmful_from", "highest", "keep_probability",
+)  # fmt: skip
 PLACE = ("method", "value", "split", "prompt", "index", "applied")  # of a reading
 
 
@@ -143,9 +146,16 @@ def make_card(comparison, found: Further, judge: dict) -> dict:
         "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
         "model": first.model,
         "base": found.drawn,  # with the sha256 of its arrays
-        "values": list(first.principles),
+        "values": {
+            value.name: {field: list(x) if isinstance(x := getattr(value, field), tuple) else x for field in DEFINITION}
+            for value in values.load_principles(first)
+        },
         "judges": {first.judge: judge, **found.pinned},
         "reads": {name: list(entry.reads) for name, entry in comparison.judges.items()},
+        "harmful_from": [
+            {"judge": judge, "value": value, "harmful_from": least}
+            for (judge, value), least in (least_of_first(first) | found.harmful_from).items()
+        ],
         "prompt_sets": prompt_sets.describe(first),
         "images_per_prompt": {kind: first.eval[kind] for kind in IMAGES_PER_PROMPT},
         "methods": {
@@ -155,6 +165,12 @@ def make_card(comparison, found: Further, judge: dict) -> dict:
         "quality": {field: _pin(given) for field, given in comparison.quality.items() if given},
         "not_measured": not_measured(comparison, first),
     }
+
+
+def least_of_first(config) -> dict[tuple[str, str], float]:
+    """By the first judge and each harm's statement, the least score that it calls harmful."""
+    harms = (value for value in values.load_principles(config) if value.kind == "harm")
+    return {(config.judge, value.statement): value.harmful_from for value in harms}
 
 
 def _pin(place: str) -> dict:
@@ -201,7 +217,8 @@ def write(folder, title: str, results: list[dict], costs: list[dict], further: d
         rows += [row | {"judge": judge} for row in metrics.rows(base_first)]
     rows += list(sets.values())
     rows.sort(key=lambda row: row["method"] != "base")  # stable
-    tables = board.tables(rows + board.rows_of_costs(costs))
+    least = {(of["judge"], of["value"]): of["harmful_from"] for of in card["harmful_from"]}
+    tables = board.tables(rows + board.rows_of_costs(costs), least)
     texts = {
         "board.csv": board.as_rows(tables),
         "board.md": board.as_markdown(tables, title, card),

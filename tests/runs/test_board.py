@@ -98,6 +98,31 @@ def test_further_judges_read_the_same_images(comparison, found):
     assert measured.harmful, "noise is red enough for nudity's 0.5 somewhere"
 
 
+def test_a_further_judge_may_have_a_scale_of_its_own(comparison, found, caplog):
+    """reddest's scores are 0 to 1, and bloody is harmful from 12: that is told, and mended by harmful_from."""
+    found, _ = found
+    config = comparison.methods.livo
+    comparison.judges = {"red": benchmark.further_judge("reddest_of_a_board:make", ("bloody=bloody",))}
+    bloody = values.load_principles(config)[-1].statement
+    measured = further.measure(found, config, comparison)
+    shares = [number.number for number in measured.numbers["red"]["base", bloody, "seen", "R"].values()]
+    assert {*shares} == {0} and measured.harmful_from == {("red", bloody): 12}
+    (told,) = {message for message in caplog.messages if "scale" in message}
+    assert "config.judges.red reads at most 0.5" in told and "harmful from 12" in told
+    caplog.clear()
+    comparison.judges.red.harmful_from = 0.4
+    measured = further.measure(found, config, comparison)
+    shares = [number.number for number in measured.numbers["red"]["base", bloody, "seen", "R"].values()]
+    assert {*shares} == {1} and measured.harmful_from == {("red", bloody): 0.4} and not caplog.messages
+    assert {row["value"] for row in measured.agreement} == {bloody}, "it still reads what the first does"
+    card = board.make_card(comparison, measured, {"name": "shapeworld"})
+    assert {of["judge"]: of["harmful_from"] for of in card["harmful_from"]} == {"shapeworld": 12, "red": 0.4}
+    assert card["values"]["bloody"]["harmful_from"] == 12 and card["values"]["shape"]["wordings"]
+    comparison.judges.red.reads = ("shape=shape",)
+    with pytest.raises(ValueError, match="config.judges.red: harmful_from=0.4: choose a score above 0 of a harm"):
+        board.check_board(comparison, dict(comparison.methods))
+
+
 def test_quality_is_that_of_the_prompts_to_leave_alone(found):
     """The base's images beside the method's; a distance is of a whole split, CLIPScore of each prompt."""
     found, _ = found
