@@ -5,18 +5,26 @@ import hashlib
 import importlib.metadata
 import json
 import pathlib
+import platform
+import shutil
+import subprocess
+import tomllib
 
+import jax
 import numpy as np
 
 from livo_jax import judges, methods, sharding, values
 from livo_jax.evaluation import board, cases, metrics, prompt_sets
 from livo_jax.evaluation.drawn import without_values
+from livo_jax.files.settings import flatten
 from livo_jax.judges import hash_files
 from livo_jax.runs import check, evaluate, plan
 from livo_jax.runs.further import Further, load_networks, load_readers
 
 FIELDS = ("judges", "quality")  # of a comparison, that make it a board
-PACKAGES = ("jax", "jaxlib", "flax", "numpy", "pillow")  # whose versions the card has
+PACKAGES = (  # whose versions the card has
+    "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "pillow", "transformers", "safetensors",
+)  # fmt: skip
 IMAGES_PER_PROMPT = ("images_per_prompt", "harm_images_per_prompt", "left_alone_images")
 DEFINITION = (  # the fields of a value that numbers depend on
     "statement", "kind", "axis", "attributes", "wordings", "aligned", "harmful_from", "highest", "keep_probability",
@@ -141,10 +149,15 @@ def not_measured(comparison, config) -> list[str]:
 def make_card(comparison, found: Further, judge: dict) -> dict:
     """All that was pinned, for JSON. Arguments: found: of any method; the first judge's `pinned`."""
     configs = comparison.methods
-    first = next(iter(configs.values()))
+    compared_with = "livo" if "livo" in configs else next(iter(configs))
+    first = configs[compared_with]
+    fields = {name: flatten(json.loads(own.to_json())) for name, own in configs.items()}
+    of_first = fields[compared_with]
     return {
-        "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
+        "versions": versions(),
+        "computed_on": {"platform": jax.default_backend(), "device": jax.devices()[0].device_kind},
         "model": first.model,
+        "dtype": first.dtype,
         "base": found.drawn,  # with the sha256 of its arrays
         "values": {
             value.name: {field: list(x) if isinstance(x := getattr(value, field), tuple) else x for field in DEFINITION}
@@ -159,12 +172,39 @@ def make_card(comparison, found: Further, judge: dict) -> dict:
         "prompt_sets": prompt_sets.describe(first),
         "images_per_prompt": {kind: first.eval[kind] for kind in IMAGES_PER_PROMPT},
         "methods": {
-            name: {"steps": own.train.steps, "seeds": [own.seed + n for n in range(trainings_of(comparison, own))]}
+            name: {
+                "steps": own.train.steps,
+                "seeds": [own.seed + n for n in range(trainings_of(comparison, own))],
+                f"unlike_{compared_with}": {
+                    field: x for field, x in fields[name].items() if field not in of_first or x != of_first[field]
+                },
+            }
             for name, own in configs.items()
         },
+        "subjects": {"seen": list(first.eval.seen), "held_out": list(first.eval.held_out)},
         "quality": {field: _pin(given) for field, given in comparison.quality.items() if given},
         "not_measured": not_measured(comparison, first),
     }
+
+
+def versions() -> dict[str, str]:
+    """Of Python, livo_jax and the packages that are installed of those that it computes with.
+
+    Of a checkout there is the commit too, with "-dirty" where files differ from it.
+    """
+    found = {"python": platform.python_version()}
+    for package in ("livo_jax", *PACKAGES):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:  # as of a checkout, which says itself
+            continue
+    root = pathlib.Path(__file__).parents[2]
+    if (root / "pyproject.toml").is_file():
+        found["livo_jax"] = tomllib.loads((root / "pyproject.toml").read_text())["project"]["version"]
+    if (root / ".git").exists() and shutil.which("git"):
+        describe = ["git", "-C", root, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        found["commit"] = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
+    return found
 
 
 def least_of_first(config) -> dict[tuple[str, str], float]:
@@ -190,6 +230,8 @@ def trainings_of(comparison, config) -> int:
 
 def write(folder, title: str, results: list[dict], costs: list[dict], further: dict, card: dict) -> dict:
     """Writes board.csv, board.md, board.tex, card.json, agreement.json, and the readings of the further judges.
+
+    Readings that are there of judges that the board has no more are removed.
 
     Args:
         results: the first judge's rows. further: {method: its Further}.
@@ -227,6 +269,9 @@ def write(folder, title: str, results: list[dict], costs: list[dict], further: d
         "agreement.json": json.dumps(list(agreement.values()), indent=2) + "\n",
     }
     texts |= {f"readings_{judge}.csv": board.as_csv([*of.values()]) for judge, of in readings.items()}
+    for file in folder.glob("readings_*.csv"):
+        if file.name not in texts:
+            file.unlink()
     for name, content in texts.items():
         (folder / name).write_text(content, encoding="utf-8")
     return {

@@ -48,8 +48,8 @@ def compare(config, workdir, changed=types.MappingProxyType({})) -> list[dict]:
     """Trains and measures config.methods; the same command again resumes.
 
     `workdir` then holds the preference pairs and images that the methods share, preferences/ and drawn/, a run of each,
-    NAME/, and results.json, differences.json, curves.json, costs.json, readings.csv and report.html in eval/; of a
-    board also what board.write writes.
+    NAME/, and config.json, results.json, differences.json, curves.json, costs.json, readings.csv and report.html in
+    eval/; of a board also what board.write writes.
 
     Args:
         config: methods, {name: its config}; processes, how many at a time, each on its part of the cores; curve: how
@@ -384,6 +384,7 @@ def write(found: list[dict], config, workdir) -> list[dict]:
     folder.mkdir(parents=True, exist_ok=True)
     pinned = [found[0]["judge"]]  # one reads the images of all
     files = {"results": metrics.document(results, pinned), "differences": metrics.document(differences, pinned)}
+    files["config"] = json.loads(config.to_json())
     for name, content in (files | {"curves": curves, "costs": costs}).items():
         (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
     (folder / "readings.csv").write_text(report.as_csv([*readings.values()]), encoding="utf-8")
@@ -400,7 +401,7 @@ def write(found: list[dict], config, workdir) -> list[dict]:
     report.write(
         folder / "report.html", title=f"LiVO and others: {workdir.name}", results=results, metrics=[], curves=curves,
         numbers=numbers, differences=differences, costs=costs, sweeps=sweeps, pictures=list(pictures.values()),
-        config=json.loads(config.to_json()), judges=pinned, board=made,
+        config=files["config"], judges=pinned, board=made,
     )  # fmt: skip
     print(report.table(results))
     told = (

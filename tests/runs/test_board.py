@@ -152,21 +152,36 @@ def test_what_a_board_leaves(comparison, found, tmp_path):
     of_methods = {"livo": further.combine([further.measure(found, config, comparison)] * 2)}
     card = board.make_card(comparison, of_methods["livo"], {"name": "shapeworld"})
     assert card["judges"].keys() == {"shapeworld", "same", "other", "sky"} and card["base"] == {"method": "base"}
-    assert card["methods"] == {"livo": {"steps": 4, "seeds": [0]}} and len(card["not_measured"]) == 2
+    assert card["methods"] == {"livo": {"steps": 4, "seeds": [0], "unlike_livo": {}}} and len(card["not_measured"]) == 2
+    assert {"python", "livo_jax", "jax", "optax", "orbax-checkpoint"} <= card["versions"].keys()
+    assert card["computed_on"]["platform"] == "cpu" and card["dtype"] == "float32"
+    assert card["subjects"]["held_out"] == list(config.eval.held_out)
     results = [
         dict(method=method, value="v", split="seen", metric="D1", mean=0.5, ci95=None, prompts=1, images=4)
         for method in ("base", "livo", "words")
     ]
     costs = [dict(method="livo", trained_parameters=1, training_seconds=1.0, images_per_second=1.0, of_base=1.0)]
+    for name in ("readings.csv", "readings_gone.csv"):
+        (folder / name).write_text("method\n")
     made = board.write(folder, "a board", results, costs, of_methods, card)
     names = {f"board.{end}" for end in ("csv", "md", "tex")} | {"card.json", "agreement.json"}
     names |= {f"readings_{judge}.csv" for judge in comparison.judges}
-    assert {path.name for path in folder.iterdir()} == names == made["files"].keys()
+    assert {path.name for path in folder.iterdir()} == names | {"readings.csv"} and names == made["files"].keys()
     assert json.loads((folder / "card.json").read_text()) == card
     titles = [table["title"] for table in made["tables"]]
     assert any("read by other (nudity)" in title and title.startswith("Harm") for title in titles)
     assert "Bias, v, read by shapeworld" in titles and "| livo" not in titles
     assert "livo" in (folder / "board.md").read_text() and r"\toprule" in (folder / "board.tex").read_text()
+
+
+def test_the_card_has_what_methods_differ_in(comparison, found):
+    found, _ = found
+    comparison.methods.other = comparison.methods.livo.copy_and_resolve_references()
+    comparison.methods.other.update(method="other", seed=3)
+    comparison.methods.other.loss.beta = 7.0
+    measured = further.measure(found, comparison.methods.livo, comparison)
+    other = board.make_card(comparison, measured, {"name": "shapeworld"})["methods"]["other"]
+    assert other["seeds"] == [3] and other["unlike_livo"] == {"method": "other", "seed": 3, "loss.beta": 7.0}
 
 
 def test_all_that_is_wrong_is_told_before_anything_is_drawn(comparison, tmp_path):

@@ -119,6 +119,7 @@ def test_pictures_are_blurred_where_those_of_any_method_are_harmful(tmp_path):
     config = ml_collections.ConfigDict({"methods": {}, "sweeps": ()})
     write([measured("livo", False), measured("words", True)], config, tmp_path)
     assert json.loads((tmp_path / "eval" / "results.json").read_text())["judges"] == [{"name": "shapeworld"}]
+    assert json.loads((tmp_path / "eval" / "config.json").read_text()) == {"methods": {}, "sweeps": []}
     page = (tmp_path / "eval" / "report.html").read_text()
     assert '<figure class="harmful">' in page
     assert page.count(": the value is on 1 of 2 images, number 2<") == 2 and page.count("the value is on") == 2
