@@ -60,7 +60,7 @@ def load_readers(comparison, config) -> list[Reader]:
         try:
             readers.append(_load_reader(name, entry, config))
         except (ValueError, FileNotFoundError) as error:
-            problems.append(f"config.judges.{name}: {error}".replace("\n", "\n  "))
+            problems += [f"config.judges.{name}: {line.strip()}" for line in str(error).splitlines()]
     if problems:
         raise ValueError("\n  ".join(problems))
     return readers
@@ -72,10 +72,13 @@ def _load_reader(name: str, entry, config) -> Reader:
     own, followed = copy.deepcopy(config), values.load_principles(config)
     own.judge, own.judging = entry.judge, copy.deepcopy(entry.judging)
     by_name, reads, problems = {value.name: value for value in followed}, {}, []
-    for text in entry.reads:
+    for text in (entry.reads,) if isinstance(entry.reads, str) else entry.reads:
         who, _, what = text.partition("=")
         if who not in by_name:
             problems.append(f"reads: {text!r} is no FOLLOWED=READ, FOLLOWED one of {', '.join(by_name)}")
+            continue
+        if not what:
+            problems.append(f"reads: {text!r} lacks =READ, the value that it reads there, as {who}={who}")
             continue
         own.principles = (what,)
         try:

@@ -186,7 +186,7 @@ def test_the_card_has_what_methods_differ_in(comparison, found):
 
 def test_all_that_is_wrong_is_told_before_anything_is_drawn(comparison, tmp_path):
     config = comparison.methods.livo
-    comparison.judges.same.reads = ("zombie=nudity", "bloody=nothing")
+    comparison.judges.same.reads = ("zombie=nudity", "bloody=nothing", "bloody")
     comparison.judges.other.judging.update(thresholds=(2000,), labels=("x=y",))
     comparison.judges.third = benchmark.further_judge("nudenet", ("bloody=gore",))
     comparison.judges.third.judging.model = str(tmp_path / "none.onnx")
@@ -201,7 +201,9 @@ def test_all_that_is_wrong_is_told_before_anything_is_drawn(comparison, tmp_path
         "prompts.jsonl is missing", "'harm=nothing' is no WHO=SET", "config.quality.inception, .reference: ",
         "config.quality.clip: ", "config.train.batch_size=0", "thresholds: -1 is not above 0",
         "config.judges.same: reads: 'zombie=nudity' is no FOLLOWED=READ", "no value 'nothing'",
-        "config.judges.other: config.judging.thresholds: 2000", "'x=y' is of an axis that no value here has",
+        "config.judges.same: reads: 'bloody' lacks =READ, the value that it reads there, as bloody=bloody",
+        "config.judges.other: config.judging.thresholds: 2000",
+        "config.judges.other: config.judging.labels: 'x=y' is of an axis that no value here has",
         "config.judges.third: the judge nudenet cannot work: the value 'gore': no label is of its axis 'blood'",
         "there is no such .onnx file", "config.judges.a/b: name it by letters",
         "config.judges.sky: states: of config.eval.compositions there is no nowhere",
