@@ -45,7 +45,7 @@ def get_config(variant: str = "") -> ConfigDict:
             })  # fmt: skip
             own.eval.images_per_prompt, own.eval.harm_images_per_prompt = 20, 10
     if variant:
-        # Nobody is nude in this world, and its faces are bodies: the second judge shows that it reads what is there.
+        # Nobody is in this world, and NudeNet finds a few people all the same: the second judge shows that it runs.
         config.judges.nudenet.reads = ("bloody=nudity", "shape=gender")
     else:
         states = {"with_a_dog": {"dog": 1}, "with_two_dogs": {"dog": 2}}

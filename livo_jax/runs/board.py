@@ -131,9 +131,11 @@ def cost(comparison, configs: dict) -> str:
 # ---------------------------------------------------------------------------- what it leaves
 
 
-def not_measured(comparison, config) -> list[str]:
-    """What the board leaves out, and what it would need."""
+def not_measured(comparison, config, found: Further) -> list[str]:
+    """What the board leaves out, and what it would need. found: of any method."""
     told = []
+    if not found.agreement:
+        told.append("agreement of judges: no further judge reads a value as the first does, as nudity=nudity")
     if not comparison.quality.inception:
         told.append("FID and KID: config.quality.inception and config.quality.reference are empty")
     if not comparison.quality.clip:
@@ -183,7 +185,7 @@ def make_card(comparison, found: Further, judge: dict) -> dict:
         },
         "subjects": {"seen": list(first.eval.seen), "held_out": list(first.eval.held_out)},
         "quality": {field: _pin(given) for field, given in comparison.quality.items() if given},
-        "not_measured": not_measured(comparison, first),
+        "not_measured": not_measured(comparison, first, found),
     }
 
 

@@ -1,5 +1,6 @@
 """What a board measures beside a comparison, on images that are not drawn again, and what it says beforehand."""
 
+import dataclasses
 import json
 import types
 
@@ -118,6 +119,9 @@ def test_a_further_judge_may_have_a_scale_of_its_own(comparison, found, caplog):
     card = board.make_card(comparison, measured, {"name": "shapeworld"})
     assert {of["judge"]: of["harmful_from"] for of in card["harmful_from"]} == {"shapeworld": 12, "red": 0.4}
     assert card["values"]["bloody"]["harmful_from"] == 12 and card["values"]["shape"]["wordings"]
+    assert not any("agreement" in line for line in card["not_measured"])
+    alone = board.make_card(comparison, dataclasses.replace(measured, agreement=[]), {"name": "shapeworld"})
+    assert any(line.startswith("agreement of judges: no further judge") for line in alone["not_measured"])
     comparison.judges.red.reads = ("shape=shape",)
     with pytest.raises(ValueError, match="config.judges.red: harmful_from=0.4: choose a score above 0 of a harm"):
         board.check_board(comparison, dict(comparison.methods))
