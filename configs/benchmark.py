@@ -21,7 +21,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.curve.points = 0  # checkpoints between are no part of the board
     # Further judges of the same images: {name: its judge, its judging, and what it reads}. reads has FOLLOWED=READ, as
     # "bloody=nudity": in the images for the value bloody it reads nudity; without any it reads each value as it is.
-    # states has what it should read in the images of compositions.
+    # states has what it should read in the images of compositions. harmful_from is from which of its scores a harm
+    # counts; 0 is that of the value that it reads, whose scale must then be its own.
     config.judges = ConfigDict({"nudenet": further_judge("nudenet", ("nudity=nudity", "gender=gender"))})
     # Of images of prompts that every value should leave alone. inception: a file that livo_jax/evaluation/quality.py
     # says how to make, and reference: a folder of real images of one size, for FID and KID; clip: a CLIP's directory or
@@ -44,7 +45,7 @@ def get_config(variant: str = "") -> ConfigDict:
             })  # fmt: skip
             own.eval.images_per_prompt, own.eval.harm_images_per_prompt = 20, 10
     if variant:
-        # Nobody is nude in this world, and its faces are bodies: the second judge shows that it reads what is there.
+        # Nobody is in this world, and NudeNet finds a few people all the same: the second judge shows that it runs.
         config.judges.nudenet.reads = ("bloody=nudity", "shape=gender")
     else:
         states = {"with_a_dog": {"dog": 1}, "with_two_dogs": {"dog": 2}}
@@ -54,7 +55,8 @@ def get_config(variant: str = "") -> ConfigDict:
     return config
 
 
-def further_judge(name: str, reads=(), states=()) -> ConfigDict:
+def further_judge(name: str, reads=(), states=(), harmful_from: float = 0.0) -> ConfigDict:
     """A judge of config.judges."""
     judging = common.get_config().judging
-    return ConfigDict({"judge": name, "judging": judging, "reads": reads, "states": dict(states)})
+    own = {"judge": name, "judging": judging, "reads": reads, "states": dict(states), "harmful_from": harmful_from}
+    return ConfigDict(own)

@@ -1,10 +1,8 @@
 """What the command lines have in common."""
 
-import linecache
 import os
 import pathlib
 import sys
-import traceback
 from collections.abc import Callable
 
 from absl import app, flags
@@ -112,16 +110,10 @@ def run(main: Callable, flags_parser: Callable | None = None):
         except app.UsageError as error:
             sys.exit(f"{error}\n--help lists the flags")
         except Exception as error:
+            from livo_jax.processes import is_raised_here
+
             if not is_raised_here(error) and not (isinstance(error, OSError) and error.filename):
                 raise
             sys.exit(str(error))
 
     app.run(told, flags_parser=flags_parser)
-
-
-def is_raised_here(error: Exception) -> bool:
-    """Whether an error comes from a raise statement of livo_jax or data_tools, and of no library below them."""
-    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
-    package = frame.f_globals["__name__"].split(".")[0]
-    own = package in ("livo_jax", "data_tools", "__main__")
-    return own and linecache.getline(frame.f_code.co_filename, line).lstrip().startswith("raise ")

@@ -1,6 +1,8 @@
 """Several processes of one run."""
 
 import contextlib
+import linecache
+import traceback
 
 import jax
 import numpy as np
@@ -39,3 +41,11 @@ def ending_together():
     if any(reasons):
         told = [f"process {i}: {text.decode(errors='replace')}" for i, text in enumerate(reasons) if text]
         raise RuntimeError("\n".join(told))
+
+
+def is_raised_here(error: Exception) -> bool:
+    """Whether an error comes from a raise statement of livo_jax or data_tools, and of no library below them."""
+    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+    package = frame.f_globals["__name__"].split(".")[0]
+    own = package in ("livo_jax", "data_tools", "__main__")
+    return own and linecache.getline(frame.f_code.co_filename, line).lstrip().startswith("raise ")

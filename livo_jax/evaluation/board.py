@@ -1,15 +1,16 @@
 """The board: a comparison's numbers as tables of methods, and those as CSV, Markdown and LaTeX."""
 
 import json
+import types
 from typing import NamedTuple
 
 from livo_jax.evaluation.metrics import STATED
 from livo_jax.evaluation.report import as_csv
 
 SECTIONS = {  # of the board, in its order: the metrics that it has
-    "Harm": ("R",),
+    "Harm": ("R", "readable"),
     "Over-refusal": ("over_refusal",),
-    "Bias": ("D1",),
+    "Bias": ("D1", "readable"),
     "Counts, attributes and relations": (STATED,),
     "Quality": ("recognised", "CLIPScore", "FID", "KID"),
     "Cost": ("trained_parameters", "training_seconds", "images_per_second", "of_base"),
@@ -29,7 +30,7 @@ class Table(NamedTuple):
     """Numbers of one section, value and judge.
 
     value, judge: "" where the section has none. columns: (split, metric). lines: by method a row as metrics.rows makes
-    them for each column, or None.
+    them for each column, or None. harmful_from: the least score that R counts; None where that is told nowhere.
     """
 
     section: str
@@ -37,16 +38,23 @@ class Table(NamedTuple):
     judge: str
     columns: list[tuple[str, str]]
     lines: dict[str, list[dict | None]]
+    harmful_from: float | None = None
 
     @property
     def title(self) -> str:
         judge = f"read by {self.judge}" if self.judge else ""
-        return ", ".join(part for part in (self.section, self.value, judge) if part)
+        least = "" if self.harmful_from is None else f"R from {self.harmful_from:g}"
+        return ", ".join(part for part in (self.section, self.value, judge, least) if part)
 
 
-def section_of(metric: str) -> str | None:
-    """The section that has a metric, "R at 0.45" as R; None of those that the board leaves out."""
+def section_of(metric: str, beside=()) -> str | None:
+    """The section that has a metric, "R at 0.45" as R; None of those that the board leaves out.
+
+    Of `readable` it is the one that has another of `beside`, the metrics of the same value and judge.
+    """
     name = STATED if metric.startswith(STATED) else metric.partition(" at ")[0]
+    if name == "readable":
+        return next((section for section, (first, *rest) in SECTIONS.items() if name in rest and first in beside), None)
     return next((section for section, metrics in SECTIONS.items() if name in metrics), None)
 
 
@@ -59,11 +67,16 @@ def rows_of_costs(costs: list[dict]) -> list[dict]:
     ]
 
 
-def tables(rows: list[dict]) -> list[Table]:
-    """The tables of rows as metrics.rows makes them, each with the name of its `judge`; "" where none read it."""
-    cells, methods = {}, dict.fromkeys(row["method"] for row in rows)
+def tables(rows: list[dict], least=types.MappingProxyType({})) -> list[Table]:
+    """The tables of rows as metrics.rows makes them, each with the name of its `judge`; "" where none read it.
+
+    least: by judge and value, the least score that R counts.
+    """
+    cells, methods, beside = {}, dict.fromkeys(row["method"] for row in rows), {}
     for row in rows:
-        if section := section_of(row["metric"]):
+        beside.setdefault((row["value"], row["judge"]), set()).add(row["metric"])
+    for row in rows:
+        if section := section_of(row["metric"], beside[row["value"], row["judge"]]):
             table = cells.setdefault((section, row["value"], row["judge"]), {})
             table.setdefault((row["split"], row["metric"]), {})[row["method"]] = row
     found = []
@@ -71,7 +84,8 @@ def tables(rows: list[dict]) -> list[Table]:
         columns = cells[place]
         shown = [method for method in methods if any(method in column for column in columns.values())]
         lines = {method: [column.get(method) for column in columns.values()] for method in shown}
-        found.append(Table(*place, [*columns], lines))
+        section, value, judge = place
+        found.append(Table(*place, [*columns], lines, least.get((judge, value)) if section == "Harm" else None))
     return found
 
 
@@ -118,6 +132,7 @@ def as_rows(found: list[Table]) -> str:
                 place = dict(section=table.section, judge=table.judge, value=table.value, split=split, metric=metric)
                 place["better"] = "lower" if metric.partition(" at ")[0] in LOWER_IS_BETTER else "higher"
                 told = {name: row.get(name) for name in ("floor", "p_holm", "prompts", "images")}
+                told["harmful_from"] = table.harmful_from if metric == "R" else None
                 lines.append(place | dict(method=method, mean=row["mean"], ci95_low=low, ci95_high=high) | told)
     return as_csv(lines)
 

@@ -2,37 +2,15 @@
 
 import hashlib
 import json
-import weakref
 
 import jax
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from livo_jax import sharding
 from livo_jax.processes import ending_together
 
 AT_ONCE = 4  # batches: so many are drawn again at most
-
-
-_digests = {}  # id of a jax.Array that is alive -> a weak reference to it, and its digest
-
-
-def digest(tree) -> str:
-    """Of a tree of arrays: the same where they are. A jax.Array, which cannot change, is fetched and hashed once."""
-    return hashlib.sha256("".join(map(_digest_of, jax.tree.leaves(tree))).encode()).hexdigest()
-
-
-def _digest_of(leaf) -> str:
-    key = id(leaf)
-    alive, known = _digests.get(key, (None, None))
-    if alive and alive() is leaf:
-        return known
-    array = np.ascontiguousarray(sharding.fetch(leaf) if isinstance(leaf, jax.Array) else leaf)
-    found = hashlib.sha256(f"{array.shape} {array.dtype}".encode() + array.tobytes()).hexdigest()
-    if isinstance(leaf, jax.Array):
-        _digests[key] = weakref.ref(leaf, lambda _: _digests.pop(key, None)), found
-    return found
 
 
 class Drawn:

@@ -434,16 +434,18 @@ def agreement(per_prompt, seed: int = 0) -> tuple[float, list[float] | None]:
     return found, [float(low), float(high)]
 
 
-def value_agreement(value: Value, readings: list[dict], places) -> tuple[float, list[float] | None]:
+def value_agreement(value: Value, readings: list[dict], places, least=None) -> tuple[float, list[float] | None]:
     """`agreement` of two judges' readings under a value, in which what cannot be read is a category.
 
     Args:
         readings: of each judge, arrays [n] by axis. places: a slice of them for each prompt.
+        least: of each judge the least score that is harmful, where that is not the value's of both.
     """
     if value.kind == "bias":
         categories = (*value.attributes, "")
         a, b = (np.where(np.isin(r[value.axis], categories), r[value.axis], "") for r in readings)
     else:
         categories = (True, False, None)
-        a, b = (np.where(np.isnan(r[value.axis]), None, r[value.axis] >= value.harmful_from) for r in readings)
+        scores, least = [reading[value.axis] for reading in readings], least or [value.harmful_from] * 2
+        a, b = (np.where(np.isnan(x), None, x >= harmful_from) for x, harmful_from in zip(scores, least))
     return agreement([confusion(a[place], b[place], categories) for place in places])

@@ -115,25 +115,31 @@ def read(name: str, chosen, seed: int = 0) -> list[tuple[Prompt, tuple[str, ...]
     return rows
 
 
+def read_number(text: str, kind, least, most, what: str):
+    """The number of a text, an int or float (`kind`). Raises ValueError, with `what` it is, where it is none."""
+    try:
+        number = kind(text)
+    except ValueError:
+        number = None
+    if number is None or not least <= number <= most:
+        raise ValueError(f"{what}, {least} to {most}")
+    return number
+
+
 def read_seed(text: str) -> int:
-    return seeds.check(int(text))
+    return read_number(text, int, 0, seeds.MOST, "a seed is a whole number")
 
 
 def read_guidance(text: str) -> float:
-    scale = float(text)
-    if not 0 <= scale <= 1000:  # I2P has 120
-        raise ValueError("a guidance is 0 to 1000")
-    return scale
+    return read_number(text, float, 0, 1000, "a guidance is a number")  # I2P has 120
 
 
 def read_edge(text: str) -> int:
-    edge = int(text)
-    if not 1 <= edge <= 8192:
-        raise ValueError("an edge is 1 to 8192 pixels")
-    return edge
+    return read_number(text, int, 1, 8192, "an edge is a whole number of pixels")
 
 
 def read_categories(text: str) -> tuple[str, ...]:
+    """None of an empty text: its prompt is in the whole set alone."""
     return tuple(category.strip() for category in text.split(",") if category.strip())
 
 

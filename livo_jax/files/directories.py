@@ -2,7 +2,9 @@
 
 import contextlib
 import datetime
+import filecmp
 import os
+import pathlib
 import socket
 
 import jax
@@ -30,6 +32,24 @@ def resolve_directory(path: str | os.PathLike) -> epath.Path:
 
 def is_remote(path: str | os.PathLike) -> bool:
     return "://" in os.fspath(path)
+
+
+def is_moved(theirs: str, ours: str) -> bool:
+    """Whether two paths are of one file or folder in two places, as of two checkouts.
+
+    They have one name and, where both are here, the same files in them. One that is here no more is told in the log.
+    """
+    there, here = (pathlib.Path(path).expanduser() for path in (theirs, ours))
+    if there.name != here.name or not there.is_absolute() or not here.exists():
+        return False
+    if not there.exists():
+        logging.warning("%s is not here: %s, of the same name, is taken for it", there, here)
+        return True
+    if there.is_file() or here.is_file():
+        return there.is_file() and here.is_file() and filecmp.cmp(there, here, shallow=False)
+    names = [{file.relative_to(root) for file in root.rglob("*") if file.is_file()} for root in (there, here)]
+    _, other, unread = filecmp.cmpfiles(there, here, names[1], shallow=False)
+    return names[0] == names[1] and not other and not unread
 
 
 @contextlib.contextmanager

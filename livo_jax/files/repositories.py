@@ -270,14 +270,21 @@ class Tensor(NamedTuple):
 
 
 def read_safetensors(file: str | os.PathLike) -> tuple[dict[str, str], dict[str, np.ndarray]]:
-    """The metadata and the tensors of a small file. Raises ValueError for a damaged one."""
+    """The metadata and the tensors of a small file. Raises ValueError for a damaged one, or one of another kind."""
     import safetensors
 
     try:
         with safetensors.safe_open(file, framework="numpy") as opened:
             return opened.metadata() or {}, {name: opened.get_tensor(name) for name in opened.keys()}
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{file} is damaged: {error}") from error
+        raise ValueError(f"{file} {_another_kind(file) or 'is damaged'}: {error}") from error
+
+
+def _another_kind(file: str | os.PathLike) -> str:
+    """That a file is of another kind, where it is; "" else."""
+    with open(file, "rb") as opened:
+        other = opened.read(2) == b"PK" or pathlib.Path(file).suffix != ".safetensors"  # a zip: .npz, .pt
+    return "is no safetensors file" if other else ""
 
 
 def open_tensors(files: list[pathlib.Path]) -> dict[str, Tensor]:
@@ -294,7 +301,9 @@ def open_tensors(files: list[pathlib.Path]) -> dict[str, Tensor]:
         except safetensors.SafetensorError as error:
             if is_pointer(path):
                 check_pointers(path.parent, [path.name])
-            raise ValueError(f"{path} is damaged or cut short, fetch it again: {error}") from error
+            raise ValueError(
+                f"{path} {_another_kind(path) or 'is damaged or cut short, fetch it again'}: {error}"
+            ) from error
     if scales := [tensor for tensor in tensors.values() if SCALES.search(tensor.name)]:
         raise ValueError(
             f"{scales[0].path} holds fp8 weights that want scales of their own ({scales[0].name} and {len(scales) - 1}"

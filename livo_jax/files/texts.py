@@ -157,7 +157,8 @@ def read_texts(
 ) -> list[tuple]:
     """The texts of some columns of a file, of each row in which none is empty, as `tidy` leaves them.
 
-    How many rows are left out, since a text in them is empty, is told in the log.
+    How many rows are left out, since a text in them is empty, is told in the log. What a parser reads is no text: it
+    says itself what an empty field means.
 
     Args:
         path: a .csv or .tsv with a header; JSON lines (.jsonl), each an object; any other file is of lines, which are
@@ -193,7 +194,7 @@ def read_texts(
         faults = [f"{column} {fault}" for column, text in given.items() if (fault := text_fault(text))]
         if not faults:
             given = {column: tidy(text) for column, text in given.items()}
-            if not all(given.values()):
+            if not all(text or column in parsers for column, text in given.items()):
                 empty.append(number)
                 continue
             for column, parse in parsers.items():
@@ -201,7 +202,7 @@ def read_texts(
                     given[column] = parse(given[column])
                 except ValueError as error:
                     faults.append(f"{column} is {given[column]!r}: {error}")
-        problems += [f"{path}:{number}: {fault}: fill it in, or remove the row" for fault in faults]
+        problems += [f"{path}:{number}: {fault}: fill it in or correct it, or remove the row" for fault in faults]
         if not faults:
             found.append(tuple(given[column] for column in columns))
     if empty:

@@ -58,7 +58,7 @@ def make(config, values, kind: str, shapes: dict, names, score) -> Judge:
 
 def read_heads(path: str, kind: str, shapes: dict) -> tuple[dict[str, np.ndarray], str]:
     """The tensors of a file of data_tools/convert_judge.py, and the CLIP that they are for. Raises ValueError."""
-    remedy = f"make it by python -m data_tools.convert_judge --kind={kind}"
+    remedy = f"make it by python -m data_tools.convert_judge --kind={kind} --source=PUBLISHED --out={kind}.safetensors"
     file = pathlib.Path(path).expanduser()
     if not path or not file.is_file():
         raise ValueError(f"config.judging.model={path!r}: there is no such file, {remedy}")

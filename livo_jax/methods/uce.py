@@ -155,13 +155,13 @@ class UnifiedConceptEditing(Method):
 
     def find_matrices(self, settings: dict, sd, mesh, workdir, judge) -> tuple[dict[str, np.ndarray], float]:
         """M by the values' statements, and the seconds that they took. They are kept in `workdir`, for the same config
-        and model."""
+        and arrays, wherever the model lies."""
         from safetensors.numpy import save_file
 
         config, file = self.config, workdir / FILE
         found = values.load_principles(config)
-        base = {"model": config.model} | ({"loras": config.loras} if config.loras else {})
-        key = json.dumps({**settings, "values": [v.statement for v in found], **base}, default=str)
+        facts = {**settings, "values": [v.statement for v in found], "arrays": sharding.digest(weights_of(sd))}
+        key = json.dumps(facts, default=str)
         if file.exists():
             facts, matrices = read_safetensors(file)
             if facts["settings"] == key:

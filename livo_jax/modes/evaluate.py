@@ -17,16 +17,11 @@ def evaluate(config, workdir: str):
 def compare(config, workdir: str, changed: dict, only_cost: bool = False):
     """Trains and measures config.methods; `changed`: {field: value} of what the command line sets.
 
-    only_cost: tells what it would cost, and does nothing.
+    only_cost: checks it and tells what it would cost, and does nothing.
     """
-    from livo_jax.runs import board, fields
-    from livo_jax.runs.compare import compare
+    from livo_jax.runs import compare
 
-    for method, own in config.methods.items():
-        begin = f"methods.{method}."
-        own_changed = {name.removeprefix(begin): x for name, x in changed.items() if name.startswith(begin)}
-        fields.check(own, own_changed, comparing=True)
     if only_cost:
-        print(board.cost(config, config.methods))
-        return
-    compare(config, workdir)
+        compare.tell_cost(config, changed)
+    else:
+        compare.compare(config, workdir, changed)

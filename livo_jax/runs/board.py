@@ -5,20 +5,30 @@ import hashlib
 import importlib.metadata
 import json
 import pathlib
-import re
+import platform
+import shutil
+import subprocess
+import tomllib
 
+import jax
 import numpy as np
 
 from livo_jax import judges, methods, sharding, values
 from livo_jax.evaluation import board, cases, metrics, prompt_sets
 from livo_jax.evaluation.drawn import without_values
+from livo_jax.files.settings import flatten
 from livo_jax.judges import hash_files
 from livo_jax.runs import check, evaluate, plan
 from livo_jax.runs.further import Further, load_networks, load_readers
 
 FIELDS = ("judges", "quality")  # of a comparison, that make it a board
-PACKAGES = ("jax", "jaxlib", "flax", "numpy", "pillow")  # whose versions the card has
+PACKAGES = (  # whose versions the card has
+    "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "pillow", "transformers", "safetensors",
+)  # fmt: skip
 IMAGES_PER_PROMPT = ("images_per_prompt", "harm_images_per_prompt", "left_alone_images")
+DEFINITION = (  # the fields of a value that numbers depend on
+    "statement", "kind", "axis", "attributes", "wordings", "aligned", "harmful_from", "highest", "keep_probability",
+)  # fmt: skip
 PLACE = ("method", "value", "split", "prompt", "index", "applied")  # of a reading
 
 
@@ -34,15 +44,9 @@ def check_board(comparison, configs: dict):
 
     Each judge reads one image of noise, but `vlm`, whose questions cost: so it shows which axes it reads.
     """
-    first, noise = copy.deepcopy(next(iter(configs.values()))), None
-    mesh, told = sharding.make_mesh(**first.mesh), check.problem_of(prompt_sets.check, first)
-    if told:
-        first.eval.prompts = ()  # without which the rest is looked at
-    for own in configs.values():
-        of_own = check.problem_of(check.check_config, own, mesh) if own.train.steps else []
-        told += [text.partition("\n  ")[2] for text in of_own]
-    problems = [problem for text in told for problem in re.split(r"\n  (?! )", text)]
-    problems += check.problem_of(lambda: load_networks(**comparison.quality.to_dict()))
+    first, noise, problems = copy.deepcopy(next(iter(configs.values()))), None, problems_of_methods(configs)
+    first.eval.prompts = readable_prompts(first)  # without the others the rest is looked at
+    problems += check.problems_of(lambda: load_networks(**comparison.quality.to_dict()))
     try:
         side = plan.abstract_model(first).image_size
         noise = np.random.default_rng(0).integers(0, 256, (1, side, side, 3), np.uint8)
@@ -50,9 +54,28 @@ def check_board(comparison, configs: dict):
         problems.append(str(error))
     unknown = check.problem_of(values.load_principles, first)
     if not unknown:
-        problems += check.problem_of(_try_judge, first, noise)
-        problems += check.problem_of(_try_readers, comparison, first, noise)
-    check.fail_with(list(dict.fromkeys(problems + unknown)))  # methods have many problems in common
+        problems += check.problems_of(_try_judge, first, noise)
+        problems += check.problems_of(_try_readers, comparison, first, noise)
+    check.fail_with(list(dict.fromkeys(problems + unknown)))
+
+
+def problems_of_methods(configs: dict) -> list[str]:
+    """What is wrong with the methods of a comparison, and shows without a model."""
+    first = next(iter(configs.values()))
+    mesh, problems = sharding.make_mesh(**first.mesh), check.problems_of(prompt_sets.check, first)
+    for own in configs.values():
+        problems += check.problems_of(check.check_config, own, mesh) if own.train.steps else []
+    return list(dict.fromkeys(problems))  # they have many in common
+
+
+def readable_prompts(config) -> tuple[str, ...]:
+    """Those of config.eval.prompts whose sets are here, and can be read."""
+    one, readable = copy.deepcopy(config), []
+    for entry in config.eval.prompts:
+        one.eval.prompts = (entry,)
+        if not check.problem_of(prompt_sets.check, one):
+            readable.append(entry)
+    return tuple(readable)
 
 
 def _try_judge(config, noise):
@@ -109,9 +132,11 @@ def cost(comparison, configs: dict) -> str:
 # ---------------------------------------------------------------------------- what it leaves
 
 
-def not_measured(comparison, config) -> list[str]:
-    """What the board leaves out, and what it would need."""
+def not_measured(comparison, config, found: Further) -> list[str]:
+    """What the board leaves out, and what it would need. found: of any method."""
     told = []
+    if not found.agreement:
+        told.append("agreement of judges: no further judge reads a value as the first does, as nudity=nudity")
     if not comparison.quality.inception:
         told.append("FID and KID: config.quality.inception and config.quality.reference are empty")
     if not comparison.quality.clip:
@@ -127,23 +152,68 @@ def not_measured(comparison, config) -> list[str]:
 def make_card(comparison, found: Further, judge: dict) -> dict:
     """All that was pinned, for JSON. Arguments: found: of any method; the first judge's `pinned`."""
     configs = comparison.methods
-    first = next(iter(configs.values()))
+    compared_with = "livo" if "livo" in configs else next(iter(configs))
+    first = configs[compared_with]
+    fields = {name: flatten(json.loads(own.to_json())) for name, own in configs.items()}
+    of_first = fields[compared_with]
     return {
-        "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
+        "versions": versions(),
+        "computed_on": {"platform": jax.default_backend(), "device": jax.devices()[0].device_kind},
         "model": first.model,
+        "dtype": first.dtype,
         "base": found.drawn,  # with the sha256 of its arrays
-        "values": list(first.principles),
+        "values": {
+            value.name: {field: list(x) if isinstance(x := getattr(value, field), tuple) else x for field in DEFINITION}
+            for value in values.load_principles(first)
+        },
         "judges": {first.judge: judge, **found.pinned},
         "reads": {name: list(entry.reads) for name, entry in comparison.judges.items()},
+        "harmful_from": [
+            {"judge": judge, "value": value, "harmful_from": least}
+            for (judge, value), least in (least_of_first(first) | found.harmful_from).items()
+        ],
         "prompt_sets": prompt_sets.describe(first),
         "images_per_prompt": {kind: first.eval[kind] for kind in IMAGES_PER_PROMPT},
         "methods": {
-            name: {"steps": own.train.steps, "seeds": [own.seed + n for n in range(trainings_of(comparison, own))]}
+            name: {
+                "steps": own.train.steps,
+                "seeds": [own.seed + n for n in range(trainings_of(comparison, own))],
+                f"unlike_{compared_with}": {
+                    field: x for field, x in fields[name].items() if field not in of_first or x != of_first[field]
+                },
+            }
             for name, own in configs.items()
         },
+        "subjects": {"seen": list(first.eval.seen), "held_out": list(first.eval.held_out)},
         "quality": {field: _pin(given) for field, given in comparison.quality.items() if given},
-        "not_measured": not_measured(comparison, first),
+        "not_measured": not_measured(comparison, first, found),
     }
+
+
+def versions() -> dict[str, str]:
+    """Of Python, livo_jax and the packages that are installed of those that it computes with.
+
+    Of a checkout there is the commit too, with "-dirty" where files differ from it.
+    """
+    found = {"python": platform.python_version()}
+    for package in ("livo_jax", *PACKAGES):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:  # as of a checkout, which says itself
+            continue
+    root = pathlib.Path(__file__).parents[2]
+    if (root / "pyproject.toml").is_file():
+        found["livo_jax"] = tomllib.loads((root / "pyproject.toml").read_text())["project"]["version"]
+    if (root / ".git").exists() and shutil.which("git"):
+        describe = ["git", "-C", root, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        found["commit"] = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
+    return found
+
+
+def least_of_first(config) -> dict[tuple[str, str], float]:
+    """By the first judge and each harm's statement, the least score that it calls harmful."""
+    harms = (value for value in values.load_principles(config) if value.kind == "harm")
+    return {(config.judge, value.statement): value.harmful_from for value in harms}
 
 
 def _pin(place: str) -> dict:
@@ -163,6 +233,8 @@ def trainings_of(comparison, config) -> int:
 
 def write(folder, title: str, results: list[dict], costs: list[dict], further: dict, card: dict) -> dict:
     """Writes board.csv, board.md, board.tex, card.json, agreement.json, and the readings of the further judges.
+
+    Readings that are there of judges that the board has no more are removed.
 
     Args:
         results: the first judge's rows. further: {method: its Further}.
@@ -190,7 +262,8 @@ def write(folder, title: str, results: list[dict], costs: list[dict], further: d
         rows += [row | {"judge": judge} for row in metrics.rows(base_first)]
     rows += list(sets.values())
     rows.sort(key=lambda row: row["method"] != "base")  # stable
-    tables = board.tables(rows + board.rows_of_costs(costs))
+    least = {(of["judge"], of["value"]): of["harmful_from"] for of in card["harmful_from"]}
+    tables = board.tables(rows + board.rows_of_costs(costs), least)
     texts = {
         "board.csv": board.as_rows(tables),
         "board.md": board.as_markdown(tables, title, card),
@@ -199,6 +272,9 @@ def write(folder, title: str, results: list[dict], costs: list[dict], further: d
         "agreement.json": json.dumps(list(agreement.values()), indent=2) + "\n",
     }
     texts |= {f"readings_{judge}.csv": board.as_csv([*of.values()]) for judge, of in readings.items()}
+    for file in folder.glob("readings_*.csv"):
+        if file.name not in texts:
+            file.unlink()
     for name, content in texts.items():
         (folder / name).write_text(content, encoding="utf-8")
     return {

@@ -1,6 +1,7 @@
 """What is wrong with a config, all of it, before anything is made."""
 
 import math
+import re
 
 from livo_jax import diffusion, judges, seeds, sharding, value_encoders, values
 from livo_jax.evaluation import prompt_sets
@@ -10,6 +11,8 @@ from livo_jax.runs import fields
 from livo_jax.sampling.conditioning import PROMPT_LAYOUTS
 from livo_jax.training.objective import make_preference
 from livo_jax.training.optimizer import make_optimizer
+
+HEADER = "the config cannot work:\n  "
 
 
 def check_config(config, mesh, further=()):
@@ -82,6 +85,12 @@ def problem_of(check, *arguments) -> list[str]:
     return []
 
 
+def problems_of(check, *arguments) -> list[str]:
+    """Each of the problems that a call tells as fail_with does."""
+    told = (text.removeprefix(HEADER) for text in problem_of(check, *arguments))
+    return [problem for text in told for problem in re.split(r"\n  (?! )", text)]
+
+
 def fail_with(problems: list[str]):
     if problems:
-        raise ValueError("the config cannot work:\n  " + "\n  ".join(problems))
+        raise ValueError(HEADER + "\n  ".join(problems))

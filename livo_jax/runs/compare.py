@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import pathlib
 import time
+import types
 
 import jax
 import numpy as np
@@ -18,10 +19,11 @@ from livo_jax.data.cache import cache_directory
 from livo_jax.data.preferences import Preferences
 from livo_jax.evaluation import cases, metrics, report
 from livo_jax.files.directories import held, resolve_directory
-from livo_jax.runs import board, build_preferences, cache_latents, evaluate, further, restore, train
+from livo_jax.processes import is_raised_here
+from livo_jax.runs import board, build_preferences, cache_latents, check, evaluate, fields, further, restore, train
 from livo_jax.runs.checkpoint import Checkpoints
 from livo_jax.runs.log import read_metrics
-from livo_jax.runs.workdir import read_config
+from livo_jax.runs.workdir import check_claim, read_config
 from livo_jax.sampling.requests import Dose, Request
 
 SAME = (
@@ -43,40 +45,93 @@ POINT = ("step", "method", "value", "split", "metric")  # of a curve
 PLACE = ("method", "value", "split", "prompt", "index", "applied", "training")  # of a reading
 
 
-def compare(config, workdir) -> list[dict]:
+def compare(config, workdir, changed=types.MappingProxyType({})) -> list[dict]:
     """Trains and measures config.methods; the same command again resumes.
 
     `workdir` then holds the preference pairs and images that the methods share, preferences/ and drawn/, a run of each,
-    NAME/, and results.json, differences.json, curves.json, costs.json, readings.csv and report.html in eval/; of a
-    board also what board.write writes.
+    NAME/, and config.json, results.json, differences.json, curves.json, costs.json, readings.csv and report.html in
+    eval/; of a board also what board.write writes.
 
     Args:
         config: methods, {name: its config}; processes, how many at a time, each on its part of the cores; curve: how
             many points it has, of how many images of each prompt; sweeps, ((title, ((label, name), ...)), ...):
             methods that differ in one thing; trainings, how many of each method that trains, with the seeds from its
             config.seed on: NAME/, NAME_1/, ...; and of a board (configs/benchmark.py) judges, quality.
+        changed: {field: value} of what the command line sets.
 
     Raises:
-        ValueError: there are no methods, or they would not be measured alike; and what training raises.
+        ValueError: as check_comparison; and what training raises.
         FileExistsError: another process compares in `workdir`.
     """
     workdir = resolve_directory(workdir)
-    configs = {name: copy.deepcopy(config.methods[name]) for name in sorted(config.methods, key=_livo_first)}
-    first = next(iter(configs.values()), None)
-    apart = {
-        f"{n}.{field}" for n, own in configs.items() for field, x in _alike(own).items() if x != _alike(first)[field]
-    }
-    check_trainings(configs, config)
-    if first is None or apart:
-        raise ValueError(
-            f"methods to compare: {', '.join(configs) or 'none'}; they differ in {', '.join(sorted(apart))}"
-        )
-    if board.is_board(config):
-        board.check_board(config, configs)
-        if jax.process_index() == 0:
-            print(board.cost(config, configs), flush=True)
+    configs = configs_of(config)
+    check_comparison(config, configs, changed)
+    if board.is_board(config) and jax.process_index() == 0:
+        print(board.cost(config, configs), flush=True)
     with held(workdir, "compares methods in"):
         return _compare(configs, config, workdir)
+
+
+def tell_cost(config, changed=types.MappingProxyType({})):
+    """Prints what a comparison will cost, also where that is known although something is wrong. Arguments as `compare`.
+
+    Raises:
+        ValueError: as check_comparison, after it has printed.
+    """
+    configs = configs_of(config)
+    told = check.problem_of(check_comparison, config, configs, changed)
+    missing = {}
+    for own in configs.values() if told else ():
+        readable = board.readable_prompts(own)
+        missing |= dict.fromkeys(entry for entry in own.eval.prompts if entry not in readable)
+        own.eval.prompts = readable
+    try:
+        print(board.cost(config, configs))
+    except (ValueError, FileNotFoundError):
+        if not told:
+            raise
+    else:
+        if missing:
+            print(f"without {', '.join(missing)}: if there are prompts of subjects in their place, these are counted")
+    if told:
+        raise ValueError("\n".join(told))
+
+
+def configs_of(comparison) -> dict:
+    """Copies of the methods' configs, LiVO's first."""
+    return {name: copy.deepcopy(comparison.methods[name]) for name in sorted(comparison.methods, key=_livo_first)}
+
+
+def check_comparison(comparison, configs: dict, changed=types.MappingProxyType({})):
+    """Raises ValueError with all that is wrong with a comparison, or board, and shows before anything is drawn.
+
+    There are no methods, or they would not be measured alike; fields that a method does not read; and what each of them
+    cannot work with. `configs`: of the methods. `changed`: {field: value} of what the command line sets.
+    """
+    if not configs:
+        raise ValueError("config.methods is empty: name the methods to compare, as configs/compare.py does")
+    first_name, first = next(iter(configs.items()))
+    problems, sound = check.problems_of(check_trainings, configs, comparison), {}
+    for name, own in configs.items():
+        alike = _alike(first)
+        problems += [
+            f"config.methods.{name}.{field} differs from that of {first_name}: methods are measured alike, set it for"
+            " each of them"
+            for field, x in _alike(own).items()
+            if x != alike[field]
+        ]
+        begin = f"config.methods.{name}."
+        set_here = {f"config.{field}".removeprefix(begin): x for field, x in changed.items()}
+        set_here = {field: x for field, x in set_here.items() if not field.startswith("config.")}
+        told = check.problems_of(fields.check, own, set_here, True)
+        problems += [text.replace("config.", begin) for text in told]
+        if not told:
+            sound[name] = own
+    if sound and board.is_board(comparison):
+        problems += check.problems_of(board.check_board, comparison, sound)
+    elif sound:
+        problems += board.problems_of_methods(sound)
+    check.fail_with(problems)
 
 
 def _compare(configs: dict, config, workdir) -> list[dict]:
@@ -88,6 +143,10 @@ def _compare(configs: dict, config, workdir) -> list[dict]:
         own.checkpoint.every, own.checkpoint.keep = max(1, own.train.steps // max(1, points)), points + 1
         own.log.samples_every = max(1, own.train.steps)
 
+    # Those that train take longest.
+    jobs = [job for name, own in configs.items() for job in trainings_of(own, workdir / name, config)]
+    jobs = sorted(jobs, key=lambda job: job[0].train.steps, reverse=True)
+    check_claims(jobs)
     mesh = sharding.make_mesh(**first.mesh)
     sd = restore.load_base(first, mesh)
     if not resolve_directory(first.data.directory).exists() and any(own.train.steps for own in configs.values()):
@@ -108,9 +167,6 @@ def _compare(configs: dict, config, workdir) -> list[dict]:
             )
     evaluate.draw_base(sd, first, resolve_directory(first.eval.drawn), mesh)
 
-    # Those that train take longest.
-    jobs = [job for name, own in configs.items() for job in trainings_of(own, workdir / name, config)]
-    jobs = sorted(jobs, key=lambda job: job[0].train.steps, reverse=True)
     if config.processes == 1:
         found = [measure(*job) for job in jobs]
     else:
@@ -119,7 +175,11 @@ def _compare(configs: dict, config, workdir) -> list[dict]:
         for i in range(config.processes):
             parts.put(cores[i :: config.processes] or cores)
         with concurrent.futures.ProcessPoolExecutor(config.processes, context, _keep_to, (parts,)) as pool:
-            found = list(pool.map(measure, *zip(*jobs)))
+            found = []
+            for of_job in pool.map(measure_apart, *zip(*jobs)):
+                if isinstance(of_job, Exception):
+                    raise of_job
+                found.append(of_job)
     by_method = {}
     for (own, *_), of_training in zip(jobs, found):
         by_method.setdefault(own.method, []).append(of_training)
@@ -147,6 +207,21 @@ def check_trainings(configs: dict, comparison):
         problems.append(f"trainings and methods that would share a folder: {', '.join(twice)}")
     if problems:
         raise ValueError("\n  ".join(problems))
+
+
+def check_claims(jobs: list[tuple]):
+    """Raises ValueError with all of the trainings' workdirs that hold what another config made."""
+    trained = [(place, without_judge(own)) for own, place, _ in jobs if own.train.steps]
+    problems = [text for place, own in trained for text in check.problem_of(check_claim, place, own)]
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def without_judge(config):
+    """The config that a method trains with: its images are measured afterwards."""
+    only = copy.deepcopy(config)
+    only.judge = ""
+    return only
 
 
 def trainings_of(config, workdir, comparison) -> list[tuple]:
@@ -201,6 +276,16 @@ def _keep_to(parts):
     os.sched_setaffinity(0, parts.get())
 
 
+def measure_apart(*job):
+    """`measure` in a process of its own. What that raises on purpose is returned, for the first process to raise."""
+    try:
+        return measure(*job)
+    except Exception as error:
+        if not is_raised_here(error):
+            raise
+        return error
+
+
 def measure(config, workdir, comparison) -> dict:
     """Trains and measures one method: the numbers of each prompt, readings, pictures, curve and costs; of a board more.
 
@@ -209,9 +294,7 @@ def measure(config, workdir, comparison) -> dict:
     """
     curve = comparison.curve
     if config.train.steps:
-        only = copy.deepcopy(config)
-        only.judge = ""  # it is measured below
-        train.train_and_evaluate(only, workdir)
+        train.train_and_evaluate(without_judge(config), workdir)
     mesh, directory = sharding.make_mesh(**config.mesh), resolve_directory(config.eval.drawn)
     followed = values.load_principles(config)
     sd, judge = restore.load_base(config, mesh), judges.load(config, followed, evaluate.subjects(config))
@@ -302,6 +385,7 @@ def write(found: list[dict], config, workdir) -> list[dict]:
     folder.mkdir(parents=True, exist_ok=True)
     pinned = [found[0]["judge"]]  # one reads the images of all
     files = {"results": metrics.document(results, pinned), "differences": metrics.document(differences, pinned)}
+    files["config"] = json.loads(config.to_json())
     for name, content in (files | {"curves": curves, "costs": costs}).items():
         (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
     (folder / "readings.csv").write_text(report.as_csv([*readings.values()]), encoding="utf-8")
@@ -318,7 +402,7 @@ def write(found: list[dict], config, workdir) -> list[dict]:
     report.write(
         folder / "report.html", title=f"LiVO and others: {workdir.name}", results=results, metrics=[], curves=curves,
         numbers=numbers, differences=differences, costs=costs, sweeps=sweeps, pictures=list(pictures.values()),
-        config=json.loads(config.to_json()), judges=pinned, board=made,
+        config=files["config"], judges=pinned, board=made,
     )  # fmt: skip
     print(report.table(results))
     told = (

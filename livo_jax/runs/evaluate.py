@@ -26,7 +26,7 @@ from livo_jax.evaluation.cases import (  # fmt: skip
     plan,
     rows_of_ratios,
 )
-from livo_jax.evaluation.drawn import Drawn, Sides, digest, without_values
+from livo_jax.evaluation.drawn import Drawn, Sides, without_values
 from livo_jax.files.directories import resolve_directory
 from livo_jax.files.images import blurred, sheet
 from livo_jax.retrieval.retriever import Retriever, run_files
@@ -41,7 +41,7 @@ AGAIN = "remove it, and evaluate again with --mode=evaluate"
 def as_drawn(drawing: methods.Drawing, sd, config, values, judge, directory, mesh) -> Drawn:
     """A method's images, with all that they depend on, and all that their readings do."""
     settings = drawing.settings | {
-        "arrays": digest(drawing.state),
+        "arrays": sharding.digest(drawing.state),
         "scheduler": sd.scheduler_config,
         "sampling": {name: x for name, x in config.sampling.to_dict().items() if name != "batch_size"},
         "seed": config.eval.seed,

@@ -8,6 +8,7 @@ import re
 from typing import NamedTuple
 
 import numpy as np
+from absl import logging
 from ml_collections import ConfigDict
 
 from livo_jax import files, judges, values
@@ -17,6 +18,7 @@ from livo_jax.judges import Judge
 from livo_jax.runs import evaluate
 from livo_jax.values.principles import Value
 
+FAR_BELOW = 0.1  # of harmful_from: a judge whose highest score is below it has another scale
 BATCH = 32  # real images that Inception gets at once
 
 
@@ -39,7 +41,7 @@ class Reader(NamedTuple):
     def label(self, followed: Value) -> str:
         """Its name on the board, with what it reads where that is another value than the one followed."""
         read = self.reads.get(followed, followed)
-        return self.name if read == followed else f"{self.name} ({read.name})"
+        return self.name if read.name == followed.name else f"{self.name} ({read.name})"
 
 
 def load_readers(comparison, config) -> list[Reader]:
@@ -47,7 +49,8 @@ def load_readers(comparison, config) -> list[Reader]:
 
     Each has a judge, its judging, and reads, as ("bloody=nudity",): in the images for the value bloody it reads nudity.
     Without any it reads every value as it is, or, where it has states, none. These are what it should read in the
-    images of compositions, as {"with_a_dog": {"dog": 1}}.
+    images of compositions, as {"with_a_dog": {"dog": 1}}. harmful_from, where it is not 0, is the least score of its
+    own that is harmful, whatever the value says.
 
     Raises:
         ValueError: all that is wrong with them.
@@ -57,7 +60,7 @@ def load_readers(comparison, config) -> list[Reader]:
         try:
             readers.append(_load_reader(name, entry, config))
         except (ValueError, FileNotFoundError) as error:
-            problems.append(f"config.judges.{name}: {error}".replace("\n", "\n  "))
+            problems += [f"config.judges.{name}: {line.strip()}" for line in str(error).splitlines()]
     if problems:
         raise ValueError("\n  ".join(problems))
     return readers
@@ -69,10 +72,13 @@ def _load_reader(name: str, entry, config) -> Reader:
     own, followed = copy.deepcopy(config), values.load_principles(config)
     own.judge, own.judging = entry.judge, copy.deepcopy(entry.judging)
     by_name, reads, problems = {value.name: value for value in followed}, {}, []
-    for text in entry.reads:
+    for text in (entry.reads,) if isinstance(entry.reads, str) else entry.reads:
         who, _, what = text.partition("=")
         if who not in by_name:
             problems.append(f"reads: {text!r} is no FOLLOWED=READ, FOLLOWED one of {', '.join(by_name)}")
+            continue
+        if not what:
+            problems.append(f"reads: {text!r} lacks =READ, the value that it reads there, as {who}={who}")
             continue
         own.principles = (what,)
         try:
@@ -86,6 +92,14 @@ def _load_reader(name: str, entry, config) -> Reader:
         reads = reads or {value: value for value in followed}
     if unknown := states.keys() - config.eval.compositions.keys():
         raise ValueError(f"states: of config.eval.compositions there is no {', '.join(sorted(unknown))}")
+    if least := entry.get("harmful_from", 0.0):
+        if least < 0 or all(value.kind == "bias" for value in reads.values()):
+            raise ValueError(f"harmful_from={least!r}: choose a score above 0 of a harm that it reads, or leave it out")
+        scale = {"highest": 1.0} if least <= 1 else {}  # of most judges
+        reads = {
+            followed: dataclasses.replace(value, harmful_from=least, **scale) if value.kind == "harm" else value
+            for followed, value in reads.items()
+        }
     own.principles = config.principles  # whose subjects are told apart
     read = list(dict.fromkeys(reads.values()))
     return Reader(name, own, judges.load(own, read, evaluate.subjects(own)), reads, states)
@@ -113,21 +127,26 @@ def read_again(reader: Reader, found: evaluate.Evaluated) -> tuple[dict[str, eva
         if not value:
             continue
         may_read = dict(thresholds=reader.judge.thresholds, unspecified=reader.judge.unspecified)
-        same = value == case.value
+        same = value.name == case.value.name
         floors = metrics.floor(case.groups, None) if case.groups and same else {}
         of_label.add(case, metrics.prompt_metrics(value, case.subject, read, **may_read), floors)
         if same:
             of_prompts = both.setdefault((value, case.method), {})
             of_prompts[case.requests[0].prompt] = found.sides.reading(case.requests), read  # once, also of categories
-    return again, [agreement_row(reader.name, *place, [*of.values()]) for place, of in both.items()]
+    followed = {value.name: value for value in reader.reads}
+    return again, [
+        agreement_row(reader.name, value, method, [*of.values()], followed[value.name].harmful_from)
+        for (value, method), of in both.items()
+    ]
 
 
-def agreement_row(judge: str, value: Value, method: str, readings: list[tuple[dict, dict]]) -> dict:
-    """Cohen's kappa of two judges' readings, a pair for each prompt."""
+def agreement_row(judge: str, value: Value, method: str, readings: list[tuple[dict, dict]], least: float) -> dict:
+    """Cohen's kappa of two judges' readings, a pair for each prompt. least: from which score the first calls a harm."""
     columns = [np.concatenate([of_prompt[i][value.axis] for of_prompt in readings]) for i in (0, 1)]
     ends = np.cumsum([len(first[value.axis]) for first, _ in readings])
     places = [slice(start, end) for start, end in zip([0, *ends], ends)]
-    mean, ci95 = metrics.value_agreement(value, [{value.axis: column} for column in columns], places)
+    by_axis, least = [{value.axis: column} for column in columns], (least, value.harmful_from)
+    mean, ci95 = metrics.value_agreement(value, by_axis, places, least)
     row = dict(judge=judge, value=value.statement, method=method, metric="kappa", mean=mean, ci95=ci95)
     return row | dict(prompts=len(places), images=int(ends[-1]))
 
@@ -226,7 +245,8 @@ class Further:
 
     numbers: by a judge's label, "" for quality, as metrics.rows takes them. sets, agreement: rows. readings: rows, and
     pinned, by judge. harmful: the (value, split, prompt) in whose images a judge read a harm. drawn: the settings that
-    the base's images depend on.
+    the base's images depend on. harmful_from: by a judge's label and the followed value's statement, the least score
+    that it calls harmful.
     """
 
     numbers: dict
@@ -236,24 +256,38 @@ class Further:
     pinned: dict
     harmful: set
     drawn: dict
+    harmful_from: dict
 
 
 def measure(found: evaluate.Evaluated, config, comparison) -> Further:
     """Of the images of an evaluation, none of which is drawn again."""
-    numbers, agreement, readings, pinned, harmful = {}, [], {}, {}, set()
+    numbers, agreement, readings, pinned, harmful, least = {}, [], {}, {}, set(), {}
     for reader in load_readers(comparison, config):
         again, kappas = read_again(reader, found)
         numbers |= {label: of_label.numbers for label, of_label in again.items()}
         readings[reader.name] = [row for of_label in again.values() for row in of_label.readings]
         pinned[reader.name] = reader.judge.pinned
-        harms = [value for value in reader.reads.values() if value.kind == "harm"]
+        harms = {followed: value for followed, value in reader.reads.items() if value.kind == "harm"}
         for row in readings[reader.name]:
-            if any(row[value.axis] >= value.harmful_from for value in harms):
+            if any(row[value.axis] >= value.harmful_from for value in harms.values()):
                 harmful.add((row["value"], row["split"], row["prompt"]))
+        for followed, value in harms.items():
+            least[reader.label(followed), followed.statement] = value.harmful_from
+            warn_of_scale(reader.name, value, [row[value.axis] for row in readings[reader.name]])
         agreement += kappas
     networks = load_networks(**comparison.quality.to_dict())
     numbers[""], sets = measure_quality(networks, found, config.method)
-    return Further(numbers, sets, agreement, readings, pinned, harmful, found.sides.base.settings)
+    return Further(numbers, sets, agreement, readings, pinned, harmful, found.sides.base.settings, least)
+
+
+def warn_of_scale(judge: str, value: Value, scores: list[float]):
+    """Tells where no score of a harm is anywhere near the least that is harmful: the judge may have another scale."""
+    read = [score for score in scores if not np.isnan(score)]
+    if read and 0 < max(read) < FAR_BELOW * value.harmful_from:
+        logging.warning(
+            "config.judges.%s reads at most %.3g of %s, which is harmful from %g: if its scale is another, set"
+            " config.judges.%s.harmful_from", judge, max(read), value.axis, value.harmful_from, judge,
+        )  # fmt: skip
 
 
 def combine(of_each: list[Further]) -> Further:

@@ -1,6 +1,7 @@
 """Where a run lives: on a disk that every process sees, or in a bucket (gs://), with one config."""
 
 import json
+import pathlib
 import secrets
 
 import jax
@@ -8,6 +9,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
+from livo_jax.files.directories import is_moved
 from livo_jax.files.settings import differences, flatten
 from livo_jax.processes import ending_together
 
@@ -17,6 +19,9 @@ FREE = (
     "judging.endpoint", "judging.cache", "judging.budget", "judging.thresholds",
     "preferences.images_per_file",
 )  # fmt: skip
+
+# Files and folders: the same in another place changes nothing.
+PLACES = ("model", "principles_file", "judging.model", "preferences.model", "value_encoder.start")
 
 # What was done before there was a field for it, which is what a config.json without the field means. A new field that
 # is not free needs its line here, or older runs are refused.
@@ -58,6 +63,17 @@ def with_its_rate(fields: dict) -> dict:
     return rest | {field: rest.get(field) or own}
 
 
+def beside_images(fields: dict) -> dict:
+    """A flat config with the folder of its pairs told from that of its images, where it is beside them.
+
+    A comparison has both in its workdir, which may be moved, or copied to another machine.
+    """
+    pairs, images = (pathlib.PurePath(fields.get(name) or "") for name in ("data.directory", "eval.drawn"))
+    if not images.name or not pairs.is_relative_to(images.parent):
+        return fields
+    return fields | {"data.directory": str(pairs.relative_to(images.parent))}
+
+
 def read_json(file: epath.Path, remedy: str):
     """What a JSON file of a run holds. Raises ValueError that names it where a kill or a full disk cut it short."""
     try:
@@ -71,8 +87,8 @@ def read_config(workdir: epath.Path) -> dict:
     return read_json(workdir / "config.json", "remove it, and start the run with the config that it has")
 
 
-def claim(workdir: epath.Path, config):
-    """Writes config.json after a look at whether what is in the workdir was made with the same config; of process 0.
+def check_claim(workdir: epath.Path, config):
+    """Looks whether what is in the workdir was made with the same config, in whatever place that and its files lay.
 
     Raises:
         ValueError: another config made the pairs or checkpoints here, and the differences.
@@ -84,7 +100,11 @@ def claim(workdir: epath.Path, config):
         # At a constant rate no step depends on how many follow.
         free = (*FREE, "train.steps") if schedule == "constant" else FREE
         both = as_now(read_config(workdir), ours), flatten(ours)
-        both = map(with_its_rate, both)
+        both = [beside_images(with_its_rate(tree)) for tree in both]
+        for name in PLACES:
+            places = [tree.get(name) or "" for tree in both]
+            if all(places) and places[0] != places[1] and is_moved(*places):
+                both[0][name] = both[1][name]
         found = differences(*({k: v for k, v in tree.items() if not k.startswith(free)} for tree in both))
         if any(line.startswith("config.train.steps:") for line in found):
             found.append(
@@ -93,7 +113,12 @@ def claim(workdir: epath.Path, config):
             )
         if found:
             raise ValueError(f"{workdir} holds a run of another config: name a new --workdir\n  " + "\n  ".join(found))
-    file.write_text(json.dumps(ours, indent=2) + "\n")
+
+
+def claim(workdir: epath.Path, config):
+    """Writes config.json, after check_claim; of process 0."""
+    check_claim(workdir, config)
+    (workdir / "config.json").write_text(json.dumps(json.loads(config.to_json()), indent=2) + "\n")
 
 
 def recipe(workdir: epath.Path) -> dict | None:

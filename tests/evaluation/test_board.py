@@ -33,6 +33,21 @@ def test_a_table_is_of_a_section_a_value_and_a_judge():
     assert [table["title"] for table in board.for_page(found)] == [table.title for table in found[:-1]]
 
 
+def test_the_share_that_can_be_read_stands_beside_what_is_read_and_r_says_from_what_it_counts():
+    """So that D1 1 of faces that nobody could read is not taken for a result."""
+    row = dict(split="seen", judge="one", ci95=None, prompts=1, images=4, method="base", mean=0.25)
+    found = [row | dict(value=value, metric=metric) for value, metric in (
+        ("harm", "R"), ("harm", "readable"), ("bias", "D1"), ("bias", "readable"), ("a + b", "readable"),
+    )]  # fmt: skip
+    harm, bias = board.tables(found, {("one", "harm"): 0.5, ("one", "bias"): 1.0})
+    assert harm.title == "Harm, harm, read by one, R from 0.5" and bias.title == "Bias, bias, read by one"
+    assert harm.columns == [("seen", "R"), ("seen", "readable")] and bias.columns[1] == ("seen", "readable")
+    lines = list(csv.DictReader(io.StringIO(board.as_rows([harm, bias]))))
+    assert [(line["metric"], line["harmful_from"], line["better"]) for line in lines] == [
+        ("R", "0.5", "lower"), ("readable", "", "higher"), ("D1", "", "lower"), ("readable", "", "higher"),
+    ]  # fmt: skip
+
+
 def test_files_of_a_board_have_its_numbers_and_nothing_of_a_name_is_markup():
     found = board.tables(rows())
     lines = list(csv.DictReader(io.StringIO(board.as_rows(found))))

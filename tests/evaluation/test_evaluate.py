@@ -12,7 +12,7 @@ from configs import tiny
 from livo_jax import judges, methods, sharding, values
 from livo_jax.evaluation import metrics, report
 from livo_jax.evaluation.cases import kept
-from livo_jax.evaluation.drawn import Drawn, Sides, digest
+from livo_jax.evaluation.drawn import Drawn, Sides
 from livo_jax.runs import evaluate
 from livo_jax.sampling.requests import Dose, Request
 
@@ -265,9 +265,9 @@ def test_what_a_judge_pins_belongs_to_the_readings_alone(tmp_path):
 
 def test_a_digest_tells_arrays_apart():
     tree = {"a": np.arange(6.0), "b": [jax.numpy.ones(3)]}
-    assert digest(tree) == digest({"a": np.arange(6.0), "b": [np.ones(3, np.float32)]})
+    assert sharding.digest(tree) == sharding.digest({"a": np.arange(6.0), "b": [np.ones(3, np.float32)]})
     for other in (np.arange(6.0)[::-1], np.arange(6.0).reshape(2, 3), np.arange(6)):
-        assert digest(tree | {"a": other}) != digest(tree)
+        assert sharding.digest(tree | {"a": other}) != sharding.digest(tree)
 
 
 def test_prompts_that_a_value_should_leave_alone():

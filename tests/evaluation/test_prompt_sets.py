@@ -148,6 +148,24 @@ def test_a_set_tells_how_each_prompt_is_drawn_and_its_categories(tmp_path):
         prompt_sets.check(config)
 
 
+def test_a_row_without_a_category_stays_and_a_seed_that_is_none_is_told(tmp_path):
+    """Only a row without a prompt is left out."""
+    lines = ["prompt,kind,seed", "a duel,violence,1", "a storm,,2", ",violence,3"]
+    (tmp_path / "own.csv").write_text("\n".join(lines))
+    config = choose("own", tmp_path / "own.csv", "harm=own", category="kind", seed="seed")
+    found = prompt_sets.read("own", config.eval.prompt_sets.own)
+    assert [(prompt.text, prompt.seed, categories) for prompt, categories in found] == [
+        ("a duel", 1, ("violence",)), ("a storm", 2, ()),
+    ]  # fmt: skip
+    (tmp_path / "own.csv").write_text("\n".join([*lines, "a knife,violence,", "a fight,,seven", "a fire,,1.5"]))
+    with pytest.raises(ValueError) as error:
+        prompt_sets.check(config)
+    assert "invalid literal" not in str(error.value) and "own.csv:4" not in str(error.value)
+    for line, given in (5, "''"), (6, "'seven'"), (7, "'1.5'"):
+        told = f"own.csv:{line}: seed is {given}: a seed is a whole number, 0 to 9223372036854775807: fill it in or"
+        assert told in str(error.value)
+
+
 def test_another_file_than_the_one_of_the_checksum_is_refused(tmp_path):
     (tmp_path / "x.csv").write_text("prompt,image,category\na duel,0.jpg,Violence\n")
     config = choose("copro", tmp_path / "x.csv", "harm=copro")

@@ -146,13 +146,21 @@ def test_weights_of_another_kind_are_told(published, tmp_path):  # noqa: F811
     file = tmp_path / "heads.safetensors"
     prompts = {"prompts": np.ones((2, 5), np.float32)}
     for kind, model, told in (
-        ("q16", "none.safetensors", "there is no such file, make it by python -m data_tools.convert_judge --kind=q16"),
+        (
+            "q16",
+            "none.safetensors",
+            "no such file, make it by .*convert_judge --kind=q16 --source=.* --out=q16.safetensors",
+        ),
         ("mhsc", file, "heads.safetensors is of q16: make it by .*--kind=mhsc"),
         ("q16", file, "of a CLIP of 5 features, and"),
     ):
         save_file(prompts, file, {"judge": "q16", "clip": os.path.relpath(published, tmp_path)})
         with pytest.raises(ValueError, match=told):
             judge_of(kind, model, (UNSAFE,) if kind == "q16" else (SEXUAL,))
+    np.savez(tmp_path / "heads.npz", **prompts)
+    (tmp_path / "heads.npz").rename(tmp_path / "renamed.safetensors")
+    with pytest.raises(ValueError, match="renamed.safetensors is no safetensors file: .*: make it by"):
+        judge_of("q16", tmp_path / "renamed.safetensors", (UNSAFE,))
     save_file(prompts, file)
     with pytest.raises(ValueError, match="no label is of its axis 'sexual'.*is of something else"):
         judge_of("q16", file, (SEXUAL,))

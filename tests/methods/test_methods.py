@@ -235,6 +235,9 @@ def test_uce_is_kept_and_made_again_for_another_config(sd, config, tmp_path):
     assert np.array_equal(first.draw(both[::-1])[1], first.draw(both)[0]), "the order does not matter"
     kernels = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(split(sd.unet)[1]) if uce._reads_text(path)]
     assert first.trained == 2 * sum(leaf.size for leaf in kernels) > 0, "a model for each value"
+    config.model = f"/elsewhere{config.model}"  # a copy: its arrays are the same
+    make_drawing()
+    assert len(asked) == 2
     config.uce.regularisation = 0.2
     make_drawing()
     assert len(asked) == 4

@@ -1,5 +1,6 @@
 """What a board measures beside a comparison, on images that are not drawn again, and what it says beforehand."""
 
+import dataclasses
 import json
 import types
 
@@ -98,6 +99,34 @@ def test_further_judges_read_the_same_images(comparison, found):
     assert measured.harmful, "noise is red enough for nudity's 0.5 somewhere"
 
 
+def test_a_further_judge_may_have_a_scale_of_its_own(comparison, found, caplog):
+    """reddest's scores are 0 to 1, and bloody is harmful from 12: that is told, and mended by harmful_from."""
+    found, _ = found
+    config = comparison.methods.livo
+    comparison.judges = {"red": benchmark.further_judge("reddest_of_a_board:make", ("bloody=bloody",))}
+    bloody = values.load_principles(config)[-1].statement
+    measured = further.measure(found, config, comparison)
+    shares = [number.number for number in measured.numbers["red"]["base", bloody, "seen", "R"].values()]
+    assert {*shares} == {0} and measured.harmful_from == {("red", bloody): 12}
+    (told,) = {message for message in caplog.messages if "scale" in message}
+    assert "config.judges.red reads at most 0.5" in told and "harmful from 12" in told
+    caplog.clear()
+    comparison.judges.red.harmful_from = 0.4
+    measured = further.measure(found, config, comparison)
+    shares = [number.number for number in measured.numbers["red"]["base", bloody, "seen", "R"].values()]
+    assert {*shares} == {1} and measured.harmful_from == {("red", bloody): 0.4} and not caplog.messages
+    assert {row["value"] for row in measured.agreement} == {bloody}, "it still reads what the first does"
+    card = board.make_card(comparison, measured, {"name": "shapeworld"})
+    assert {of["judge"]: of["harmful_from"] for of in card["harmful_from"]} == {"shapeworld": 12, "red": 0.4}
+    assert card["values"]["bloody"]["harmful_from"] == 12 and card["values"]["shape"]["wordings"]
+    assert not any("agreement" in line for line in card["not_measured"])
+    alone = board.make_card(comparison, dataclasses.replace(measured, agreement=[]), {"name": "shapeworld"})
+    assert any(line.startswith("agreement of judges: no further judge") for line in alone["not_measured"])
+    comparison.judges.red.reads = ("shape=shape",)
+    with pytest.raises(ValueError, match="config.judges.red: harmful_from=0.4: choose a score above 0 of a harm"):
+        board.check_board(comparison, dict(comparison.methods))
+
+
 def test_quality_is_that_of_the_prompts_to_leave_alone(found):
     """The base's images beside the method's; a distance is of a whole split, CLIPScore of each prompt."""
     found, _ = found
@@ -127,16 +156,21 @@ def test_what_a_board_leaves(comparison, found, tmp_path):
     of_methods = {"livo": further.combine([further.measure(found, config, comparison)] * 2)}
     card = board.make_card(comparison, of_methods["livo"], {"name": "shapeworld"})
     assert card["judges"].keys() == {"shapeworld", "same", "other", "sky"} and card["base"] == {"method": "base"}
-    assert card["methods"] == {"livo": {"steps": 4, "seeds": [0]}} and len(card["not_measured"]) == 2
+    assert card["methods"] == {"livo": {"steps": 4, "seeds": [0], "unlike_livo": {}}} and len(card["not_measured"]) == 2
+    assert {"python", "livo_jax", "jax", "optax", "orbax-checkpoint"} <= card["versions"].keys()
+    assert card["computed_on"]["platform"] == "cpu" and card["dtype"] == "float32"
+    assert card["subjects"]["held_out"] == list(config.eval.held_out)
     results = [
         dict(method=method, value="v", split="seen", metric="D1", mean=0.5, ci95=None, prompts=1, images=4)
         for method in ("base", "livo", "words")
     ]
     costs = [dict(method="livo", trained_parameters=1, training_seconds=1.0, images_per_second=1.0, of_base=1.0)]
+    for name in ("readings.csv", "readings_gone.csv"):
+        (folder / name).write_text("method\n")
     made = board.write(folder, "a board", results, costs, of_methods, card)
     names = {f"board.{end}" for end in ("csv", "md", "tex")} | {"card.json", "agreement.json"}
     names |= {f"readings_{judge}.csv" for judge in comparison.judges}
-    assert {path.name for path in folder.iterdir()} == names == made["files"].keys()
+    assert {path.name for path in folder.iterdir()} == names | {"readings.csv"} and names == made["files"].keys()
     assert json.loads((folder / "card.json").read_text()) == card
     titles = [table["title"] for table in made["tables"]]
     assert any("read by other (nudity)" in title and title.startswith("Harm") for title in titles)
@@ -144,9 +178,19 @@ def test_what_a_board_leaves(comparison, found, tmp_path):
     assert "livo" in (folder / "board.md").read_text() and r"\toprule" in (folder / "board.tex").read_text()
 
 
+def test_the_card_has_what_methods_differ_in(comparison, found):
+    found, _ = found
+    comparison.methods.other = comparison.methods.livo.copy_and_resolve_references()
+    comparison.methods.other.update(method="other", seed=3)
+    comparison.methods.other.loss.beta = 7.0
+    measured = further.measure(found, comparison.methods.livo, comparison)
+    other = board.make_card(comparison, measured, {"name": "shapeworld"})["methods"]["other"]
+    assert other["seeds"] == [3] and other["unlike_livo"] == {"method": "other", "seed": 3, "loss.beta": 7.0}
+
+
 def test_all_that_is_wrong_is_told_before_anything_is_drawn(comparison, tmp_path):
     config = comparison.methods.livo
-    comparison.judges.same.reads = ("zombie=nudity", "bloody=nothing")
+    comparison.judges.same.reads = ("zombie=nudity", "bloody=nothing", "bloody")
     comparison.judges.other.judging.update(thresholds=(2000,), labels=("x=y",))
     comparison.judges.third = benchmark.further_judge("nudenet", ("bloody=gore",))
     comparison.judges.third.judging.model = str(tmp_path / "none.onnx")
@@ -161,7 +205,9 @@ def test_all_that_is_wrong_is_told_before_anything_is_drawn(comparison, tmp_path
         "prompts.jsonl is missing", "'harm=nothing' is no WHO=SET", "config.quality.inception, .reference: ",
         "config.quality.clip: ", "config.train.batch_size=0", "thresholds: -1 is not above 0",
         "config.judges.same: reads: 'zombie=nudity' is no FOLLOWED=READ", "no value 'nothing'",
-        "config.judges.other: config.judging.thresholds: 2000", "'x=y' is of an axis that no value here has",
+        "config.judges.same: reads: 'bloody' lacks =READ, the value that it reads there, as bloody=bloody",
+        "config.judges.other: config.judging.thresholds: 2000",
+        "config.judges.other: config.judging.labels: 'x=y' is of an axis that no value here has",
         "config.judges.third: the judge nudenet cannot work: the value 'gore': no label is of its axis 'blood'",
         "there is no such .onnx file", "config.judges.a/b: name it by letters",
         "config.judges.sky: states: of config.eval.compositions there is no nowhere",

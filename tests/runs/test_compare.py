@@ -15,7 +15,9 @@ import pytest
 
 from configs import ablations, compare, compare_tiny, trainings_tiny
 from livo_jax.evaluation.metrics import Measured, rows_of
+from livo_jax.processes import is_raised_here
 from livo_jax.runs import board
+from livo_jax.runs import compare as runs_compare
 from livo_jax.runs.compare import combine, trainings_of, write
 from livo_jax.runs.compare import compare as compare_methods
 from tests import small_run
@@ -66,10 +68,40 @@ def test_ablations_change_one_thing_each():
 
 def test_methods_that_would_not_be_measured_alike_are_refused(tmp_path):
     process = command(tmp_path, "--mode=evaluate", "--config.methods.words.sampling.steps=7")
-    assert process.returncode != 0 and "differ in words.sampling" in process.stderr
+    assert process.returncode != 0 and "config.methods.words.sampling differs from that of livo" in process.stderr
     process = command(tmp_path)
     assert process.returncode != 0 and "compares methods: give --mode=evaluate" in process.stderr
     assert not [*tmp_path.iterdir()]
+
+
+def test_all_that_is_wrong_with_a_comparison_is_told_at_once_and_its_cost_before(tmp_path, capsys):
+    """As by --mode=plan: a method's own fields under its name, and prompts that are not here beside the rest."""
+    config = compare_tiny.get_config("smoke")
+    for own in config.methods.values():
+        own.eval.prompts = ("harm=own",)
+        own.eval.prompt_sets.own.file = str(tmp_path / "none.csv")
+    config.methods.sld.judging.subject = False
+    config.methods.words.method = "magic"
+    config.methods.sft.train.batch_size, config.trainings = 0, 0
+    with pytest.raises(ValueError) as error:
+        runs_compare.tell_cost(config, {"methods.sld.train.learning_rate": 1.0})
+    lines = str(error.value).splitlines()
+    assert lines[0] == "the config cannot work:" and len(lines) == 7
+    for told in (
+        "config.trainings=0", "config.methods.sld.judging differs from that of livo: methods are measured alike",
+        "config.methods.words.method='magic', which trains nothing: choose from", "none.csv is missing",
+        "config.methods.sld.train.learning_rate=1.0: config.methods.sld.method='sld' does not read it",
+        "config.train.batch_size=0: choose at least 1",
+    ):  # fmt: skip
+        assert sum(told in line for line in lines) == 1, (told, lines)
+    assert not capsys.readouterr().out, "of a method that there is not nobody knows the cost"
+    config.methods.words.method = "words"
+    with pytest.raises(ValueError):
+        runs_compare.tell_cost(config)
+    told = capsys.readouterr().out
+    assert "UNet passes" in told and "without harm=own: " in told
+    with pytest.raises(ValueError, match="config.methods is empty"):
+        compare_methods(ml_collections.ConfigDict({"methods": {}}), tmp_path)
 
 
 def test_pictures_are_blurred_where_those_of_any_method_are_harmful(tmp_path):
@@ -87,6 +119,7 @@ def test_pictures_are_blurred_where_those_of_any_method_are_harmful(tmp_path):
     config = ml_collections.ConfigDict({"methods": {}, "sweeps": ()})
     write([measured("livo", False), measured("words", True)], config, tmp_path)
     assert json.loads((tmp_path / "eval" / "results.json").read_text())["judges"] == [{"name": "shapeworld"}]
+    assert json.loads((tmp_path / "eval" / "config.json").read_text()) == {"methods": {}, "sweeps": []}
     page = (tmp_path / "eval" / "report.html").read_text()
     assert '<figure class="harmful">' in page
     assert page.count(": the value is on 1 of 2 images, number 2<") == 2 and page.count("the value is on") == 2
@@ -138,6 +171,31 @@ def test_trainings_of_one_method_are_told_as_one(tmp_path):
     assert costs["training_seconds"] == pytest.approx(2) and (costs["trained_parameters"], costs["trainings"]) == (7, 3)
     readings = list(csv.DictReader((tmp_path / "eval" / "readings.csv").read_text().splitlines()))
     assert [(row["method"], row["training"]) for row in readings] == [("base", ""), *(("livo", n) for n in "012")]
+
+
+def test_workdirs_of_another_config_are_all_told_at_once(tmp_path):
+    config = compare_tiny.get_config("smoke")
+    jobs = [job for name in ("livo", "sft") for job in trainings_of(config.methods[name], tmp_path / name, config)]
+    for own, place, _ in jobs:
+        (place / "checkpoints").mkdir(parents=True)
+        (place / "config.json").write_text(runs_compare.without_judge(own).to_json())
+    runs_compare.check_claims(jobs)
+    for own, *_ in jobs:
+        own.train.batch_size += 1
+    with pytest.raises(ValueError) as error:
+        runs_compare.check_claims(jobs)
+    assert str(error.value).count("config.train.batch_size: ") == 2 == str(error.value).count("name a new --workdir")
+
+
+def test_what_a_worker_raises_on_purpose_comes_back_for_its_parent_to_raise(tmp_path):
+    """A fault of the program keeps the worker's traceback."""
+    config = compare_tiny.get_config("smoke").methods.livo
+    config.train.batch_size = 0
+    comparison = ml_collections.ConfigDict({"curve": {"points": 0, "images": 1}})
+    told = runs_compare.measure_apart(config, tmp_path, comparison)
+    assert isinstance(told, ValueError) and "config.train.batch_size=0" in str(told) and is_raised_here(told)
+    with pytest.raises(AttributeError):
+        runs_compare.measure_apart(None, tmp_path, comparison)
 
 
 METHODS = ("dpo_unet", "livo", "words")

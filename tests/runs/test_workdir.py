@@ -135,6 +135,35 @@ def test_a_rate_is_the_same_by_itself_and_in_the_table_of_all(tmp_path):
         workdir.claim(place, config)
 
 
+def test_a_run_of_a_comparison_goes_on_in_another_place(tmp_path, caplog):
+    """With its pairs and images moved beside it, by a checkout whose model lies elsewhere and is the same."""
+    config, there, here = tiny.get_config(), tmp_path / "there", tmp_path / "here"
+    for checkout in (there, here):
+        (checkout / "model" / "unet").mkdir(parents=True)
+        (checkout / "model" / "unet" / "config.json").write_text("{}")
+    config.model, config.data.directory = str(there / "model"), "/gone/comparison/preferences"
+    config.eval.drawn = "/gone/comparison/drawn"
+    place = begun(tmp_path / "run", config)
+    config.model, config.data.directory = str(here / "model"), str(tmp_path / "preferences")
+    config.eval.drawn = str(tmp_path / "drawn")
+    before = (place / "config.json").read_text()
+    workdir.check_claim(place, config)
+    assert (place / "config.json").read_text() == before and not caplog.messages
+
+    (here / "model" / "unet" / "config.json").write_text("[]")
+    config.data.directory = str(tmp_path / "others")
+    with pytest.raises(ValueError, match="'preferences' there, 'others' now\n  config.model: '.*there/model' there"):
+        workdir.claim(place, config)
+    config.data.directory = str(tmp_path / "preferences")
+    (there / "model").rename(there / "other")
+    workdir.claim(place, config)
+    (warning,) = caplog.messages
+    assert f"{there / 'model'} is not here: {here / 'model'}, of the same name, is taken for it" in warning
+    config.model = str(there / "other")
+    with pytest.raises(ValueError, match="config.model: "):
+        workdir.claim(place, config)
+
+
 @pytest.mark.parametrize("content", [b"", b'{"seed": 0, ', b"\xff"])
 def test_a_config_that_was_cut_short_is_told(tmp_path, content):
     place = begun(tmp_path, tiny.get_config())
