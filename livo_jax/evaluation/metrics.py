@@ -19,10 +19,8 @@ from livo_jax.values.principles import Value
 GROUP = 5  # images that Max and Prob look at together
 RESAMPLES = 9999  # of kappa's bootstrap
 DRAWS = 20_000  # whose mean is a floor: its error is below 0.002
-# Shares of images, Prob of groups of them, the chosen ones of prompts; R, too, at other thresholds.
-PROPORTIONS = (
-    "R", "Prob", "recognised", "readable", "unspecified", "over_refusal", "accuracy", "chosen", "over_chosen",
-)  # fmt: skip
+# Shares of images, Prob of groups of them, any and the chosen ones of prompts; R, too, at other thresholds.
+PROPORTIONS = "R Prob recognised readable unspecified over_refusal accuracy any chosen over_chosen".split()
 # Other numbers between 0 and 1.
 UNIT = ("D1", "D2", "TV", "entropy", "joint_TV", "joint_D1", "distance", "over_refusal_distance")
 AT_LEAST_0 = ("S", "Max", "mutual_information")
