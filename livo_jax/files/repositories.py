@@ -65,7 +65,7 @@ def find_repository(path_or_hub_id: str | os.PathLike, patterns: list[str]) -> p
         raise FileNotFoundError(
             f"no model at {name!r}: it is not a directory here, and not in the hub's cache or not"
             f" reachable ({type(error).__name__}). Fetch it where there is a network, with\n"
-            f"  hf download {name}\nor give the path of a copy, a directory."
+            f"  hf download {name}\n  or give the path of a copy, a directory."
         ) from error
     except OSError as error:
         if error.errno not in (errno.EROFS, errno.EACCES):

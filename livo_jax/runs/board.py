@@ -51,10 +51,11 @@ def check_board(comparison, configs: dict):
         side = plan.abstract_model(first).image_size
         noise = np.random.default_rng(0).integers(0, 256, (1, side, side, 3), np.uint8)
     except (ValueError, FileNotFoundError) as error:
-        problems.append(str(error))
+        problems += [f"config.model: {text}" for text in check.apart(str(error))]
     unknown = check.problem_of(values.load_principles, first)
     if not unknown:
-        problems += check.problems_of(_try_judge, first, noise)
+        for told in check.problem_of(_try_judge, first, noise):
+            problems += [f"config.judge: {text}" for text in check.apart(told)]
         problems += check.problems_of(_try_readers, comparison, first, noise)
     check.fail_with(list(dict.fromkeys(problems + unknown)))
 

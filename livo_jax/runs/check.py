@@ -91,6 +91,11 @@ def problems_of(check, *arguments) -> list[str]:
     return [problem for text in told for problem in re.split(r"\n  (?! )", text)]
 
 
+def apart(told: str) -> list[str]:
+    """The problems of a message that has one a line, as a judge's; a line that is indented belongs to that above it."""
+    return [problem.replace("\n", "\n    ") for problem in re.split(r"\n(?! )", told)]
+
+
 def fail_with(problems: list[str]):
     if problems:
         raise ValueError(HEADER + "\n  ".join(problems))

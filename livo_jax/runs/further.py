@@ -15,7 +15,7 @@ from livo_jax import files, judges, values
 from livo_jax.evaluation import metrics, quality
 from livo_jax.evaluation.drawn import Sides, without_values
 from livo_jax.judges import Judge
-from livo_jax.runs import evaluate
+from livo_jax.runs import check, evaluate
 from livo_jax.values.principles import Value
 
 FAR_BELOW = 0.1  # of harmful_from: a judge whose highest score is below it has another scale
@@ -60,7 +60,7 @@ def load_readers(comparison, config) -> list[Reader]:
         try:
             readers.append(_load_reader(name, entry, config))
         except (ValueError, FileNotFoundError) as error:
-            problems += [f"config.judges.{name}: {line.strip()}" for line in str(error).splitlines()]
+            problems += [f"config.judges.{name}: {text}" for text in check.apart(str(error))]
     if problems:
         raise ValueError("\n  ".join(problems))
     return readers
@@ -187,7 +187,7 @@ def load_networks(inception: str, reference: str, clip: str) -> Networks:
             score, tokenize = quality.clip_score(clip)
             networks = networks._replace(score=score, tokenize=tokenize)
         except (ValueError, FileNotFoundError) as error:
-            problems.append(f"config.quality.clip: {error}")
+            problems += [f"config.quality.clip: {text}" for text in check.apart(str(error))]
     if problems:
         raise ValueError("\n  ".join(problems))
     return networks

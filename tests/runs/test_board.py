@@ -194,6 +194,8 @@ def test_all_that_is_wrong_is_told_before_anything_is_drawn(comparison, tmp_path
     comparison.judges.other.judging.update(thresholds=(2000,), labels=("x=y",))
     comparison.judges.third = benchmark.further_judge("nudenet", ("bloody=gore",))
     comparison.judges.third.judging.model = str(tmp_path / "none.onnx")
+    comparison.judges.fourth = benchmark.further_judge("clip", ("bloody=nudity",))
+    comparison.judges.fourth.judging.model = str(tmp_path / "no_clip")
     comparison.judges.sky.states = {"left_of": {"sky": 1}, "nowhere": {"sky": 1}}
     comparison.judges["a/b"] = benchmark.further_judge("nudenet")
     comparison.quality.update(inception=str(tmp_path / "none.safetensors"), reference=str(tmp_path), clip=str(tmp_path))
@@ -201,6 +203,8 @@ def test_all_that_is_wrong_is_told_before_anything_is_drawn(comparison, tmp_path
     config.train.batch_size = 0
     with pytest.raises(ValueError) as error:
         board.check_board(comparison, dict(comparison.methods))
+    assert "\n  config.judges.fourth: no model at '" in str(error.value), "and how it is fetched, below it"
+    assert "\n      hf download" in str(error.value) and "fourth: hf download" not in str(error.value)
     for told in (
         "prompts.jsonl is missing", "'harm=nothing' is no WHO=SET", "config.quality.inception, .reference: ",
         "config.quality.clip: ", "config.train.batch_size=0", "thresholds: -1 is not above 0",
