@@ -175,11 +175,7 @@ def _compare(configs: dict, config, workdir) -> list[dict]:
         for i in range(config.processes):
             parts.put(cores[i :: config.processes] or cores)
         with concurrent.futures.ProcessPoolExecutor(config.processes, context, _keep_to, (parts,)) as pool:
-            found = []
-            for of_job in pool.map(measure_apart, *zip(*jobs)):
-                if isinstance(of_job, Exception):
-                    raise of_job
-                found.append(of_job)
+            found = [raise_or_keep(of_job) for of_job in pool.map(measure_apart, *zip(*jobs))]
     by_method = {}
     for (own, *_), of_training in zip(jobs, found):
         by_method.setdefault(own.method, []).append(of_training)
@@ -284,6 +280,13 @@ def measure_apart(*job):
         if not is_raised_here(error):
             raise
         return error
+
+
+def raise_or_keep(of_job):
+    """What measure_apart returned of a job, unless that is an error."""
+    if isinstance(of_job, Exception):
+        raise of_job
+    return of_job
 
 
 def measure(config, workdir, comparison) -> dict:

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import pickle
 import runpy
 import signal
 import subprocess
@@ -193,7 +194,11 @@ def test_what_a_worker_raises_on_purpose_comes_back_for_its_parent_to_raise(tmp_
     config.train.batch_size = 0
     comparison = ml_collections.ConfigDict({"curve": {"points": 0, "images": 1}})
     told = runs_compare.measure_apart(config, tmp_path, comparison)
-    assert isinstance(told, ValueError) and "config.train.batch_size=0" in str(told) and is_raised_here(told)
+    assert isinstance(told, ValueError) and "config.train.batch_size=0" in str(told)
+    with pytest.raises(ValueError, match="config.train.batch_size=0") as error:
+        runs_compare.raise_or_keep(pickle.loads(pickle.dumps(told)))  # as it comes from another process
+    assert is_raised_here(error.value), "so the command ends with its message alone"
+    assert runs_compare.raise_or_keep({"numbers": {}}) == {"numbers": {}}
     with pytest.raises(AttributeError):
         runs_compare.measure_apart(None, tmp_path, comparison)
 
