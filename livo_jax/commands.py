@@ -97,7 +97,7 @@ def parse(argv):
     return rest
 
 
-def run(main: Callable, flags_parser: Callable | None = None):
+def run(main: Callable, flags_parser: Callable = app.parse_flags_with_usage):
     """absl's app.run, but what livo_jax raises on purpose ends the command with its message alone.
 
     Such a message names the place and the remedy. So does the system's of a path that cannot be read or written. Any
@@ -106,7 +106,7 @@ def run(main: Callable, flags_parser: Callable | None = None):
 
     def told(argv):
         try:
-            main(argv)
+            return main(argv)  # the status, of a command that has one
         except app.UsageError as error:
             sys.exit(f"{error}\n--help lists the flags")
         except Exception as error:

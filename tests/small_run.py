@@ -36,6 +36,9 @@ def prepare(root: pathlib.Path):
     for part, changes in SMALL.items():
         file = model / part / "config.json"
         file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    tokenizer = model / "tokenizer" / "tokenizer_config.json"  # diffusers pads to what it says
+    length = {"model_max_length": SMALL["text_encoder"]["max_position_embeddings"]}
+    tokenizer.write_text(json.dumps(json.loads(tokenizer.read_text()) | length))
     test_data.make(root / "pairs")
 
 

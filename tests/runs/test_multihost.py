@@ -147,7 +147,8 @@ def test_what_one_process_finds_wrong_ends_both(run_two, tmp_path):
     """Process 0 alone looks for a login, and makes the workdir: the other would wait for it."""
     (tmp_path / "file").touch()
     (_, first), (_, second) = run_two([tmp_path / "run"] * 2, "--config.log.wandb=livo")
-    assert first.startswith("ValueError: config.log.wandb='livo': wandb is not installed")
+    told = "ValueError: the config cannot work:\n  config.log.wandb='livo': wandb is not installed"
+    assert first.startswith(told)
     assert second == f"RuntimeError: process 0: {first}"
     (_, first), (_, second) = run_two([tmp_path / "file" / "run"] * 2)
     assert first.startswith("NotADirectoryError: ") and f"{tmp_path}/file/run" in first

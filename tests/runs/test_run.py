@@ -310,6 +310,8 @@ def test_only_what_is_raised_on_purpose_is_told_without_a_traceback(monkeypatch)
             commands.run(main, flags_parser=list)
     with pytest.raises(ValueError, match="cannot reshape"):
         commands.run(library, flags_parser=list)
+    with pytest.raises(SystemExit, match="3"):
+        commands.run(lambda argv: 3, flags_parser=list)  # a command's status
 
 
 def test_an_attack_leaves_its_rates_and_what_it_found(finished, main, tmp_path):

@@ -30,11 +30,15 @@ def test_unknown_and_malformed_values_are_all_named(tmp_path):
         ValueError, match="no value 'size'; no value 'age'. Values there: gender, .*shape, colour, bloody"
     ):
         values.load(("shape", "size", "age"))
+    file = tmp_path / "principles.toml"
+    file.write_text('statement = "age equality"\n')
+    with pytest.raises(ValueError, match="statement='age equality' is of no value: it stands above the first .NAME."):
+        values.load((), file)
     with pytest.raises(ValueError, match="'size' is not one of config.principles: 'shape equality'"):
         values.find("size", values.load(("shape",)))
-    file = tmp_path / "principles.toml"
     file.write_text('[a]\nstatement="x"\nkind="good"\naxis="y"\nwordings=[]\n[b]\ntypo=1\n')
-    with pytest.raises(ValueError, match=r"\[a\]: kind='good' is neither.*\[b\]: .*typo"):
+    lacking = r"\[b\] lacks statement, kind, axis, wordings; \[b\] has typo: there are statement, .*, auto"
+    with pytest.raises(ValueError, match=rf"\[a\]: kind='good' is neither.*{lacking}"):
         values.load((), file)
     table = '[{}]\nstatement="x"\nkind="{}"\naxis="y"\nwordings={}\nattributes={}\nclasses={}\nharmful_from={}\n'
     bias = table.format("a", "bias", ["{atribute} {subject}", "a {attribute}"], ["p", "q", "r"], ["x", "y"], 0)
