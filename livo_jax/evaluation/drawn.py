@@ -115,10 +115,10 @@ class Sides:
         counts = {attribute: int(np.sum(read == attribute)) for attribute in value.attributes}
         return {attribute: n / max(1, sum(counts.values())) for attribute, n in counts.items()}
 
-    def distance(self, requests) -> float:
-        """The mean difference, 0 to 1, of the pixels of images and the base's of the same noise."""
-        pairs = zip(requests, without_values(requests))
-        differences = [np.abs(self.of(r).image(r).astype(int) - self.base.image(plain)).mean() for r, plain in pairs]
+    def distance(self, requests, plain=None) -> float:
+        """The mean difference, 0 to 1, of the pixels of images and the base's of `plain`: the same without values."""
+        pairs = zip(requests, plain or without_values(requests))
+        differences = [np.abs(self.of(r).image(r).astype(int) - self.base.image(own)).mean() for r, own in pairs]
         return float(np.mean(differences) / 255)
 
 

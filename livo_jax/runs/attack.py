@@ -8,13 +8,11 @@ import numpy as np
 
 from livo_jax import judges, methods, values
 from livo_jax.evaluation import attacks, metrics, report
-from livo_jax.evaluation.cases import AUTO, Case, as_chosen, everywhere, left_alone
-from livo_jax.evaluation.drawn import Sides, without_values
-from livo_jax.files.directories import resolve_directory
+from livo_jax.evaluation.cases import AUTO, Case, as_chosen, everywhere, left_alone, worded
+from livo_jax.evaluation.prompt_sets import Prompt
 from livo_jax.runs.check import fail_with
-from livo_jax.runs.evaluate import as_drawn, find_values, subjects
+from livo_jax.runs.evaluate import Evaluated, drawn_directory, find_values, is_applied, make_sides, subjects
 from livo_jax.sampling.requests import Request
-from livo_jax.values.principles import phrase
 
 TARGETS = 4  # images of the base of which the most harmful is the target
 NEUTRAL, HARMFUL, ATTACKED = "no harm said", "harm said", "attacked"
@@ -58,19 +56,16 @@ def attack(models: methods.Models, config, mesh, workdir) -> list[dict]:
     judge = judges.load(config, principles, subjects(config))
     method = methods.make_method(config)
     drawing = method.make_drawing(models, mesh, workdir, judge)
-    directory = resolve_directory(config.eval.drawn) if config.eval.drawn else workdir / "eval" / "drawn"
-    sides = Sides(*(
-        as_drawn(own, models.base, config, principles, judge, directory, mesh)
-        for own in (methods.base(config, models.base, mesh), drawing)
-    ))  # fmt: skip
+    directory = drawn_directory(config, workdir)
+    sides = make_sides(models.base, drawing, config, principles, judge, directory, mesh)
     harms = [value for value in principles if value.kind == "harm" and value.kind in method.KINDS]
     budget = attacks.Budget(**{name: config.attack[name] for name in attacks.Budget._fields})
     white = isinstance(method, methods.TrainedMethod)
     cases, found = [], []
     for value in harms:
         prompts = prompts_of(config, value)
-        targets = draw_targets(sides, value, [harmful for _, harmful in prompts])
-        neutral = [text for text, _ in prompts]
+        targets = draw_targets(sides, value, [harmful.text for _, harmful in prompts])
+        neutral = [prompt.text for prompt, _ in prompts]
         seek = functools.partial(
             attacks.find_words, statement=value.statement, prompts=neutral, targets=targets, budget=budget,
             seed=config.attack.seed, at_once=config.attack.at_once,
@@ -101,14 +96,11 @@ def attack(models: methods.Models, config, mesh, workdir) -> list[dict]:
     return results
 
 
-def prompts_of(config, value) -> list[tuple[str, str]]:
-    """(neutral, harmful) prompts of config.attack.prompts subjects, the held-out ones first."""
-    chosen = list(dict.fromkeys([*config.eval.held_out, *config.eval.seen]))[: config.attack.prompts]
-    wordings = [value.wordings[k % len(value.wordings)] for k in range(len(chosen))]
-    return [
-        (phrase(config.eval.template, subject), phrase(config.eval.template, wording.format(subject=subject)))
-        for subject, wording in zip(chosen, wordings)
-    ]
+def prompts_of(config, value) -> list[tuple[Prompt, Prompt]]:
+    """(neutral, harmful) of config.attack.prompts subjects, the held-out ones first."""
+    names = dict.fromkeys([*config.eval.held_out, *config.eval.seen])
+    chosen = [(NEUTRAL, name) for name in names][: config.attack.prompts]
+    return list(zip(worded(config, chosen, ("{subject}",)), worded(config, chosen, value.wordings)))
 
 
 def draw_targets(sides, value, prompts: list[str]) -> np.ndarray:
@@ -126,14 +118,14 @@ def tokens_of(sd, text: str) -> list[int]:
 def make_cases(config, value, prompts, words: dict[str, list[str]]) -> list[Case]:
     """Those of the base and of the method, whose value is on every image, by what the prompt is."""
     found, n = [], config.eval.harm_images_per_prompt
-    of_subject = list(dict.fromkeys([*config.eval.held_out, *config.eval.seen]))
     for name, texts in words.items():
-        for subject, (neutral, harmful), text in zip(of_subject, prompts, texts):
-            for split, prompt in {NEUTRAL: neutral, HARMFUL: harmful, ATTACKED: f"{text} {neutral}"}.items():
+        for (neutral, harmful), text in zip(prompts, texts):
+            of_split = {NEUTRAL: neutral.text, HARMFUL: harmful.text, ATTACKED: f"{text} {neutral.text}"}
+            for split, prompt in of_split.items():
                 # Of one noise all: what an attack costs in the picture shows beside the neutral prompt's own.
-                requests = [Request(prompt, i, noise=neutral) for i in range(n)]
+                requests = [Request(prompt, i, noise=neutral.text) for i in range(n)]
                 requests = requests if name == "base" else everywhere(requests, [value])
-                found.append(Case(value.statement, name, value, split, subject, requests))
+                found.append(Case(value.statement, name, value, split, neutral.subject, requests))
     return found
 
 
@@ -144,24 +136,14 @@ def plain_of(case) -> list[Request]:
 
 def measure(sides, principles, judge, cases: list[Case], alone: list[Case]) -> dict:
     """Numbers as metrics.rows takes them."""
-    numbers = {}
-
-    def add(case, found):
-        for metric, number in found.items():
-            of_prompt = numbers.setdefault((case.method, case.name, case.split, metric), {})
-            of_prompt[case.requests[0].noise or case.requests[0].prompt] = metrics.Measured(number, len(case.requests))
-
+    found = Evaluated(sides)
     for case in cases:
-        found = metrics.prompt_metrics(
-            case.value, case.subject, sides.reading(case.requests), thresholds=judge.thresholds
-        )
-        pairs = zip(case.requests, plain_of(case))
-        moved = [np.abs(sides.of(r).image(r).astype(int) - sides.base.image(own)).mean() / 255 for r, own in pairs]
-        add(case, found | {"any": float(found["R"] > 0), "distance": float(np.mean(moved))})
+        reading = sides.reading(case.requests)
+        of_case = metrics.prompt_metrics(case.value, case.subject, reading, thresholds=judge.thresholds)
+        of_case |= {"any": float(of_case["R"] > 0), "distance": sides.distance(case.requests, plain_of(case))}
+        found.add(case, of_case)
         if case.method == AUTO:
-            add(case, {"chosen": float(any(request.values for request in case.requests))})
+            found.add(case, {"chosen": float(is_applied(case))})
     for case in alone:
-        before, after = sides.reading(without_values(case.requests)), sides.reading(case.requests)
-        add(case._replace(method="base"), {"over_refusal": metrics.changed(principles, before, before)})
-        add(case, {"over_refusal": metrics.changed(principles, before, after)})
-    return numbers
+        found.add_over_refusal(case, principles)
+    return found.numbers

@@ -54,6 +54,17 @@ def as_drawn(drawing: methods.Drawing, sd, config, values, judge, directory, mes
     return Drawn(directory, drawing.draw, judge, settings, reading_settings(config, values, judge), at_once)
 
 
+def make_sides(sd, drawing: methods.Drawing, config, values, judge, directory, mesh) -> Sides:
+    """The images of the base and of a method. Arguments as as_drawn has them."""
+    both = methods.base(config, sd, mesh), drawing
+    return Sides(*(as_drawn(own, sd, config, values, judge, directory, mesh) for own in both))
+
+
+def drawn_directory(config, workdir):
+    """Where the images and readings of a run's evaluations are kept."""
+    return resolve_directory(config.eval.drawn) if config.eval.drawn else workdir / "eval" / "drawn"
+
+
 def reading_settings(config, values, judge) -> dict:
     """What the readings of a judge depend on beside the images."""
     free = ("endpoint", "cache", "budget")
@@ -110,9 +121,18 @@ class Evaluated:
 
     def add(self, case, found: dict[str, float], floors=types.MappingProxyType({})):
         """Adds a case's numbers, by metric; floors are those by chance, of the metrics that have one."""
+        first, n = case.requests[0], len(case.requests)
+        prompt = first.noise or first.prompt  # by which methods are paired
         for metric, number in found.items():
             of_prompt = self.numbers.setdefault((case.method, case.name, case.split, metric), {})
-            of_prompt[case.requests[0].prompt] = metrics.Measured(number, len(case.requests), floors.get(metric))
+            of_prompt[prompt] = metrics.Measured(number, n, floors.get(metric))
+
+    def add_over_refusal(self, case, values):
+        """Adds how many images of a prompt that is to be left alone change; of the base those that cannot be read."""
+        before, after = self.sides.reading(without_values(case.requests)), self.sides.reading(case.requests)
+        if case.method != AUTO:
+            self.add(case._replace(method="base"), {"over_refusal": metrics.changed(values, before, before)})
+        self.add(case, {"over_refusal": metrics.changed(values, before, after)})
 
     def keep(self, method: str, case, requests):
         """Adds a row for each image of a case, under a method's name."""
@@ -160,8 +180,7 @@ def evaluate(sd, drawing: methods.Drawing, config, directory, mesh, judge=None, 
     """
     values = principles.load_principles(config)
     judge = judge or judges.load(config, values, subjects(config))
-    base = as_drawn(methods.base(config, sd, mesh), sd, config, values, judge, directory, mesh)
-    sides = Sides(base, as_drawn(drawing, sd, config, values, judge, directory, mesh))
+    sides = make_sides(sd, drawing, config, values, judge, directory, mesh)
 
     # ---- what is asked for
     tokens, even = drawing.tokens, drawing.even
@@ -202,16 +221,13 @@ def evaluate(sd, drawing: methods.Drawing, config, directory, mesh, judge=None, 
         joint = metrics.joint(case.value, case.beside, sides.reading(case.requests))
         found.add(case, joint, metrics.joint_floor(*case.groups))
     for case in alone:
-        plain = without_values(case.requests)
         if case.method == AUTO:
             found.add(case, {"over_chosen": float(is_applied(case))})
         else:
-            found.keep("base", case, plain)
-            unread = metrics.changed(values, sides.reading(plain), sides.reading(plain))
-            found.add(case._replace(method="base"), {"over_refusal": unread})
+            found.keep("base", case, without_values(case.requests))
         found.keep(case.method, case, case.requests)
-        changed = metrics.changed(values, sides.reading(plain), sides.reading(case.requests))
-        found.add(case, {"over_refusal": changed, "over_refusal_distance": sides.distance(case.requests)})
+        found.add_over_refusal(case, values)
+        found.add(case, {"over_refusal_distance": sides.distance(case.requests)})
     return found
 
 
@@ -237,8 +253,7 @@ def evaluate_and_report(models: methods.Models, config, mesh, workdir):
     """Evaluates on all processes; the first prints the table and writes eval/: results.json, report.html and others."""
     judge = judges.load(config, principles.load_principles(config), subjects(config))
     drawing = methods.make_method(config).make_drawing(models, mesh, workdir, judge)
-    folder = workdir / "eval"
-    directory = resolve_directory(config.eval.drawn) if config.eval.drawn else folder / "drawn"
+    folder, directory = workdir / "eval", drawn_directory(config, workdir)
     finds = find_values(models, config, workdir) if config.eval.auto else None
     found = evaluate(models.base, drawing, config, directory, mesh, judge, finds)
     results = metrics.rows(found.numbers)
