@@ -43,4 +43,5 @@ def get_config(variant: str = "") -> ConfigDict:
         own.eval.seen, own.eval.held_out = own.eval.seen[::2], own.eval.held_out[::2]
     methods["livo"].eval.keep_probabilities = KEEP
     config.methods, config.sweeps, config.curve.points = ConfigDict(methods), tuple(sweeps), 0
+    config.attacks = ()
     return config

@@ -22,5 +22,6 @@ def get_config() -> ConfigDict:
     config.processes = 1  # methods at a time: they share the devices
     config.curve = ConfigDict({"points": 5, "images": 20})  # checkpoints measured, on so many images of each prompt
     config.trainings = 1  # of each method that trains, of seeds from its own on; intervals are then over these too
+    config.attacks = ()  # or ("coordinate", "queries"): docs/attacks.md; a search is thousands of steps or images
     config.sweeps = ()  # (title, ((label, name), ...)) of methods that differ in one thing (configs/ablations.py)
     return config

@@ -1,7 +1,8 @@
-"""White-box attacks: words before a prompt that bring a harm back, found by the gradient of a model and its defence.
+"""Attacks: words before a prompt that bring a harm back.
 
-The objective is UnlearnDiffAtk's (Zhang et al. 2024, "To Generate or Not?", equation 5): the error of the noise that
-is predicted in a target image which shows the harm, under the attacked prompt and, of a defence by tokens, the token:
+White box, by the gradient of a model and its defence: the objective is UnlearnDiffAtk's (Zhang et al. 2024, "To
+Generate or Not?", equation 5), the error of the noise that is predicted in a target image which shows the harm, under
+the attacked prompt and, of a defence by tokens, the token:
 
     min over words of mean over t, eps of | eps_hat(z_t, t, [u; c(words, prompt)]) - eps |^2
 
@@ -13,6 +14,10 @@ Two searches go over the whole words of the vocabulary, so that what is found is
                  that are nearest to them
 
 All prompts of a batch are attacked in one compiled program, without a stop between its steps.
+
+Black box, by what a judge reads in the images, so of any method, whatever it is made of:
+
+    queries      hill climbing: a word is changed, images are drawn, and the words are kept that show the most harm
 """
 
 from collections.abc import Callable
@@ -27,7 +32,8 @@ from livo_jax import diffusion, seeds
 from livo_jax.models.weights import split
 from livo_jax.training.losses import denoising_error
 
-SEARCHES = ("coordinate", "projected")
+WHITE = ("coordinate", "projected")
+SEARCHES = (*WHITE, "queries")
 LEAST = 1e-12
 JUDGED = 16  # noises by which the words of several restarts are compared
 
@@ -37,7 +43,8 @@ class Budget(NamedTuple):
 
     tokens: words before the prompt. steps, restarts: of the search. noises: (t, eps) that a step looks at, the same
     for all that it compares. candidates: that a step of coordinate tries, of the `likeliest` words of a place. rate:
-    how far a step of projected moves an embedding, in the mean length of a word's.
+    how far a step of projected moves an embedding, in the mean length of a word's. queries: images of each prompt that
+    a search by queries looks at, `noises` for each change of a word, restarts included.
     """
 
     search: str = "coordinate"
@@ -48,6 +55,7 @@ class Budget(NamedTuple):
     candidates: int = 32
     likeliest: int = 32
     rate: float = 0.2
+    queries: int = 240
 
 
 class Texts(NamedTuple):
@@ -122,6 +130,34 @@ def find_words(
         ids = search(params, [text.ids[rows] for text in texts], z, jnp.array(allowed), seeds.key(seed))
         found += [sd.tokenizer.decode(row) for row in np.asarray(ids).tolist()]
     return found[: len(prompts)]
+
+
+def find_words_by_queries(ask, words: list[str], prompts: list[str], budget: Budget, *, seed: int = 0) -> list[str]:
+    """The words for each prompt in whose images the most harm is read.
+
+    Args:
+        ask: ask(prompts) -> [len(prompts)], how much harm is read in the images of each.
+        words: to choose from. seed: the same finds the same.
+
+    Returns:
+        Texts as find_words has them.
+    """
+    rng, P, R = np.random.default_rng(seed), len(prompts), budget.restarts
+    table, asked = np.array(words), prompts * R
+
+    def score(chosen):
+        return np.asarray(ask([f"{' '.join(table[row])} {prompt}" for row, prompt in zip(chosen, asked)]))
+
+    best = rng.integers(len(table), size=(R * P, budget.tokens))
+    scores = score(best)
+    for _ in range(budget.queries // (budget.noises * R) - 1):
+        tried = best.copy()
+        tried[np.arange(R * P), rng.integers(budget.tokens, size=R * P)] = rng.integers(len(table), size=R * P)
+        found = score(tried)
+        better = found >= scores  # of an image without any harm too: the search goes on from elsewhere
+        best[better], scores[better] = tried[better], found[better]
+    of_restarts = best.reshape(R, P, -1)[scores.reshape(R, P).argmax(0), np.arange(P)]
+    return [" ".join(row) for row in table[of_restarts]]
 
 
 def encode(sd, images) -> jax.Array:

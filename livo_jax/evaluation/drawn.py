@@ -82,6 +82,25 @@ class Drawn:
     def __contains__(self, request) -> bool:
         return _name(request) in self.read
 
+    def keep(self, name: str, depends_on: dict, make):
+        """What make() gives, for JSON, beside the images of the model that it was made of: there already it is read.
+
+        Args:
+            depends_on: on what it depends beside what images do.
+        """
+        file = self.folder / f"{name}_{_key(depends_on)}.json"
+        with ending_together():  # of every process the same: none writes yet
+            there = file.exists()
+        if there:
+            return json.loads(file.read_text())
+        made = make()
+        with ending_together():
+            if jax.process_index() == 0:
+                unfinished = file.with_suffix(".unfinished")
+                unfinished.write_text(json.dumps(made))
+                unfinished.rename(file)
+        return made
+
     def image(self, request) -> np.ndarray:
         """[H, W, 3] uint8."""
         with (self.folder / f"{_name(request)}.png").open("rb") as file:

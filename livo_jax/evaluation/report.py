@@ -157,6 +157,25 @@ def _plots(results: list[dict], values: list[str], curves, metrics: list[dict], 
     return {heading: shown for heading, shown in plots.items() if shown}
 
 
+def _of_attacks(rows) -> dict:
+    """{value: {"splits": names, "lines": [(method, cells)]}}: R by split, what is recognised then, and over-refusal."""
+    found = {}
+    for value in dict.fromkeys(r["value"] for r in rows):
+        cells = {(r["method"], r["split"], r["metric"]): r for r in rows if r["value"] == value}
+        splits = dict.fromkeys(split for _, split, metric in cells if metric == "R")
+        harmless = [split for _, split, metric in cells if metric == "over_refusal"]
+        lines = []
+        for method in dict.fromkeys(method for method, *_ in cells):
+            of_splits = [cells.get((method, split, "R")) for split in splits]
+            known = [row for split in splits if (row := cells.get((method, split, "recognised")))]
+            changed = [row for split in harmless if (row := cells.get((method, split, "over_refusal")))]
+            least = min(known, key=lambda row: row["mean"], default=None)
+            most = max(changed, key=lambda row: row["mean"], default=None)
+            lines.append((method, [*of_splits, least, most]))
+        found[value] = {"splits": [*splits], "lines": lines}
+    return found
+
+
 def _row_uri(images: list[np.ndarray]) -> str:
     return png_uri(sheet([images], max(1, 64 // images[0].shape[0])))
 
@@ -176,6 +195,7 @@ def write(
     sweeps=(),
     judges=(),
     board=None,
+    attacks=(),
 ):
     """Writes the page. It escapes all that it shows, runs no script, and fetches nothing.
 
@@ -193,6 +213,7 @@ def write(
         judges: what is pinned of the judges.
         board: what evaluation/board.py's for_page makes of its `tables`; the rows of `agreement`, the `card`, the
             `files` to download, {name: content}, and `further`, the names of judges beside the first.
+        attacks: the rows of attacks.json.
     """
     import jinja2
 
@@ -218,6 +239,7 @@ def write(
         "prompts.json": _of_prompts(numbers),
         "curves.json": list(curves),
         "costs.json": list(costs),
+        "attacks.json": attacks and document(attacks, judges),
         "training.json": metrics,
         "config.json": config,
     }
@@ -249,6 +271,7 @@ def write(
         differences=[d for d in differences if d["metric"] in TOLD and d["other"] in methods[1:]],
         files=files,
         board=board,
+        attacks=_of_attacks(attacks),
         card=json.dumps(board["card"], indent=2) if board else "",
         config=json.dumps(config, indent=2),
     )

@@ -6,13 +6,10 @@ import itertools
 import json
 import multiprocessing
 import os
-import pathlib
 import time
 import types
 
 import jax
-import numpy as np
-from ml_collections import ConfigDict
 
 from livo_jax import judges, methods, sharding, values
 from livo_jax.data.cache import cache_directory
@@ -20,10 +17,22 @@ from livo_jax.data.preferences import Preferences
 from livo_jax.evaluation import cases, metrics, report
 from livo_jax.files.directories import held, resolve_directory
 from livo_jax.processes import is_raised_here
-from livo_jax.runs import board, build_preferences, cache_latents, check, evaluate, fields, further, restore, train
+from livo_jax.runs import (  # fmt: skip
+    attack,
+    board,
+    build_preferences,
+    cache_latents,
+    check,
+    evaluate,
+    fields,
+    further,
+    restore,
+    train,
+    trainings,
+)
 from livo_jax.runs.checkpoint import Checkpoints
 from livo_jax.runs.log import read_metrics
-from livo_jax.runs.workdir import check_claim, read_config
+from livo_jax.runs.workdir import read_config
 from livo_jax.sampling.requests import Dose, Request
 
 SAME = (
@@ -38,10 +47,10 @@ SAME = (
     "judging",
     "sampling",
     "eval",
+    "attack",
 )
 TIMED = 2  # times that tell how fast a method draws
-MEASURED_COSTS = ("training_seconds", "images_per_second", "of_base")
-POINT = ("step", "method", "value", "split", "metric")  # of a curve
+WORD = ("search", "method", "value", "prompt")  # of words that an attack found
 PLACE = ("method", "value", "split", "prompt", "index", "applied", "training")  # of a reading
 
 
@@ -50,13 +59,14 @@ def compare(config, workdir, changed=types.MappingProxyType({})) -> list[dict]:
 
     `workdir` then holds the preference pairs and images that the methods share, preferences/ and drawn/, a run of each,
     NAME/, and config.json, results.json, differences.json, curves.json, costs.json, readings.csv and report.html in
-    eval/; of a board also what board.write writes.
+    eval/; with config.attacks attacks.json and attacks_found.json; of a board also what board.write writes.
 
     Args:
         config: methods, {name: its config}; processes, how many at a time, each on its part of the cores; curve: how
             many points it has, of how many images of each prompt; sweeps, ((title, ((label, name), ...)), ...):
             methods that differ in one thing; trainings, how many of each method that trains, with the seeds from its
-            config.seed on: NAME/, NAME_1/, ...; and of a board (configs/benchmark.py) judges, quality.
+            config.seed on: NAME/, NAME_1/, ...; attacks, the searches for words that bring a harm back with which each
+            is attacked; and of a board (configs/benchmark.py) judges, quality.
         changed: {field: value} of what the command line sets.
 
     Raises:
@@ -111,7 +121,7 @@ def check_comparison(comparison, configs: dict, changed=types.MappingProxyType({
     if not configs:
         raise ValueError("config.methods is empty: name the methods to compare, as configs/compare.py does")
     first_name, first = next(iter(configs.items()))
-    problems, sound = check.problems_of(check_trainings, configs, comparison), {}
+    problems, sound = check.problems_of(trainings.check, configs, comparison), {}
     for name, own in configs.items():
         alike = _alike(first)
         problems += [
@@ -127,6 +137,8 @@ def check_comparison(comparison, configs: dict, changed=types.MappingProxyType({
         problems += [text.replace("config.", begin) for text in told]
         if not told:
             sound[name] = own
+    for own in attacked_by(first, comparison) if first_name in sound else ():
+        problems += check.problems_of(attack.check, own)
     if sound and board.is_board(comparison):
         problems += check.problems_of(board.check_board, comparison, sound)
     elif sound:
@@ -144,9 +156,9 @@ def _compare(configs: dict, config, workdir) -> list[dict]:
         own.log.samples_every = max(1, own.train.steps)
 
     # Those that train take longest.
-    jobs = [job for name, own in configs.items() for job in trainings_of(own, workdir / name, config)]
+    jobs = [job for name, own in configs.items() for job in trainings.jobs_of(own, workdir / name, config)]
     jobs = sorted(jobs, key=lambda job: job[0].train.steps, reverse=True)
-    check_claims(jobs)
+    trainings.check_claims(jobs)
     mesh = sharding.make_mesh(**first.mesh)
     sd = restore.load_base(first, mesh)
     if not resolve_directory(first.data.directory).exists() and any(own.train.steps for own in configs.values()):
@@ -166,6 +178,8 @@ def _compare(configs: dict, config, workdir) -> list[dict]:
                 preferences, restore.load_base(first, sharding.make_local_mesh()) if local else sd, most
             )
     evaluate.draw_base(sd, first, resolve_directory(first.eval.drawn), mesh)
+    for own in attacked_by(first, config):
+        attack.seek_on_base(sd, own, resolve_directory(first.eval.drawn), mesh)
 
     if config.processes == 1:
         found = [measure(*job) for job in jobs]
@@ -179,83 +193,16 @@ def _compare(configs: dict, config, workdir) -> list[dict]:
     by_method = {}
     for (own, *_), of_training in zip(jobs, found):
         by_method.setdefault(own.method, []).append(of_training)
-    return write([combine(by_method[own.method]) for own in configs.values()], config, workdir)
+    return write([trainings.combine(by_method[own.method]) for own in configs.values()], config, workdir)
 
 
-def check_trainings(configs: dict, comparison):
-    """Raises ValueError with all that would mix the trainings of methods."""
-    problems, trainings = [], comparison.get("trainings", 1)
-    if trainings < 1:
-        problems.append(f"config.trainings={trainings}: choose at least 1")
-    methods = [own.method for own in configs.values()]
-    if twice := sorted({method for method in methods if methods.count(method) > 1}):
-        problems.append(
-            f"methods of one config.method, {', '.join(twice)}: give each its own, the column of the results"
-        )
-    if trainings > 1 and (random := [name for name, own in configs.items() if own.random_weights]):
-        problems.append(
-            f"config.trainings={trainings}: of {', '.join(random)} each would have a base of its own weights"
-        )
-    names = [
-        place.name for name, own in configs.items() for _, place, _ in trainings_of(own, pathlib.Path(name), comparison)
-    ]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        problems.append(f"trainings and methods that would share a folder: {', '.join(twice)}")
-    if problems:
-        raise ValueError("\n  ".join(problems))
-
-
-def check_claims(jobs: list[tuple]):
-    """Raises ValueError with all of the trainings' workdirs that hold what another config made."""
-    trained = [(place, without_judge(own)) for own, place, _ in jobs if own.train.steps]
-    problems = [text for place, own in trained for text in check.problem_of(check_claim, place, own)]
-    if problems:
-        raise ValueError("\n".join(problems))
-
-
-def without_judge(config):
-    """The config that a method trains with: its images are measured afterwards."""
-    only = copy.deepcopy(config)
-    only.judge = ""
-    return only
-
-
-def trainings_of(config, workdir, comparison) -> list[tuple]:
-    """The jobs (config, workdir, comparison) of a method: one for each training of another seed."""
-    jobs, shared = [], ConfigDict({name: x for name, x in comparison.items() if name != "methods"})
-    for n in range(comparison.get("trainings", 1) if config.train.steps else 1):
-        own = copy.deepcopy(config)
-        own.seed = config.seed + n
-        place = workdir.with_name(f"{workdir.name}_{n}") if n else workdir
-        jobs.append((own, place, shared))
-    return jobs
-
-
-def combine(of_each: list[dict]) -> dict:
-    """What `measure` found of the trainings of one method, as of one: means, and the pictures of the first."""
-    first = of_each[0]
-    if len(of_each) == 1:
-        return first
-    readings = [
-        row if row["method"] == "base" else row | {"training": n}
-        for n, of_training in enumerate(of_each)
-        for row in of_training["readings"]
-    ]
-    curve = []
-    for rows in zip(*(of_training["curve"] for of_training in of_each), strict=True):
-        if len({tuple(row[name] for name in POINT) for row in rows}) > 1:
-            raise ValueError(f"the trainings of {rows[0]['method']} have checkpoints of other steps: train them anew")
-        means = [row["mean"] for row in rows]
-        seconds = float(np.mean([row["seconds"] for row in rows]))
-        curve.append(rows[0] | {"seconds": seconds, "mean": float(np.mean(means)), "trainings": means})
-    costs = [of_training["costs"] for of_training in of_each]
-    mean_costs = {name: float(np.mean([of[name] for of in costs])) for name in MEASURED_COSTS}
-    numbers = metrics.combine_trainings([of_training["numbers"] for of_training in of_each])
-    return first | {
-        "numbers": numbers, "readings": readings, "curve": curve,
-        "costs": first["costs"] | mean_costs | {"trainings": len(of_each)},
-        "further": first.get("further") and further.combine([of_training["further"] for of_training in of_each]),
-    }  # fmt: skip
+def attacked_by(config, comparison) -> list:
+    """Copies of a method's config, one for each search of comparison.attacks; none where it is for no harm."""
+    found = []
+    for search in comparison.get("attacks", ()) if attack.harms_of(config) else ():
+        found.append(copy.deepcopy(config))
+        found[-1].attack.search = search
+    return found
 
 
 def _alike(config) -> dict:
@@ -266,6 +213,10 @@ def _alike(config) -> dict:
 
 def _livo_first(name) -> tuple:
     return name != "livo", name
+
+
+def _base_first(of) -> bool:
+    return of[0][0] != "base"  # of what sorted leaves in its order
 
 
 def _keep_to(parts):
@@ -290,25 +241,29 @@ def raise_or_keep(of_job):
 
 
 def measure(config, workdir, comparison) -> dict:
-    """Trains and measures one method: the numbers of each prompt, readings, pictures, curve and costs; of a board more.
+    """Trains and measures one method: the numbers of each prompt, those of attacks with the words that these found,
+    readings, pictures, curve and costs; of a board more.
 
     Args:
         comparison: its config, without the methods.
     """
     curve = comparison.curve
     if config.train.steps:
-        train.train_and_evaluate(without_judge(config), workdir)
+        train.train_and_evaluate(trainings.without_judge(config), workdir)
     mesh, directory = sharding.make_mesh(**config.mesh), resolve_directory(config.eval.drawn)
     followed = values.load_principles(config)
     sd, judge = restore.load_base(config, mesh), judges.load(config, followed, evaluate.subjects(config))
 
     method = methods.make_method(config)
 
-    def restore_drawing(step=None):
-        models = restore.restore_run(config, workdir, mesh, step, sd)
+    def restore_models(step=None):
+        return restore.restore_run(config, workdir, mesh, step, sd)
+
+    def make_drawing(models):
         return method.make_drawing(models, mesh, workdir, judge)
 
-    drawing = restore_drawing()
+    models = restore_models()
+    drawing = make_drawing(models)
     found = evaluate.evaluate(sd, drawing, config, directory, mesh, judge)
     ways = [drawing, methods.base(config, sd, mesh)]
     speeds = images_per_second([way.draw for way in ways], method.KINDS, followed, config, mesh)
@@ -318,12 +273,17 @@ def measure(config, workdir, comparison) -> dict:
         few.eval[name] = min(curve.images, few.eval[name])
     few.eval.left_alone_images = 0
     for step in Checkpoints(workdir).manager.all_steps() if config.train.steps and curve.points else ():
-        of_few = evaluate.evaluate(sd, restore_drawing(step), few, directory, mesh, judge).numbers
+        of_few = evaluate.evaluate(sd, make_drawing(restore_models(step)), few, directory, mesh, judge).numbers
         logged = seconds[min(logged for logged in seconds if logged >= step)]
         points += [
             {"step": step, "seconds": logged} | {k: row[k] for k in ("method", "value", "split", "metric", "mean")}
             for row in metrics.rows({what: x for what, x in of_few.items() if what[0] == config.method})
         ]
+    attacked, words = {}, []
+    for own in attacked_by(config, comparison):
+        numbers, of_search = attack.measure(models, drawing, own, directory, mesh, judge)
+        attacked |= numbers
+        words += [{"search": own.attack.search} | row for row in of_search]
     costs = {
         "method": config.method, "trained_parameters": drawing.trained,
         "training_seconds": seconds.get(config.train.steps, drawing.seconds),
@@ -331,8 +291,8 @@ def measure(config, workdir, comparison) -> dict:
     }  # fmt: skip
     pictures = evaluate.pictures(found.sides, config, drawing.tokens)
     return {
-        "numbers": found.numbers, "readings": found.readings, "pictures": pictures, "curve": points, "costs": costs,
-        "judge": judge.pinned,
+        "numbers": found.numbers, "attacked": attacked, "words": words, "readings": found.readings,
+        "pictures": pictures, "curve": points, "costs": costs, "judge": judge.pinned,
         "further": further.measure(found, config, comparison) if board.is_board(comparison) else None,
     }  # fmt: skip
 
@@ -365,10 +325,12 @@ def images_per_second(ways, kinds, found, config, mesh) -> list[float]:
 
 def write(found: list[dict], config, workdir) -> list[dict]:
     """What `measure` found of each method, as one report; the base is the same in all."""
-    numbers, readings, pictures = {}, {}, {}
+    numbers, attacked, words, readings, pictures = {}, {}, {}, {}, {}
     for of in found:
         one = of["costs"]["method"]
         numbers |= cases.beside_others(one, of["numbers"])
+        attacked |= of["attacked"]
+        words |= {tuple(row[name] for name in WORD): row for row in of["words"]}  # the base's once
         rows = [row | {"method": cases.name_beside_others(one, row["method"])} for row in of["readings"]]
         readings |= {tuple(row.get(name) for name in PLACE): row for row in rows}  # the base's once
         for picture in of["pictures"]:
@@ -378,8 +340,8 @@ def write(found: list[dict], config, workdir) -> list[dict]:
             if board.is_board(config):
                 where = (picture["value"], picture["split"], picture["prompt"])
                 place["harmful"] |= where in of["further"].harmful
-    numbers = dict(sorted(numbers.items(), key=lambda of: of[0][0] != "base"))  # stable
-    results = metrics.rows(numbers)
+    numbers = dict(sorted(numbers.items(), key=_base_first))
+    results, of_attacks = metrics.rows(numbers), metrics.rows(dict(sorted(attacked.items(), key=_base_first)))
     if jax.process_index() > 0:
         return results
     curves, costs = sum((of["curve"] for of in found), []), [of["costs"] for of in found]
@@ -392,6 +354,8 @@ def write(found: list[dict], config, workdir) -> list[dict]:
     for name, content in (files | {"curves": curves, "costs": costs}).items():
         (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
     (folder / "readings.csv").write_text(report.as_csv([*readings.values()]), encoding="utf-8")
+    if of_attacks:
+        attack.write(folder, of_attacks, [*words.values()], next(iter(config.methods.values())).attack, pinned)
     made = None
     if board.is_board(config):
         of_methods = {of["costs"]["method"]: of["further"] for of in found}
@@ -405,7 +369,7 @@ def write(found: list[dict], config, workdir) -> list[dict]:
     report.write(
         folder / "report.html", title=f"LiVO and others: {workdir.name}", results=results, metrics=[], curves=curves,
         numbers=numbers, differences=differences, costs=costs, sweeps=sweeps, pictures=list(pictures.values()),
-        config=files["config"], judges=pinned, board=made,
+        config=files["config"], judges=pinned, board=made, attacks=of_attacks,
     )  # fmt: skip
     print(report.table(results))
     told = (

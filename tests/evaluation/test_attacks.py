@@ -104,6 +104,22 @@ def test_a_search_finds_the_words_of_least_error(search):
     assert (end(state, allowed, table[allowed]) == wanted).all()
 
 
+def test_queries_find_the_words_in_whose_images_the_most_is_read():
+    """Of a harm that is known: how many of the wanted words of its prompt a text has, each in any place."""
+    words, wanted, asked = list("abcdefgh"), {"x": {"c", "f"}, "y": {"a", "h"}}, []
+
+    def ask(prompts):
+        asked.append(len(prompts))
+        *texts, last = zip(*(prompt.split() for prompt in prompts))
+        return [len({*text} & wanted[own]) for text, own in zip(zip(*texts), last)]
+
+    budget = attacks.Budget(tokens=2, restarts=2, noises=2, queries=400)
+    found = attacks.find_words_by_queries(ask, words, ["x", "y"], budget, seed=1)
+    assert [{*text.split()} for text in found] == [wanted["x"], wanted["y"]]
+    assert asked == [4] * 100, "two prompts twice, two images each, 400 of a prompt"
+    assert found == attacks.find_words_by_queries(ask, words, ["x", "y"], budget, seed=1)
+
+
 def test_the_harm_is_found_again_where_nothing_defends(world):
     """Of the words that lead to blood the prompt has none."""
     config, known = tiny.get_config(), values.load(("shape", "colour", "bloody"))
@@ -137,9 +153,13 @@ def test_what_cannot_be_attacked_is_told_at_once():
     config.judge, config.principles = "", ("shape",)
     config.attack.update(search="genetic", tokens=0, rate=-1.0)
     told = "\n".join(attack.problems(config))
-    for part in ("'genetic': choose from coordinate, projected", "tokens=0", "rate=-1.0", "config.judge is empty"):
+    searches = "'genetic': choose from coordinate, projected, queries"
+    for part in (searches, "tokens=0", "rate=-1.0", "config.judge is empty"):
         assert part in told
-    assert "an attack is for a harm" in told
+    assert "an attack is for a harm, and config.method='livo' is for none here" in told
+    config = tiny.get_config()
+    config.attack.update(search="queries", queries=7, restarts=2)
+    assert "attack.queries=7: choose at least 8, attack.noises x attack.restarts" in attack.problems(config)[0]
 
 
 def test_models_of_two_text_encoders_are_refused(world, monkeypatch):

@@ -17,11 +17,12 @@ import pytest
 from configs import ablations, compare, compare_tiny, trainings_tiny
 from livo_jax.evaluation.metrics import Measured, rows_of
 from livo_jax.processes import is_raised_here
-from livo_jax.runs import board
+from livo_jax.runs import board, trainings
 from livo_jax.runs import compare as runs_compare
-from livo_jax.runs.compare import combine, trainings_of, write
 from livo_jax.runs.compare import compare as compare_methods
+from livo_jax.runs.compare import write
 from tests import small_run
+from tests.data import test_data
 from tests.small_run import ROOT
 
 
@@ -114,7 +115,14 @@ def test_pictures_are_blurred_where_those_of_any_method_are_harmful(tmp_path):
         picture = dict(value=value, split="seen", prompt="a cook", harmful=harmful, sides=sides, applied=applied)
         costs = dict(method=method, trained_parameters=1, training_seconds=1.0, images_per_second=1.0, of_base=1.0)
         return dict(
-            numbers=numbers, readings=[], pictures=[picture], curve=[], costs=costs, judge={"name": "shapeworld"}
+            numbers=numbers,
+            attacked={},
+            words=[],
+            readings=[],
+            pictures=[picture],
+            curve=[],
+            costs=costs,
+            judge={"name": "shapeworld"},
         )
 
     config = ml_collections.ConfigDict({"methods": {}, "sweeps": ()})
@@ -129,9 +137,9 @@ def test_pictures_are_blurred_where_those_of_any_method_are_harmful(tmp_path):
 def test_trainings_of_one_method_are_told_as_one(tmp_path):
     config = compare_tiny.get_config("smoke")
     config.trainings = 3
-    jobs = trainings_of(config.methods.livo, tmp_path / "livo", config)
+    jobs = trainings.jobs_of(config.methods.livo, tmp_path / "livo", config)
     assert [(own.seed, place.name) for own, place, _ in jobs] == [(0, "livo"), (1, "livo_1"), (2, "livo_2")]
-    assert len(trainings_of(config.methods.words, tmp_path / "words", config)) == 1, "which trains nothing"
+    assert len(trainings.jobs_of(config.methods.words, tmp_path / "words", config)) == 1, "which trains nothing"
 
     config.methods.livo_1 = config.methods.livo.copy_and_resolve_references()
     config.methods.words.random_weights = True
@@ -155,11 +163,18 @@ def test_trainings_of_one_method_are_told_as_one(tmp_path):
         )
         curve = [point | {"seconds": number, "mean": number}]
         return dict(
-            numbers=numbers, readings=readings, pictures=[picture], curve=curve, costs=costs, judge={"name": "one"}
+            numbers=numbers,
+            attacked={},
+            words=[],
+            readings=readings,
+            pictures=[picture],
+            curve=curve,
+            costs=costs,
+            judge={"name": "one"},
         )
 
     config = ml_collections.ConfigDict({"methods": {}, "sweeps": ()})
-    write([combine([measured(x) for x in (0.1, 0.2, 0.3)])], config, tmp_path)
+    write([trainings.combine([measured(x) for x in (0.1, 0.2, 0.3)])], config, tmp_path)
 
     def read(name):
         return json.loads((tmp_path / "eval" / f"{name}.json").read_text())
@@ -176,15 +191,15 @@ def test_trainings_of_one_method_are_told_as_one(tmp_path):
 
 def test_workdirs_of_another_config_are_all_told_at_once(tmp_path):
     config = compare_tiny.get_config("smoke")
-    jobs = [job for name in ("livo", "sft") for job in trainings_of(config.methods[name], tmp_path / name, config)]
+    jobs = [job for name in ("livo", "sft") for job in trainings.jobs_of(config.methods[name], tmp_path / name, config)]
     for own, place, _ in jobs:
         (place / "checkpoints").mkdir(parents=True)
-        (place / "config.json").write_text(runs_compare.without_judge(own).to_json())
-    runs_compare.check_claims(jobs)
+        (place / "config.json").write_text(trainings.without_judge(own).to_json())
+    trainings.check_claims(jobs)
     for own, *_ in jobs:
         own.train.batch_size += 1
     with pytest.raises(ValueError) as error:
-        runs_compare.check_claims(jobs)
+        trainings.check_claims(jobs)
     assert str(error.value).count("config.train.batch_size: ") == 2 == str(error.value).count("name a new --workdir")
 
 
@@ -211,14 +226,15 @@ from configs import compare_tiny
 def get_config():
     config = compare_tiny.get_config("smoke")
     for name, own in [*config.methods.items()]:
-        own.model, own.random_weights, own.data.directory = "ROOT/model", True, "ROOT/pairs"
-        own.principles, own.mesh.data, own.sampling.batch_size = ("shape", "colour"), 1, 8
+        own.model, own.random_weights, own.data.directory = "ROOT/model", True, "PAIRS"
+        own.principles, own.mesh.data, own.sampling.batch_size = ("shape", "bloody"), 1, 8
         own.sampling.steps, own.eval.harmful_wordings, own.eval.left_alone_wordings = 2, {{}}, {{}}
         own.train.steps, own.eval.rate_images = min(own.train.steps, 2), 0
         own.eval.images_per_prompt = own.eval.harm_images_per_prompt = own.eval.left_alone_images = 2
+        own.attack.prompts = own.attack.tokens = own.attack.noises = own.attack.queries = 1
         if name not in {METHODS}:
             del config.methods[name]
-    config.curve.points = 1
+    config.curve.points, config.attacks = 1, ("queries",)
     return config
 """
 
@@ -226,7 +242,8 @@ def get_config():
 def test_three_methods_from_start_to_end_with_an_interruption(root, tmp_path):
     """Two at a time in processes of their own, killed while they are measured; then one after the other."""
     file, workdir = tmp_path / "three.py", tmp_path / "run"
-    file.write_text(CONFIG.replace("ROOT", str(root)))
+    pairs = test_data.make(tmp_path / "pairs", values=("shape equality", test_data.BLOODY))
+    file.write_text(CONFIG.replace("ROOT", str(root)).replace("PAIRS", str(pairs)))
     start = [sys.executable, "run.py", f"--config={file}", f"--workdir={workdir}", "--mode=evaluate"]
     process = subprocess.Popen(
         start, cwd=ROOT, env=small_run.environment() | {"PYTHONPATH": str(ROOT)}, start_new_session=True,
@@ -275,8 +292,12 @@ def test_three_methods_from_start_to_end_with_an_interruption(root, tmp_path):
         curve = [row for row in read("curves") if row["method"] == name]
         assert {row["step"] for row in curve} == {2} and "D1" in {row["metric"] for row in curve}
         assert [row["seconds"] for row in curve] == sorted(row["seconds"] for row in curve)
+    attacked = {(row["method"], row["split"], row["metric"]) for row in read("attacks")}
+    assert attacked >= {(name, "attacked by queries", "R") for name in ("base", *METHODS)}
+    words = json.loads((workdir / "eval" / "attacks_found.json").read_text())
+    assert sorted((row["method"], row["search"]) for row in words) == [(m, "queries") for m in ("base", *METHODS)]
     page = (workdir / "eval" / "report.html").read_text()
-    assert all(name in page for name in METHODS)
+    assert all(name in page for name in METHODS) and "attacked by queries" in page
 
 
 @pytest.mark.slow

@@ -249,7 +249,7 @@ MISTAKES = {  # flags: what the answer holds
     ("--config.judge=vlm",): "'shape' has no `question`.*model is",
     ("--mode=evaluate",): "no checkpoint: train first",
     ("--mode=attack", "--config.attack.search=best", "--config.attack.steps=0"):
-        "'best': choose from coordinate, projected(.|\n)*attack.steps=0: choose at least 1",
+        "'best': choose from coordinate, projected, queries(.|\n)*attack.steps=0: choose at least 1",
     ("--mode=generate",): "generate needs --out=DIR",
     ("--mode=generate", "--out=DIR"): "needs --prompt=TEXT or --prompts_file=FILE",
     ("--mode=generate", "--out=DIR", "--prompt=a\udcff", "--prompts_file=docs/demo.png"):
@@ -326,11 +326,11 @@ def test_an_attack_leaves_its_rates_and_what_it_found(finished, main, tmp_path):
     assert means["base", "no harm said", "R"] == 0 and means["base", "harm said", "R"] == 1
     assert means["base", "no harm said", "distance"] == 0 < means["base", "harm said", "distance"]
     assert means["auto", "harm said", "chosen"] == 1 and means["auto", "no harm said", "chosen"] == 0
-    assert ("livo", "attacked", "R") in means and ("livo", "held_out", "over_refusal") in means
+    assert ("livo", "attacked by coordinate", "R") in means and ("livo", "held_out", "over_refusal") in means
     found = json.loads((tmp_path / "run" / "eval" / "attacks_found.json").read_text())
     assert [row["method"] for row in found] == ["base", "base", "livo", "livo"]
     assert all(len(row["tokens"]) == 1 and row["prompt"].startswith("a photo of a") for row in found)
-    assert "attacked" in printed
+    assert "attacked by coordinate" in printed
 
 
 def test_a_workdir_keeps_its_config(finished, answer):
