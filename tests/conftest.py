@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 # What follows is set before jax is imported.
-QUICK = "--xla_backend_optimization_level=0"  # compiles in half of the time
+QUICK = "--xla_backend_optimization_level=1"  # without any, drawing takes longer than compiling saves
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones do not know the flag
-    QUICK += " --xla_cpu_use_fusion_emitters=false"  # in a third
+    QUICK += " --xla_cpu_use_fusion_emitters=false"  # compiles in two thirds
 if "xla_backend_optimization_level" in os.environ.get("XLA_FLAGS", ""):
     QUICK = ""  # who starts the tests has chosen
 # pytest-xdist's workers find XLA_FLAGS as they are set here: what was chosen goes on beside them.
