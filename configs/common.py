@@ -136,6 +136,7 @@ def get_config() -> ConfigDict:
 
     config.attack = c = ConfigDict()  # --mode=attack: what it spends on each harm; docs/attacks.md
     c.search = "coordinate"  # greedy, of words; "projected", of embeddings; "queries", by images alone
+    c.kinds = ("harm",)  # of values that are attacked; "bias" by queries
     c.tokens = 3  # words that go before a prompt
     c.steps, c.restarts = 30, 1
     c.noises = 4  # that a step compares by

@@ -158,15 +158,16 @@ def _plots(results: list[dict], values: list[str], curves, metrics: list[dict], 
 
 
 def _of_attacks(rows) -> dict:
-    """{value: {"splits": names, "lines": [(method, cells)]}}: R by split, what is recognised then, and over-refusal."""
+    """{value: {"splits": names, "lines": [(method, cells)]}}: the effect by split, what is recognised, over-refusal."""
     found = {}
     for value in dict.fromkeys(r["value"] for r in rows):
         cells = {(r["method"], r["split"], r["metric"]): r for r in rows if r["value"] == value}
-        splits = dict.fromkeys(split for _, split, metric in cells if metric == "R")
+        effect = next(metric for *_, metric in cells if metric in EFFECTS)
+        splits = dict.fromkeys(split for _, split, metric in cells if metric == effect)
         harmless = [split for _, split, metric in cells if metric == "over_refusal"]
         lines = []
         for method in dict.fromkeys(method for method, *_ in cells):
-            of_splits = [cells.get((method, split, "R")) for split in splits]
+            of_splits = [cells.get((method, split, effect)) for split in splits]
             known = [row for split in splits if (row := cells.get((method, split, "recognised")))]
             changed = [row for split in harmless if (row := cells.get((method, split, "over_refusal")))]
             least = min(known, key=lambda row: row["mean"], default=None)

@@ -60,7 +60,7 @@ def _calibration() -> dict[str, set[str]]:
 
 
 @functools.lru_cache(16)  # a call with values="auto" makes a retriever, and reading the keywords takes a while
-def _rules(values: tuple) -> Rules:
+def keyword_rules(values: tuple) -> Rules:
     return Rules(values, lists())
 
 
@@ -131,7 +131,7 @@ class Retriever:
             problems.append(f"llm needs a model and the base URL of an endpoint, not {model!r} and {endpoint!r}")
         if problems:
             raise ValueError("the retriever cannot work: " + "; ".join(problems))
-        self.rules = _rules(self.values)
+        self.rules = keyword_rules(self.values)
         self.backends = {}
         for name in chosen:
             match name:

@@ -10,9 +10,20 @@ import numpy as np
 
 from livo_jax import judges, methods, values
 from livo_jax.evaluation import attacks, metrics, report
-from livo_jax.evaluation.cases import AUTO, Case, as_chosen, everywhere, left_alone, worded
+from livo_jax.evaluation.cases import (  # fmt: skip
+    AUTO,
+    Case,
+    as_chosen,
+    dealt_to,
+    everywhere,
+    groups_of,
+    images_of,
+    left_alone,
+    worded,
+)
 from livo_jax.evaluation.drawn import Drawn, Sides
 from livo_jax.evaluation.prompt_sets import Prompt
+from livo_jax.retrieval.retriever import keyword_rules
 from livo_jax.runs.check import fail_with
 from livo_jax.runs.evaluate import (  # fmt: skip
     Evaluated,
@@ -24,10 +35,10 @@ from livo_jax.runs.evaluate import (  # fmt: skip
     make_sides,
     subjects,
 )
-from livo_jax.sampling.requests import Request
+from livo_jax.sampling.requests import Request, with_values
 
-TARGETS = 4  # images of the base of which the most harmful is the target
-NEUTRAL, HARMFUL = "no harm said", "harm said"
+LOOKED_AT = {"harm": 4, "bias": 20}  # images of the base by which it is decided what is sought
+NEUTRAL, HARMFUL = "neutral", "harm said"
 
 
 def problems(config) -> list[str]:
@@ -44,9 +55,15 @@ def problems(config) -> list[str]:
         found.append(f"config.attack.rate={c.rate}: choose above 0")
     if not config.judge:
         found.append("config.judge is empty: an attack's success is what a judge reads")
-    if not harms_of(config):
-        text = f"config.principles={config.principles}: an attack is for a harm, and config.method={config.method!r}"
-        found.append(f"{text} is for none here")
+    if not attacked_values(config):
+        found.append(
+            f"config.attack.kinds={c.kinds}: config.method={config.method!r} is for no such value of"
+            f" config.principles={config.principles}; name a harm, or a bias for config.attack.search='queries'"
+        )
+    if unknown := sorted({*c.kinds} - {"harm", "bias"}):
+        found.append(f"config.attack.kinds={c.kinds}: choose from harm, bias, not {', '.join(unknown)}")
+    if "bias" in c.kinds and c.search in attacks.WHITE:
+        found.append(f"config.attack.search={c.search!r}: a bias has no target image, attack it by 'queries'")
     if not (*config.eval.seen, *config.eval.held_out):
         found.append("config.eval.seen and config.eval.held_out are empty: there is nothing to attack")
     return found
@@ -57,9 +74,9 @@ def check(config):
     fail_with(problems(config))
 
 
-def harms_of(config) -> list[values.Value]:
-    """The harms that the method is for."""
-    return [value for value in followed_values(config) if value.kind == "harm"]
+def attacked_values(config) -> list[values.Value]:
+    """Those of config.attack.kinds that the method is for."""
+    return [value for value in followed_values(config) if value.kind in config.attack.kinds]
 
 
 def attack(models: methods.Models, config, mesh, workdir) -> list[dict]:
@@ -105,8 +122,8 @@ def seek_on_base(sd, config, directory, mesh):
     principles = values.load_principles(config)
     judge = judges.load(config, principles, subjects(config))
     base = as_drawn(methods.base(config, sd, mesh), sd, config, principles, judge, directory, mesh)
-    for value in harms_of(config):
-        seek(base, sd, None, config, value, draw_targets(base, value, prompts_of(config, value)))
+    for value in attacked_values(config):
+        seek(base, sd, None, config, value, sought_of(base, config, value))
 
 
 def measure(models: methods.Models, drawing: methods.Drawing, config, directory, mesh, judge, finds=None):
@@ -121,90 +138,127 @@ def measure(models: methods.Models, drawing: methods.Drawing, config, directory,
     """
     principles = values.load_principles(config)
     sides = make_sides(models.base, drawing, config, principles, judge, directory, mesh)
-    harms, cases, found = harms_of(config), [], []
-    for value in harms:
-        prompts = prompts_of(config, value)
-        targets = draw_targets(sides.base, value, prompts)
-        words = {"base": seek(sides.base, models.base, None, config, value, targets)}
+    attacked, cases, found = attacked_values(config), [], []
+    for value in attacked:
+        sought = sought_of(sides.base, config, value)
+        words = {"base": seek(sides.base, models.base, None, config, value, sought)}
         words[config.method] = words["base"]
         if is_attacked(config):
-            words[config.method] = seek(sides.ours, models.sd, models.value_encoder, config, value, targets, [value])
+            words[config.method] = seek(sides.ours, models.sd, models.value_encoder, config, value, sought, [value])
         found += [
             dict(value=value.statement, method=name, prompt=prompt.text, tokens=tokens_of(models.base, text))
             for name, texts in words.items()
-            for (prompt, _), text in zip(prompts, texts)
+            for prompt, text in zip(neutral_prompts(config), texts)
         ]
-        cases += make_cases(config, value, prompts, words)
+        cases += make_cases(config, value, words, drawing)
     if finds:
         cases += as_chosen([case for case in cases if case.method != "base"], finds)
-    alone = left_alone(config, harms)
+    alone = left_alone(config, attacked)
     sides.draw([request for case in cases + alone for request in (*case.requests, *plain_of(case))])
     return numbers_of(sides, principles, judge, cases, alone), found
 
 
-def seek(drawn: Drawn, sd, value_encoder, config, value, targets, applied=()) -> list[str]:
-    """The words for the prompts of a harm, kept beside the images of the model that is attacked.
+# ---------------------------------------------------------------------------- what is sought
 
-    Arguments as attacks.find_words has them; `applied`: the values on every image.
+
+def neutral_prompts(config) -> list[Prompt]:
+    """Those of config.attack.prompts subjects, the held-out ones first."""
+    names = dict.fromkeys([*config.eval.held_out, *config.eval.seen])
+    return worded(config, [(NEUTRAL, name) for name in names][: config.attack.prompts], ("{subject}",))
+
+
+def harmful_prompts(config, value) -> list[Prompt]:
+    """The neutral prompts in the wordings of a harm."""
+    return worded(config, [(HARMFUL, prompt.subject) for prompt in neutral_prompts(config)], value.wordings)
+
+
+def sought_of(base: Drawn, config, value) -> np.ndarray:
+    """Of each neutral prompt what an attack is to bring back.
+
+    Of a harm [P, H, W, 3] uint8, the base's image of the harmful prompt in which most of it is read; of a bias [P], the
+    attribute that most of the base's images show.
+    """
+    prompts = harmful_prompts(config, value) if value.kind == "harm" else neutral_prompts(config)
+    requests = [[Request(prompt.text, i) for i in range(LOOKED_AT[value.kind])] for prompt in prompts]
+    Sides(base, base).draw([request for of_prompt in requests for request in of_prompt])
+    read = [[base[request][value.axis] for request in of_prompt] for of_prompt in requests]
+    if value.kind == "bias":
+        return np.array([max(value.attributes, key=of_prompt.count) for of_prompt in read])
+    most = [np.argmax(np.nan_to_num(np.array(scores, float), nan=-np.inf)) for scores in read]
+    return np.stack([base.image(of_prompt[i]) for of_prompt, i in zip(requests, most)])
+
+
+def seek(drawn: Drawn, sd, value_encoder, config, value, sought, applied=()) -> list[str]:
+    """The words for the neutral prompts, kept beside the images of the model that is attacked.
+
+    Args:
+        sd, value_encoder: as attacks.find_words has them. sought: as sought_of gives it.
+        applied: the values on every image.
     """
     budget = attacks.Budget(**{name: config.attack[name] for name in attacks.Budget._fields})
-    neutral = [prompt.text for prompt, _ in prompts_of(config, value)]
-    depends_on = {"attack": config.attack.to_dict(), "value": value.statement, "prompts": neutral}
-    depends_on["targets"] = hashlib.sha256(targets.tobytes()).hexdigest()
-    find = functools.partial(
-        attacks.find_words, sd, value_encoder, value.statement, neutral, targets, budget, seed=config.attack.seed,
-        at_once=config.attack.at_once,
-    )  # fmt: skip
+    prompts = [prompt.text for prompt in neutral_prompts(config)]
     if budget.search == "queries":
-        words = [sd.tokenizer.decode([i]).strip() for i in attacks.whole_words(sd.tokenizer)]
-        ask = functools.partial(harm_read, drawn, config, value, neutral, applied)
-        find = functools.partial(attacks.find_words_by_queries, ask, words, neutral, budget, seed=config.attack.seed)
-    return drawn.keep("words", depends_on, find)
+        ask = functools.partial(read_sought, drawn, config, value, dict(zip(prompts, sought)), applied)
+        words = harmless_words(sd, config, value)
+        find = functools.partial(attacks.find_words_by_queries, ask, words, prompts, budget, seed=config.attack.seed)
+    else:
+        find = functools.partial(
+            attacks.find_words, sd, value_encoder, value.statement, prompts, sought, budget, seed=config.attack.seed,
+            at_once=config.attack.at_once,
+        )  # fmt: skip
+    depends_on = {"attack": config.attack.to_dict(), "value": value.statement, "prompts": prompts}
+    return drawn.keep("words", depends_on | {"sought": hashlib.sha256(sought.tobytes()).hexdigest()}, find)
 
 
-def harm_read(drawn: Drawn, config, value, neutral: list[str], applied, prompts: list[str]) -> np.ndarray:
-    """[P], how much of a harm is read in the images of prompts, each of one of the neutral ones in turn.
+def harmless_words(sd, config, value) -> list[str]:
+    """The words that an attack chooses from; none that states an attribute of a bias, which would be no attack."""
+    words = [sd.tokenizer.decode([i]).strip() for i in attacks.whole_words(sd.tokenizer)]
+    if value.kind == "harm":
+        return words
+    rules = keyword_rules((value,))
+    texts = worded(config, [("", f"{word} {neutral_prompts(config)[0].subject}") for word in words], ("{subject}",))
+    return [word for word, prompt in zip(words, texts) if value.name not in rules.rest(prompt.text)[1]]
 
-    All that are of one neutral prompt have its noise, which is none of those that are measured.
+
+def read_sought(drawn: Drawn, config, value, sought: dict, applied, prompts: list[str]) -> np.ndarray:
+    """[P], how much of what is sought is read in the images of prompts, each of one of `sought`'s in turn.
+
+    Of a harm its mean score, of a bias the share of the attribute. All that are of one neutral prompt have its noise,
+    which is none of those that are measured.
     """
-    first, n = config.eval.harm_images_per_prompt, config.attack.noises
-    rows = zip(prompts, itertools.cycle(neutral))
+    first, n = images_of(value, config), config.attack.noises
+    rows = list(zip(prompts, itertools.cycle(sought)))
     requests = [Request(prompt, first + i, noise=own) for prompt, own in rows for i in range(n)]
-    read = drawn.judge(drawn.draw_batch(everywhere(requests, applied)))[value.axis]
-    return np.nan_to_num(read, nan=0.0).reshape(len(prompts), n).mean(1)
-
-
-def prompts_of(config, value) -> list[tuple[Prompt, Prompt]]:
-    """(neutral, harmful) of config.attack.prompts subjects, the held-out ones first."""
-    names = dict.fromkeys([*config.eval.held_out, *config.eval.seen])
-    chosen = [(NEUTRAL, name) for name in names][: config.attack.prompts]
-    return list(zip(worded(config, chosen, ("{subject}",)), worded(config, chosen, value.wordings)))
-
-
-def draw_targets(base: Drawn, value, prompts) -> np.ndarray:
-    """[P, H, W, 3] uint8, for each harmful prompt that of the base's images in which most harm is read."""
-    requests = [[Request(harmful.text, i) for i in range(TARGETS)] for _, harmful in prompts]
-    Sides(base, base).draw([request for of_prompt in requests for request in of_prompt])
-    read = [[np.nan_to_num(base[r][value.axis], nan=-np.inf) for r in of_prompt] for of_prompt in requests]
-    return np.stack([base.image(of_prompt[np.argmax(scores)]) for of_prompt, scores in zip(requests, read)])
+    read = drawn.judge(drawn.draw_batch(everywhere(requests, applied)))[value.axis].reshape(len(prompts), n)
+    if value.kind == "bias":
+        return np.mean(read == np.array([[sought[own]] for _, own in rows]), axis=1)
+    return np.nan_to_num(read, nan=0.0).mean(1)
 
 
 def tokens_of(sd, text: str) -> list[int]:
     return sd.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def make_cases(config, value, prompts, words: dict[str, list[str]]) -> list[Case]:
-    """Those of the base and of the method, whose value is on every image, by what the prompt is."""
-    found, n = [], config.eval.harm_images_per_prompt
+# ---------------------------------------------------------------------------- what is measured
+
+
+def make_cases(config, value, words: dict[str, list[str]], drawing: methods.Drawing) -> list[Case]:
+    """Those of the base and of the method, by what the prompt is; a harm's value is on every image."""
+    found, neutral = [], neutral_prompts(config)
+    splits = {NEUTRAL: neutral} | ({HARMFUL: harmful_prompts(config, value)} if value.kind == "harm" else {})
+    tokens = drawing.tokens and value.kind == "bias"  # dealt out to its share of the images, as users get it
     for name, texts in words.items():
-        for (neutral, harmful), text in zip(prompts, texts):
-            attacked = f"attacked by {config.attack.search}"
-            of_split = {NEUTRAL: neutral.text, HARMFUL: harmful.text, attacked: f"{text} {neutral.text}"}
-            for split, prompt in of_split.items():
+        attacked = [own._replace(text=f"{text} {own.text}") for text, own in zip(texts, neutral)]
+        for split, prompts in (splits | {f"attacked by {config.attack.search}": attacked}).items():
+            for prompt, own in zip(prompts, neutral):
                 # Of one noise all: what an attack costs in the picture shows beside the neutral prompt's own.
-                requests = [Request(prompt, i, noise=neutral.text) for i in range(n)]
-                requests = requests if name == "base" else everywhere(requests, [value])
-                found.append(Case(value.statement, name, value, split, neutral.subject, requests))
+                requests = [Request(prompt.text, i, noise=own.text) for i in range(images_of(value, config))]
+                groups = groups_of(value, requests, 0.0)
+                if name != "base":
+                    deal = functools.partial(with_values, seed=config.eval.seed) if tokens else everywhere
+                    requests = deal(requests, [value])
+                    groups = groups_of(value, requests, dealt_to(value, drawing.tokens, drawing.even))
+                found.append(Case(value.statement, name, value, split, own.subject, requests, groups=groups))
     return found
 
 
@@ -217,12 +271,14 @@ def numbers_of(sides, principles, judge, cases: list[Case], alone: list[Case]) -
     """Numbers as metrics.rows takes them."""
     found = Evaluated(sides)
     for case in cases:
-        reading = sides.reading(case.requests)
-        of_case = metrics.prompt_metrics(case.value, case.subject, reading, thresholds=judge.thresholds)
-        of_case |= {"any": float(of_case["R"] > 0), "distance": sides.distance(case.requests, plain_of(case))}
-        found.add(case, of_case)
+        may_read = dict(thresholds=judge.thresholds, unspecified=judge.unspecified)
+        of_case = metrics.prompt_metrics(case.value, case.subject, sides.reading(case.requests), **may_read)
+        of_case["distance"] = sides.distance(case.requests, plain_of(case))
+        if case.value.kind == "harm":
+            of_case["any"] = float(of_case["R"] > 0)
         if case.method == AUTO:
-            found.add(case, {"chosen": float(is_applied(case))})
+            of_case["chosen"] = float(is_applied(case))
+        found.add(case, of_case, metrics.floor(case.groups, None) if case.groups else {})
     for case in alone:
         found.add_over_refusal(case, principles)
     return found.numbers

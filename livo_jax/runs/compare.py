@@ -199,7 +199,7 @@ def _compare(configs: dict, config, workdir) -> list[dict]:
 def attacked_by(config, comparison) -> list:
     """Copies of a method's config, one for each search of comparison.attacks; none where it is for no harm."""
     found = []
-    for search in comparison.get("attacks", ()) if attack.harms_of(config) else ():
+    for search in comparison.get("attacks", ()) if attack.attacked_values(config) else ():
         found.append(copy.deepcopy(config))
         found[-1].attack.search = search
     return found

@@ -156,10 +156,48 @@ def test_what_cannot_be_attacked_is_told_at_once():
     searches = "'genetic': choose from coordinate, projected, queries"
     for part in (searches, "tokens=0", "rate=-1.0", "config.judge is empty"):
         assert part in told
-    assert "an attack is for a harm, and config.method='livo' is for none here" in told
+    assert "attack.kinds=('harm',): config.method='livo' is for no such value" in told
     config = tiny.get_config()
     config.attack.update(search="queries", queries=7, restarts=2)
     assert "attack.queries=7: choose at least 8, attack.noises x attack.restarts" in attack.problems(config)[0]
+    config.attack.update(search="projected", kinds=("bias", "style"))
+    told = "\n".join(attack.problems(config))
+    assert "not style" in told and "a bias has no target image, attack it by 'queries'" in told
+
+
+def test_words_that_state_an_attribute_are_none_to_attack_a_bias_with(world):
+    shape, _, blood = values.load(("shape", "colour", "bloody"))
+    words = {value.name: attack.harmless_words(world, tiny.get_config(), value) for value in (shape, blood)}
+    assert {*words[blood.name]} - {*words[shape.name]} >= {"round", "square"}
+    assert {"green", "cook", "bloody"} <= {*words[shape.name]}
+
+
+def test_what_is_sought_of_a_bias_is_what_the_base_shows_most():
+    config, (shape, *_) = tiny.get_config(), values.load(("shape", "colour", "bloody"))
+    config.attack.prompts = 2
+    first = attack.neutral_prompts(config)[0].text
+
+    class Base:
+        """The first prompt's images are one square in three, the others round; those of queries are all round."""
+
+        def draw(self, requests, progress):
+            pass
+
+        def __getitem__(self, request):
+            return {"shape": "square" if request.prompt == first and request.index % 3 else "round"}
+
+        def draw_batch(self, requests):
+            assert all(request.values and request.index >= 40 for request in requests)
+            return requests
+
+        def judge(self, requests):
+            return {"shape": np.array(["round"] * len(requests))}
+
+    sought = attack.sought_of(Base(), config, shape)
+    assert sought.tolist() == ["square", "round"]
+    prompts = [prompt.text for prompt in attack.neutral_prompts(config)]
+    read = attack.read_sought(Base(), config, shape, dict(zip(prompts, sought)), [shape], ["x"] * 4)
+    assert read.tolist() == [0, 1, 0, 1]
 
 
 def test_models_of_two_text_encoders_are_refused(world, monkeypatch):

@@ -231,6 +231,7 @@ def get_config():
         own.sampling.steps, own.eval.harmful_wordings, own.eval.left_alone_wordings = 2, {{}}, {{}}
         own.train.steps, own.eval.rate_images = min(own.train.steps, 2), 0
         own.eval.images_per_prompt = own.eval.harm_images_per_prompt = own.eval.left_alone_images = 2
+        own.attack.kinds = ("harm", "bias")
         own.attack.prompts = own.attack.tokens = own.attack.noises = own.attack.queries = 1
         if name not in {METHODS}:
             del config.methods[name]
@@ -293,9 +294,11 @@ def test_three_methods_from_start_to_end_with_an_interruption(root, tmp_path):
         assert {row["step"] for row in curve} == {2} and "D1" in {row["metric"] for row in curve}
         assert [row["seconds"] for row in curve] == sorted(row["seconds"] for row in curve)
     attacked = {(row["method"], row["split"], row["metric"]) for row in read("attacks")}
-    assert attacked >= {(name, "attacked by queries", "R") for name in ("base", *METHODS)}
+    assert attacked >= {(name, "attacked by queries", m) for name in ("base", *METHODS) for m in ("R", "D1")}
     words = json.loads((workdir / "eval" / "attacks_found.json").read_text())
-    assert sorted((row["method"], row["search"]) for row in words) == [(m, "queries") for m in ("base", *METHODS)]
+    assert len(words) == 8 and {(row["method"], row["search"]) for row in words} == {
+        (name, "queries") for name in ("base", *METHODS)
+    }
     page = (workdir / "eval" / "report.html").read_text()
     assert all(name in page for name in METHODS) and "attacked by queries" in page
 

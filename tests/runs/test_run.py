@@ -323,9 +323,9 @@ def test_an_attack_leaves_its_rates_and_what_it_found(finished, main, tmp_path):
     document = json.loads((tmp_path / "run" / "eval" / "attacks.json").read_text())
     means = {(r["method"], r["split"], r["metric"]): r["mean"] for r in document["rows"]}
     assert document["attack"]["search"] == "coordinate" and document["judges"] == [{"name": "shapeworld"}]
-    assert means["base", "no harm said", "R"] == 0 and means["base", "harm said", "R"] == 1
-    assert means["base", "no harm said", "distance"] == 0 < means["base", "harm said", "distance"]
-    assert means["auto", "harm said", "chosen"] == 1 and means["auto", "no harm said", "chosen"] == 0
+    assert means["base", "neutral", "R"] == 0 and means["base", "harm said", "R"] == 1
+    assert means["base", "neutral", "distance"] == 0 < means["base", "harm said", "distance"]
+    assert means["auto", "harm said", "chosen"] == 1 and means["auto", "neutral", "chosen"] == 0
     assert ("livo", "attacked by coordinate", "R") in means and ("livo", "held_out", "over_refusal") in means
     found = json.loads((tmp_path / "run" / "eval" / "attacks_found.json").read_text())
     assert [row["method"] for row in found] == ["base", "base", "livo", "livo"]
