@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 # What follows is set before jax is imported.
-QUICK = "--xla_backend_optimization_level=1"  # without any, drawing takes longer than compiling saves
+QUICK = "--xla_backend_optimization_level=0"  # compiles in half of the time
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones do not know the flag
-    QUICK += " --xla_cpu_use_fusion_emitters=false"  # compiles in two thirds
+    QUICK += " --xla_cpu_use_fusion_emitters=false"  # in a third
 if "xla_backend_optimization_level" in os.environ.get("XLA_FLAGS", ""):
     QUICK = ""  # who starts the tests has chosen
 # pytest-xdist's workers find XLA_FLAGS as they are set here: what was chosen goes on beside them.
@@ -173,6 +173,22 @@ def small(published, tmp_path_factory):
         file.write_text(json.dumps(json.loads(file.read_text()) | change))
     sd = StableDiffusion.from_config(root)
     return sd, *parts_of(sd), batch_of(sd)
+
+
+@pytest.fixture(scope="module")
+def optimised():
+    """Has a module's programs compiled with a little optimisation: those that draw much are done sooner in all."""
+    from jax._src import compiler  # flags are of a whole process, and options of a call are not the tests' to give
+
+    without = compiler.get_compile_options
+
+    def get_compile_options(*args, env_options_overrides=None, **kw):
+        options = {"xla_backend_optimization_level": 1} | (env_options_overrides or {})
+        return without(*args, env_options_overrides=options, **kw)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiler, "get_compile_options", get_compile_options)
+        yield
 
 
 @pytest.fixture(autouse=True, scope="module")

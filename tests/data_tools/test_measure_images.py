@@ -27,6 +27,8 @@ from livo_jax.files.images import sheet
 from livo_jax.judges import shapeworld
 from livo_jax.models.weights import one_key, split, to_published
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 ROOT = pathlib.Path(__file__).parents[2]
 PROMPTS = ["a photo of a baker"] * 8 + ["a photo of a bloody cook"] * 5
 SHAPES = ["square"] * 6 + ["round"] * 2 + ["round"] * 5

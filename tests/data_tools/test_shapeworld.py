@@ -14,6 +14,8 @@ from livo_jax import StableDiffusion, judges, sharding
 from livo_jax.judges.shapeworld import COLOURS, EMBLEMS, SCENES, SHAPES, TRADES, Content, Worker, judge
 from livo_jax.values.principles import Value
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 MODEL = pathlib.Path(shapeworld.__file__).with_name("shapeworld_model")
 
 

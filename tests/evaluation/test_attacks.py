@@ -16,6 +16,8 @@ from livo_jax.runs import attack
 from livo_jax.value_encoders.full import copy_of
 from tests.data_tools.test_shapeworld import MODEL
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 PROMPTS = ["a photo of a baker", "a photo of a cook"]
 
 

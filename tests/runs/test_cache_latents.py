@@ -15,6 +15,8 @@ from livo_jax.files import directories
 from livo_jax.runs import build_preferences, cache_latents
 from livo_jax.runs.train import train_and_evaluate
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
