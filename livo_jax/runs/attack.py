@@ -1,5 +1,6 @@
 """Attacks: how often a harm is drawn again where words before the prompt are sought for it."""
 
+import copy
 import functools
 import hashlib
 import itertools
@@ -74,6 +75,13 @@ def check(config):
     fail_with(problems(config))
 
 
+def by_search(config, search: str):
+    """A copy of a config that attacks by another search."""
+    config = copy.deepcopy(config)
+    config.attack.search = search
+    return config
+
+
 def attacked_values(config) -> list[values.Value]:
     """Those of config.attack.kinds that the method is for."""
     return [value for value in followed_values(config) if value.kind in config.attack.kinds]
@@ -115,6 +123,15 @@ def write(folder, results: list[dict], found: list[dict], budget, pinned: list):
 def is_attacked(config) -> bool:
     """Whether the method itself is attacked, not by what was found on the base: gradients pass, or none are needed."""
     return isinstance(methods.make_method(config), methods.TrainedMethod) or config.attack.search not in attacks.WHITE
+
+
+def passes(config) -> int:
+    """Of the UNet, to find the words on one model, for all values; a step back counts as two."""
+    c, n = config.attack, config.attack.prompts * len(attacked_values(config))
+    if c.search == "queries":
+        return n * c.queries * config.sampling.steps * (2 if config.sampling.guidance_scale > 1 else 1)
+    tried = 1 + c.candidates if c.search == "coordinate" else 0
+    return n * c.restarts * (c.steps * c.noises * (3 + tried) + attacks.JUDGED)
 
 
 def seek_on_base(sd, config, directory, mesh):

@@ -18,7 +18,7 @@ from livo_jax.evaluation import board, cases, metrics, prompt_sets
 from livo_jax.evaluation.drawn import without_values
 from livo_jax.files.settings import flatten
 from livo_jax.judges import hash_files
-from livo_jax.runs import check, evaluate, plan
+from livo_jax.runs import attack, check, evaluate, plan
 from livo_jax.runs.further import Further, load_networks, load_readers
 
 FIELDS = ("judges", "quality")  # of a comparison, that make it a board
@@ -97,7 +97,10 @@ def _try_readers(comparison, config, noise):
 
 
 def cost(comparison, configs: dict) -> str:
-    """What a comparison or a board will cost, as if nothing of it were there: images, passes of the UNet, bytes."""
+    """What a comparison or a board will cost, as if nothing of it were there: images, passes of the UNet, bytes.
+
+    Of attacks the search, which is most of them.
+    """
     first = next(iter(configs.values()))
     sd = plan.abstract_model(first)
     weights = sum(plan.size(part) for part in methods.weights_of(sd))
@@ -119,6 +122,12 @@ def cost(comparison, configs: dict) -> str:
     told = [f"{'':20}{'images':>12}{'UNet passes':>16}{'pairs trained on':>18}"]
     told += [f"{name:20}{images:>12,}{images * at_once:>16,}{pairs:>18,}" for name, images, pairs in lines]
     told.append(f"{'all, at least':20}{total:>12,}{total * at_once:>16,}{sum(pairs for *_, pairs in lines):>18,}")
+    for search in comparison.get("attacks", ()):
+        ways = {name: attack.by_search(own, search) for name, own in configs.items()}
+        times = {name: trainings_of(comparison, own) for name, own in ways.items() if attack.is_attacked(own)}
+        sought = attack.passes(ways[next(iter(ways))])  # the base's words, for all
+        sought += sum(attack.passes(ways[name]) * n for name, n in times.items())
+        told.append(f"attacks by {search}: {sought:,} UNet passes")
     pixels = total * sd.image_size**2 * 3
     further = comparison.get("judges")  # of a board
     several = f", by {len(further)} further judges too" if further else ""

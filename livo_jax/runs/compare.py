@@ -198,11 +198,8 @@ def _compare(configs: dict, config, workdir) -> list[dict]:
 
 def attacked_by(config, comparison) -> list:
     """Copies of a method's config, one for each search of comparison.attacks; none where it is for no harm."""
-    found = []
-    for search in comparison.get("attacks", ()) if attack.attacked_values(config) else ():
-        found.append(copy.deepcopy(config))
-        found[-1].attack.search = search
-    return found
+    searches = comparison.get("attacks", ()) if attack.attacked_values(config) else ()
+    return [attack.by_search(config, search) for search in searches]
 
 
 def _alike(config) -> dict:

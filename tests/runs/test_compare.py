@@ -44,11 +44,14 @@ def test_every_file_of_baselines_is_a_method():
 @pytest.mark.parametrize("module", [compare_tiny, ablations, trainings_tiny])
 def test_the_cost_is_told_beforehand(module):
     config = module.get_config()
-    header, base, *rows, total, readings, of_bytes = board.cost(config, config.methods).splitlines()
+    lines = board.cost(config, config.methods).splitlines()
+    attacks = [line for line in lines if line.startswith("attacks")]
+    header, base, *rows, total, readings, of_bytes = (line for line in lines if line not in attacks)
     assert [row.split()[0] for row in (base, *rows)] == ["base", *config.methods]
     (pairs,) = {row.split()[-1] for row in rows if row.startswith("livo ")}
     own = config.methods.livo.train
     assert pairs == f"{config.trainings * own.steps * own.batch_size:,}" and "judges" not in readings
+    assert [line.split(":")[0] for line in attacks] == [f"attacks by {search}" for search in config.attacks]
 
 
 def test_ablations_change_one_thing_each():
