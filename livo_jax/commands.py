@@ -1,11 +1,17 @@
 """What the command lines have in common."""
 
+import difflib
 import os
 import pathlib
+import re
 import sys
+import traceback
 from collections.abc import Callable
 
 from absl import app, flags
+
+# As ml_collections tells what happens in a config file, and beside a misspelt field all that there are.
+IN_CONFIG_FILE, OTHER_FIELDS = "Error whilst parsing config file", r" Other fields present: .*?(?=\\nDid you|'?$)"
 
 flags.disclaim_key_flags()  # --help lists what is defined here for the command that asks for it
 
@@ -50,17 +56,23 @@ def find_config(file: str) -> str:
 
 
 def find_configs(argv: list[str]) -> list[str]:
-    """The command line with what find_config says in --config=FILE and --config FILE."""
-    found = list(argv)
-    for i, argument in enumerate(argv):
+    """The command line with what find_config says in --config=FILE, as which --config FILE is written too."""
+    found, arguments = [], iter(argv)
+    for argument in arguments:
         name, given, file = argument.partition("=")
-        if name not in ("--config", "-config"):
-            continue
-        if given:
-            found[i] = f"{name}={find_config(file)}"
-        elif i + 1 < len(argv):
-            found[i + 1] = find_config(argv[i + 1])
+        if name in ("--config", "-config") and (file := file if given else next(arguments, "")):
+            argument = f"--config={find_config(file)}"
+        found.append(argument)
     return found
+
+
+def told_by_traceback(text: str) -> str:
+    """The place in the config file, and the message, of a traceback's text; ml_collections gives all of it."""
+    lines = text.rstrip().splitlines()
+    place = max(i for i, line in enumerate(lines) if line.startswith("  File ") and "ml_collections" not in line)
+    last = max(i for i, line in enumerate(lines) if line.startswith(" "))
+    message = "\n".join(lines[last + 1 :])
+    return f"{lines[place].strip()}\n{re.sub(OTHER_FIELDS, '', message)}".replace("\\n", " ")
 
 
 def parse(argv):
@@ -77,17 +89,17 @@ def parse(argv):
         home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         jax.config.update("jax_compilation_cache_dir", os.path.join(home, "livo_jax"))
     try:
-        rest = app.parse_flags_with_usage(argv)
-    except (AttributeError, KeyError):
-        from livo_jax.files.settings import flatten
-
+        rest = flags.FLAGS(argv)
+    except flags.Error as error:
+        sys.exit(told_by_traceback(str(error)) if IN_CONFIG_FILE in str(error) else f"{error}\n--help lists the flags")
+    except (AttributeError, KeyError) as error:
+        files = [arg.partition("=")[2].partition(":")[0] for arg in argv if arg.startswith("--config=")]
+        if {*files} & {frame.filename for frame in traceback.extract_tb(error.__traceback__)}:
+            sys.exit(told_by_traceback("".join(traceback.format_exception(error))))
         overrides = [arg for arg in argv if arg.lstrip("-").startswith("config.")]
         sys.argv[:] = [arg for arg in argv if arg not in overrides]  # where config_flags looks for overrides
         app.parse_flags_with_usage(sys.argv)
-        fields = [f"config.{name}" for name in flatten(flags.FLAGS.config.to_dict())]
-        given = [arg.lstrip("-").split("=")[0] for arg in overrides]
-        unknown = [name for name in given if name not in fields]
-        sys.exit(f"the config has no {', '.join(unknown)}. It has\n  " + "\n  ".join(fields))
+        sys.exit(misspelt([arg.lstrip("-").split("=")[0] for arg in overrides], flags.FLAGS.config))
     if "config" in flags.FLAGS and (config := flags.FLAGS.config):
         from livo_jax import seeds
 
@@ -95,6 +107,24 @@ def parse(argv):
             sys.exit("; ".join(dict.fromkeys(problems)))
         divide_cpu(config.get("cpu_devices", 1))
     return rest
+
+
+def misspelt(given: list[str], config) -> str:
+    """What is said of overrides, "config.train.step", of which some are no fields of the config."""
+    from livo_jax.files.settings import flatten
+
+    fields = [f"config.{name}" for name in flatten(config.to_dict())]
+    lines = []
+    for name in given:
+        if name in fields:
+            continue
+        section = name.rpartition(".")[0]
+        near = difflib.get_close_matches(name, fields, n=3, cutoff=0.8)
+        of_section = [field for field in fields if section != "config" and field.startswith(f"{section}.")]
+        sections = dict.fromkeys(".".join(field.split(".")[:2]) for field in fields)
+        near = near or of_section or sections
+        lines.append(f"the config has no {name}; there is {', '.join(near)}")
+    return "\n".join(lines)
 
 
 def run(main: Callable, flags_parser: Callable = app.parse_flags_with_usage):

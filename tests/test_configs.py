@@ -21,7 +21,7 @@ def fields(config) -> set[str]:
 @pytest.mark.parametrize("name", ["livo", "livo_anchored", "sdxl", "tiny"])
 @pytest.mark.parametrize("variant", ["", "smoke"])
 def test_a_config_sets_fields_that_there_are(name, variant):
-    """A ConfigDict takes a misspelt field without a word."""
+    """At its top, where methods have sections of their own, a config takes a misspelt field without a word."""
     config = importlib.import_module(f"configs.{name}").get_config(variant)
     assert fields(config) == fields(common.get_config())
     assert all(isinstance(config.eval[name.partition(".")[2]], ConfigDict) for name in MAPS)

@@ -232,7 +232,7 @@ def test_the_papers_recipe_runs_anywhere(main, answer, tmp_path):
 
 MISTAKES = {  # flags: what the answer holds
     ("--config.train.stepz=3", "--config.tran.steps=3"): 
-        "no config.train.stepz, config.tran.steps(.|\n)*config.train.steps\n",
+        "no config.train.stepz; there is config.train.steps(.|\n)*no config.tran.steps; there is config.train.steps",
     ("--config=configs/tiny.py:tiny",): "configs/tiny.py:tiny: there is configs/tiny.py and configs/tiny.py:smoke",
     ("--config=configs/none.py",): "configs/none.py",
     ("--workdir=runs/[1e-4]",): "runs/.1e-4.: what is saved there could not be read: choose a path without \\[",
@@ -284,7 +284,7 @@ def test_mistakes_are_answered_before_work_is_done(given, answer, tmp_path):
 @pytest.mark.parametrize(
     "given, told",
     [
-        ("--config.train.stepz=3", "no config.train.stepz. It has\n"),
+        ("--config.train.stepz=3", "no config.train.stepz; there is config.train.steps"),
         ("--config=configs/tinny.py", "--config=configs/tinny.py: there is no such file"),
         ("--config=configs/tiny.py:tiny", "configs/tiny.py:tiny: there is configs/tiny.py and configs/tiny.py:smoke"),
         ("--config.train.batch_size=0", "the config cannot work:\n  config.train.batch_size=0: choose"),
@@ -293,7 +293,7 @@ def test_mistakes_are_answered_before_work_is_done(given, answer, tmp_path):
 def test_a_mistake_is_answered_by_the_command(given, told, tmp_path):
     process = run(tmp_path / "run", given)
     assert process.returncode != 0 and told in process.stdout + process.stderr, process.stdout + process.stderr
-    assert "Traceback" not in process.stderr or "Error whilst parsing config file" in process.stderr
+    assert "Traceback" not in process.stderr
 
 
 def test_only_what_is_raised_on_purpose_is_told_without_a_traceback(monkeypatch):
@@ -314,6 +314,22 @@ def test_only_what_is_raised_on_purpose_is_told_without_a_traceback(monkeypatch)
         commands.run(library, flags_parser=list)
     with pytest.raises(SystemExit, match="3"):
         commands.run(lambda argv: 3, flags_parser=list)  # a command's status
+
+
+@pytest.mark.parametrize(
+    "line, told",
+    [
+        ("config.train.stepz = 3", 'Did you mean "steps" instead of "stepz"?'),
+        ("raise ValueError('there is no such variant')", "ValueError: there is no such variant"),
+    ],
+)
+def test_what_is_wrong_in_a_config_file_is_told_with_its_place(answer_to, tmp_path, line, told):
+    file = tmp_path / "own.py"
+    lines = ["from configs import tiny", "def get_config():", "    config = tiny.get_config()", f"    {line}"]
+    file.write_text("\n".join([*lines, "    return config"]))
+    answered = answer_to(["run.py", f"--config={file}", f"--workdir={tmp_path / 'run'}"])
+    assert f'File "{file}", line 4' in answered and told in answered and "Traceback" not in answered
+    assert "learning_rate" not in answered, "not all of the fields that there are"
 
 
 def test_an_attack_leaves_its_rates_and_what_it_found(finished, main, tmp_path):
