@@ -25,8 +25,9 @@ AXES = ("data", "fsdp", "tensor")
 # computes, it gathers what lies on "fsdp".
 BOTH = ("fsdp", "tensor")
 RULES = (
-    (r"(to_[qkv]|[qkv]_proj|fc1|net\.0\.proj)\.kernel$", ("fsdp", "tensor")),  # heads, and what widens: by columns
-    (r"(to_out\.0|out_proj|fc2|net\.2)\.kernel$", ("tensor", "fsdp")),  # what follows them: by rows
+    # Heads, and what widens: by columns. Of T5 they are q, k, v and wi.
+    (r"(to_[qkv]|[qkv]_proj|fc1|net\.0\.proj|Attention\.[qkv]|wi_[01])\.kernel$", ("fsdp", "tensor")),
+    (r"(to_out\.0|to_add_out|out_proj|fc2|net\.2|Attention\.o|wo)\.kernel$", ("tensor", "fsdp")),  # by rows
     (r"(kernel|embedding)$", (BOTH,)),  # convolutions and the rest
     (r"", ()),  # norms, biases, scalars: whole
 )

@@ -17,15 +17,19 @@ from livo_jax.files.repositories import (
     weight_files,
 )
 from livo_jax.models.clip import CLIPTextModel, CLIPTextModelWithProjection
+from livo_jax.models.mmdit import SD3Transformer2DModel
+from livo_jax.models.t5 import T5EncoderModel
 from livo_jax.models.unet import UNet2DConditionModel
 from livo_jax.models.vae import AutoencoderKL
-from livo_jax.models.weights import for_each_leaf, from_published, one_key, put, split, to_published
+from livo_jax.models.weights import for_each_leaf, from_published, one_key, published_name, put, split, to_published
 
-# The parts of a Stable Diffusion, and what their weight files are called.
+# The parts of Stable Diffusions, and what their weight files are called. sampling/families.py says which has which.
 PARTS = {
     "text_encoder": (CLIPTextModel, "model"),
-    "text_encoder_2": (CLIPTextModelWithProjection, "model"),  # of XL alone
+    "text_encoder_2": (CLIPTextModelWithProjection, "model"),
+    "text_encoder_3": (T5EncoderModel, "model"),
     "unet": (UNet2DConditionModel, "diffusion_pytorch_model"),
+    "transformer": (SD3Transformer2DModel, "diffusion_pytorch_model"),
     "vae": (AutoencoderKL, "diffusion_pytorch_model"),
 }
 
@@ -105,9 +109,15 @@ def load_module(model_class, directory: pathlib.Path, dtype=jnp.float32, *, vari
 
 
 def computing_dtype(model_class, directory: pathlib.Path, dtype):
-    """The dtype of a component where `dtype` is asked for: float16 overflows in a VAE that says force_upcast (XL's)."""
-    upcast = jnp.dtype(dtype) == jnp.float16 and getattr(read_config(model_class, directory), "force_upcast", False)
-    return jnp.float32 if upcast else dtype
+    """The dtype of a component where `dtype` is asked for.
+
+    float16 overflows in a VAE that says force_upcast (XL's), and in T5, which is large: its stead takes bfloat16.
+    """
+    if jnp.dtype(dtype) != jnp.float16:
+        return dtype
+    if issubclass(model_class, T5EncoderModel):
+        return jnp.bfloat16
+    return jnp.float32 if getattr(read_config(model_class, directory), "force_upcast", False) else dtype
 
 
 def without_skipped_layers(tensors: dict, layers: int, directory: pathlib.Path) -> dict:
@@ -133,10 +143,13 @@ def initialise(model_class, directory: pathlib.Path, dtype=jnp.float32, *, seed:
     graph, abstract = skeleton(model_class, directory)
     dtype = computing_dtype(model_class, directory, dtype)
     rng = np.random.default_rng(seed)
+    constants = model_class.constants(read_config(model_class, directory)) if hasattr(model_class, "constants") else {}
 
     def draw(path, leaf, sharding):  # on the host: hundreds of small draws on a device are as many compilations
         kind = path[-1].key
-        if kind in ("kernel", "embedding"):
+        if (name := published_name(path)) in constants:
+            array = constants[name]
+        elif kind in ("kernel", "embedding"):
             deviation = 0.02 if kind == "embedding" else np.prod(leaf.shape[:-1]) ** -0.5
             array = deviation * rng.standard_normal(leaf.shape, np.float32)
         else:

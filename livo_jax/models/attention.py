@@ -9,17 +9,20 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 
-def attention(q, k, v, heads: int, mask=None, causal: bool = False):
+def attention(q, k, v, heads: int, mask=None, causal: bool = False, bias=None, scale: float | None = None):
     """Multi-head scaled dot-product attention; no probabilities are kept for the backward pass.
 
-    Half precision without a mask takes the flash attention (Dao et al. 2022) of cuDNN on an NVIDIA GPU and of Pallas
-    on a TPU, where these take the shapes. The platform is known, and the kernel chosen, when a program is lowered.
+    Half precision without a mask and a bias takes the flash attention (Dao et al. 2022) of cuDNN on an NVIDIA GPU and
+    of Pallas on a TPU, where these take the shapes. The platform is known, and the kernel chosen, when a program is
+    lowered.
 
     Args:
         q: [B, L, D] queries. k, v: [B, S, D] keys and values.
         heads: number of heads; divides D.
         mask: [B, S] bool, False where a key is hidden, or None.
         causal: whether query l sees keys 0..l only.
+        bias: [1, heads, L, S], added to the products of queries and keys, or None.
+        scale: of these products, before; 1 / sqrt(D / heads) if None.
 
     Returns:
         [B, L, D] in q's dtype.
@@ -28,9 +31,10 @@ def attention(q, k, v, heads: int, mask=None, causal: bool = False):
     q, k, v = (x.reshape(*x.shape[:2], heads, -1) for x in (q, k, v))  # [B, L, N, K]
     if mask is not None:
         mask = mask[:, None, None, :]  # [B, N, L, S]
-    plain = jax.checkpoint(functools.partial(jax.nn.dot_product_attention, mask=mask, is_causal=causal))
+    settings = dict(mask=mask, is_causal=causal, bias=bias, scale=scale)
+    plain = jax.checkpoint(functools.partial(jax.nn.dot_product_attention, **settings))
     fused = {}
-    if mask is None and q.dtype in (jnp.bfloat16, jnp.float16):
+    if mask is None and bias is None and scale is None and q.dtype in (jnp.bfloat16, jnp.float16):
         cudnn = functools.partial(jax.nn.dot_product_attention, is_causal=causal, implementation="cudnn")
         if _takes(cudnn, q, k, v):
             fused["cuda"] = cudnn

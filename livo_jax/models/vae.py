@@ -1,4 +1,4 @@
-"""The image autoencoder of Stable Diffusion (AutoencoderKL, Rombach et al. 2022)."""
+"""The image autoencoder of Stable Diffusion (AutoencoderKL, Rombach et al. 2022), of 4 channels or, in 3, 16."""
 
 import dataclasses
 
@@ -23,7 +23,9 @@ EPS = 1e-6  # of every group norm in the published autoencoders
 class VAEConfig(PublishedConfig):
     """The fields of a published vae/config.json that change the computation.
 
-    force_upcast: whether float16 overflows in it, so that float32 is to take its place.
+    force_upcast: whether float16 overflows in it, so that float32 is to take its place. use_quant_conv and
+    use_post_quant_conv, and a shift_factor of nearly the latents' mean: Stable Diffusion 3 has none of the first two,
+    and is alone with the third.
     """
 
     in_channels: int = 3
@@ -36,13 +38,14 @@ class VAEConfig(PublishedConfig):
     down_block_types: tuple = ("DownEncoderBlock2D",)
     up_block_types: tuple = ("UpDecoderBlock2D",)
     force_upcast: bool = True
+    shift_factor: int | float | None = None
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
 
     FIXED = {
         "_class_name": "AutoencoderKL",
         "act_fn": "silu",
         "mid_block_add_attention": True,
-        "use_post_quant_conv": True,
-        "use_quant_conv": True,
     }
     IGNORED = frozenset({"sample_size"})
 
@@ -51,6 +54,15 @@ class VAEConfig(PublishedConfig):
         for name, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
             if set(getattr(self, name)) != {kind}:
                 raise ValueError(f"{name}={getattr(self, name)!r}: only {kind}")
+
+    def scale(self, z):
+        """Latents as the network that denoises has them, of those that the VAE has."""
+        return self.scaling_factor * (z - self.shift_factor if self.shift_factor else z)
+
+    def unscale(self, z):
+        """Latents as the VAE has them: undoes `scale`."""
+        z = z / self.scaling_factor
+        return z + self.shift_factor if self.shift_factor else z
 
 
 class VAEAttention(Attention):
@@ -162,16 +174,20 @@ class AutoencoderKL(nnx.Module):
         C = config.latent_channels
         self.encoder = Encoder(config, rngs=rngs)
         self.decoder = Decoder(config, rngs=rngs)
-        self.quant_conv = nnx.Conv(2 * C, 2 * C, (1, 1), rngs=rngs)
-        self.post_quant_conv = nnx.Conv(C, C, (1, 1), rngs=rngs)
+        if config.use_quant_conv:
+            self.quant_conv = nnx.Conv(2 * C, 2 * C, (1, 1), rngs=rngs)
+        if config.use_post_quant_conv:
+            self.post_quant_conv = nnx.Conv(C, C, (1, 1), rngs=rngs)
 
     def encode(self, images):
         """The posterior of images [B, H, W, 3]: its mean and log-variance, each [B, h, w, C], unscaled."""
-        images = images.astype(self.quant_conv.kernel.dtype)
-        mean, logvar = jnp.split(self.quant_conv(self.encoder(images)), 2, axis=-1)
+        moments = self.encoder(images.astype(self.encoder.conv_in.kernel.dtype))
+        if self.config.use_quant_conv:
+            moments = self.quant_conv(moments)
+        mean, logvar = jnp.split(moments, 2, axis=-1)
         return mean, jnp.clip(logvar, -30.0, 20.0)
 
     def decode(self, z):
-        """Images [B, H, W, 3], about [-1, 1], of unscaled latents: pass z / scaling_factor."""
-        z = z.astype(self.post_quant_conv.kernel.dtype)
-        return self.decoder(self.post_quant_conv(z))
+        """Images [B, H, W, 3], about [-1, 1], of latents that config.unscale made."""
+        z = z.astype(self.decoder.conv_in.kernel.dtype)
+        return self.decoder(self.post_quant_conv(z) if self.config.use_post_quant_conv else z)

@@ -28,8 +28,10 @@ LEGACY = (
     (re.compile(r"(mid_block\.attentions\.\d+)\.proj_attn\."), r"\1.to_out.0."),
 )
 # Saved beside the weights, but constants: by transformers before 4.31, by PyTorch's batch norms, by lpips. And the
-# projection of a text transformer, which one that only encodes has no use for.
-BESIDE = re.compile(r"(^|\.)(position_ids|num_batches_tracked)$|^scaling_layer\.|^text_projection\.weight$")
+# projection of a text transformer, which one that only encodes has no use for, and a second copy of T5's embeddings.
+BESIDE = re.compile(
+    r"(^|\.)(position_ids|num_batches_tracked)$|^scaling_layer\.|^text_projection\.weight$|^encoder\.embed_tokens\.weight$"
+)
 
 TO_OURS = {4: (2, 3, 1, 0), 2: (1, 0)}  # of a published `weight` that becomes a `kernel`, by rank
 TO_PUBLISHED = {4: (3, 2, 0, 1), 2: (1, 0)}

@@ -71,7 +71,8 @@ class StableDiffusion:
         self.root, self.name = root, name or str(root)
         index = read_json(root / "model_index.json") if (root / "model_index.json").is_file() else {}
         is_xl = (index.get("text_encoder_2") or [None])[0] is not None
-        parts = {part: kind for part, (kind, _) in PARTS.items() if is_xl or part != "text_encoder_2"}
+        named = ["text_encoder", *(["text_encoder_2"] if is_xl else []), "unet", "vae"]
+        parts = {part: PARTS[part][0] for part in named}
         file = root / "scheduler" / "scheduler_config.json"
         needed = [file, *(root / part / "config.json" for part in parts)]
         if missing := [str(path.relative_to(root)) for path in needed if not path.is_file()]:

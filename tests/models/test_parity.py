@@ -184,7 +184,7 @@ def test_latents_that_the_unet_cannot_halve_are_refused(sd):
         (UNet2DConditionModel, dict(act_fn="gelu", brand_new=7), "act_fn='gelu' .*brand_new=7"),
         (UNet2DConditionModel, dict(down_block_types=["ResnetDownsampleBlock2D"] * 4), "ResnetDownsampleBlock2D"),
         (UNet2DConditionModel, dict(attention_head_dim=[1, 2]), "attention_head_dim has 2 entries for 4 levels"),
-        (AutoencoderKL, dict(use_quant_conv=False), "use_quant_conv=False"),
+        (AutoencoderKL, dict(mid_block_add_attention=False), "mid_block_add_attention=False"),
         (CLIPTextModel, dict(hidden_act="relu"), "relu.*choose from"),
     ],
 )
