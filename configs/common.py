@@ -73,7 +73,8 @@ def get_config() -> ConfigDict:
     c.gamma_1 = 1.0  # margin of the aligned hinge
     c.gamma_2 = 0.5  # margin of the violating hinge
     c.anchor = 0.0  # slope of how far the prediction moves where the value should leave a prompt alone; 0: as pairs
-    c.timesteps = (0, 1000)  # t is uniform over first .. last - 1
+    c.timesteps = (0, 1000)  # t is of first .. last - 1
+    c.timestep_density = "uniform"  # or "logit_normal", which has most of them about the middle: Stable Diffusion 3's
     c.min_snr_gamma = 0.0  # weights the errors by min(snr, gamma) / snr (Hang et al. 2023: 5); 0 for none
 
     config.train = c = ConfigDict()

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from livo_jax.diffusion.schedule import SOLVER, NoiseSchedule
+from livo_jax.diffusion.schedule import SOLVER, FlowSchedule, NoiseSchedule, read_schedule, shifted
 
 ORIGINAL_STEPS = 50  # of a distillation whose scheduler_config.json does not say how many
 GAMMA = 0.3  # of TCD, where the file has no `eta`
@@ -292,6 +292,52 @@ SAMPLERS = {
 }
 
 
+def _flow_sigmas(schedule: FlowSchedule, steps: int) -> np.ndarray:
+    """[steps + 1] descending sigmas, the last 0. diffusers shifts those between the shifted ends once more."""
+    return np.append(shifted(np.linspace(1.0, schedule.sigmas[0], steps), schedule.shift), 0.0)
+
+
+def flow_euler(schedule: FlowSchedule, steps: int) -> SamplerTable:
+    """Euler's method along the flow, as diffusers' FlowMatchEulerDiscreteScheduler steps."""
+    sigma = _flow_sigmas(schedule, steps)
+    ones = np.ones(steps)
+    step = np.stack([ones, np.diff(sigma), np.zeros(steps)], axis=-1)[:, None]
+    return SamplerTable(sigma[:-1] * schedule.num_timesteps, ones, ones, -sigma[:-1], step)
+
+
+def flow_heun(schedule: FlowSchedule, steps: int) -> SamplerTable:
+    """Heun's method along the flow (Karras et al. 2022, algorithm 1), as diffusers' FlowMatchHeunDiscreteScheduler.
+
+    Two evaluations a step, but one in the last. The memory is where a step began, and its first velocity.
+    """
+    sigma, Z, ORIGIN, V, OUT = _flow_sigmas(schedule, steps), 0, 1, 2, 3
+    at, rows = [], []
+    for start, end in zip(sigma[:-1], sigma[1:]):
+        first, second = np.zeros((2, 3, 5))  # [z, origin, v] <- [z, origin, v, out, z_0]
+        first[Z, [Z, OUT]] = 1, end - start
+        first[ORIGIN, Z] = first[V, OUT] = 1
+        second[Z, [ORIGIN, V, OUT]] = 1, (end - start) / 2, (end - start) / 2
+        at += [start, end] if end else [start]
+        rows += [first, second] if end else [first]
+    at, ones = np.array(at), np.ones(len(rows))
+    return SamplerTable(at * schedule.num_timesteps, ones, ones, -at, np.stack(rows))
+
+
+FLOW_SAMPLERS = {"euler": flow_euler, "heun": flow_heun}
+
+
+def _flow_table(schedule: FlowSchedule, sampler: str, steps: int) -> SamplerTable:
+    """That of a model of flow matching. Raises ValueError as sampler_table."""
+    problems = []
+    if sampler not in FLOW_SAMPLERS:
+        problems.append(f"sampler={sampler!r}: choose from {', '.join(FLOW_SAMPLERS)}, which are of flow matching")
+    if not 1 <= steps <= schedule.num_timesteps:
+        problems.append(f"steps={steps}: choose 1 to {schedule.num_timesteps}")
+    if problems:
+        raise ValueError("scheduler config: " + "; ".join(problems))
+    return jax.tree.map(np.float32, FLOW_SAMPLERS[sampler](schedule, steps))
+
+
 def sampler_table(config: dict, sampler: str, steps: int) -> SamplerTable:
     """The sampler's table for a published scheduler_config.json, whatever scheduler that names.
 
@@ -301,7 +347,9 @@ def sampler_table(config: dict, sampler: str, steps: int) -> SamplerTable:
     Raises:
         ValueError: an unknown sampler, step count or option; all problems are listed.
     """
-    schedule = NoiseSchedule.from_json(config)
+    schedule = read_schedule(config)
+    if isinstance(schedule, FlowSchedule):
+        return _flow_table(schedule, sampler, steps)
     problems = []
     if sampler not in SAMPLERS:
         problems.append(f"sampler={sampler!r}: choose from {', '.join(SAMPLERS)}")

@@ -26,6 +26,13 @@ SCHEDULERS = {
     **dict.fromkeys(("LCMScheduler", "TCDScheduler"), (0.00085, 0.012, "scaled_linear")),
 }
 
+FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")  # of Stable Diffusion 3
+# What their files may ask for beside num_train_timesteps and shift, of which we compute one value only.
+FLOW_FIXED = {
+    "use_dynamic_shifting": False, "shift_terminal": None, "use_karras_sigmas": False, "use_exponential_sigmas": False,
+    "use_beta_sigmas": False, "invert_sigmas": False, "stochastic_sampling": False,
+}  # fmt: skip
+
 # What dpm_solver_pp computes; the first where the file is of another solver, whose settings say nothing of ours.
 SOLVER = {
     "algorithm_type": ("dpmsolver++", "deis"),  # diffusers takes the second as the first
@@ -133,23 +140,97 @@ class NoiseSchedule:
         a, s = (jnp.asarray(table, jnp.float32)[t] for table in (np.sqrt(bar), np.sqrt(1 - bar)))
         return a[:, None, None, None], s[:, None, None, None]
 
+    def times(self, t):
+        """What the network is told for timesteps t [B]."""
+        return t
 
-def add_noise(schedule: NoiseSchedule, z, eps, t):
+
+def shifted(sigma, shift: float):
+    """Noise levels moved up where images have more pixels to hide it in (Esser et al. 2024, equation 23)."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowSchedule:
+    """Of flow matching (Lipman et al. 2023; Esser et al. 2024): z_t = (1 - sigma) z + sigma eps.
+
+    sigmas: [T] float64, ascending to 1. shift: by which they are moved.
+    """
+
+    sigmas: np.ndarray
+    shift: float
+
+    prediction_type = "flow"
+
+    @classmethod
+    def from_json(cls, config: dict) -> "FlowSchedule":
+        """Reads a published scheduler_config.json; absent fields take diffusers' defaults.
+
+        Raises:
+            ValueError: a scheduler of other noise, or fields that ask for what we do not compute; all are listed.
+        """
+        problems, name = [], config.get("_class_name")
+        if name not in FLOW_SCHEDULERS:
+            problems.append(f"_class_name={name!r} is no flow matching: choose from {', '.join(FLOW_SCHEDULERS)}")
+        steps, shift = config.get("num_train_timesteps", 1000), config.get("shift", 1.0)
+        for field, number in (("num_train_timesteps", steps), ("shift", shift)):
+            if not isinstance(number, int | float) or number <= 0:
+                problems.append(f"{field}={number!r}: a number above 0 is wanted")
+        for field, only in FLOW_FIXED.items():
+            if config.get(field, only) not in (only, None):
+                problems.append(f"{field}={config[field]!r}: only {only!r}")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return cls(shifted(np.arange(1, steps + 1) / steps, shift), shift)
+
+    @property
+    def num_timesteps(self) -> int:
+        return len(self.sigmas)
+
+    def coefficients(self, t):
+        """(1 - sigma, sigma) of timesteps t [B], each [B, 1, 1, 1] float32."""
+        s = jnp.asarray(self.sigmas, jnp.float32)[t][:, None, None, None]
+        return 1 - s, s
+
+    def times(self, t):
+        """What the network is told for timesteps t [B]: their sigmas, times the number of timesteps."""
+        return jnp.asarray(self.sigmas * self.num_timesteps, jnp.float32)[t]
+
+
+def read_schedule(config: dict) -> NoiseSchedule | FlowSchedule:
+    """The schedule of a published scheduler_config.json, by its _class_name. Errors as of the schedules' from_json."""
+    return (FlowSchedule if config.get("_class_name") in FLOW_SCHEDULERS else NoiseSchedule).from_json(config)
+
+
+def add_noise(schedule: NoiseSchedule | FlowSchedule, z, eps, t):
     """z_t [B, h, w, C] of latents z and noise eps at timesteps t [B] (Ho et al. 2020, equation 4)."""
     a, s = schedule.coefficients(t)
     return a * z + s * eps
 
 
-def target(schedule: NoiseSchedule, z, eps, t):
-    """What the UNet is to predict, [B, h, w, C]: eps, or the velocity a_t eps - s_t z (Salimans & Ho 2022)."""
+def target(schedule: NoiseSchedule | FlowSchedule, z, eps, t):
+    """What the network is to predict, [B, h, w, C].
+
+    That is eps; or the velocity a_t eps - s_t z (Salimans & Ho 2022); or that of a flow, eps - z.
+    """
     if schedule.prediction_type == "epsilon":
         return eps
+    if schedule.prediction_type == "flow":
+        return eps - z
     a, s = schedule.coefficients(t)
     return a * eps - s * z
 
 
 def min_snr_weight(schedule: NoiseSchedule, t, gamma: float):
-    """Min-SNR loss weights [B] float32 (Hang et al. 2023): min(snr, gamma) / snr, over snr + 1 for velocity."""
+    """Min-SNR loss weights [B] float32 (Hang et al. 2023): min(snr, gamma) / snr, over snr + 1 for velocity.
+
+    Raises ValueError for a FlowSchedule, of which the density of timesteps takes their place.
+    """
+    if schedule.prediction_type == "flow":
+        raise ValueError(
+            f"config.loss.min_snr_gamma={gamma}: it is not for flow matching; set it to 0, and choose where timesteps"
+            " are drawn by config.loss.timestep_density"
+        )
     snr = jnp.asarray(schedule.alphas_cumprod / (1 - schedule.alphas_cumprod), jnp.float32)[t]
     if schedule.prediction_type == "epsilon":
         return jnp.minimum(1.0, gamma / snr)  # finite at snr = 0 too

@@ -167,7 +167,7 @@ def encode(sd, images) -> jax.Array:
     @jax.jit
     def latents(params, images):
         mean, _ = nnx.merge(graph, params).encode(images.astype(jnp.float32) / 127.5 - 1)
-        return mean.astype(jnp.float32) * sd.vae.config.scaling_factor
+        return sd.vae.config.scale(mean.astype(jnp.float32))
 
     return latents(params, jnp.asarray(images))
 

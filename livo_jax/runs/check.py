@@ -9,6 +9,7 @@ from livo_jax.files.directories import resolve_directory
 from livo_jax.models.unet import REMAT
 from livo_jax.runs import fields
 from livo_jax.sampling.conditioning import PROMPT_LAYOUTS
+from livo_jax.training.batch import DENSITIES
 from livo_jax.training.objective import make_preference
 from livo_jax.training.optimizer import make_optimizer
 
@@ -49,6 +50,10 @@ def check_config(config, mesh, further=()):
         if config[section][name] < 0:
             problems.append(f"config.{section}.{name}={config[section][name]}: choose 0 ({none}) or more")
     problems += problem_of(sharding.check_batch_size, mesh, config.train.batch_size, "config.train.batch_size")
+    if config.loss.timestep_density not in DENSITIES:
+        problems.append(
+            f"config.loss.timestep_density={config.loss.timestep_density!r}: choose from {', '.join(DENSITIES)}"
+        )
     problems += problem_of(make_optimizer, config)
     problems += problem_of(value_encoders.kind_of, config)
     problems += problem_of(make_preference, config, 1)  # how many timesteps there are is no matter here

@@ -53,7 +53,6 @@ def _sample(
     batch: Batch,
     table,
     guidance_scale,
-    scaling_factor,
     time_ids,
     *,
     shape,
@@ -83,8 +82,8 @@ def _sample(
     def draw_noise(step):
         return jax.vmap(functools.partial(_step_noise, step=step, shape=shape))(*whose)
 
-    z = diffusion.sample(predict, noise, table, guidance.start(noise), draw_noise) / scaling_factor
-    return decode(z, vae, decoder_parts)
+    z = diffusion.sample(predict, noise, table, guidance.start(noise), draw_noise)
+    return decode(vae.config.unscale(z), vae, decoder_parts)
 
 
 def decode(z, vae, parts: int):
@@ -212,14 +211,13 @@ def generate(
     shape, time_ids = sd.shape_of(requests[0].size)
     parts = -(-batch_size * math.prod(requests[0].size or (sd.image_size, sd.image_size)) // DECODED_PIXELS)
     parts = next(n for n in range(min(parts, batch_size), batch_size + 1) if batch_size % n == 0)
-    scaling_factor = sd.vae.config.scaling_factor
     static, images = {"shape": shape, "decoder_parts": parts, "guidance": guidance}, []
     over_devices = functools.partial(put, sharding=sharding.over_batch(mesh))
     progress = tqdm(range(0, len(padded), at_once), desc=description, unit="batch", disable=description is None)
     for start in progress:
         batch = jax.tree.map(over_devices, columns.take_rows(start, start + at_once))
         with jax.set_mesh(mesh):  # which the attention kernels ask for
-            drawn = _sample(graphs, params, batch, table, guidance_scale, scaling_factor, time_ids, **static)
+            drawn = _sample(graphs, params, batch, table, guidance_scale, time_ids, **static)
         drawn, finite = map(sharding.fetch, drawn)
         if not finite.all():
             spoilt = [request for request, good in zip(padded[start : start + at_once], finite) if not good]

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 SIDES = ("aligned", "violating")  # the images of a pair
 
@@ -45,11 +46,21 @@ class Noise(NamedTuple):
     t: jax.Array
 
 
-def draw_noise(key, shape: tuple, timesteps: tuple[int, int]) -> Noise:
+DENSITIES = ("uniform", "logit_normal")  # of timesteps: config.loss.timestep_density
+
+
+def draw_noise(key, shape: tuple, timesteps: tuple[int, int], density: str = "uniform") -> Noise:
     """The noise of a step for latents of `shape` [B, h, w, C], with t of first .. last - 1.
 
     The key is split once: none serves two purposes.
+
+    density: one of DENSITIES. The second has the logit of where t lies between first and last from N(0, 1), so that
+        most are about the middle (Esser et al. 2024, section 3.1).
     """
     *keys, key_t = jax.random.split(key, 4)
     normal = [jax.random.normal(key, shape) for key in keys]
-    return Noise(*normal, jax.random.randint(key_t, shape[:1], *timesteps))
+    if density == "uniform":
+        return Noise(*normal, jax.random.randint(key_t, shape[:1], *timesteps))
+    first, last = timesteps
+    place = jax.nn.sigmoid(jax.random.normal(key_t, shape[:1])) * (last - first)
+    return Noise(*normal, jnp.clip(first + place.astype(jnp.int32), first, last - 1))

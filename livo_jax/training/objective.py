@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from livo_jax import diffusion
+from livo_jax.models.vae import VAEConfig
 from livo_jax.models.weights import split
 from livo_jax.training import losses
 from livo_jax.training.batch import SIDES, Batch, Noise
@@ -18,12 +19,12 @@ class Networks(NamedTuple):
     """What a step computes with beside arrays.
 
     graphs: GraphDefs of unet, text_encoder, trained (what is trained) and, where batches have images, vae.
-    scaling_factor: of the VAE's latents. time_ids: of XL, as StableDiffusion has them.
+    latents: config of the VAE, which says how its latents are scaled. time_ids: of XL, as StableDiffusion has them.
     """
 
     graphs: dict[str, nnx.GraphDef]
-    schedule: diffusion.NoiseSchedule
-    scaling_factor: float
+    schedule: diffusion.NoiseSchedule | diffusion.FlowSchedule
+    latents: VAEConfig
     time_ids: jax.Array | None = None
 
     def merge(self, name: str, params) -> nnx.Module:
@@ -38,7 +39,7 @@ def split_models(sd, trained, with_vae: bool) -> tuple[Networks, dict, dict]:
     graphs, params = {}, {}
     for name, module in modules.items():
         graphs[name], params[name] = split(module)
-    return Networks(graphs, sd.schedule, sd.vae.config.scaling_factor, sd.time_ids), params.pop("trained"), params
+    return Networks(graphs, sd.schedule, sd.vae.config, sd.time_ids), params.pop("trained"), params
 
 
 def moments(networks: Networks, frozen: dict, batch: Batch, side: str):
@@ -50,19 +51,20 @@ def moments(networks: Networks, frozen: dict, batch: Batch, side: str):
 
 
 def add_noise(networks: Networks, frozen: dict, batch: Batch, noise: Noise, sides=SIDES):
-    """z_t [n B, h, w, C], t [n B] and the target of the images of n sides, with the same eps and t.
+    """z_t [n B, h, w, C], what the UNet is told of t [n B], and the target, of n sides' images with equal eps and t.
 
     They go through the UNet as one batch: side by side, so that no row leaves its device.
     """
 
     def sample_latents(side):
         mean, logvar = (x.astype(jnp.float32) for x in moments(networks, frozen, batch, side))
-        return networks.scaling_factor * (mean + jnp.exp(0.5 * logvar) * getattr(noise, side))
+        return networks.latents.scale(mean + jnp.exp(0.5 * logvar) * getattr(noise, side))
 
     z = jnp.stack([sample_latents(side) for side in sides], axis=1)
     z = z.reshape(-1, *z.shape[2:])
     eps, t = (jnp.repeat(x, len(sides), axis=0) for x in (noise.eps, noise.t))
-    return diffusion.add_noise(networks.schedule, z, eps, t), t, diffusion.target(networks.schedule, z, eps, t)
+    schedule = networks.schedule
+    return diffusion.add_noise(schedule, z, eps, t), schedule.times(t), diffusion.target(schedule, z, eps, t)
 
 
 def prompt_states(networks: Networks, frozen: dict, batch: Batch):

@@ -44,7 +44,7 @@ def make_train_step(networks: Networks, tx, config, loss):
     """The function train_step(state, frozen, batch) -> (state, metrics), to be jitted.
 
     Args:
-        config: its `loss.timesteps`, `seed` and `train` (accumulate, ema_decay) are used.
+        config: its `loss.timesteps` and `loss.timestep_density`, `seed` and `train` (accumulate, ema_decay) are used.
         loss: loss(params, frozen, batch, noise) -> (loss, metrics), as objective.make_loss makes it.
 
     The step takes `state` (step, params, opt_state, perhaps ema), `frozen` (parameters of text_encoder,
@@ -58,7 +58,8 @@ def make_train_step(networks: Networks, tx, config, loss):
         # One base key, folded with the step. All is drawn for the whole batch, so that no number depends on how it is
         # accumulated.
         shape = jax.eval_shape(lambda: moments(networks, frozen, batch, "aligned"))[0].shape  # [B, h, w, C]
-        noise = draw_noise(jax.random.fold_in(seeds.key(config.seed), state["step"]), shape, config.loss.timesteps)
+        key = jax.random.fold_in(seeds.key(config.seed), state["step"])
+        noise = draw_noise(key, shape, config.loss.timesteps, config.loss.get("timestep_density", "uniform"))
 
         def gradient(rows):
             return jax.value_and_grad(loss, has_aux=True)(state["params"], frozen, *rows)
