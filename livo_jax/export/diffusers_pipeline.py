@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x, 2.x or XL with a LiVO value encoder, in PyTorch: a diffusers custom pipeline.
+"""Stable Diffusion 1.x, 2.x, XL or 3 with a LiVO value encoder, in PyTorch: a diffusers custom pipeline.
 
     from diffusers import DiffusionPipeline
 
@@ -32,7 +32,7 @@ from .livo_ratio import deal
 from .livo_rules import Rules
 
 # How the value encoder was trained to be sampled; `livo_jax.export.export` fills this in.
-SETTINGS = dict(xl=False, size=512, scheduler="DDIMScheduler", options={}, eta=0.0, steps=25, guidance_scale=7.5)
+SETTINGS = dict(family="sd1", size=512, scheduler="DDIMScheduler", options={}, eta=0.0, steps=25, guidance_scale=7.5)
 
 
 @dataclasses.dataclass
@@ -111,7 +111,7 @@ def find_value_encoders(value_encoder, value_encoder_2=None) -> tuple:
     if not isinstance(value_encoder, str | os.PathLike):
         return value_encoder, value_encoder_2
     export, value_encoder = value_encoder, load_exported(value_encoder, "value_encoder")
-    if SETTINGS["xl"] and isinstance(value_encoder, CLIPTextModel):
+    if SETTINGS["family"] != "sd1" and isinstance(value_encoder, CLIPTextModel):
         value_encoder_2 = load_exported(export, "value_encoder_2")
     return value_encoder, value_encoder_2
 
@@ -167,7 +167,9 @@ class LiVO:
 
     def _condition(self, rows: list[tuple[str | None, tuple[Dose, ...]]]) -> tuple[torch.Tensor, torch.Tensor, dict]:
         """What the UNet reads for texts with values: [u; c], [R, V + L, D], the mask of what each row has, and more."""
-        dtype = self.unet.dtype  # parts may come in different ones: transformers keeps a file's, diffusers casts it
+        dtype = (
+            self._denoiser().dtype
+        )  # parts may come in different ones: transformers keeps a file's, diffusers casts it
         c, added = self._encode([text for text, _ in rows])
         c, added = c.to(dtype), {name: x.to(dtype) for name, x in added.items()}
         slots = max(len(doses) for _, doses in rows)
@@ -176,6 +178,7 @@ class LiVO:
         places = [(row, slot) for row, (_, doses) in enumerate(rows) for slot in range(len(doses))]
         at = torch.tensor(places).unbind(1)
         tokens = self._value_tokens([(dose.value, text) for text, doses in rows for dose in doses]).to(dtype)
+        tokens = torch.nn.functional.pad(tokens, (0, c.shape[-1] - tokens.shape[-1]))  # of Stable Diffusion 3
         u = c.new_zeros(len(rows), slots, *tokens.shape[1:])  # [R, V, n, D]
         sees = torch.zeros(u.shape[:3], dtype=torch.bool, device=c.device)
         u[at], sees[at] = tokens, True
@@ -195,8 +198,32 @@ class LiVO:
             raise ValueError(f"the value encoder knows {', '.join(known)}, not {', '.join(unknown)}")
         return self.value_encoder.table[[known.index(statement) for statement, _ in read]]
 
+    def _value_encoders(self):
+        """Each with its tokenizer."""
+        first = (self.value_encoder, self.tokenizer)
+        return (first,) if SETTINGS["family"] == "sd1" else (first, (self.value_encoder_2, self.tokenizer_2))
+
+    def _empty(self) -> str | None:
+        """The negative prompt where none is given."""
+        return ""
+
+    def _check_safety(self, images):
+        """The images, and which of them are unsafe; None where nobody looks."""
+        return images, None
+
+    def _denoiser(self):
+        """What predicts."""
+        return self.unet
+
+    def _predict(self, z, t, cond, mask, added):
+        """Its predictions [R, C, h, w] float32 for rows of latents and of what _condition makes."""
+        z = self.scheduler.scale_model_input(z, t).to(cond.dtype)
+        rest = dict(encoder_hidden_states=cond, encoder_attention_mask=mask, added_cond_kwargs=added)
+        return self.unet(z, t, **rest).sample.float()
+
     def _decode(self, z):
-        return self.vae.decode(z.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
+        z = z.to(self.vae.dtype) / self.vae.config.scaling_factor
+        return self.vae.decode(z + (self.vae.config.shift_factor or 0.0)).sample
 
     @torch.no_grad()
     def __call__(
@@ -271,18 +298,15 @@ class LiVO:
         image_of = [*range(N), *range(len(negative)), *(n for n, _ in dosed)]
 
         height, width = height or SETTINGS["size"], width or SETTINGS["size"]
-        if added:
+        if SETTINGS["family"] == "sdxl":
             sizes = torch.tensor([height, width, 0, 0, height, width], dtype=cond.dtype, device=cond.device)
             added["time_ids"] = sizes.expand(len(cond), -1)
         self.scheduler.set_timesteps(num_inference_steps, device=cond.device)
-        channels = self.unet.config.in_channels
+        channels = self._denoiser().config.in_channels
         z = self.prepare_latents(N, channels, height, width, torch.float32, cond.device, generator, latents).float()
         extra = self.prepare_extra_step_kwargs(generator, SETTINGS["eta"])  # what the scheduler takes of them
         for t in self.progress_bar(self.scheduler.timesteps):
-            model_input = self.scheduler.scale_model_input(z, t)[image_of].to(cond.dtype)
-            eps = self.unet(
-                model_input, t, encoder_hidden_states=cond, encoder_attention_mask=mask, added_cond_kwargs=added
-            ).sample.float()
+            eps = self._predict(z[image_of], t, cond, mask, added)
             with_prompt, with_negative, with_value = eps.split([N, len(negative), len(dosed)])
             guided = with_prompt.clone()
             if negative:
@@ -293,8 +317,8 @@ class LiVO:
         decoded = self._decode(z)
         if not (torch.isfinite(z).all() and torch.isfinite(decoded).all()):
             raise FloatingPointError(
-                f"images are not finite: weights are not, or they overflow in {self.unet.dtype} at guidance_scale="
-                f"{guidance_scale}, strength={strength}: choose a wider torch_dtype or gentler settings"
+                f"images are not finite: weights are not, or they overflow in {self._denoiser().dtype} at"
+                f" guidance_scale={guidance_scale}, strength={strength}: choose a wider torch_dtype or gentler settings"
             )
         decoded, unsafe = self._check_safety(decoded)
         shown = [not bad for bad in unsafe] if unsafe is not None else [True] * N
@@ -303,7 +327,7 @@ class LiVO:
         return LiVOPipelineOutput(decoded, unsafe, [doses for _, doses in images])
 
 
-if SETTINGS["xl"]:  # diffusers wants one pipeline in a file
+if SETTINGS["family"] == "sdxl":  # diffusers wants one pipeline in a file
 
     class LiVOPipeline(LiVO, diffusers.StableDiffusionXLPipeline):
         """Stable Diffusion XL whose images follow values; `value_encoder_2` is beside its second text encoder."""
@@ -325,9 +349,6 @@ if SETTINGS["xl"]:  # diffusers wants one pipeline in a file
             self.register_modules(value_encoder=value_encoder, value_encoder_2=value_encoder_2)
             self._sample_as_trained()
 
-        def _value_encoders(self):
-            return (self.value_encoder, self.tokenizer), (self.value_encoder_2, self.tokenizer_2)
-
         def _empty(self) -> str | None:
             return None if self.config.force_zeros_for_empty_prompt else ""
 
@@ -345,8 +366,57 @@ if SETTINGS["xl"]:  # diffusers wants one pipeline in a file
                 self.vae.to(torch.float32)  # in which alone XL's decodes without an overflow
             return super()._decode(z)
 
-        def _check_safety(self, images):
-            return images, None
+elif SETTINGS["family"] == "sd3":
+
+    class LiVOPipeline(LiVO, diffusers.StableDiffusion3Pipeline):
+        """Stable Diffusion 3 and 3.5 whose images follow values; `value_encoder_2` is beside its second CLIP.
+
+        max_sequence_length: how many tokens T5 reads, of model_index.json.
+        """
+
+        _optional_components = [
+            *diffusers.StableDiffusion3Pipeline._optional_components, "value_encoder", "value_encoder_2"
+        ]  # fmt: skip
+        model_cpu_offload_seq = (
+            "text_encoder->text_encoder_2->text_encoder_3->value_encoder->value_encoder_2->transformer->vae"
+        )
+
+        def __init__(
+            self, transformer, scheduler, vae, text_encoder, tokenizer, text_encoder_2, tokenizer_2, text_encoder_3,
+            tokenizer_3, image_encoder=None, feature_extractor=None, value_encoder=None, value_encoder_2=None,
+            max_sequence_length: int = 256,
+        ):  # fmt: skip
+            super().__init__(
+                transformer, scheduler, vae, text_encoder, tokenizer, text_encoder_2, tokenizer_2, text_encoder_3,
+                tokenizer_3, image_encoder, feature_extractor,
+            )  # fmt: skip
+            value_encoder, value_encoder_2 = find_value_encoders(value_encoder, value_encoder_2)
+            self.register_modules(value_encoder=value_encoder, value_encoder_2=value_encoder_2)
+            self.register_to_config(max_sequence_length=max_sequence_length)
+            self._sample_as_trained()
+
+        def _encode(self, texts):
+            """The states of all text encoders, and the pooled text."""
+            length = self.config.max_sequence_length
+            states, _, pooled, _ = self.encode_prompt(
+                texts, None, None, do_classifier_free_guidance=False, max_sequence_length=length
+            )
+            return states, {"pooled": pooled}
+
+        def _denoiser(self):
+            return self.transformer
+
+        def _predict(self, z, t, cond, mask, added):
+            """The transformer knows no mask: rows that see the same places go through it together."""
+            out, z = torch.empty_like(z), z.to(cond.dtype)
+            for sees in mask.unique(dim=0):
+                rows = (mask == sees).all(dim=1)
+                text, pooled = cond[rows][:, sees], added["pooled"][rows]
+                out[rows] = self.transformer(z[rows], text, pooled, t.expand(len(text))).sample.float()
+            return out
+
+        def prepare_extra_step_kwargs(self, generator, eta):
+            return {}
 
 else:
 
@@ -367,12 +437,6 @@ else:
             value_encoder, _ = find_value_encoders(value_encoder)
             self.register_modules(value_encoder=value_encoder)
             self._sample_as_trained()
-
-        def _value_encoders(self):
-            return ((self.value_encoder, self.tokenizer),)
-
-        def _empty(self) -> str:
-            return ""
 
         def _encode(self, texts):
             return self.text_encoder(self._tokenize(texts, self.tokenizer))[0], {}

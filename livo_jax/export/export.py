@@ -38,6 +38,11 @@ SCHEDULERS = {  # of diffusers, for diffusion.SAMPLERS
     "tcd": ("TCDScheduler", {"clip_sample": False, "thresholding": False}),
 }  # fmt: skip
 
+FLOW_SCHEDULERS = {  # and for diffusion.FLOW_SAMPLERS
+    "euler": ("FlowMatchEulerDiscreteScheduler", {}),
+    "heun": ("FlowMatchHeunDiscreteScheduler", {}),
+}
+
 READS = """reads a value and a prompt; its pooled output, one token put before the prompt's tokens, makes the frozen
 base model follow the value."""
 WHAT = {  # the model card's first paragraph, by kind of value encoder
@@ -80,7 +85,7 @@ def export(directory: str | os.PathLike, sd, value_encoder, config, results: lis
                          that it knows, and which prompts they are for
         adapter/         low-rank updates alone, which peft loads on the model's text encoder
         tokenizer/       of the model that it belongs to
-        ..._2/           for XL the same of the second tower
+        ..._2/           for XL and 3 the same of the second tower
         pipeline.py      a diffusers custom pipeline around both, with livo_dealing.py, livo_ratio.py, livo_rules.py
         README.md        a model card: how to use it, its recipe, its results
 
@@ -111,12 +116,13 @@ def export(directory: str | os.PathLike, sd, value_encoder, config, results: lis
             " put the one pooled token of value and prompt before the prompt's"
         )
     directory = pathlib.Path(directory).absolute()
-    scheduler, options = SCHEDULERS[config.sampling.sampler]
+    is_flow = sd.schedule.prediction_type == "flow"
+    scheduler, options = (FLOW_SCHEDULERS if is_flow else SCHEDULERS)[config.sampling.sampler]
     # What the base's own file may say otherwise, or not say.
     right = ("steps_offset", *SOLVER) if scheduler == "DPMSolverMultistepScheduler" else ("steps_offset",)
     options = options | {name: sd.scheduler_config[name] for name in right if name in sd.scheduler_config}
     settings = {
-        "xl": sd.time_ids is not None, "size": sd.image_size, "scheduler": scheduler,
+        "family": sd.family.KEY, "size": sd.image_size, "scheduler": scheduler,
         "options": options, "eta": sd.scheduler_config.get("eta", GAMMA) if config.sampling.sampler == "tcd" else 0.0,
         "steps": config.sampling.steps, "guidance_scale": config.sampling.guidance_scale,
     }  # fmt: skip
@@ -130,7 +136,14 @@ def export(directory: str | os.PathLike, sd, value_encoder, config, results: lis
         for value in known:
             value["alone"] = value["statement"] in value_encoder.alone
         base = name_base(config.model)
-        knows = {"base": base, "values": known, "lists": lists(), "rates": rates, "dealing": dealing.BLOCK}
+        knows = {
+            "base": base,
+            "family": sd.family.KEY,
+            "values": known,
+            "lists": lists(),
+            "rates": rates,
+            "dealing": dealing.BLOCK,
+        }
         if isinstance(value_encoder, LoRA):
             value_encoder.save(out / "adapter", base)
             value_encoder = copy_of(value_encoder.merged(text_encoder))

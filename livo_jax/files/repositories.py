@@ -118,6 +118,18 @@ def read_tokenizer(place: pathlib.Path):
     return tokenizer
 
 
+def read_t5_tokenizer(place: pathlib.Path):
+    """The transformers.T5Tokenizer of a directory. Raises ValueError where its files are missing or damaged."""
+    from transformers import T5TokenizerFast
+
+    if not any((place / name).is_file() for name in ("tokenizer.json", "spiece.model")):
+        raise ValueError(f"{place} has no vocabulary: is tokenizer.json or spiece.model there?")
+    try:
+        return T5TokenizerFast.from_pretrained(place)
+    except Exception as error:  # of what type depends on the file
+        raise ValueError(f"{place}: a file of T5's tokenizer is damaged: fetch them again: {error}") from error
+
+
 def from_one_file(file: pathlib.Path) -> str:
     """How to make a model's directory of a file that web interfaces use."""
     return (

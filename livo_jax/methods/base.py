@@ -130,6 +130,15 @@ def with_unet(sd, unet):
     return other
 
 
+def check_cross_attention(config, sd):
+    """Raises ValueError for a model without, which a method of it cannot edit."""
+    if sd.family.DENOISER != "unet":
+        raise ValueError(
+            f"config.method={config.method!r} changes a UNet's cross-attention, and {sd.name} is a"
+            f" {sd.family.NAME}, whose transformer has none: take livo, dpo_unet, negative or words"
+        )
+
+
 def guidance_problems(config) -> list[str]:
     """What keeps a guidance that edits a guided prediction from working with config.sampling."""
     scale = config.sampling.guidance_scale

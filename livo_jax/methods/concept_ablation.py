@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from livo_jax import sharding
+from livo_jax.methods.base import check_cross_attention
 from livo_jax.methods.of_unet import UNetMethod
 from livo_jax.models import low_rank
 from livo_jax.models.weights import split
@@ -46,6 +47,7 @@ class Update(nnx.Module):
     RULES = sharding.WHOLE
 
     def __init__(self, config, sd, rngs):
+        check_cross_attention(config, sd)
         leaves = jax.tree_util.tree_leaves_with_path(split(sd.unet)[1])
         kernels = {low_rank.name_of(layer): x for (*layer, _), x in leaves}
         self.kernels = nnx.Dict({k: nnx.Param(x.astype("float32")) for k, x in kernels.items() if k.endswith(TARGETS)})

@@ -13,7 +13,17 @@ from flax import nnx
 
 from livo_jax import seeds, sharding, values
 from livo_jax.files.repositories import read_safetensors
-from livo_jax.methods.base import TOKENS, TRAINING, Drawing, Method, by_group, drawer, weights_of, with_unet
+from livo_jax.methods.base import (
+    TOKENS,
+    TRAINING,
+    Drawing,
+    Method,
+    by_group,
+    check_cross_attention,
+    drawer,
+    weights_of,
+    with_unet,
+)
 from livo_jax.models.clip import first_ids
 from livo_jax.models.weights import put, split
 from livo_jax.processes import ending_together
@@ -135,6 +145,7 @@ class UnifiedConceptEditing(Method):
 
     def make_drawing(self, models, mesh, workdir, judge):
         config, sd = self.config, models.sd
+        check_cross_attention(config, sd)
         settings = {
             "method": "uce", **config.uce.to_dict(), "seed": config.seed, "templates": config.preferences.templates,
         }  # fmt: skip

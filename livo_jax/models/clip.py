@@ -131,6 +131,11 @@ def first_ids(ids):
     return ids if ids.ndim == 2 else ids[:, 0]
 
 
+def widened(tokens, width: int):
+    """Tokens [..., D] with zeros up to a width: states of CLIP, and value tokens, as Stable Diffusion 3 has them."""
+    return jnp.pad(tokens, [(0, 0)] * (tokens.ndim - 1) + [(0, width - tokens.shape[-1])])
+
+
 class VisionOutput(NamedTuple):
     last_hidden_state: jax.Array  # [B, 1 + h w, D] of the class token and the patches, before the last layer norm
     pooled: jax.Array  # [B, D] the class token's row after it
@@ -227,6 +232,11 @@ class CLIPTextModel(nnx.Module):
     def towers(self) -> tuple["CLIPTextModel", ...]:
         return (self,)
 
+    @property
+    def encoders(self) -> tuple[nnx.Module, ...]:
+        """All that it reads with: the towers, and what else is no CLIP."""
+        return self.towers
+
     def __call__(self, ids) -> TextOutput:
         """Encodes token ids [B, L] int32, L at most `max_position_embeddings`."""
         x, before = self.encoder(self.embeddings(ids))
@@ -260,12 +270,17 @@ class CLIPTextModels(nnx.Module):
     def towers(self) -> tuple[CLIPTextModel, ...]:
         return self.text_encoder, self.text_encoder_2
 
+    @property
+    def encoders(self) -> tuple[nnx.Module, ...]:
+        return self.towers
+
     def __call__(self, ids) -> TextOutput:
         """Encodes token ids [B, 2, L] int32, each transformer those of its own tokenizer.
 
         What the UNet attends to, here the last_hidden_state, are the penultimate states of both.
         """
-        one, two = self.text_encoder(ids[:, 0]), self.text_encoder_2(ids[:, 1])
+        L = self.config.max_position_embeddings  # ids may be longer where T5's are beside
+        one, two = self.text_encoder(ids[:, 0, :L]), self.text_encoder_2(ids[:, 1, :L])
         states = jnp.concatenate([one.penultimate, two.penultimate], axis=-1)
         return TextOutput(states, jnp.concatenate([one.pooled, two.pooled], axis=-1), states, two.text_embeds)
 

@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 
 from livo_jax import diffusion, seeds
+from livo_jax.models.clip import widened
 from livo_jax.models.weights import split
 from livo_jax.retrieval.linear import LinearClassifier, check_known, load
 from livo_jax.value_encoders.base import check_value_encoder
@@ -54,7 +55,7 @@ def make_reader(sd, value_encoder, statements):
     """
     if value_encoder is not None:
         check_value_encoder(sd, value_encoder, statements)
-    table = diffusion.sampler_table(sd.scheduler_config, "dpmsolver++", STEPS)
+    table = diffusion.sampler_table(sd.scheduler_config, sd.family.SAMPLER, STEPS)
     before = jax.tree.map(lambda column: column[: LOOKED_AT - 1], table)
     t, scale = table.t[LOOKED_AT - 1], table.scale[LOOKED_AT - 1]
     noise = jax.random.normal(seeds.key(0), (NOISES, *sd.latent_shape))
@@ -84,13 +85,13 @@ def make_reader(sd, value_encoder, statements):
         z = scale * diffusion.sample(of_prompt, noise, before)
         mask = None
         if tokens is not None:  # a row for each value, [u; c]; the prompt and the empty one see no token
-            u = tokens.tokens(value_ids, text_encoder).astype(states.dtype)  # [V, n, D]
+            u = widened(tokens.tokens(value_ids, text_encoder), states.shape[-1]).astype(states.dtype)  # [V, n, D]
             seen = tokens.seen(value_ids)
             seen = jnp.ones(u.shape[:2], bool) if seen is None else seen
             rows = jnp.array([0, 1] + [0] * len(u))
             states, embeds = states[rows], None if embeds is None else embeds[rows]
+            mask = jnp.pad(jnp.pad(seen, ((2, 0), (0, 0))), ((0, 0), (0, states.shape[1])), constant_values=True)
             states = jnp.concatenate([jnp.pad(u, ((2, 0), (0, 0), (0, 0))), states], axis=1)
-            mask = jnp.pad(jnp.pad(seen, ((2, 0), (0, 0))), ((0, 0), (0, ids.shape[-1])), constant_values=True)
         prompt, empty, *with_values = jnp.unstack(predict(z, t, states, mask, embeds), axis=1)
         effects = prompt - empty
         effect = jnp.sqrt(jnp.square(effects).sum((1, 2, 3)))  # [NOISES]

@@ -83,13 +83,12 @@ def write(preferences: data.Preferences, sd: StableDiffusion, config, directory:
                         prompts |= data.prompts_of(source[i]["prompt"].decode(), block, config, principles)
                 prompts = sorted(prompts)
                 (work / "prompts.json").write_text(json.dumps(prompts))
-                text = sd.text_encoder.config
                 h, w, channels = sd.latent_shape
                 for side in data.SIDES:
                     create(side, (count, 1 + config.data.random_flip, h, w, 2 * channels))
-                stored = {"states": create("states", (len(prompts), text.max_position_embeddings, text.hidden_size))}
-                if sd.time_ids is not None:
-                    stored["text_embeds"] = create("text_embeds", (len(prompts), text.towers[1].projection_dim))
+                stored = {"states": create("states", (len(prompts), *sd.family.states_shape))}
+                if sd.family.pooled_width:
+                    stored["text_embeds"] = create("text_embeds", (len(prompts), sd.family.pooled_width))
                 for rows in chunks(range(len(prompts))):
                     found = read(sd.tokenize(prompts[rows.start : rows.stop]))
                     for name, array in stored.items():

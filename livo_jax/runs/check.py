@@ -76,6 +76,11 @@ def check_with_model(config, sd, judge: bool = True):
     if not 0 <= first < last <= sd.schedule.num_timesteps:
         problems.append(f"config.loss.timesteps={first, last}: choose 0 <= first < last <= {sd.schedule.num_timesteps}")
     problems += problem_of(diffusion.sampler_table, sd.scheduler_config, config.sampling.sampler, config.sampling.steps)
+    if (layout := config.sampling.prompt_layout) not in sd.family.LAYOUTS:
+        known = ", ".join(sd.family.LAYOUTS)
+        problems.append(f"config.sampling.prompt_layout={layout!r} is not of {sd.family.NAME}: choose from {known}")
+    if config.loss.min_snr_gamma:
+        problems += problem_of(diffusion.min_snr_weight, sd.schedule, 0, config.loss.min_snr_gamma)
     if config.judge and judge:
         problems += problem_of(judges.load, config, values.load_principles(config), config.eval.seen)
     fail_with(problems)

@@ -67,13 +67,12 @@ def value_encodings(config) -> int:
 
 def abstract_batch(sd, config, rows: int) -> Batch:
     """Shapes and dtypes of a batch of data.batches."""
-    text, (h, w, C) = sd.text_encoder.config, sd.latent_shape
-    L, D, towers = text.max_position_embeddings, text.hidden_size, len(text.towers)
+    (h, w, C), texts = sd.latent_shape, len(sd.tokenizers)
 
     def array(*shape, dtype=jnp.float32):
         return jax.ShapeDtypeStruct((rows, *shape), dtype)
 
-    ids = array(*[towers][: towers - 1], L, dtype=jnp.int32)
+    ids = array(*[texts][: texts - 1], max(sd.text_lengths), dtype=jnp.int32)
     batch = Batch(ids, anchor=array(dtype=jnp.bool_) if config.data.anchors else None)
     if value_encodings(config) > 1:
         batch = batch._replace(beside_prompt_ids=ids, beside=array(dtype=jnp.bool_))
@@ -82,9 +81,10 @@ def abstract_batch(sd, config, rows: int) -> Batch:
         return batch._replace(prompt_ids=ids, aligned=image, violating=image)
     dtype = cache_dtype(config)
     moments = array(h, w, 2 * C, dtype=dtype)
-    text_embeds = array(text.towers[1].projection_dim, dtype=dtype) if towers > 1 else None
+    pooled = sd.family.pooled_width
+    text_embeds = array(pooled, dtype=dtype) if pooled else None
     return batch._replace(
-        prompt_states=array(L, D, dtype=dtype), text_embeds=text_embeds, aligned_moments=moments,
+        prompt_states=array(*sd.family.states_shape, dtype=dtype), text_embeds=text_embeds, aligned_moments=moments,
         violating_moments=moments,
     )  # fmt: skip
 
@@ -115,12 +115,12 @@ def kept_for_backward(loss, params, *given) -> int:
     return size([v.aval for v in {id(v): v for v in jaxpr.outvars}.values() if id(v) not in given])
 
 
-def partial_sums(part, positions, forward: int, backward: int, parts: int) -> float:
+def partial_sums(part, positions, forward: int, backward: int, parts: int, gated: bool = True) -> float:
     """Bytes that a device sends because layers are divided over "tensor" (Shoeybi et al. 2019).
 
     Args:
         part: weights; positions(name): at how many a device applies one. forward, backward: how often.
-        parts: the size of the axis.
+        parts: the size of the axis. gated: whether half of what widens are the other half's gates.
     """
     ring, sent = 2 * (parts - 1) / parts, 0.0
     for path, leaf in jax.tree_util.tree_leaves_with_path(part):
@@ -129,7 +129,7 @@ def partial_sums(part, positions, forward: int, backward: int, parts: int) -> fl
             sent += forward * ring * positions(name) * leaf.shape[-1] * leaf.dtype.itemsize
         elif axes == ("fsdp", "tensor"):  # and of every input's gradient
             sent += backward * ring * positions(name) * leaf.shape[-2] * leaf.dtype.itemsize
-            if "net.0" in name:  # half of the outputs are the other half's gates, and lie elsewhere
+            if gated and "net.0" in name:  # the gates lie elsewhere
                 sent += (forward + backward) * positions(name) * leaf.shape[-1] / parts * leaf.dtype.itemsize
     return sent
 
@@ -168,20 +168,18 @@ def traffic(sd, params, rules, frozen, mesh, config) -> dict[str, float]:
         if rules is sharding.RULES:
             found["activations"] += sum_up(params, lambda name: rows * L, value_encodings(config), 1)
         if config.shard_frozen:
-            tokens = L + 1 if method.HAS_TOKENS else L
-            levels, side = len(sd.unet.config.block_out_channels), sd.latent_shape[0]
+            tokens, side = sd.family.states_shape[0] + method.HAS_TOKENS, sd.latent_shape[0]
 
             def positions(name):
-                block, i, *_ = name.split(".")
-                level = (
-                    levels - 1 if block == "mid_block" else int(i) if block == "down_blocks" else levels - 1 - int(i)
-                )
-                reads_text = "attn2.to_k" in name or "attn2.to_v" in name
-                return images * rows * (tokens if reads_text else (side // 2**level) ** 2)
+                return images * rows * sd.family.positions(name, side, tokens)
 
-            found["activations"] += sum_up(frozen["unet"], positions, forward, backward)
+            found["activations"] += sum_up(frozen["unet"], positions, forward, backward, gated=sd.family.GATED)
+
+            def read_at(name):  # T5 reads more than the CLIPs
+                return rows * sd.text_lengths[2 if name.startswith("text_encoder_3") else 0]
+
             if "text_encoder" in frozen:
-                found["activations"] += sum_up(frozen["text_encoder"], lambda name: rows * L, 1, 0)
+                found["activations"] += sum_up(frozen["text_encoder"], read_at, 1, 0)
     return {cause: sent for cause, sent in found.items() if sent}
 
 

@@ -65,8 +65,8 @@ def compute_on(mesh, config, sd: StableDiffusion, trained):
     gather = functools.partial(sharding.gather, mesh=mesh)
     if config.shard_frozen:
         sd.unet.gather = gather
-        for tower in sd.text_encoder.towers:
-            tower.encoder.gather = gather
+        for part in sd.text_encoder.encoders:
+            part.encoder.gather = gather
     if trained.RULES is sharding.RULES and mesh.shape["fsdp"] > 1:
         for tower in trained.towers:
             tower.encoder.gather = gather

@@ -1,4 +1,4 @@
-"""What the UNet is conditioned on: the rows of a batch, its value tokens and who sees them."""
+"""What the UNet, or the transformer, is conditioned on: the rows of a batch, its value tokens and who sees them."""
 
 import dataclasses
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from livo_jax.models.clip import first_ids
+from livo_jax.models.clip import first_ids, widened
 from livo_jax.sampling.requests import Request
 from livo_jax.values.principles import value_prompt
 
@@ -18,8 +18,8 @@ PROMPT_LAYOUTS = ("padded", "official")
 class ValueColumns:
     """The values of N requests, in V slots for value tokens and R rows for the UNet.
 
-    value_prompt_ids: [N, V, L] int32, of XL [N, V, 2, L]. visible: [N, R, V] bool, whether a row sees a token.
-    length: [N, R] int, how many tokens of its text a row sees.
+    value_prompt_ids: [N, V, L] int32, of XL and 3 [N, V, 2 or 3, L]. visible: [N, R, V] bool, whether a row sees a
+    token. length: [N, R] int, how many tokens of its text a row sees.
     """
 
     value_prompt_ids: np.ndarray
@@ -33,7 +33,7 @@ class Batch:
     """N requests as arrays.
 
     seed_low, seed_high, prompt_hash, index: [N] uint32, of the noise.
-    prompt_ids, negative_ids: [N, L] int32, of XL [N, 2, L]; the second is None where no request is guided.
+    prompt_ids, negative_ids: [N, L] int32, of XL and 3 [N, 2 or 3, L]; the second is None where no request is guided.
     edit_ids: [N, E, ...], of a guidance's edits.
     zeros: [N, 2 + E] bool, the texts whose states are zeros; of models that have such.
     weights: [N, E] float32, of the further rows: strengths of values, or weights of edits.
@@ -61,7 +61,7 @@ class Conditioning:
     """What the UNet reads for a batch of B images, in R rows an image, those of one image side by side.
 
     cond: [B R, V n + L, D], a row's value tokens and text. mask: [B R, V n + L] bool, what a row sees; None for all.
-    text_embeds: [B R, P], the pooled text of XL, or None. rows: R.
+    text_embeds: [B R, P], the pooled text of XL and 3, or None. rows: R.
     """
 
     cond: jax.Array
@@ -98,7 +98,7 @@ def condition(batch: Batch, text_encoder, value_encoder=None) -> Conditioning:
     B, rows, V = columns.visible.shape
     D = cond.shape[-1]
     value_ids = merge_rows(columns.value_prompt_ids)
-    u = value_encoder.tokens(value_ids, text_encoder).astype(cond.dtype)  # [B V, n, D]
+    u = widened(value_encoder.tokens(value_ids, text_encoder), D).astype(cond.dtype)  # [B V, n, D]
     visible = jnp.repeat(columns.visible, u.shape[1], axis=2)
     seen = value_encoder.seen(value_ids)
     if seen is not None:  # values may have unequally many tokens
@@ -141,7 +141,7 @@ def value_columns(
         for p, dose in enumerate(partial[n]):
             visible[n, G + p, F + p], strength[n, p] = True, dose.strength
     ids = sd.tokenize(texts)
-    length = np.full((N, G + P), ids.shape[-1])
+    length = np.full((N, G + P), sd.family.states_shape[0])
     return ValueColumns(ids.reshape(N, V, *ids.shape[1:]), visible, length), strength
 
 

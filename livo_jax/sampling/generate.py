@@ -12,7 +12,6 @@ from flax import nnx
 from livo_jax import diffusion, seeds, sharding
 from livo_jax.models.weights import put, split
 from livo_jax.sampling.conditioning import (
-    PROMPT_LAYOUTS,
     Batch,
     condition,
     cut_to_official_layout,
@@ -107,7 +106,7 @@ def generate(
     seed: int = 0,
     steps: int = 25,
     guidance_scale: float = 7.5,
-    sampler: str = "dpmsolver++",
+    sampler: str | None = None,
     prompt_layout: str = "padded",
     batch_size: int = 8,
     mesh=None,
@@ -121,7 +120,8 @@ def generate(
         sd: a StableDiffusion.
         value_encoder: one of livo_jax.value_encoders; needed where a request has values. A strength that is neither 0
             nor 1 costs one UNet evaluation more.
-        steps, sampler: of the sampler, one of diffusion.SAMPLERS.
+        steps, sampler: of the sampler, one of diffusion.SAMPLERS, of Stable Diffusion 3 of FLOW_SAMPLERS. None is
+            dpmsolver++, and there euler.
         guidance_scale: classifier-free guidance (Ho & Salimans 2022), against the negative prompt. At most 1 is no
             guidance: the prediction for the prompt alone, for half the UNet evaluations unless another request of the
             call is guided. Negative prompts then have no say.
@@ -159,8 +159,9 @@ def generate(
         raise ValueError("edits are for a guidance, as many in each request")
     if guidance and value_encoder is not None:
         raise ValueError("a guidance draws requests without values")
-    if prompt_layout not in PROMPT_LAYOUTS:
-        raise ValueError(f"prompt_layout={prompt_layout!r}: choose from {', '.join(PROMPT_LAYOUTS)}")
+    if prompt_layout not in sd.family.LAYOUTS:
+        raise ValueError(f"prompt_layout={prompt_layout!r}: choose from {', '.join(sd.family.LAYOUTS)}")
+    sampler = sampler or sd.family.SAMPLER
     if len({r.size for r in requests}) > 1:
         raise ValueError("images of one call are of one size")
     for text in {t for r in requests for t in _texts(r)}:

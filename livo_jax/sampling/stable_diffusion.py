@@ -2,62 +2,36 @@
 
 import functools
 import pathlib
-import re
 import warnings
 
 import jax.numpy as jnp
 import numpy as np
 
-from livo_jax.diffusion.schedule import NoiseSchedule, check_scheduler, for_latents
 from livo_jax.files.loras import merge_loras
-from livo_jax.files.modules import PARTS, initialise, load_module, read_config, read_dtype
-from livo_jax.files.repositories import describe, find_repository, read_json, read_tokenizer, weight_patterns
-from livo_jax.models.clip import CLIPTextConfigs, CLIPTextModels
+from livo_jax.files.modules import PARTS, initialise, load_module, read_dtype
+from livo_jax.files.repositories import find_repository, weight_patterns
+from livo_jax.sampling.families import read_family
 from livo_jax.sampling.generate import Images, generate
 from livo_jax.sampling.requests import requests_of
 from livo_jax.value_encoders.base import values_by_prompt
 from livo_jax.value_encoders.shelf import Shelf
 
 # What is no weight, beside the configs.
-DESCRIPTION = ["model_index.json", "tokenizer/*", "tokenizer_2/*", "scheduler/*.json"]
-
-
-def latent_size(root: pathlib.Path, is_xl: bool, levels: int) -> int:
-    """Height and width of the latents that a UNet was trained on, from sample_size in its config.json.
-
-    An absent one or null is 64, of XL 128. diffusers before 0.9 wrote 32 for Stable Diffusions of 64, which
-    StableDiffusionPipeline corrects.
-
-    Raises:
-        ValueError: it is no size of square latents that the UNet's levels can halve.
-    """
-    file = root / "unet" / "config.json"
-    published = read_json(file)
-    size = published.get("sample_size")
-    if size is None:
-        return 128 if is_xl else 64
-    side = size[0] if isinstance(size, list) and len(size) == 2 and size[0] == size[1] else size
-    if type(side) is not int or side < 1 or side % 2 ** (levels - 1):
-        raise ValueError(
-            f"{file}: sample_size={size!r}: square latents are drawn and trained on here, of one number, a multiple of"
-            f" {2 ** (levels - 1)}. Write there the side of an image in pixels over the VAE's factor (8)"
-        )
-    version = re.match(r"0\.(\d+)\.", str(published.get("_diffusers_version")))
-    if not is_xl and size == side < 64 and version and int(version[1]) < 9:
-        warnings.warn(f"{file}: sample_size={size} of diffusers before 0.9 is taken as 64", stacklevel=3)
-        return 64
-    return side
+DESCRIPTION = ["model_index.json", "tokenizer/*", "tokenizer_2/*", "tokenizer_3/*", "scheduler/*.json"]
 
 
 class StableDiffusion:
-    """A frozen Stable Diffusion 1.x, 2.x or XL.
+    """A frozen Stable Diffusion 1.x, 2.x, XL or 3.
 
     Attributes:
-        text_encoder, unet, vae: Flax modules, called as their classes say. The text encoder of XL is of two towers.
+        text_encoder, unet, vae: Flax modules, called as their classes say. The text encoder of XL is of two towers,
+            that of 3 has T5 beside them; the unet is what denoises, of 3 a transformer.
+        family: the Family, which tells what differs between these.
         name: what it was asked for by. root: its directory.
-        tokenizers: a transformers.CLIPTokenizer of each tower, tokenizer the first of them.
+        tokenizers: a transformers.CLIPTokenizer of each tower, and T5's, tokenizer the first of them. text_lengths: how
+            many tokens of each are read.
         scheduler_config: the published scheduler_config.json, with what diffusion.for_latents sets right. schedule:
-            its NoiseSchedule.
+            its NoiseSchedule or FlowSchedule.
         image_size: height and width in pixels for which the model was trained.
         latent_shape: (h, w, C) of such an image.
         time_ids: [6] int32, the sizes that the UNet of XL is told for such an image, whole; None of others.
@@ -69,70 +43,18 @@ class StableDiffusion:
     def __init__(self, root: pathlib.Path, make_part, name: str = ""):
         """Assembles the parts of a diffusers directory; make_part(model class, directory) makes each."""
         self.root, self.name = root, name or str(root)
-        index = read_json(root / "model_index.json") if (root / "model_index.json").is_file() else {}
-        is_xl = (index.get("text_encoder_2") or [None])[0] is not None
-        named = ["text_encoder", *(["text_encoder_2"] if is_xl else []), "unet", "vae"]
-        parts = {part: PARTS[part][0] for part in named}
-        file = root / "scheduler" / "scheduler_config.json"
-        needed = [file, *(root / part / "config.json" for part in parts)]
-        if missing := [str(path.relative_to(root)) for path in needed if not path.is_file()]:
-            what = f"\nIts model_index.json calls it a {index.get('_class_name')}" if index else describe(root)
-            raise FileNotFoundError(
-                f"{root} is no text-to-image Stable Diffusion in the diffusers layout: {', '.join(missing)} is"
-                f" missing{what}"
-            )
-        published = read_json(file)
-        try:
-            check_scheduler(published.get("_class_name"))
-            self.scheduler_config, notes = for_latents(published, is_xl)
-            self.schedule = NoiseSchedule.from_json(self.scheduler_config)
-        except ValueError as error:
-            raise ValueError(f"{file}: {error}") from error
-        if notes:
-            warnings.warn(f"{file}: {'; '.join(notes)}", stacklevel=3)
-        # All configs are checked before the first weights are read.
-        configs = {part: read_config(kind, root / part) for part, kind in parts.items()}
-        text, unet, vae = (configs[part] for part in ("text_encoder", "unet", "vae"))
-        problems, two = [], configs.get("text_encoder_2")
-        if two:
-            text = CLIPTextConfigs((text, two))
-        if text.hidden_size != unet.cross_attention_dim:
-            problems.append(f"its text encoder is {text.hidden_size} wide, its UNet wants {unet.cross_attention_dim}")
-        if unet.addition_embed_type and not two:
-            problems.append("its UNet wants the pooled text of a text_encoder_2, which model_index.json does not list")
-        elif unet.addition_embed_type:
-            given = two.projection_dim + 6 * unet.addition_time_embed_dim
-            if given != (wanted := unet.projection_class_embeddings_input_dim):
-                problems.append(f"its pooled text and sizes are {given} wide, its UNet wants {wanted}")
-        if not vae.in_channels == vae.out_channels == 3:
-            problems.append(f"its VAE is of images of {vae.in_channels} channels, not red, green and blue")
-        if not vae.latent_channels == unet.in_channels == unet.out_channels:
-            problems.append(
-                f"its VAE has {vae.latent_channels} latent channels, its UNet {unet.in_channels} in and"
-                f" {unet.out_channels} out (inpainting and depth models have more in)"
-            )
-        if problems:
-            raise ValueError(f"{root} is no text-to-image Stable Diffusion 1.x, 2.x or XL: {'; '.join(problems)}")
-        side = latent_size(root, is_xl, len(unet.block_out_channels))
-        places = [root / name for name in ("tokenizer", "tokenizer_2")[: len(text.towers)]]
-        self.tokenizers = [read_tokenizer(place) for place in places]
+        self.family = family = read_family(root)
+        self.scheduler_config, self.schedule = family.scheduler_config, family.schedule
+        tokenizers = family.read_tokenizers()
+        self.tokenizers, self.text_lengths = ([*column] for column in zip(*tokenizers))
         self.tokenizer = self.tokenizers[0]
-        for place, tokenizer in zip(places, self.tokenizers):
-            if len(tokenizer) < 256:  # the bytes alone are more
-                raise ValueError(f"{place} has no vocabulary: are vocab.json and merges.txt there?")
-        for place, tokenizer, tower in zip(places, self.tokenizers, text.towers):
-            if len(tokenizer) > tower.vocab_size:  # an id past the last embedding would read another's
-                raise ValueError(f"{place} has {len(tokenizer)} tokens, its text encoder {tower.vocab_size} embeddings")
-        made = {part: make_part(kind, root / part) for part, kind in parts.items()}
-        self.text_encoder, self.unet, self.vae = made["text_encoder"], made["unet"], made["vae"]
-        if two:
-            self.text_encoder = CLIPTextModels(self.text_encoder, made["text_encoder_2"])
-        self.image_size = side * 2 ** (len(vae.block_out_channels) - 1)
-        self.latent_shape = (side, side, vae.latent_channels)
-        size = (self.image_size, self.image_size)
-        self.time_ids = np.array([*size, 0, 0, *size], np.int32) if unet.addition_embed_type else None
+        made = {part: make_part(kind, root / part) for part, kind in family.kinds.items()}
+        self.text_encoder, self.unet, self.vae = family.join_text_encoders(made), made[family.DENOISER], made["vae"]
+        self.image_size = family.side * 2 ** (len(family.vae.block_out_channels) - 1)
+        self.latent_shape = (family.side, family.side, family.vae.latent_channels)
+        self.time_ids = family.time_ids((self.image_size, self.image_size))
         self.guidance_distilled = False
-        self.zeros_for_empty_prompt = is_xl and index.get("force_zeros_for_empty_prompt", True)
+        self.zeros_for_empty_prompt = family.zeros_for_empty_prompt
 
     def shape_of(self, size: tuple[int, int] | None) -> tuple[tuple[int, int, int], np.ndarray | None]:
         """The latent shape (h, w, C), and the time_ids, of images of another size; None for that of training.
@@ -141,17 +63,18 @@ class StableDiffusion:
             size: height and width in pixels.
 
         Raises:
-            ValueError: the UNet's levels do not divide it.
+            ValueError: the UNet's levels, or the transformer's patches, do not divide it, or it is too large.
         """
         if size is None:
             return self.latent_shape, self.time_ids
         side, _, C = self.latent_shape
         pixels = self.image_size // side  # of a latent, along an edge
-        multiple = pixels * 2 ** (len(self.unet.config.block_out_channels) - 1)
+        multiple, most = pixels * self.family.multiple, self.family.most
         if any(edge < multiple or edge % multiple for edge in size):
             raise ValueError(f"images of {size[0]} x {size[1]}: edges must be multiples of {multiple}")
-        time_ids = None if self.time_ids is None else np.array([*size, 0, 0, *size], np.int32)
-        return (size[0] // pixels, size[1] // pixels, C), time_ids
+        if most and max(size) > pixels * most:
+            raise ValueError(f"images of {size[0]} x {size[1]}: edges must be at most {pixels * most}")
+        return (size[0] // pixels, size[1] // pixels, C), self.family.time_ids(size)
 
     @classmethod
     def from_pretrained(
@@ -195,23 +118,29 @@ class StableDiffusion:
     def merge_loras(self, loras):
         """Merges LoRAs into the UNet and the text encoder, for good.
 
-        Arguments and errors as files.loras.merge_loras has them: ["lcm-lora", "style.safetensors=0.8"].
+        Arguments and errors as files.loras.merge_loras has them: ["lcm-lora", "style.safetensors=0.8"]. Those of
+        Stable Diffusion 3 are not read.
         """
+        if self.family.KEY == "sd3":
+            raise ValueError(
+                f"LoRAs {[*map(str, loras)]} for {self.name}: of Stable Diffusion 3 none are read; merge them by"
+                " diffusers (load_lora_weights, fuse_lora, save_pretrained) and give what that saved"
+            )
         self.text_encoder, self.unet = merge_loras(self.text_encoder, self.unet, loras)
 
     def tokenize(self, texts: list[str]) -> np.ndarray:
-        """Token ids [B, L] int32, of XL [B, 2, L], padded and cut to the text encoder's length.
+        """Token ids [B, L] int32, of XL [B, 2, L], of 3 with T5 [B, 3, L], padded and cut to the text encoder's length.
 
         What is cut is warned of.
         """
-        length, found = self.text_encoder.config.max_position_embeddings, []
-        for tokenizer in self.tokenizers:
-            ids = np.full((len(texts), length), tokenizer.pad_token_id, np.int32)
+        found, L = [], max(self.text_lengths)
+        for tokenizer, length in zip(self.tokenizers, self.text_lengths):
+            ids = np.full((len(texts), L), tokenizer.pad_token_id, np.int32)
             # Padding and cutting are settings of the tokenizer, which the data's threads share: neither is asked of it.
             for text, row, whole in zip(texts, ids, tokenizer(list(texts), verbose=False)["input_ids"]):
-                row[: len(whole)] = whole[:length]
+                row[: min(len(whole), length)] = whole[:length]
                 if len(whole) > length:
-                    row[-1] = whole[-1]
+                    row[length - 1] = whole[-1]
                     cut = tokenizer.decode(whole[length - 1 : -1])
                     warnings.warn(f"{text!r} is longer than {length} tokens; cut off: {cut!r}", stacklevel=2)
             found.append(ids)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from livo_jax import diffusion
+from livo_jax.models.clip import widened
 from livo_jax.models.vae import VAEConfig
 from livo_jax.models.weights import split
 from livo_jax.training import losses
@@ -68,9 +69,9 @@ def add_noise(networks: Networks, frozen: dict, batch: Batch, noise: Noise, side
 
 
 def prompt_states(networks: Networks, frozen: dict, batch: Batch):
-    """c [B, L, D] and, of XL, text_embeds [B, P] of a batch's prompts, from the cache or the text encoder."""
+    """c [B, L, D] and, of XL and 3, text_embeds [B, P] of a batch's prompts, from the cache or the text encoder."""
     if batch.prompt_states is not None:
-        return batch.prompt_states.astype(frozen["unet"]["conv_in"]["kernel"].dtype), batch.text_embeds
+        return batch.prompt_states.astype(jax.tree.leaves(frozen["unet"])[0].dtype), batch.text_embeds
     text = networks.merge("text_encoder", frozen["text_encoder"])(batch.prompt_ids)
     return text.last_hidden_state, text.text_embeds
 
@@ -83,7 +84,7 @@ def condition(value_encoder, text_encoder, batch: Batch, c):
     """
 
     def prepend(u, c):
-        return jnp.concatenate([u.astype(c.dtype), c], axis=1)
+        return jnp.concatenate([widened(u, c.shape[-1]).astype(c.dtype), c], axis=1)
 
     u = value_encoder.tokens(batch.value_prompt_ids, text_encoder)  # [B, n, D]
     if batch.beside is None:
@@ -125,6 +126,8 @@ def make_loss(networks: Networks, config):
     """
     schedule, form, min_snr_gamma = networks.schedule, config.loss.form, config.loss.min_snr_gamma
     preference = make_preference(config, schedule.num_timesteps)
+    if min_snr_gamma:  # tells now where it is of no use
+        diffusion.min_snr_weight(schedule, 0, min_snr_gamma)
     anchor = config.loss.get("anchor", 0.0) if form == "livo" else 0.0  # other forms take anchors as pairs
     has_reference = form != "sft"
     sides = SIDES if has_reference else ("aligned",)

@@ -175,9 +175,18 @@ def set_exported(value_encoder: ValueTokens, path: pathlib.Path) -> ValueTokens:
     return value_encoder
 
 
-def check_dealing(root: pathlib.Path):
-    """Warns of an export whose pipeline.py deals values out as livo_jax did before dealing.py."""
+def check_export(root: pathlib.Path, sd=None):
+    """Warns of an export whose pipeline.py deals values out as livo_jax did before dealing.py.
+
+    Raises ValueError for one of another family than the StableDiffusion's: XL and 3 have CLIPs of the same shapes.
+    """
     exported = read_json(root / EXPORTED).get("livo") if (root / EXPORTED).is_file() else None
+    family = (exported or {}).get("family")  # since there are more than one whose shapes are the same
+    if sd and family and family != sd.family.KEY:
+        raise ValueError(
+            f"{root} is a value encoder of family {family!r}, of {exported['base']!r}, and {sd.name} is of"
+            f" {sd.family.KEY!r} ({sd.family.NAME}): train one for this model"
+        )
     if exported and "dealing" not in exported:
         warnings.warn(
             f"{root} was exported by a livo_jax that dealt two values of a prompt to the same images, or to opposite"

@@ -15,7 +15,7 @@ from livo_jax.models.weights import one_key, split
 from livo_jax.value_encoders.base import (
     TrainableTokens,
     check_base,
-    check_dealing,
+    check_export,
     set_exported,
     set_reading,
     text_tokens,
@@ -63,6 +63,7 @@ class FullTokens(TrainableTokens):
             dtype, variant, sharding: as StableDiffusion.from_pretrained has them.
         """
         root = find_repository(path_or_hub_id, cls.files(subfolder, variant))
+        check_export(root, sd)
         places = [subfolder] if subfolder else ["", "value_encoder"]
         place = next((place for place in places if (root / place / "config.json").is_file()), None)
         if place is None:
@@ -70,7 +71,6 @@ class FullTokens(TrainableTokens):
         if sd:
             check_base(root, read_json(root / place / "config.json").get("livo", {}).get("base"), sd)
         tower = functools.partial(load_module, dtype=dtype, variant=variant, sharding=sharding)
-        check_dealing(root)
         if place and (root / f"{place}_2").is_dir():
             value_encoder = ValueEncoders(tower(CLIPTextModel, root / place), tower(CLIPTextModel, root / f"{place}_2"))
         else:

@@ -11,14 +11,14 @@ from flax import nnx
 from livo_jax import seeds, sharding
 from livo_jax.files.repositories import describe, find_repository, open_tensors, read_json
 from livo_jax.models import low_rank
-from livo_jax.models.clip import CLIPTextModel, CLIPTextModels
+from livo_jax.models.clip import CLIPTextConfigWithProjection, CLIPTextModel, CLIPTextModels
 from livo_jax.models.weights import from_published, one_key, split, to_published
 from livo_jax.value_encoders.base import (
     EXPORTED,
     WIDTHS,
     TrainableTokens,
     check_base,
-    check_dealing,
+    check_export,
     set_exported,
     set_reading,
     text_tokens,
@@ -95,7 +95,7 @@ class LoRA(TrainableTokens):
                 that it names as its own is another than this.
         """
         root = find_repository(path_or_hub_id, cls.files())
-        check_dealing(root)
+        check_export(root, sd)
         exported = root / EXPORTED
         root = root / "adapter" if (root / "adapter").is_dir() else root
         parts = _parts(sd.text_encoder)
@@ -150,9 +150,11 @@ class LoRA(TrainableTokens):
             "target_modules": list(self.targets), "bias": "none", "inference_mode": True,
         }  # fmt: skip
         updates = to_published(split(self)[1]["updates"])
-        # transformers has the second text encoder, with its projection, around a text_model.
-        prefixes = (self.PREFIX, f"{self.PREFIX}text_model.")
-        for place, part, prefix in zip((directory, _second(directory)), _parts(self), prefixes):
+        places = directory, _second(directory)
+        for place, part, tower in zip(places, _parts(self), self.config.towers):
+            # transformers has a text encoder with a projection around a text_model.
+            projects = isinstance(tower, CLIPTextConfigWithProjection)
+            prefix = f"{self.PREFIX}text_model." if projects else self.PREFIX
             place.mkdir(parents=True, exist_ok=True)
             (place / self.FILES[0]).write_text(json.dumps(settings, indent=2) + "\n")
             published = {prefix + n.removeprefix(part): x for n, x in updates.items() if n.startswith(part)}

@@ -12,7 +12,7 @@ from livo_jax import sharding, values
 from livo_jax.files.repositories import describe, find_repository, open_tensors
 from livo_jax.models.clip import CLIPTextConfig, CLIPTextConfigs, first_ids
 from livo_jax.models.weights import for_each_leaf, put, split
-from livo_jax.value_encoders.base import EXPORTED, TrainableTokens, check_base, check_dealing
+from livo_jax.value_encoders.base import EXPORTED, TrainableTokens, check_base, check_export
 
 
 def beginnings(statements, tokenizer, length: int) -> list[list[int]]:
@@ -58,11 +58,13 @@ class SoftTokens(TrainableTokens):
         """
         ids, count = sd.tokenize(self.statements), self.count
         end = (first_ids(ids) == sd.tokenizer.eos_token_id).argmax(axis=1)
-        if (room := ids.shape[-1] - end.max()) < count:
+        if (room := self.config.max_position_embeddings - end.max()) < count:
             raise ValueError(f"config.value_encoder.tokens={count}: the model has room for {room} after a statement")
         graph, params = split(sd.text_encoder)
         states = jax.jit(lambda params, ids: nnx.merge(graph, params)(ids).last_hidden_state)(params, ids)
-        return np.stack([row[e : e + count] for row, e in zip(sharding.fetch(states), end)]).astype(np.float32)
+        width = self.config.hidden_size  # what Stable Diffusion 3 has beyond it is zeros
+        rows = [row[e : e + count, :width] for row, e in zip(sharding.fetch(states), end)]
+        return np.stack(rows).astype(np.float32)
 
     @classmethod
     def make(cls, config, sd):
@@ -99,6 +101,7 @@ class SoftTokens(TrainableTokens):
         import safetensors
 
         root = find_repository(path_or_hub_id, cls.files())
+        check_export(root, sd)
         file = next((file for place in (root, root / "value_encoder") if (file := place / cls.FILE).is_file()), None)
         if file is None:
             raise FileNotFoundError(f"{root} has no {cls.FILE}.{describe(root)}")
@@ -119,7 +122,6 @@ class SoftTokens(TrainableTokens):
         table = np.asarray(tensors["table"], np.float32)
         value_encoder.table[...] = put(table, for_each_leaf(sharding, table))
         check_base(file, metadata.get("base"), sd)
-        check_dealing(root)
         return value_encoder
 
     def save(self, directory: pathlib.Path, base: str):

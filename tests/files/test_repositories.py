@@ -20,7 +20,7 @@ from livo_jax.models.unet import UNet2DConditionModel, UNetConfig
 from livo_jax.models.vae import AutoencoderKL, VAEConfig
 from livo_jax.models.weights import from_published, split, to_published
 from livo_jax.runs import train
-from livo_jax.sampling import stable_diffusion
+from livo_jax.sampling import families
 from livo_jax.value_encoders.lora import LoRA
 from livo_jax.value_encoders.soft_tokens import SoftTokens
 from tests.files.test_modules import rewrite
@@ -215,16 +215,16 @@ def test_sample_size(tmp_path, size, is_xl, version, side):
     (tmp_path / "unet").mkdir()
     file = tmp_path / "unet" / "config.json"
     file.write_text(json.dumps({"sample_size": size, "_diffusers_version": version}))
-    assert stable_diffusion.latent_size(tmp_path, is_xl, 4) == side
+    assert families.latent_size(tmp_path, is_xl, 4) == side
     file.write_text("{}")
-    assert stable_diffusion.latent_size(tmp_path, is_xl, 4) == (128 if is_xl else 64)
+    assert families.latent_size(tmp_path, is_xl, 4) == (128 if is_xl else 64)
     file.write_text('{"sample_size": 32, "_diffusers_version": "0.6.0.dev0"}')  # of Stable Diffusions of 64
     with pytest.warns(UserWarning, match="sample_size=32 of diffusers before 0.9 is taken as 64"):
-        assert stable_diffusion.latent_size(tmp_path, False, 4) == 64
+        assert families.latent_size(tmp_path, False, 4) == 64
     for wrong in ([8, 16], [8], "64", 0, 20, True, 6.5):
         file.write_text(json.dumps({"sample_size": wrong}))
         with pytest.raises(ValueError, match=r"unet/config.json: sample_size=.*square latents.* a multiple of 8"):
-            stable_diffusion.latent_size(tmp_path, is_xl, 4)
+            families.latent_size(tmp_path, is_xl, 4)
 
 
 def test_a_whole_directory_as_fine_tunes_of_2022_have_it(copy, sd):

@@ -1,0 +1,142 @@
+"""Stable Diffusion 3.5 draws what diffusers draws, with value encoders of each kind, and is told what does not fit."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+from livo_jax import StableDiffusion, sharding, value_encoders
+from livo_jax.export import export
+from livo_jax.methods import concept_ablation, uce
+from livo_jax.models.weights import split
+from livo_jax.runs import check
+from livo_jax.sampling import generate
+from livo_jax.sampling.requests import Dose, Request
+from livo_jax.values.principles import text_hash
+from tests.sd3.conftest import OTHER, PROMPTS, SCHEDULER, SETTINGS, VALUE
+from tests.sdxl.conftest import of_kind
+
+
+def pipeline_of(theirs, root, t5: bool = True, scheduler="FlowMatchEulerDiscreteScheduler"):
+    """diffusers' pipeline of these models."""
+    import diffusers
+    from transformers import CLIPTokenizer, T5TokenizerFast
+
+    tokenizers = {name: CLIPTokenizer.from_pretrained(root / name) for name in ("tokenizer", "tokenizer_2")}
+    tokenizers["tokenizer_3"] = T5TokenizerFast.from_pretrained(root / "tokenizer_3") if t5 else None
+    parts = theirs if t5 else theirs | {"text_encoder_3": None}
+    kind = getattr(diffusers, scheduler)
+    pipeline = diffusers.StableDiffusion3Pipeline(**parts, **tokenizers, scheduler=kind.from_config(SCHEDULER))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def channels_first(noise):
+    return torch.tensor(noise.transpose(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize(
+    "sampler, negative, t5, scale",
+    [("euler", "", True, 3.0), ("heun", "a tailor", True, 1.0), ("euler", "a tailor", False, 3.0)],
+)
+def test_images_are_the_published_pipelines(sd, without_t5, published, theirs, sampler, negative, t5, scale):
+    """Tokens to pixels, against diffusers' StableDiffusion3Pipeline from the same noise."""
+    ours = sd if t5 else without_t5
+    scheduler = {"euler": "FlowMatchEulerDiscreteScheduler", "heun": "FlowMatchHeunDiscreteScheduler"}[sampler]
+    noise = np.stack([generate.initial_noise(5, text_hash(p), 0, sd.latent_shape) for p in PROMPTS])
+    expected = pipeline_of(theirs, published, t5, scheduler)(
+        PROMPTS, negative_prompt=[negative] * 2 if negative and scale > 1 else None, num_inference_steps=3,
+        guidance_scale=scale, latents=channels_first(noise), output_type="np", max_sequence_length=12,
+    ).images  # fmt: skip
+    requests = [Request(p, negative=negative if scale > 1 else "") for p in PROMPTS]
+    images = generate.generate(ours, requests, seed=5, **SETTINGS | {"sampler": sampler, "guidance_scale": scale})
+    assert images.shape == (2, 16, 16, 3)
+    assert np.abs(images - expected * 255).max() < 1.0, "equal but for rounding to bytes"
+    assert np.abs(images[0].astype(int) - images[1]).max() > 1
+
+
+@pytest.mark.parametrize("kind", value_encoders.KINDS)
+def test_the_exported_pipeline_draws_the_same_images(sd, made, config, published, tmp_path, kind):
+    """As JAX from the same noise, values of several strengths, and the export is read again."""
+    from diffusers import DiffusionPipeline
+
+    config, out = of_kind(config, kind), tmp_path / "livo"
+    export.export(out, sd, made[kind], config)
+    again = value_encoders.start(of_kind(config, kind, start=str(out)), sd, sharding.make_mesh())
+    jax.tree.map(np.testing.assert_array_equal, split(again)[1], split(made[kind])[1])
+    pipeline = DiffusionPipeline.from_pretrained(published, custom_pipeline=str(out), trust_remote_code=True)
+    pipeline.set_progress_bar_config(disable=True)
+    noise = np.stack([generate.initial_noise(5, text_hash(p), 0, sd.latent_shape) for p in PROMPTS])
+    values, settings = [[VALUE, OTHER], OTHER], dict(strength={VALUE: 0.5})
+    theirs = pipeline(PROMPTS, values, latents=channels_first(noise), output_type="np", **settings)
+    ours = sd.generate(PROMPTS, values, made[kind], seed=5, **settings, **SETTINGS)
+    assert np.abs(ours - theirs.images * 255).max() < 1.0
+    base = sd.generate(PROMPTS, seed=5, **SETTINGS)
+    assert (np.abs(ours.astype(int) - base).max((1, 2, 3)) > 1).all()
+
+
+def test_no_value_is_the_base(sd, made):
+    """And the order of values is of no matter, for text has no positions; strengths are a dial."""
+    doses = [(), (Dose(VALUE),), (Dose(VALUE, 1e-6),), (Dose(VALUE), Dose(OTHER)), (Dose(OTHER), Dose(VALUE))]
+    requests = [Request("a baker", 0, values) for values in doses]
+    images = generate.generate(sd, requests, made["full"], **SETTINGS).astype(int)
+    base = generate.generate(sd, requests[:1], **SETTINGS)[0]
+    assert [bool(np.abs(image - base).max() > 1) for image in images] == [False, True, False, True, True]
+    assert np.abs(images[3] - images[4]).max() <= 1 < np.abs(images[3] - images[1]).max()
+
+
+def test_what_does_not_fit(sd, made, config, published, tmp_path):
+    """Errors name the family, the place and the remedy."""
+    assert sd.tokenize(PROMPTS).shape == (2, 3, 16), "two CLIPs of 16 tokens, and T5 of 12"
+    with pytest.raises(ValueError, match="prompt_layout='official': choose from padded"):
+        generate.generate(sd, [Request("a cook")], prompt_layout="official")
+    with pytest.raises(ValueError, match="sampler='pndm': choose from euler, heun, which are of flow matching"):
+        generate.generate(sd, [Request("a cook")], sampler="pndm")
+    with pytest.raises(ValueError, match="images of 32 x 16: edges must be at most 24"):
+        sd.shape_of((32, 16))
+    with pytest.raises(ValueError, match="of Stable Diffusion 3 none are read; merge them by diffusers"):
+        sd.merge_loras(["style.safetensors"])
+    wrong = config.copy_and_resolve_references()
+    wrong.loss.min_snr_gamma, wrong.sampling.prompt_layout, wrong.sampling.sampler = 5.0, "official", "ddim"
+    with pytest.raises(ValueError, match="(?s)sampler='ddim'.*'official' is not of Stable Diffusion 3.*gamma=5.0"):
+        check.check_with_model(wrong, sd, judge=False)
+    for kind in (concept_ablation.Update, uce.check_cross_attention):
+        arguments = (config, sd, None)[: 3 if kind is concept_ablation.Update else 2]
+        with pytest.raises(ValueError, match="changes a UNet's cross-attention, and .* is a Stable Diffusion 3"):
+            kind(*arguments)
+
+    made["token"].save(tmp_path / "xl" / "value_encoder", "sdxl-base")  # XL has CLIPs of the same widths
+    known = {"livo": {"family": "sdxl", "base": "sdxl-base", "values": [], "dealing": 20}}
+    (tmp_path / "xl" / "value_encoder" / "config.json").write_text(json.dumps(known))
+    with pytest.raises(ValueError, match="encoder of family 'sdxl', of 'sdxl-base', and .* is of 'sd3' .*: train one"):
+        value_encoders.start(of_kind(config, "token", start=str(tmp_path / "xl")), sd, sharding.make_mesh())
+
+    def broken(part, drop="nothing", **changes):
+        root = tmp_path / f"{part}_{drop}_{'_'.join(changes)}"
+        shutil.copytree(published, root, ignore=shutil.ignore_patterns(drop))
+        file = root / (part if part == "model_index.json" else f"{part}/config.json")
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+        return root
+
+    for root, error, message in (
+        (broken("vae", "text_encoder_3"), FileNotFoundError, "text_encoder_3/config.json is missing(?s:.*)T5 may be"),
+        (broken("vae", "tokenizer_3"), ValueError, "tokenizer_3 has no vocabulary: is tokenizer.json or spiece"),
+        (broken("model_index.json", _class_name="StableDiffusionPipeline"), FileNotFoundError,
+         "unet/config.json is missing\nIts model_index.json calls it a StableDiffusionPipeline"),
+        (broken("vae", "transformer"), FileNotFoundError, "transformer/config.json is missing\nIts .*Diffusion3Pipe"),
+        (broken("model_index.json", max_sequence_length=-1), ValueError, "max_sequence_length=-1: 0 or more tokens"),
+        (broken("transformer", joint_attention_dim=40), ValueError,
+         "is no text-to-image Stable Diffusion 3: its CLIPs are 44 wide, .* takes 40 at most; its T5 is 48 wide"),
+        (broken("transformer", pooled_projection_dim=7), ValueError, "pooled text is 16 wide, its transformer wants 7"),
+        (broken("vae", latent_channels=4), ValueError, "its VAE has 4 latent channels, its transformer 6 in and 6 out"),
+        (broken("transformer", sample_size=9), ValueError, "sample_size=9: it must be a multiple of 2, at most 12"),
+    ):  # fmt: skip
+        with pytest.raises(error, match=message):
+            StableDiffusion.from_pretrained(root)
+    root = broken("vae")
+    (root / "scheduler" / "scheduler_config.json").write_text(json.dumps({"_class_name": "DDIMScheduler"}))
+    with pytest.raises(ValueError, match="'DDIMScheduler' is no flow matching: choose from FlowMatchEuler"):
+        StableDiffusion.from_pretrained(root)
