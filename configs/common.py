@@ -136,13 +136,13 @@ def get_config() -> ConfigDict:
     c.prompt_sets = prompt_sets.get_sets()
 
     config.attack = c = ConfigDict()  # --mode=attack: what it spends on each harm; docs/attacks.md
-    c.search = "coordinate"  # greedy, of words; "projected", of embeddings; "queries", by images alone
+    c.search = "coordinate"  # greedy, of words; or projected, continuous (no words, a bound), queries (by images alone)
     c.kinds = ("harm",)  # of values that are attacked; "bias" by queries
     c.tokens = 3  # words that go before a prompt
     c.steps, c.restarts = 30, 1
     c.noises = 4  # that a step compares by
     c.candidates, c.likeliest = 32, 32  # coordinate: tried in a step, of so many for each place
-    c.rate = 0.2  # projected: how far a step moves a word's embedding, in the mean length of one
+    c.rate = 0.2  # projected, continuous: how far a step moves a word's embedding, in the mean length of one
     c.queries = 240  # queries: images of each prompt that it may look at
     c.prompts, c.at_once = 16, 16  # neutral prompts that are attacked, and how many together
     c.seed = 0

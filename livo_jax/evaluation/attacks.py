@@ -12,6 +12,7 @@ Two searches go over the whole words of the vocabulary, so that what is found is
                  others, of which `candidates` are tried and the best is kept
     projected    projected steps (Wen et al. 2023, PEZ): embeddings are moved along the gradient, taken at the words
                  that are nearest to them
+    continuous   the same steps of embeddings that no word has: nobody can type these, so they are an upper bound
 
 All prompts of a batch are attacked in one compiled program, without a stop between its steps.
 
@@ -20,6 +21,8 @@ Black box, by what a judge reads in the images, so of any method, whatever it is
     queries      hill climbing: a word is changed, images are drawn, and the words are kept that show the most harm
 """
 
+import copy
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -32,7 +35,7 @@ from livo_jax import diffusion, seeds
 from livo_jax.models.weights import split
 from livo_jax.training.losses import denoising_error
 
-WHITE = ("coordinate", "projected")
+WHITE = ("coordinate", "projected", "continuous")
 SEARCHES = (*WHITE, "queries")
 LEAST = 1e-12
 JUDGED = 16  # noises by which the words of several restarts are compared
@@ -43,8 +46,8 @@ class Budget(NamedTuple):
 
     tokens: words before the prompt. steps, restarts: of the search. noises: (t, eps) that a step looks at, the same
     for all that it compares. candidates: that a step of coordinate tries, of the `likeliest` words of a place. rate:
-    how far a step of projected moves an embedding, in the mean length of a word's. queries: images of each prompt that
-    a search by queries looks at, `noises` for each change of a word, restarts included.
+    how far a step of projected or continuous moves an embedding, in the mean length of a word's. queries: images of
+    each prompt that a search by queries looks at, `noises` for each change of a word, restarts included.
     """
 
     search: str = "coordinate"
@@ -96,7 +99,19 @@ def with_gap(sd, texts: list[str], prompts: list[str], filler: str, tokens: int)
 def find_words(
     sd, value_encoder, statement: str, prompts: list[str], targets, budget: Budget, *, seed: int = 0, at_once: int = 16
 ) -> list[str]:
-    """The words for each prompt that lead a model to its target.
+    """The words for each prompt that lead a model to its target. Arguments and errors as of `find`.
+
+    Returns:
+        Texts of `budget.tokens` words. `text + " " + prompt` is the attacked prompt, whose ids are those attacked.
+    """
+    ids = find(sd, value_encoder, statement, prompts, targets, budget, seed=seed, at_once=at_once)
+    return [sd.tokenizer.decode(row) for row in ids.tolist()]
+
+
+def find(
+    sd, value_encoder, statement: str, prompts: list[str], targets, budget: Budget, *, seed: int = 0, at_once: int = 16
+) -> np.ndarray:
+    """What leads a model to the target of each prompt, before the prompt.
 
     Args:
         sd: a StableDiffusion of one text encoder, with the UNet of the attacked method.
@@ -106,7 +121,7 @@ def find_words(
         at_once: prompts that are attacked together, for memory. One program serves all.
 
     Returns:
-        Texts of `budget.tokens` words. `text + " " + prompt` is the attacked prompt, whose ids are those attacked.
+        Ids of words [P, K], K of budget.tokens; of the search "continuous" embeddings [P, K, D] float32.
 
     Raises:
         ValueError: a model of several text encoders, or prompts that leave no room.
@@ -127,9 +142,38 @@ def find_words(
     for start in range(0, len(prompts), at_once):
         rows = np.minimum(np.arange(start, start + at_once), len(prompts) - 1)  # the last batch is filled up
         z = encode(sd, np.asarray(targets)[rows])
-        ids = search(params, [text.ids[rows] for text in texts], z, jnp.array(allowed), seeds.key(seed))
-        found += [sd.tokenizer.decode(row) for row in np.asarray(ids).tolist()]
-    return found[: len(prompts)]
+        part = search(params, [text.ids[rows] for text in texts], z, jnp.array(allowed), seeds.key(seed))
+        found.append(np.asarray(part))
+    return np.concatenate(found)[: len(prompts)]
+
+
+def with_new_words(sd, value_encoder, rows) -> tuple:
+    """A StableDiffusion and its value encoder that know new words, and their names, which prompts may hold.
+
+    Args:
+        rows: [N, D], their embeddings. value_encoder: or None.
+
+    Raises:
+        ValueError: a vocabulary of other ids than the embeddings have.
+    """
+    from transformers import AddedToken
+
+    tokenizer, end = copy.deepcopy(sd.tokenizer), sd.tokenizer.eos_token_id
+    if len(tokenizer) != len(embeddings(split(sd.text_encoder)[1])):
+        raise ValueError(f"{sd.name} has embeddings that no token has: a new word would get one of these")
+    names = [f"<new-{i}>" for i in range(len(rows))]
+    tokenizer.add_tokens([AddedToken(name, normalized=False, lstrip=True, rstrip=True) for name in names])
+
+    def extended(module):
+        graph, params = split(module)
+        module = nnx.merge(graph, add_rows(params, jnp.asarray(rows), first=False))
+        if hasattr(module, "config") and hasattr(module.config, "eos_token_id"):  # the end has no more the largest id
+            module.config = dataclasses.replace(module.config, eos_token_id=end)
+        return module
+
+    sd = copy.copy(sd)
+    sd.text_encoder, sd.tokenizer, sd.tokenizers = extended(sd.text_encoder), tokenizer, [tokenizer]
+    return sd, value_encoder and extended(value_encoder), names
 
 
 def find_words_by_queries(ask, words: list[str], prompts: list[str], budget: Budget, *, seed: int = 0) -> list[str]:
@@ -190,59 +234,53 @@ def add_rows(params, rows, first: bool):
 class Objective(NamedTuple):
     """What a search minimises, and by what.
 
-    errors(params, ids, z, t, eps): [P], of each prompt's target, latents z [P, h, w, C], the mean over M noises t [M],
-        eps [M, h, w, C]. params: of the text encoder, the UNet and the value encoder. ids: of the prompts, and of what
-        the value encoder reads.
-    put(ids, words): the ids with words [P, K] in their gaps.
-    gradient(params, ids, words, z, t, eps): [P, K, D] float32, of the sum of errors by the words' embeddings.
+    errors(params, ids, rows, z, t, eps): [P], of each prompt's target, latents z [P, h, w, C], the mean over M noises
+        t [M], eps [M, h, w, C]. params: of the text encoder, the UNet and the value encoder. ids: of the prompts, and
+        of what the value encoder reads, whose gaps hold words of the embeddings rows [P, K, D] float32.
+    gradient(params, ids, rows, z, t, eps): [P, K, D] float32, of the sum of errors by the rows.
     """
 
     errors: Callable
-    put: Callable
     gradient: Callable
 
 
 def make_objective(graphs, sd, places) -> Objective:
     """That of a model and its defence; graphs: of these networks, None for none; places: where the gaps begin."""
 
-    def errors(params, ids, z, t, eps):
+    def errors(params, ids, rows, z, t, eps):
+        # Each place gets an embedding of its own: a row more in the table. The end of a text may be its largest id.
+        table, first = embeddings(params[0]), sd.text_encoder.config.eos_token_id == 2
+        P, K, D = rows.shape
+        own = jnp.arange(P * K).reshape(P, K) + (0 if first else len(table))
+        ids = [x + (P * K if first else 0) for x in ids]
+        ids = [x if at is None else x.at[:, at : at + K].set(own) for x, at in zip(ids, places)]
+        params = [add_rows(part, rows.reshape(-1, D), first) for part in params]
         text_encoder, _, value_encoder = (graph and nnx.merge(graph, part) for graph, part in zip(graphs, params))
         cond = text_encoder(ids[0]).last_hidden_state
         if value_encoder is not None:
             u = value_encoder.tokens(ids[1], text_encoder).astype(cond.dtype)
             cond = jnp.concatenate([u, cond], axis=1)
-        P, M = len(z), len(t)
+        M = len(t)
         z, cond = (jnp.repeat(x, M, axis=0) for x in (z, cond))
         t, eps = jnp.tile(t, P), jnp.tile(eps, (P, 1, 1, 1))
         unet = nnx.merge(graphs[1], params[1])
         predicted = unet(diffusion.add_noise(sd.schedule, z, eps, t), t, cond)
         return denoising_error(predicted, diffusion.target(sd.schedule, z, eps, t)).reshape(P, M).mean(1)
 
-    def put(ids, words):
-        return [x if at is None else x.at[:, at : at + words.shape[1]].set(words) for x, at in zip(ids, places)]
+    def gradient(params, ids, rows, *more):
+        return jax.grad(lambda rows: errors(params, ids, rows, *more).sum())(rows)
 
-    def gradient(params, ids, words, z, t, eps):
-        # Each place gets an embedding of its own: a row more in the table. The end of a text may be its largest id.
-        table, first = embeddings(params[0]), sd.text_encoder.config.eos_token_id == 2
-        own = jnp.arange(words.size).reshape(words.shape) + (0 if first else len(table))
-        ids = put([x + (words.size if first else 0) for x in ids], own)
-
-        def total(rows):
-            extended = [add_rows(part, rows.reshape(-1, rows.shape[-1]), first) for part in params]
-            return errors(extended, ids, z, t, eps).sum()
-
-        return jax.grad(total)(table[words].astype(jnp.float32))
-
-    return Objective(errors, put, gradient)
+    return Objective(errors, gradient)
 
 
 def make_search(graphs, sd, places, budget: Budget):
-    """The compiled search(params, ids, z, allowed, key) -> words [P, K] int32.
+    """The compiled search(params, ids, z, allowed, key) -> what `find` returns.
 
     Arguments as make_objective and its functions have them; allowed: ids of the words to choose from.
     """
     objective, K, R = make_objective(graphs, sd, places), budget.tokens, budget.restarts
-    step, begin, end = {"coordinate": coordinate, "projected": projected}[budget.search](objective, budget)
+    make = {"coordinate": coordinate, "projected": projected, "continuous": continuous}[budget.search]
+    step, begin, end = make(objective, budget)
 
     @jax.jit
     def search(params, ids, z, allowed, key):
@@ -257,12 +295,18 @@ def make_search(graphs, sd, places, budget: Budget):
             return step(params, ids, z, noises, allowed, table, state, of_step), None
 
         state, _ = jax.lax.scan(advance, state, jax.random.split(of_steps, budget.steps))
-        words = end(state, allowed, table)
+        found = end(state, allowed, table)
+        rows = found if budget.search == "continuous" else rows_of(params, found)
         noises = draw_noises(of_end, JUDGED, sd.schedule, z.shape[1:])
-        best = objective.errors(params, objective.put(ids, words), z, *noises).reshape(R, P).argmin(0)
-        return words.reshape(R, P, K)[best, jnp.arange(P)]
+        best = objective.errors(params, ids, rows, z, *noises).reshape(R, P).argmin(0)
+        return found.reshape(R, P, *found.shape[1:])[best, jnp.arange(P)]
 
     return search
+
+
+def rows_of(params, words) -> jax.Array:
+    """The embeddings of words, [..., D] float32."""
+    return embeddings(params[0])[words].astype(jnp.float32)
 
 
 def draw_noises(key, M: int, schedule, shape):
@@ -276,7 +320,7 @@ def coordinate(objective: Objective, budget: Budget):
     """The functions step, begin and end of a greedy coordinate search, whose state is the words [P, K]."""
 
     def step(params, ids, z, noises, allowed, table, words, key):
-        towards = objective.gradient(params, ids, words, z, *noises)
+        towards = objective.gradient(params, ids, rows_of(params, words), z, *noises)
         scores = -jnp.einsum("pkd,vd->pkv", towards, table)
         likeliest = allowed[jax.lax.top_k(scores, min(budget.likeliest, len(allowed)))[1]]  # [P, K, C]
         of_place, of_word = jax.random.split(key)
@@ -285,10 +329,16 @@ def coordinate(objective: Objective, budget: Budget):
         choice = jax.random.randint(of_word, shape, 0, likeliest.shape[-1])
         tried = jax.vmap(lambda k, c: words.at[rows, k].set(likeliest[rows, k, c]))(place, choice)
         tried = jnp.concatenate([words[None], tried])  # [1 + candidates, P, K]
-        found = jax.lax.map(lambda words: objective.errors(params, objective.put(ids, words), z, *noises), tried)
+        found = jax.lax.map(lambda words: objective.errors(params, ids, rows_of(params, words), z, *noises), tried)
         return tried[found.argmin(0), rows]
 
     return step, lambda words, params: words, lambda words, allowed, table: words
+
+
+def moved(x, towards, table, budget: Budget):
+    """Embeddings after a step against a gradient, of one length for all places."""
+    length = jnp.linalg.norm(table, axis=-1).mean()
+    return x - budget.rate * length * towards / (jnp.linalg.norm(towards, axis=-1, keepdims=True) + LEAST)
 
 
 def projected(objective: Objective, budget: Budget):
@@ -298,8 +348,16 @@ def projected(objective: Objective, budget: Budget):
         return allowed[((x[:, :, None] - table) ** 2).sum(-1).argmin(-1)]
 
     def step(params, ids, z, noises, allowed, table, x, key):
-        towards = objective.gradient(params, ids, nearest(x, allowed, table), z, *noises)
-        length = jnp.linalg.norm(table, axis=-1).mean()
-        return x - budget.rate * length * towards / (jnp.linalg.norm(towards, axis=-1, keepdims=True) + LEAST)
+        rows = rows_of(params, nearest(x, allowed, table))
+        return moved(x, objective.gradient(params, ids, rows, z, *noises), table, budget)
 
-    return step, lambda words, params: embeddings(params[0])[words].astype(jnp.float32), nearest
+    return step, lambda words, params: rows_of(params, words), nearest
+
+
+def continuous(objective: Objective, budget: Budget):
+    """The functions step, begin and end of steps of embeddings [P, K, D], which are the state."""
+
+    def step(params, ids, z, noises, allowed, table, x, key):
+        return moved(x, objective.gradient(params, ids, x, z, *noises), table, budget)
+
+    return step, lambda words, params: rows_of(params, words), lambda x, allowed, table: x

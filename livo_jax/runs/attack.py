@@ -98,9 +98,10 @@ def attack(models: methods.Models, config, mesh, workdir) -> list[dict]:
     """
     check(config)
     judge = judges.load(config, values.load_principles(config), subjects(config))
-    drawing = methods.make_method(config).make_drawing(models, mesh, workdir, judge)
+    method = methods.make_method(config)
+    make_drawing = functools.partial(method.make_drawing, mesh=mesh, workdir=workdir, judge=judge)
     finds = find_values(models, config, workdir) if config.eval.auto and models.value_encoder is not None else None
-    numbers, found = measure(models, drawing, config, drawn_directory(config, workdir), mesh, judge, finds)
+    numbers, found = measure(models, make_drawing, config, drawn_directory(config, workdir), mesh, judge, finds)
     results = metrics.rows(numbers)
     if jax.process_index() == 0:
         folder = workdir / "eval"
@@ -143,36 +144,62 @@ def seek_on_base(sd, config, directory, mesh):
         seek(base, sd, None, config, value, sought_of(base, config, value))
 
 
-def measure(models: methods.Models, drawing: methods.Drawing, config, directory, mesh, judge, finds=None):
+def measure(models: methods.Models, make_drawing, config, directory, mesh, judge, finds=None):
     """Attacks the base and, where it can be, the method; measures both, and others by the base's words.
 
     Args:
+        make_drawing: make_drawing(models) -> the method's Drawing.
         directory: keeps images, readings and words (Drawn). judge: as judges.load makes it for config.
         finds: finds(prompt) -> the values that a retriever finds for it, whose images are then measured too (AUTO).
 
     Returns:
-        The numbers, as metrics.rows takes them, and of each word sought its value, method, prompt and token ids.
+        The numbers, as metrics.rows takes them, and of the words that were found value, method, prompt and token ids;
+        none of the search "continuous", whose embeddings no word has.
     """
-    principles = values.load_principles(config)
+    principles, attacked = values.load_principles(config), attacked_values(config)
+    drawing = make_drawing(models)
     sides = make_sides(models.base, drawing, config, principles, judge, directory, mesh)
-    attacked, cases, found = attacked_values(config), [], []
+    of_values = {}
     for value in attacked:
         sought = sought_of(sides.base, config, value)
         words = {"base": seek(sides.base, models.base, None, config, value, sought)}
         words[config.method] = words["base"]
         if is_attacked(config):
             words[config.method] = seek(sides.ours, models.sd, models.value_encoder, config, value, sought, [value])
+        of_values[value] = words
+    if config.attack.search == "continuous":
+        models, of_values = with_found(models, of_values)
+        sides = make_sides(models.base, make_drawing(models), config, principles, judge, directory, mesh)
+    cases, found = [], []
+    for value, words in of_values.items():
+        cases += make_cases(config, value, words, drawing)
         found += [
             dict(value=value.statement, method=name, prompt=prompt.text, tokens=tokens_of(models.base, text))
             for name, texts in words.items()
             for prompt, text in zip(neutral_prompts(config), texts)
+            if config.attack.search != "continuous"
         ]
-        cases += make_cases(config, value, words, drawing)
     if finds:
         cases += as_chosen([case for case in cases if case.method != "base"], finds)
     alone = left_alone(config, attacked)
     sides.draw([request for case in cases + alone for request in (*case.requests, *plain_of(case))])
     return numbers_of(sides, principles, judge, cases, alone), found
+
+
+def with_found(models: methods.Models, of_values: dict) -> tuple[methods.Models, dict]:
+    """Models that know a new word for each embedding that was found, and the texts of these in the embeddings' place.
+
+    Args:
+        of_values: by value and method embeddings, [P, K, D] each.
+    """
+    rows = [np.reshape(found, (-1, np.shape(found)[-1])) for words in of_values.values() for found in words.values()]
+    base, value_encoder, names = attacks.with_new_words(models.base, models.value_encoder, np.concatenate(rows))
+    left = iter(names)
+    texts = {
+        value: {name: [" ".join(next(left) for _ in of_prompt) for of_prompt in found] for name, found in words.items()}
+        for value, words in of_values.items()
+    }
+    return methods.Models(base, methods.with_unet(base, models.sd.unet), value_encoder), texts
 
 
 # ---------------------------------------------------------------------------- what is sought
@@ -205,8 +232,8 @@ def sought_of(base: Drawn, config, value) -> np.ndarray:
     return np.stack([base.image(of_prompt[i]) for of_prompt, i in zip(requests, most)])
 
 
-def seek(drawn: Drawn, sd, value_encoder, config, value, sought, applied=()) -> list[str]:
-    """The words for the neutral prompts, kept beside the images of the model that is attacked.
+def seek(drawn: Drawn, sd, value_encoder, config, value, sought, applied=()) -> list:
+    """The words for the neutral prompts, or embeddings, kept beside the images of the model that is attacked.
 
     Args:
         sd, value_encoder: as attacks.find_words has them. sought: as sought_of gives it.
@@ -219,12 +246,18 @@ def seek(drawn: Drawn, sd, value_encoder, config, value, sought, applied=()) -> 
         words = harmless_words(sd, config, value)
         find = functools.partial(attacks.find_words_by_queries, ask, words, prompts, budget, seed=config.attack.seed)
     else:
+        search = find_embeddings if budget.search == "continuous" else attacks.find_words
         find = functools.partial(
-            attacks.find_words, sd, value_encoder, value.statement, prompts, sought, budget, seed=config.attack.seed,
+            search, sd, value_encoder, value.statement, prompts, sought, budget, seed=config.attack.seed,
             at_once=config.attack.at_once,
         )  # fmt: skip
     depends_on = {"attack": config.attack.to_dict(), "value": value.statement, "prompts": prompts}
     return drawn.keep("words", depends_on | {"sought": hashlib.sha256(sought.tobytes()).hexdigest()}, find)
+
+
+def find_embeddings(*arguments, **settings) -> list:
+    """attacks.find as lists, for JSON."""
+    return attacks.find(*arguments, **settings).tolist()
 
 
 def harmless_words(sd, config, value) -> list[str]:

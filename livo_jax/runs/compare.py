@@ -278,7 +278,7 @@ def measure(config, workdir, comparison) -> dict:
         ]
     attacked, words = {}, []
     for own in attacked_by(config, comparison):
-        numbers, of_search = attack.measure(models, drawing, own, directory, mesh, judge)
+        numbers, of_search = attack.measure(models, make_drawing, own, directory, mesh, judge)
         attacked |= numbers
         words += [{"search": own.attack.search} | row for row in of_search]
     costs = {

@@ -1,5 +1,6 @@
 """Attacks: gradients, texts that keep their ids, and words that bring the harm back on a model without a defence."""
 
+import dataclasses
 import functools
 
 import jax
@@ -61,12 +62,13 @@ def test_the_gradient_is_that_of_the_words_embeddings(small, monkeypatch, defend
     graphs, params = zip(*(split(module) if module else (None, None) for module in modules))
     read = ["a cook", "equality, a cook"][: 1 + defended]
     gaps = [attacks.with_gap(sd, [text], ["a cook"], "the", 2) for text in read]
-    texts, objective = [jnp.array(gap.ids) for gap in gaps], attacks.make_objective(graphs, sd, [g.at for g in gaps])
+    texts, places = [jnp.array(gap.ids) for gap in gaps], [gap.at for gap in gaps]
+    objective, without_gaps = (attacks.make_objective(graphs, sd, at) for at in (places, [None] * len(gaps)))
     elsewhere = {int(i) for ids in texts for i in ids.ravel()}
     words = jnp.array([[i for i in attacks.whole_words(sd.tokenizer) if i not in elsewhere][:2]])
     z = jnp.asarray(rng.normal(size=(1, *sd.latent_shape)), jnp.float32)
     t, eps = attacks.draw_noises(jax.random.key(0), 2, sd.schedule, sd.latent_shape)
-    found = jax.jit(objective.gradient)(params, texts, words, z, t, eps)
+    found = jax.jit(objective.gradient)(params, texts, attacks.rows_of(params, words), z, t, eps)
     assert found.shape == (1, 2, sd.text_encoder.config.hidden_size)
 
     def error(rows):
@@ -77,33 +79,59 @@ def test_the_gradient_is_that_of_the_words_embeddings(small, monkeypatch, defend
                 table = attacks.embeddings(part).at[words[0]].set(rows)
                 part = part | {"embeddings": part["embeddings"] | {"token_embedding": {"embedding": table}}}
             changed.append(part)
-        return objective.errors(changed, objective.put(texts, words), z, t, eps).sum()
+        ids = [text.at[:, at : at + 2].set(words) for text, at in zip(texts, places)]
+        return without_gaps.errors(changed, ids, rows[None], z, t, eps).sum()
 
     expected = jax.jit(jax.grad(error))(attacks.embeddings(params[0])[words[0]])
     assert float(jnp.abs(expected).max()) > 0
     np.testing.assert_allclose(found[0], expected, rtol=1e-3, atol=1e-3 * float(jnp.abs(expected).max()))
 
 
-@pytest.mark.parametrize("search", [attacks.coordinate, attacks.projected])
+@pytest.mark.parametrize("search", [attacks.coordinate, attacks.projected, attacks.continuous])
 def test_a_search_finds_the_words_of_least_error(search):
     """Of an objective whose least is known: how far the words' embeddings are from those of some others."""
     table = jax.random.normal(jax.random.key(0), (20, 8))
     allowed, params = jnp.arange(5, 20), [{"embeddings": {"token_embedding": {"embedding": table}}}]
     wanted = jnp.array([[7, 19, 5], [11, 6, 18]])
 
-    def errors(params, words, z):
-        return ((table[words] - table[wanted]) ** 2).sum((1, 2))
+    def errors(params, ids, rows, z):
+        return ((rows - table[wanted]) ** 2).sum((1, 2))
 
-    def gradient(params, ids, words, z):
-        return 2 * (table[words] - table[wanted])
+    def gradient(params, ids, rows, z):
+        return 2 * (rows - table[wanted])
 
-    objective = attacks.Objective(errors, lambda ids, words: words, gradient)
+    objective = attacks.Objective(errors, gradient)
     budget = attacks.Budget(tokens=3, candidates=16, likeliest=4, rate=0.2)
     step, begin, end = search(objective, budget)
     state = begin(jnp.full((2, 3), 9), params)
     for key in jax.random.split(jax.random.key(1), 40):
         state = step(params, None, None, (), allowed, table[allowed], state, key)
-    assert (end(state, allowed, table[allowed]) == wanted).all()
+    found = end(state, allowed, table[allowed])
+    if search is attacks.continuous:
+        far = jnp.linalg.norm(found - table[wanted], axis=-1)
+        assert (far <= budget.rate * jnp.linalg.norm(table[allowed], axis=-1).mean()).all(), "a step from it at most"
+    else:
+        assert (found == wanted).all()
+
+
+@pytest.mark.parametrize("end", ["its id", "the largest id"])
+def test_new_words_are_read_by_their_embeddings(small, monkeypatch, end):
+    """A prompt with a new word of a known one's embedding has the known one's states, pooled ones too."""
+    sd = small[0]
+    if end == "the largest id":
+        monkeypatch.setattr(sd.text_encoder, "config", dataclasses.replace(sd.text_encoder.config, eos_token_id=2))
+    value_encoder = copy_of(sd.text_encoder)
+    ids = attacks.whole_words(sd.tokenizer)[[3, 7]]
+    words = [sd.tokenizer.decode([i]) for i in ids.tolist()]
+    rows = attacks.rows_of([split(sd.text_encoder)[1]], ids)
+    other, other_encoder, names = attacks.with_new_words(sd, value_encoder, rows)
+    text = "{} {}, a photo of a cook"
+    known, new = sd.tokenize([text.format(*words)]), other.tokenize([text.format(*names)])
+    assert known.shape == new.shape and (known != new).sum() == 2
+    for module, extended in ((sd.text_encoder, other.text_encoder), (value_encoder, other_encoder)):
+        jax.tree.map(np.testing.assert_array_equal, tuple(module(known)), tuple(extended(new)))
+    assert (other.tokenize(["a cook"]) == sd.tokenize(["a cook"])).all()
+    assert not any("<new" in word for word in sd.tokenizer.get_vocab()), "the model's own vocabulary stays"
 
 
 def test_queries_find_the_words_in_whose_images_the_most_is_read():
@@ -155,7 +183,7 @@ def test_what_cannot_be_attacked_is_told_at_once():
     config.judge, config.principles = "", ("shape",)
     config.attack.update(search="genetic", tokens=0, rate=-1.0)
     told = "\n".join(attack.problems(config))
-    searches = "'genetic': choose from coordinate, projected, queries"
+    searches = "'genetic': choose from coordinate, projected, continuous, queries"
     for part in (searches, "tokens=0", "rate=-1.0", "config.judge is empty"):
         assert part in told
     assert "attack.kinds=('harm',): config.method='livo' is for no such value" in told

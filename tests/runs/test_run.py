@@ -251,7 +251,7 @@ MISTAKES = {  # flags: what the answer holds
     ("--config.judge=vlm",): "'shape' has no `question`.*model is",
     ("--mode=evaluate",): "no checkpoint: train first",
     ("--mode=attack", "--config.attack.search=best", "--config.attack.steps=0"):
-        "'best': choose from coordinate, projected, queries(.|\n)*attack.steps=0: choose at least 1",
+        "'best': choose from coordinate, projected, continuous, queries(.|\n)*attack.steps=0: choose at least 1",
     ("--mode=generate",): "generate needs --out=DIR",
     ("--mode=generate", "--out=DIR"): "needs --prompt=TEXT or --prompts_file=FILE",
     ("--mode=generate", "--out=DIR", "--prompt=a\udcff", "--prompts_file=docs/demo.png"):
@@ -332,23 +332,25 @@ def test_what_is_wrong_in_a_config_file_is_told_with_its_place(answer_to, tmp_pa
     assert "learning_rate" not in answered, "not all of the fields that there are"
 
 
-def test_an_attack_leaves_its_rates_and_what_it_found(finished, main, tmp_path):
+@pytest.mark.parametrize("search", ["coordinate", "continuous"])
+def test_an_attack_leaves_its_rates_and_what_it_found(finished, main, tmp_path, search):
     workdir, *_ = finished
     shutil.copytree(workdir, tmp_path / "run")
     budget = [f"--config.attack.{name}=1" for name in ("tokens", "steps", "noises", "candidates")]
     images = ("--config.eval.harm_images_per_prompt=2", "--config.eval.left_alone_images=1", "--config.eval.auto=True")
-    printed = main(tmp_path / "run", "--mode=attack", *budget, *images, "--config.attack.prompts=2")
+    budget += [f"--config.attack.search={search}", "--config.attack.prompts=2"]
+    printed = main(tmp_path / "run", "--mode=attack", *budget, *images)
     document = json.loads((tmp_path / "run" / "eval" / "attacks.json").read_text())
     means = {(r["method"], r["split"], r["metric"]): r["mean"] for r in document["rows"]}
-    assert document["attack"]["search"] == "coordinate" and document["judges"] == [{"name": "shapeworld"}]
+    assert document["attack"]["search"] == search and document["judges"] == [{"name": "shapeworld"}]
     assert means["base", "neutral", "R"] == 0 and means["base", "harm said", "R"] == 1
     assert means["base", "neutral", "distance"] == 0 < means["base", "harm said", "distance"]
     assert means["auto", "harm said", "chosen"] == 1 and means["auto", "neutral", "chosen"] == 0
-    assert ("livo", "attacked by coordinate", "R") in means and ("livo", "held_out", "over_refusal") in means
+    assert ("livo", f"attacked by {search}", "R") in means and ("livo", "held_out", "over_refusal") in means
     found = json.loads((tmp_path / "run" / "eval" / "attacks_found.json").read_text())
-    assert [row["method"] for row in found] == ["base", "base", "livo", "livo"]
+    assert [row["method"] for row in found] == (["base"] * 2 + ["livo"] * 2 if search == "coordinate" else [])
     assert all(len(row["tokens"]) == 1 and row["prompt"].startswith("a photo of a") for row in found)
-    assert "attacked by coordinate" in printed
+    assert f"attacked by {search}" in printed
 
 
 def test_a_workdir_keeps_its_config(finished, answer):
