@@ -18,7 +18,7 @@ def fields(config) -> set[str]:
     return {name for name in flatten(config.to_dict()) if not name.startswith(MAPS)}
 
 
-@pytest.mark.parametrize("name", ["livo", "livo_anchored", "sdxl", "tiny"])
+@pytest.mark.parametrize("name", ["livo", "livo_anchored", "sd35", "sdxl", "tiny"])
 @pytest.mark.parametrize("variant", ["", "smoke"])
 def test_a_config_sets_fields_that_there_are(name, variant):
     """At its top, where methods have sections of their own, a config takes a misspelt field without a word."""
@@ -47,9 +47,9 @@ def test_a_board_measures_every_method_alike(variant):
         assert {*followed} <= {*livo.principles} and entry.judging.keys() == livo.judging.keys()
 
 
-@pytest.mark.parametrize("name", ["sd15", "sdxl", "sdxl_small"])
+@pytest.mark.parametrize("name", ["sd15", "sd35_large", "sd35_medium", "sd35_small", "sdxl", "sdxl_small"])
 def test_the_architectures_here_are_of_parts_that_belong_together(name):
-    """Plans, configs/sdxl.py:smoke and the benchmarks open them; their tokenizer is the embedded world's."""
+    """Plans, the configs' smoke and the benchmarks open them; their tokenizer is the embedded world's."""
     config = livo.get_config()
     config.model = f"benchmarks/{name}"
     sd = plan.abstract_model(config)

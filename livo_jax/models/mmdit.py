@@ -262,6 +262,6 @@ class SD3Transformer2DModel(nnx.Module):
         for block in self.transformer_blocks:
             x, text = run(block, x, text, vector, mask)
         scale, shift = self.norm_out(vector)
-        x = self.proj_out(self.norm(x) * (1 + scale) + shift)
+        x = run(self.proj_out, self.norm(x) * (1 + scale) + shift)  # whole too: its outputs are taken apart
         x = x.reshape(B, h // patch, w // patch, patch, patch, -1).swapaxes(2, 3)
         return x.reshape(B, h, w, -1)

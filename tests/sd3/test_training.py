@@ -1,6 +1,7 @@
 """A step of Stable Diffusion 3.5 computes what PyTorch does; methods take it, and runs go from start to end."""
 
 import copy
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,9 @@ import pytest
 import torch
 
 from configs.baselines import dpo_unet
-from livo_jax import methods, sharding, value_encoders
+from livo_jax import StableDiffusion, methods, sharding, value_encoders
 from livo_jax.models.weights import to_published
+from livo_jax.runs import restore
 from livo_jax.training import objective
 from livo_jax.training.batch import Batch, draw_noise
 from livo_jax.training.objective import split_models
@@ -159,3 +161,25 @@ def test_what_else_is_trained_takes_a_step(sd, config, made, batch, trained):
     after, metrics = jax.eval_shape(step, state, frozen, batch)
     assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
     assert metrics["loss"].shape == ()
+
+
+def test_divided_over_devices_it_is_the_same(sd, config, made, batch):
+    """Weights over two axes, gathered where a block computes, rows over two."""
+    config = config.copy_and_resolve_references()
+    config.shard_frozen = True
+    mesh = sharding.make_mesh(2, 2, 2)
+    divided = StableDiffusion.from_pretrained(sd.root, sharding=functools.partial(sharding.by_rules, mesh=mesh))
+    kernel = divided.unet.transformer_blocks[0].attn.add_q_proj.kernel
+    assert kernel.sharding.spec == jax.sharding.PartitionSpec("fsdp", "tensor")
+    two = jax.tree.map(lambda x: np.concatenate([x, x]), batch)
+    noise = draw_noise(jax.random.key(0), (4, *sd.latent_shape), (0, 1000))
+
+    def loss_of_model(sd, on=None):
+        if on:
+            restore.compute_on(on, config, sd, made["lora"])
+        networks, params, frozen = split_models(sd, made["lora"], with_vae=True)
+        loss = jax.jit(objective.make_loss(networks, CONFIG))
+        with jax.set_mesh(on or sharding.make_mesh()):
+            return float(loss(params, frozen, two, noise)[0])
+
+    assert loss_of_model(divided, mesh) == pytest.approx(loss_of_model(sd), rel=1e-4)

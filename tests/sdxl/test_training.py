@@ -175,9 +175,10 @@ def test_a_run_from_the_cache_and_from_images(config, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_command_line_from_pairs_to_an_export(tmp_path):
-    """configs/sdxl.py:smoke, which anyone can run: pairs, cache, two steps, evaluation, images, export and back."""
-    command = functools.partial(run, config="configs/sdxl.py:smoke")
+@pytest.mark.parametrize("name", ["sdxl", "sd35"])
+def test_the_command_line_from_pairs_to_an_export(name, tmp_path):
+    """A smoke that anyone can run: pairs, cache, two steps, evaluation, images, export and back."""
+    command = functools.partial(run, config=f"configs/{name}.py:smoke")
 
     def answer(*arguments):
         process = command(*arguments)
@@ -196,5 +197,5 @@ def test_the_command_line_from_pairs_to_an_export(tmp_path):
     for file in sorted((tmp_path / "images").iterdir()):
         theirs, ours = (np.asarray(Image.open(tmp_path / name / file.name)).astype(int) for name in ("images", "again"))
         assert np.abs(theirs - ours).max() <= 1
-    process = command(tmp_path / "none", config="configs/sdxl.py:tiny")
-    assert "there is configs/sdxl.py and configs/sdxl.py:smoke" in process.stderr
+    process = command(tmp_path / "none", config=f"configs/{name}.py:tiny")
+    assert f"there is configs/{name}.py and configs/{name}.py:smoke" in process.stderr
