@@ -1,5 +1,6 @@
 """The networks of Stable Diffusion 3 compute what diffusers and transformers do with the same published weights."""
 
+import gc
 import json
 import math
 
@@ -161,3 +162,22 @@ def test_they_compute_in_their_weights_dtype(tmp_path):
         ours(jnp.zeros((1, 7, 6, 4)), *given[1:])
     with pytest.raises(ValueError, match="latents of 6 x 3 patches: the transformer has positions for 5"):
         ours(jnp.zeros((1, 12, 6, 4)), *given[1:])
+
+
+@pytest.mark.slow  # 10 GB on the disk, 13 GiB of memory, minutes
+def test_the_full_size_of_medium(tmp_path):
+    """3.5 medium's transformer in float32, at 256 px, with random weights, sharded as published."""
+    import diffusers
+
+    torch.manual_seed(0)
+    theirs = randomised(diffusers.SD3Transformer2DModel(**MEDIUM)).requires_grad_(False)
+    theirs.save_pretrained(tmp_path, max_shard_size="4GB")
+    z, cond, pooled = torch.randn(1, 16, 32, 32), torch.randn(1, 333, 4096), torch.randn(1, 2048)
+    expected = last(theirs(z, cond, pooled, torch.tensor([500.0])).sample)
+    del theirs
+    gc.collect()
+    ours = load_module(SD3Transformer2DModel, tmp_path)
+    assert count(split(ours)[1]) > 2.4e9
+    assert (
+        relative_error(compute(ours, last(z), np.array([500.0]), cond.numpy(), None, pooled.numpy()), expected) < 1e-3
+    )
