@@ -18,7 +18,7 @@ def fields(config) -> set[str]:
     return {name for name in flatten(config.to_dict()) if not name.startswith(MAPS)}
 
 
-@pytest.mark.parametrize("name", ["livo", "livo_anchored", "sd35", "sdxl", "tiny"])
+@pytest.mark.parametrize("name", ["flow_tiny", "livo", "livo_anchored", "sd35", "sdxl", "tiny"])
 @pytest.mark.parametrize("variant", ["", "smoke"])
 def test_a_config_sets_fields_that_there_are(name, variant):
     """At its top, where methods have sections of their own, a config takes a misspelt field without a word."""
