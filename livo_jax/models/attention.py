@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+BLOCK = 128  # queries and keys of Pallas' flash attention come in multiples of it
+
 
 def attention(q, k, v, heads: int, mask=None, causal: bool = False, bias=None, scale: float | None = None):
     """Multi-head scaled dot-product attention; no probabilities are kept for the backward pass.
@@ -36,11 +38,26 @@ def attention(q, k, v, heads: int, mask=None, causal: bool = False, bias=None, s
     fused = {}
     if mask is None and bias is None and scale is None and q.dtype in (jnp.bfloat16, jnp.float16):
         cudnn = functools.partial(jax.nn.dot_product_attention, is_causal=causal, implementation="cudnn")
+        if q.shape[1] == k.shape[1] > BLOCK and q.shape[1] % 2:
+            cudnn = functools.partial(_cudnn_of_odd, is_causal=causal)
         if _takes(cudnn, q, k, v):
             fused["cuda"] = cudnn
         if not causal and _takes(_flash_on_mesh, q, k, v):
             fused["tpu"] = _flash_on_mesh
     return jax.lax.platform_dependent(q, k, v, default=plain, **fused).reshape(shape)
+
+
+def _filled_up(multiple: int, q, k, v):
+    """q, k, v [B, L, N, K] with zeros up to the next multiple of tokens: the kernels take few lengths."""
+    return (jnp.pad(x, ((0, 0), (0, -x.shape[1] % multiple), (0, 0), (0, 0))) for x in (q, k, v))
+
+
+def _cudnn_of_odd(q, k, v, is_causal):
+    """cuDNN's attention of L queries and keys, L odd, which it does not take: one more, which nobody sees."""
+    B, L = q.shape[:2]
+    lengths = jnp.full(B, L, jnp.int32)
+    settings = dict(query_seq_lengths=lengths, key_value_seq_lengths=lengths, is_causal=is_causal)
+    return jax.nn.dot_product_attention(*_filled_up(2, q, k, v), implementation="cudnn", **settings)[:, :L]
 
 
 def _takes(kernel, *args) -> bool:
@@ -63,21 +80,28 @@ def _flash_on_mesh(q, k, v):
     *rows, heads = mesh.axis_names
     B, L, N, K = q.shape
     parts = math.prod(mesh.shape[axis] for axis in rows)
-    if K > 128 or L % 128 or k.shape[1] % 128 or B % parts or N % mesh.shape[heads]:
+    fits = L % BLOCK == k.shape[1] % BLOCK == 0 or L == k.shape[1] > BLOCK  # of self-attention any length is filled up
+    if K > 128 or not fits or B % parts or N % mesh.shape[heads]:
         raise NotImplementedError
     spec = PartitionSpec(rows, None, heads)
     return jax.shard_map(_flash, in_specs=spec, out_specs=spec, check_vma=False)(q, k, v)
 
 
 def _flash(q, k, v):
-    """[B, L, N, K] from q [B, L, N, K] and k, v [B, S, N, K]; L and S are multiples of 128."""
-    from jax.experimental.pallas.ops.tpu.flash_attention import BlockSizes, flash_attention
+    """[B, L, N, K] from q [B, L, N, K] and k, v [B, S, N, K]; L and S are multiples of 128, or equal."""
+    from jax.experimental.pallas.ops.tpu.flash_attention import BlockSizes, SegmentIds, flash_attention
 
+    (B, L), seen = q.shape[:2], None
+    if L % BLOCK:  # what is filled up is a segment of its own
+        q, k, v = _filled_up(BLOCK, q, k, v)
+        segment = jnp.broadcast_to((jnp.arange(q.shape[1]) < L).astype(jnp.int32), (B, q.shape[1]))
+        seen = SegmentIds(segment, segment)
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
     # The kernel's own default, 128, is too little work for each step of its grid.
     block_q, block_k = (math.gcd(512, x.shape[2]) for x in (q, k))
     sizes = {
         field.name: block_q if field.name.startswith("block_q") else block_k for field in dataclasses.fields(BlockSizes)
     } | {"block_b": 1}
-    out = flash_attention(q, k, v, sm_scale=q.shape[-1] ** -0.5, block_sizes=BlockSizes(**sizes))
-    return out.swapaxes(1, 2)
+    scale = q.shape[-1] ** -0.5
+    out = flash_attention(q, k, v, segment_ids=seen, sm_scale=scale, block_sizes=BlockSizes(**sizes))
+    return out.swapaxes(1, 2)[:, :L]

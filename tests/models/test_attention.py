@@ -82,6 +82,10 @@ def test_each_platform_has_its_kernel(cudnn_is_there):
     assert kernels("cuda", whole) == kernels("tpu", whole) == []
     assert kernels("cuda", qkv(78, jnp.bfloat16)) == ["cudnn"]
     assert kernels("cuda", qkv(77, jnp.bfloat16)) == kernels("tpu", qkv(78, jnp.bfloat16)) == []
+    joint = qkv(333, jnp.bfloat16)[1:]  # of no length that a kernel takes: filled up
+    assert kernels("cuda", [joint[0], *joint]) == ["cudnn"] and kernels("tpu", [joint[0], *joint]) == [
+        "tpu_custom_call"
+    ]
     masked = {"mask": jnp.ones((B, L), bool)}
     assert kernels("cuda", half, **masked) == kernels("tpu", half, **masked) == []
     wide = [jnp.zeros((B, L, HEADS * 512), jnp.bfloat16)] * 3  # as the VAE's
@@ -92,12 +96,13 @@ def test_without_cudnn_there_is_xla():
     assert kernels("cuda", qkv(dtype=jnp.bfloat16)) == []
 
 
-def test_the_tpu_kernel_computes_the_same():
-    """In its interpreter, which runs anywhere."""
-    arrays = qkv()
+@pytest.mark.parametrize("length", [L, 200])
+def test_the_tpu_kernel_computes_the_same(length):
+    """In its interpreter, which runs anywhere; of a length that is filled up too."""
+    arrays = [x[:, :length] for x in qkv()]
 
     def flash(*qkv):
-        return _flash(*(x.reshape(B, L, HEADS, K) for x in qkv)).reshape(B, L, HEADS * K)
+        return _flash(*(x.reshape(B, length, HEADS, K) for x in qkv)).reshape(B, length, HEADS * K)
 
     with pltpu.force_tpu_interpret_mode():
         found = [flash(*arrays), *gradients(flash, arrays)]
