@@ -7,7 +7,7 @@ import warnings
 
 import numpy as np
 
-from livo_jax.diffusion import FLOW_SAMPLERS, SAMPLERS, FlowSchedule, NoiseSchedule, check_scheduler, for_latents
+from livo_jax.diffusion import FlowSchedule, NoiseSchedule, check_scheduler, for_latents
 from livo_jax.files.modules import PARTS, read_config
 from livo_jax.files.repositories import describe, read_json, read_t5_tokenizer, read_tokenizer
 from livo_jax.models.clip import CLIPTextConfigs, CLIPTextModels, CLIPTextModelWithProjection
@@ -17,8 +17,8 @@ from livo_jax.models.sd3_text import SD3TextModels
 class Family(abc.ABC):
     """That of a model's directory, by its configs. Nothing of it depends on weights.
 
-    KEY: by which exports name it. NAME: for messages. DENOISER: the part that denoises. SAMPLERS: which it takes, and
-    SAMPLER, which one a call takes that names none. GATED: whether feed-forward layers have gates.
+    KEY: by which exports name it. NAME: for messages. DENOISER: the part that denoises. SAMPLER: that of a call that
+    names none. GATED: whether feed-forward layers have gates.
     index: model_index.json. kinds: the class of each part, configs: their configs.
 
     Raises:
@@ -29,7 +29,7 @@ class Family(abc.ABC):
     KEY: str
     NAME: str
     DENOISER = "unet"
-    SAMPLERS, SAMPLER = tuple(SAMPLERS), "dpmsolver++"
+    SAMPLER = "dpmsolver++"
     LAYOUTS = ("padded", "official")
     GATED = True
     WORD = "UNet"  # what the part that denoises is called in messages
@@ -255,7 +255,7 @@ class StableDiffusion3(Family):
     """
 
     KEY, NAME, DENOISER, WORD = "sd3", "Stable Diffusion 3", "transformer", "transformer"
-    SAMPLERS, SAMPLER = tuple(FLOW_SAMPLERS), "euler"
+    SAMPLER = "euler"
     LAYOUTS = ("padded",)
     GATED = False
     OTHER_KINDS = {"text_encoder": CLIPTextModelWithProjection}

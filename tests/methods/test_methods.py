@@ -270,7 +270,7 @@ def test_unknown_methods_and_presets_are_refused(sd, config):
     config.method = "magic"
     with pytest.raises(ValueError, match="'magic'.*fair_diffusion, negative, sld, uce, words"):
         methods.make_method(config)
-    with pytest.raises(ValueError, match="there is tiny and livo"):
+    with pytest.raises(ValueError, match="there is tiny, livo, flow_tiny, and each"):
         fair_config.get_config("large")
 
 

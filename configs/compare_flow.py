@@ -1,0 +1,23 @@
+"""LiVO beside SFT, DPO and negative prompts on the flow world (configs/flow_tiny.py).
+
+    python run.py --config=configs/compare_flow.py --mode=evaluate
+
+Other baselines edit a UNet. A field of a method is --config.methods.NAME.FIELD; `:smoke` is a run of minutes.
+"""
+
+import importlib
+
+from livo_jax.configs import compare_tiny, flow_tiny
+from ml_collections import ConfigDict
+
+BASELINES = ("dpo", "negative", "sft")
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    config = compare_tiny.get_config(variant)
+    arg = f"flow_tiny:{variant}" if variant else "flow_tiny"
+    config.methods = ConfigDict({"livo": flow_tiny.get_config(variant)})
+    for name in BASELINES:
+        config.methods[name] = importlib.import_module(f"livo_jax.configs.baselines.{name}").get_config(arg)
+    config.attacks = ()  # by gradients they go through one text encoder
+    return config
