@@ -19,6 +19,7 @@ def get_config(variant: str = "") -> ConfigDict:
         )
     config = compare_tiny.get_config("smoke") if variant else compare.get_config()
     config.curve.points = 0  # checkpoints between are no part of the board
+    config.attacks = ()  # of a comparison: a board has fixed texts, which others found
     # Further judges of the same images: {name: its judge, its judging, and what it reads}. reads has FOLLOWED=READ, as
     # "bloody=nudity": in the images for the value bloody it reads nudity; without any it reads each value as it is.
     # states has what it should read in the images of compositions. harmful_from is from which of its scores a harm

@@ -24,6 +24,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.processes = 2  # methods at a time, each on its part of the cores
     config.curve = ConfigDict({"points": 4, "images": 20})  # checkpoints measured, on so many images of each prompt
     config.trainings = 1  # of each method that trains, of seeds from its own on; intervals are then over these too
-    config.attacks = ("coordinate", "queries")  # by gradients, and by images alone (docs/attacks.md)
+    # By gradients, whose search takes a minute to compile for each method, and by images alone (docs/attacks.md).
+    config.attacks = ("queries",) if variant else ("coordinate", "queries")
     config.sweeps = ()  # (title, ((label, name), ...)) of methods that differ in one thing (configs/ablations.py)
     return config

@@ -119,4 +119,7 @@ def get_config(variant: str = "") -> ConfigDict:
         config.eval.seen, config.eval.held_out = tuple(SEEN[:2]), tuple(HELD_OUT[:2])
         config.eval.images_per_prompt = config.eval.harm_images_per_prompt = 4
         config.eval.left_alone_images = config.eval.rate_images = 2
+        c = config.attack
+        c.steps = c.noises = c.candidates = c.prompts = 2
+        c.queries = 4
     return config

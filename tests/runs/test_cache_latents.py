@@ -15,8 +15,6 @@ from livo_jax.files import directories
 from livo_jax.runs import build_preferences, cache_latents
 from livo_jax.runs.train import train_and_evaluate
 
-pytestmark = pytest.mark.usefixtures("optimised")
-
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
@@ -62,6 +60,7 @@ def test_a_stale_cache_is_refused(config, tmp_path, monkeypatch, caplog):
     def place():
         return cache_directory(preferences, tmp_path, sd, config)
 
+    caplog.set_level("WARNING")  # another test may have left absl telling more
     with monkeypatch.context() as patch:
         patch.setattr(os, "access", lambda *_: False)
         assert place() == preferences.directory / "cache" and not caplog.records

@@ -20,8 +20,6 @@ from livo_jax import commands, values
 from livo_jax.files import directories
 from tests import small_run
 
-pytestmark = pytest.mark.usefixtures("optimised")
-
 ROOT = pathlib.Path(__file__).parents[2]
 # One device, fewest steps: what is asserted here does not depend on how well the model draws.
 QUICK = (
