@@ -1,9 +1,10 @@
 """The flow world: configs/tiny.py on a Stable Diffusion 3 of the same pictures, trained by flow matching.
 
-    python -m data_tools.flow_world --out=data_tools/flow_world_model    # once, 25 minutes on two cores
+    python -m data_tools.flow_world --out=data_tools/flow_world_model    # once: 3,000 steps
     python run.py --config=configs/flow_tiny.py
 
-What is not set here is the first world's, chosen on it. `configs/flow_tiny.py:smoke` is the same in a minute.
+What is not set here is the first world's, chosen on it; nothing was measured on this one yet.
+`configs/flow_tiny.py:smoke` is the same in a minute.
 """
 
 import pathlib
