@@ -47,12 +47,7 @@ PIPELINE = {
     "tokenizer_2": ["transformers", "CLIPTokenizer"], "tokenizer_3": [None, None],
     "transformer": ["diffusers", "SD3Transformer2DModel"], "vae": ["diffusers", "AutoencoderKL"],
 }  # fmt: skip
-ZERO_AT_FIRST = (
-    "norm1",
-    "norm1_context",
-    "norm_out",
-    "proj_out",
-)  # each block begins as the identity (Peebles & Xie 2023)
+ZERO_AT_FIRST = "norm1", "norm1_context", "norm_out", "proj_out"  # each block is the identity (Peebles & Xie 2023)
 
 
 def folded_vae(vae: AutoencoderKL, images: np.ndarray) -> tuple[AutoencoderKL, dict, np.ndarray]:

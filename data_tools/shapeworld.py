@@ -290,6 +290,14 @@ def train_vae(images):
     return vae, means * VAE["scaling_factor"]
 
 
+def denoising_loss(schedule, unet, z, cond, key_eps, key_t):
+    """The mean error of the noise in scaled latents z [B, h, w, C] under text states, Min-SNR weighted."""
+    eps = jax.random.normal(key_eps, z.shape)
+    t = jax.random.randint(key_t, (len(z),), 0, schedule.num_timesteps)
+    eps_hat = unet(diffusion.add_noise(schedule, z, eps, t), t, cond)
+    return jnp.mean(losses.denoising_error(eps_hat, eps) * diffusion.min_snr_weight(schedule, t, 5.0))
+
+
 def train_diffusion(latents, ids, ids_of_nothing):
     """Text encoder and UNet, trained together on scaled latents [N, 8, 8, 4] and token ids [N, 16]."""
     text_encoder = CLIPTextModel(CLIPTextModel.Config.from_json(TEXT_ENCODER), rngs=nnx.Rngs(1))
@@ -301,10 +309,7 @@ def train_diffusion(latents, ids, ids_of_nothing):
         key_eps, key_t, key_drop = jax.random.split(key, 3)
         text_encoder, unet = nnx.merge(graph, params)
         ids = jnp.where(jax.random.bernoulli(key_drop, 0.1, (len(z), 1)), ids_of_nothing, ids)  # for guidance
-        eps = jax.random.normal(key_eps, z.shape)
-        t = jax.random.randint(key_t, (len(z),), 0, schedule.num_timesteps)
-        eps_hat = unet(diffusion.add_noise(schedule, z, eps, t), t, text_encoder(ids).last_hidden_state)
-        return jnp.mean(losses.denoising_error(eps_hat, eps) * diffusion.min_snr_weight(schedule, t, 5.0))
+        return denoising_loss(schedule, unet, z, text_encoder(ids).last_hidden_state, key_eps, key_t)
 
     arrays = [latents, ids]
     params = fit(loss, params, arrays, batch_size=48, steps=6000, learning_rate=2e-3, name="unet and text")

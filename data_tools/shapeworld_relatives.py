@@ -32,7 +32,6 @@ from livo_jax.files import modules
 from livo_jax.judges.shapeworld import COLOURS
 from livo_jax.models import low_rank
 from livo_jax.models.weights import split
-from livo_jax.training import losses
 
 BASE = pathlib.Path(__file__).parent / "shapeworld_model"
 SAMPLER, STEPS, BETWEEN, GUIDANCE = "ddim_trailing", 4, 5, 1.1  # of the student, and the base's steps for each of its
@@ -49,7 +48,8 @@ def draw_captions(seed: int, n: int) -> tuple[list, list]:
 
 def coefficients(table: SamplerTable) -> tuple[np.ndarray, np.ndarray]:
     """A and B of a sampler's steps without memory, z <- A z + B unet(z, t); [n] each."""
-    return (table.step[:, 0, i] + table.step[:, 0, 2] * x for i, x in enumerate((table.from_z, table.from_out)))
+    of_z, of_out, of_z_0 = table.step[:, 0].T
+    return of_z + of_z_0 * table.from_z, of_out + of_z_0 * table.from_out
 
 
 def draw_paths(sd, ids, steps: int, between: int, guidance_scale: float, seed: int = 0) -> np.ndarray:
@@ -114,10 +114,7 @@ def draw_hatted(sd, seed: int = 2) -> tuple[np.ndarray, np.ndarray]:
         for content in contents
     ]
     images = np.stack([shapeworld.render(rng, content) for content in hatted])
-    graph, params = split(sd.vae)
-    encode = jax.jit(lambda x: nnx.merge(graph, params).encode(x / 127.5 - 1)[0])
-    means = np.concatenate([encode(part) for part in np.split(images, 20)])
-    return means * sd.vae.config.scaling_factor, sd.tokenize(captions)
+    return np.concatenate([sd.encode(part) for part in np.split(images, 20)]), sd.tokenize(captions)
 
 
 def train_on(sd, latents, ids, params, apply, *, steps: int, learning_rate: float, name: str):
@@ -125,12 +122,8 @@ def train_on(sd, latents, ids, params, apply, *, steps: int, learning_rate: floa
     text_encoder, frozen = split(sd.text_encoder)
 
     def loss(params, key, z, ids):
-        key_eps, key_t = jax.random.split(key)
-        eps = jax.random.normal(key_eps, z.shape)
-        t = jax.random.randint(key_t, (len(z),), 0, sd.schedule.num_timesteps)
         cond = nnx.merge(text_encoder, frozen)(ids).last_hidden_state
-        eps_hat = apply(params)(diffusion.add_noise(sd.schedule, z, eps, t), t, cond)
-        return jnp.mean(losses.denoising_error(eps_hat, eps) * diffusion.min_snr_weight(sd.schedule, t, 5.0))
+        return shapeworld.denoising_loss(sd.schedule, apply(params), z, cond, *jax.random.split(key))
 
     settings = dict(batch_size=48, steps=steps, learning_rate=learning_rate, name=name)
     return shapeworld.fit(loss, params, [latents, ids], **settings)

@@ -141,7 +141,7 @@ def find(
     found, at_once = [], min(at_once, len(prompts))
     for start in range(0, len(prompts), at_once):
         rows = np.minimum(np.arange(start, start + at_once), len(prompts) - 1)  # the last batch is filled up
-        z = encode(sd, np.asarray(targets)[rows])
+        z = sd.encode(np.asarray(targets)[rows])
         part = search(params, [text.ids[rows] for text in texts], z, jnp.array(allowed), seeds.key(seed))
         found.append(np.asarray(part))
     return np.concatenate(found)[: len(prompts)]
@@ -202,18 +202,6 @@ def find_words_by_queries(ask, words: list[str], prompts: list[str], budget: Bud
         best[better], scores[better] = tried[better], found[better]
     of_restarts = best.reshape(R, P, -1)[scores.reshape(R, P).argmax(0), np.arange(P)]
     return [" ".join(row) for row in table[of_restarts]]
-
-
-def encode(sd, images) -> jax.Array:
-    """The latents [P, h, w, C] float32 of images [P, H, W, 3] uint8."""
-    graph, params = split(sd.vae)
-
-    @jax.jit
-    def latents(params, images):
-        mean, _ = nnx.merge(graph, params).encode(images.astype(jnp.float32) / 127.5 - 1)
-        return sd.vae.config.scale(mean.astype(jnp.float32))
-
-    return latents(params, jnp.asarray(images))
 
 
 def embeddings(params: dict) -> jax.Array:
@@ -287,7 +275,7 @@ def make_search(graphs, sd, places, budget: Budget):
         P, of_start, of_steps, of_end = len(z), *jax.random.split(key, 3)
         ids, z = [jnp.tile(x, (R, 1)) for x in ids], jnp.tile(z, (R, 1, 1, 1))
         table = embeddings(params[0])[allowed].astype(jnp.float32)
-        state = begin(allowed[jax.random.randint(of_start, (R * P, K), 0, len(allowed))], params)
+        state = begin(params, allowed[jax.random.randint(of_start, (R * P, K), 0, len(allowed))])
 
         def advance(state, key):
             of_noise, of_step = jax.random.split(key)
@@ -332,7 +320,7 @@ def coordinate(objective: Objective, budget: Budget):
         found = jax.lax.map(lambda words: objective.errors(params, ids, rows_of(params, words), z, *noises), tried)
         return tried[found.argmin(0), rows]
 
-    return step, lambda words, params: words, lambda words, allowed, table: words
+    return step, lambda params, words: words, lambda words, allowed, table: words
 
 
 def moved(x, towards, table, budget: Budget):
@@ -351,7 +339,7 @@ def projected(objective: Objective, budget: Budget):
         rows = rows_of(params, nearest(x, allowed, table))
         return moved(x, objective.gradient(params, ids, rows, z, *noises), table, budget)
 
-    return step, lambda words, params: rows_of(params, words), nearest
+    return step, rows_of, nearest
 
 
 def continuous(objective: Objective, budget: Budget):
@@ -360,4 +348,4 @@ def continuous(objective: Objective, budget: Budget):
     def step(params, ids, z, noises, allowed, table, x, key):
         return moved(x, objective.gradient(params, ids, x, z, *noises), table, budget)
 
-    return step, lambda words, params: rows_of(params, words), lambda x, allowed, table: x
+    return step, rows_of, lambda x, allowed, table: x

@@ -167,9 +167,8 @@ class LiVO:
 
     def _condition(self, rows: list[tuple[str | None, tuple[Dose, ...]]]) -> tuple[torch.Tensor, torch.Tensor, dict]:
         """What the UNet reads for texts with values: [u; c], [R, V + L, D], the mask of what each row has, and more."""
-        dtype = (
-            self._denoiser().dtype
-        )  # parts may come in different ones: transformers keeps a file's, diffusers casts it
+        # Parts may come in different dtypes: transformers keeps a file's, diffusers casts it.
+        dtype = self._denoiser().dtype
         c, added = self._encode([text for text, _ in rows])
         c, added = c.to(dtype), {name: x.to(dtype) for name, x in added.items()}
         slots = max(len(doses) for _, doses in rows)

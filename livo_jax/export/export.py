@@ -136,14 +136,8 @@ def export(directory: str | os.PathLike, sd, value_encoder, config, results: lis
         for value in known:
             value["alone"] = value["statement"] in value_encoder.alone
         base = name_base(config.model)
-        knows = {
-            "base": base,
-            "family": sd.family.KEY,
-            "values": known,
-            "lists": lists(),
-            "rates": rates,
-            "dealing": dealing.BLOCK,
-        }
+        knows = {"base": base, "family": sd.family.KEY, "values": known, "lists": lists(), "rates": rates}
+        knows["dealing"] = dealing.BLOCK
         if isinstance(value_encoder, LoRA):
             value_encoder.save(out / "adapter", base)
             value_encoder = copy_of(value_encoder.merged(text_encoder))

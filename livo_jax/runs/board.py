@@ -18,7 +18,7 @@ from livo_jax.evaluation import board, cases, metrics, prompt_sets
 from livo_jax.evaluation.drawn import without_values
 from livo_jax.files.settings import flatten
 from livo_jax.judges import hash_files
-from livo_jax.runs import attack, check, evaluate, plan
+from livo_jax.runs import attack, check, evaluate, plan, trainings
 from livo_jax.runs.further import Further, load_networks, load_readers
 
 FIELDS = ("judges", "quality")  # of a comparison, that make it a board
@@ -111,9 +111,8 @@ def cost(comparison, configs: dict) -> str:
         asked = evaluate.requests_asked(*evaluate.ask(own, methods.make_method(own).HAS_TOKENS))
         base |= dict.fromkeys(without_values(asked))
         images = sum(bool(request.values) for request in asked)
-        trainings = trainings_of(comparison, own)
-        pairs = own.train.steps * own.train.batch_size * trainings
-        lines.append((name, images * trainings, pairs))
+        times = trainings.count_of(own, comparison)
+        lines.append((name, images * times, own.train.steps * own.train.batch_size * times))
         read += len(asked)
     lines.insert(0, ("base", len(base), 0))
     total = sum(images for _, images, _ in lines)
@@ -123,10 +122,11 @@ def cost(comparison, configs: dict) -> str:
     told += [f"{name:20}{images:>12,}{images * at_once:>16,}{pairs:>18,}" for name, images, pairs in lines]
     told.append(f"{'all, at least':20}{total:>12,}{total * at_once:>16,}{sum(pairs for *_, pairs in lines):>18,}")
     for search in comparison.get("attacks", ()):
-        ways = {name: attack.by_search(own, search) for name, own in configs.items()}
-        times = {name: trainings_of(comparison, own) for name, own in ways.items() if attack.is_attacked(own)}
-        sought = attack.passes(ways[next(iter(ways))])  # the base's words, for all
-        sought += sum(attack.passes(ways[name]) * n for name, n in times.items())
+        of_base, *ways = (attack.by_search(own, search) for own in (first, *configs.values()))
+        attacked = [own for own in ways if attack.is_attacked(own)]
+        sought = attack.passes(of_base) + sum(
+            attack.passes(own) * trainings.count_of(own, comparison) for own in attacked
+        )
         told.append(f"attacks by {search}: {sought:,} UNet passes")
     pixels = total * sd.image_size**2 * 3
     further = comparison.get("judges")  # of a board
@@ -187,7 +187,7 @@ def make_card(comparison, found: Further, judge: dict) -> dict:
         "methods": {
             name: {
                 "steps": own.train.steps,
-                "seeds": [own.seed + n for n in range(trainings_of(comparison, own))],
+                "seeds": [own.seed + n for n in range(trainings.count_of(own, comparison))],
                 f"unlike_{compared_with}": {
                     field: x for field, x in fields[name].items() if field not in of_first or x != of_first[field]
                 },
@@ -235,10 +235,6 @@ def _pin(place: str) -> dict:
     if path.is_dir():
         hashes = {path.name: hashlib.sha256(json.dumps(hashes).encode()).hexdigest(), "files": len(hashes)}
     return hashes
-
-
-def trainings_of(comparison, config) -> int:
-    return comparison.trainings if config.train.steps else 1
 
 
 def write(folder, title: str, results: list[dict], costs: list[dict], further: dict, card: dict) -> dict:

@@ -15,10 +15,15 @@ MEASURED_COSTS = ("training_seconds", "images_per_second", "of_base")
 POINT = ("step", "method", "value", "split", "metric")  # of a curve
 
 
+def count_of(config, comparison) -> int:
+    """How many trainings a comparison has of a method; 1 of one that trains nothing."""
+    return comparison.get("trainings", 1) if config.train.steps else 1
+
+
 def jobs_of(config, workdir, comparison) -> list[tuple]:
     """The jobs (config, workdir, comparison) of a method: one for each training of another seed."""
     jobs, shared = [], ConfigDict({name: x for name, x in comparison.items() if name != "methods"})
-    for n in range(comparison.get("trainings", 1) if config.train.steps else 1):
+    for n in range(count_of(config, comparison)):
         own = copy.deepcopy(config)
         own.seed = config.seed + n
         place = workdir.with_name(f"{workdir.name}_{n}") if n else workdir

@@ -4,12 +4,15 @@ import functools
 import pathlib
 import warnings
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from livo_jax.files.loras import merge_loras
 from livo_jax.files.modules import PARTS, initialise, load_module, read_dtype
 from livo_jax.files.repositories import find_repository, weight_patterns
+from livo_jax.models.weights import split
 from livo_jax.sampling.families import read_family
 from livo_jax.sampling.generate import Images, generate
 from livo_jax.sampling.requests import requests_of
@@ -18,6 +21,13 @@ from livo_jax.value_encoders.shelf import Shelf
 
 # What is no weight, beside the configs.
 DESCRIPTION = ["model_index.json", "tokenizer/*", "tokenizer_2/*", "tokenizer_3/*", "scheduler/*.json"]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _means(vae, params, images):
+    """[N, h, w, C] float32, of images [N, H, W, 3] uint8; vae: its GraphDef."""
+    mean, _ = nnx.merge(vae, params).encode(images.astype(jnp.float32) / 127.5 - 1)
+    return mean.astype(jnp.float32)
 
 
 class StableDiffusion:
@@ -145,6 +155,11 @@ class StableDiffusion:
                     warnings.warn(f"{text!r} is longer than {length} tokens; cut off: {cut!r}", stacklevel=2)
             found.append(ids)
         return found[0] if len(found) == 1 else np.stack(found, axis=1)
+
+    def encode(self, images) -> jnp.ndarray:
+        """Images [N, H, W, 3] uint8 as latents [N, h, w, C] float32, scaled as what denoises has them: their means."""
+        graph, params = split(self.vae)
+        return self.vae.config.scale(_means(graph, params, jnp.asarray(images)))
 
     def generate(
         self,

@@ -126,8 +126,6 @@ def make_loss(networks: Networks, config):
     """
     schedule, form, min_snr_gamma = networks.schedule, config.loss.form, config.loss.min_snr_gamma
     preference = make_preference(config, schedule.num_timesteps)
-    if min_snr_gamma:  # tells now where it is of no use
-        diffusion.min_snr_weight(schedule, 0, min_snr_gamma)
     anchor = config.loss.get("anchor", 0.0) if form == "livo" else 0.0  # other forms take anchors as pairs
     has_reference = form != "sft"
     sides = SIDES if has_reference else ("aligned",)

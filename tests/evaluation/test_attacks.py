@@ -103,7 +103,7 @@ def test_a_search_finds_the_words_of_least_error(search):
     objective = attacks.Objective(errors, gradient)
     budget = attacks.Budget(tokens=3, candidates=16, likeliest=4, rate=0.2)
     step, begin, end = search(objective, budget)
-    state = begin(jnp.full((2, 3), 9), params)
+    state = begin(params, jnp.full((2, 3), 9))
     for key in jax.random.split(jax.random.key(1), 40):
         state = step(params, None, None, (), allowed, table[allowed], state, key)
     found = end(state, allowed, table[allowed])
