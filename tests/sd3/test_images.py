@@ -3,21 +3,18 @@
 import json
 import shutil
 
-import jax
 import numpy as np
 import pytest
-import torch
 
 from livo_jax import StableDiffusion, sharding, value_encoders
-from livo_jax.export import export
 from livo_jax.methods import concept_ablation, uce
-from livo_jax.models.weights import split
 from livo_jax.runs import check
 from livo_jax.sampling import generate
 from livo_jax.sampling.requests import Dose, Request
 from livo_jax.values.principles import text_hash
-from tests.sd3.conftest import OTHER, PROMPTS, SCHEDULER, SETTINGS, VALUE
-from tests.sdxl.conftest import of_kind
+from tests import kinds
+from tests.kinds import OTHER, PROMPTS, VALUE, channels_first, of_kind
+from tests.sd3.conftest import SCHEDULER, SETTINGS
 
 
 def pipeline_of(theirs, root, t5: bool = True, scheduler="FlowMatchEulerDiscreteScheduler"):
@@ -32,10 +29,6 @@ def pipeline_of(theirs, root, t5: bool = True, scheduler="FlowMatchEulerDiscrete
     pipeline = diffusers.StableDiffusion3Pipeline(**parts, **tokenizers, scheduler=kind.from_config(SCHEDULER))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-def channels_first(noise):
-    return torch.tensor(noise.transpose(0, 3, 1, 2))
 
 
 @pytest.mark.parametrize(
@@ -60,22 +53,7 @@ def test_images_are_the_published_pipelines(sd, without_t5, published, theirs, s
 
 @pytest.mark.parametrize("kind", value_encoders.KINDS)
 def test_the_exported_pipeline_draws_the_same_images(sd, made, config, published, tmp_path, kind):
-    """As JAX from the same noise, values of several strengths, and the export is read again."""
-    from diffusers import DiffusionPipeline
-
-    config, out = of_kind(config, kind), tmp_path / "livo"
-    export.export(out, sd, made[kind], config)
-    again = value_encoders.start(of_kind(config, kind, start=str(out)), sd, sharding.make_mesh())
-    jax.tree.map(np.testing.assert_array_equal, split(again)[1], split(made[kind])[1])
-    pipeline = DiffusionPipeline.from_pretrained(published, custom_pipeline=str(out), trust_remote_code=True)
-    pipeline.set_progress_bar_config(disable=True)
-    noise = np.stack([generate.initial_noise(5, text_hash(p), 0, sd.latent_shape) for p in PROMPTS])
-    values, settings = [[VALUE, OTHER], OTHER], dict(strength={VALUE: 0.5})
-    theirs = pipeline(PROMPTS, values, latents=channels_first(noise), output_type="np", **settings)
-    ours = sd.generate(PROMPTS, values, made[kind], seed=5, **settings, **SETTINGS)
-    assert np.abs(ours - theirs.images * 255).max() < 1.0
-    base = sd.generate(PROMPTS, seed=5, **SETTINGS)
-    assert (np.abs(ours.astype(int) - base).max((1, 2, 3)) > 1).all()
+    kinds.assert_export_draws_the_same(sd, made[kind], of_kind(config, kind), published, tmp_path / "livo", SETTINGS)
 
 
 def test_no_value_is_the_base(sd, made):

@@ -18,8 +18,8 @@ from livo_jax.training import objective
 from livo_jax.training.batch import Batch, draw_noise
 from livo_jax.training.objective import split_models
 from livo_jax.training.step import init_state, make_train_step
-from tests.sd3.conftest import OTHER, PROMPTS, VALUE
-from tests.sdxl.conftest import Towers, of_kind
+from tests.kinds import OTHER, PROMPTS, VALUE, of_kind
+from tests.sdxl.conftest import Towers
 from tests.training.test_train import CONFIG, LOSS
 
 FORMS = ("livo", "sft", "dpo", "ipo", "kto")

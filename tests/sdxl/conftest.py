@@ -4,15 +4,11 @@ import json
 import shutil
 from types import SimpleNamespace
 
-import jax
-import numpy as np
 import pytest
 import torch
-from flax import nnx
 
-from configs import tiny
-from livo_jax import StableDiffusion, sharding, value_encoders
-from livo_jax.models.weights import split
+from livo_jax import StableDiffusion, sharding
+from tests import kinds
 from tests.conftest import LEVELS, UNET, VAE, randomised, text_model, write_pipeline
 
 INDEX = {
@@ -26,8 +22,6 @@ SCHEDULER = {
     "_class_name": "EulerDiscreteScheduler", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1,
     "beta_schedule": "scaled_linear", "timestep_spacing": "leading",
 }  # fmt: skip
-PROMPTS = ["a photo of a baker", "a cook at work"]
-VALUE, OTHER = "shape equality", "colour equality"
 SETTINGS = dict(steps=3, guidance_scale=3.0, sampler="euler", batch_size=1, mesh=sharding.make_mesh(1))
 
 
@@ -86,11 +80,7 @@ def small_sd15(theirs, published, tmp_path_factory):
 
 @pytest.fixture(scope="package")
 def config(published):
-    config = tiny.get_config()
-    config.model, config.principles, config.data.attributes = str(published), ("shape", "colour"), 0.0
-    config.value_encoder.update(rank=3, alpha=6.0, tokens=2)
-    config.sampling.update(sampler="euler", steps=3, guidance_scale=3.0)
-    return config
+    return kinds.config_of(published)
 
 
 class Towers(torch.nn.Module):
@@ -111,18 +101,6 @@ class Towers(torch.nn.Module):
         )
 
 
-def of_kind(config, kind: str, **settings):
-    config = config.copy_and_resolve_references()
-    config.value_encoder.update(kind=kind, **settings)
-    return config
-
-
 @pytest.fixture(scope="package")
 def made(sd, config):
-    """kind -> a value encoder of it, as after some training."""
-    rng, made = np.random.default_rng(0), {}
-    for kind in value_encoders.KINDS:
-        graph, params = split(value_encoders.start(of_kind(config, kind), sd, sharding.make_mesh()))
-        noise = jax.tree.map(lambda x: rng.normal(0, 3.0 if kind == "token" else 0.1, x.shape), params)  # noqa: B023
-        made[kind] = nnx.merge(graph, jax.tree.map(lambda x, noise: x + np.float32(noise), params, noise))
-    return made
+    return kinds.make_all(sd, config)

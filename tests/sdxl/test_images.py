@@ -12,11 +12,10 @@ import pytest
 import torch
 
 from livo_jax import StableDiffusion, ValueEncoder, sharding, value_encoders
-from livo_jax.export import export
 from livo_jax.export.export import SCHEDULERS
 from livo_jax.files.modules import PARTS, skeleton
 from livo_jax.files.repositories import read_json
-from livo_jax.models.weights import TO_PUBLISHED, published_name, split
+from livo_jax.models.weights import TO_PUBLISHED, published_name
 from livo_jax.runs import restore
 from livo_jax.sampling import generate
 from livo_jax.sampling.requests import Dose, Request
@@ -24,8 +23,10 @@ from livo_jax.value_encoders.lora import LoRA
 from livo_jax.value_encoders.shelf import Shelf
 from livo_jax.value_encoders.soft_tokens import SoftTokens
 from livo_jax.values.principles import text_hash
+from tests import kinds
+from tests.kinds import OTHER, PROMPTS, VALUE, of_kind
 from tests.sampling.test_generate import feed_step_noise
-from tests.sdxl.conftest import OTHER, PROMPTS, SCHEDULER, SETTINGS, VALUE, Towers, of_kind
+from tests.sdxl.conftest import SCHEDULER, SETTINGS, Towers
 
 
 @pytest.mark.parametrize(
@@ -106,23 +107,7 @@ def test_values_of_each_kind(sd, made, kind):
 
 @pytest.mark.parametrize("kind", value_encoders.KINDS)
 def test_the_exported_pipeline_draws_the_same_images(sd, made, config, published, tmp_path, kind):
-    """As JAX from the same noise, values of several strengths, and the export is read again."""
-    from diffusers import DiffusionPipeline
-
-    config, out = of_kind(config, kind), tmp_path / "livo"
-    export.export(out, sd, made[kind], config)
-    again = value_encoders.start(of_kind(config, kind, start=str(out)), sd, sharding.make_mesh())
-    jax.tree.map(np.testing.assert_array_equal, split(again)[1], split(made[kind])[1])
-    pipeline = DiffusionPipeline.from_pretrained(published, custom_pipeline=str(out), trust_remote_code=True)
-    pipeline.set_progress_bar_config(disable=True)
-    noise = np.stack([generate.initial_noise(5, text_hash(p), 0, sd.latent_shape) for p in PROMPTS])
-    settings = dict(strength={VALUE: 0.5})
-    values = [[VALUE, OTHER], OTHER]
-    theirs = pipeline(PROMPTS, values, latents=torch.tensor(noise.transpose(0, 3, 1, 2)), output_type="np", **settings)
-    ours = sd.generate(PROMPTS, values, made[kind], seed=5, **settings, **SETTINGS)
-    assert np.abs(ours - theirs.images * 255).max() < 1.0
-    base = sd.generate(PROMPTS, seed=5, **SETTINGS)
-    assert (np.abs(ours.astype(int) - base).max((1, 2, 3)) > 1).all()
+    kinds.assert_export_draws_the_same(sd, made[kind], of_kind(config, kind), published, tmp_path / "livo", SETTINGS)
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft, of transformers

@@ -27,8 +27,9 @@ from livo_jax.training.optimizer import but_embeddings, make_optimizer
 from livo_jax.training.step import init_state, make_train_step
 from tests import small_run
 from tests.data import test_data
+from tests.kinds import PROMPTS, VALUE, of_kind
 from tests.runs.test_run import run
-from tests.sdxl.conftest import PROMPTS, SETTINGS, VALUE, Towers, of_kind
+from tests.sdxl.conftest import SETTINGS, Towers
 from tests.training.test_train import CONFIG, torch_step
 
 

@@ -12,7 +12,6 @@ import optax
 import pytest
 import torch
 from flax import nnx
-from ml_collections import ConfigDict
 
 from configs import tiny
 from livo_jax import StableDiffusion, ValueEncoder, methods, sharding, value_encoders
@@ -29,6 +28,7 @@ from livo_jax.value_encoders.lora import LoRA
 from livo_jax.value_encoders.soft_tokens import SoftTokens
 from livo_jax.values.principles import text_hash
 from tests import small_run
+from tests.kinds import of_kind
 from tests.training.test_train import CONFIG, torch_step
 
 STATEMENTS = ("shape equality", "colour equality")
@@ -43,12 +43,6 @@ def config(published):
     config.data.attributes = 0.0
     config.value_encoder.rank, config.value_encoder.alpha, config.value_encoder.tokens = 3, 6.0, 2
     config.sampling.sampler, config.sampling.steps = "dpmsolver++", 2
-    return config
-
-
-def of_kind(config, kind: str, **settings) -> ConfigDict:
-    config = config.copy_and_resolve_references()
-    config.value_encoder.update(kind=kind, **settings)
     return config
 
 
