@@ -54,6 +54,7 @@ class Scaled(TrainableTokens):
     assert not fields.problems(config)
     method = methods.make_method(config)
     networks, params, frozen = split_models(sd, method.start(sd, mesh), with_vae=True)
+    frozen = sharding.on_mesh(frozen, mesh)  # who drew with the model before may have left it on all devices
     noise = draw_noise(jax.random.key(0), (8, *sd.latent_shape), config.loss.timesteps)
     losses = [method.make_loss(networks), methods.LiVO(config).make_loss(networks)]
     (own, _), (livo, metrics) = jax.jit(lambda *given: [loss(*given) for loss in losses])(params, frozen, batch, noise)
