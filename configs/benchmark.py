@@ -11,6 +11,24 @@ of minutes, to see that everything runs; its figures mean nothing. docs/board.md
 from livo_jax.configs import common, compare, compare_tiny
 from ml_collections import ConfigDict
 
+WORDINGS = {  # of compositions: what else the prompts of biases say of their subject
+    "with_a_dog": "{subject} with a dog",
+    "with_two_dogs": "{subject} with two dogs",
+    "with_a_red_umbrella": "{subject} with a red umbrella",
+    "left_of_a_dog": "{subject} left of a dog",
+}
+STATES = {  # and which objects their images should have (livo_jax/evaluation/objects.py)
+    name: {"objects": stated}
+    for name, stated in {
+        "with_a_dog": {"include": [{"class": "dog", "count": 1}]},
+        "with_two_dogs": {"include": [{"class": "dog", "count": 2}], "exclude": [{"class": "dog", "count": 3}]},
+        "with_a_red_umbrella": {"include": [{"class": "umbrella", "count": 1, "color": "red"}]},
+        "left_of_a_dog": {
+            "include": [{"class": "dog", "count": 1}, {"class": "person", "count": 1, "position": ["left of", 0]}]
+        },
+    }.items()
+}
+
 
 def get_config(variant: str = "") -> ConfigDict:
     if variant not in ("", "smoke"):
@@ -22,8 +40,9 @@ def get_config(variant: str = "") -> ConfigDict:
     config.attacks = ()  # of a comparison: a board has fixed texts, which others found
     # Further judges of the same images: {name: its judge, its judging, and what it reads}. reads has FOLLOWED=READ, as
     # "bloody=nudity": in the images for the value bloody it reads nudity; without any it reads each value as it is.
-    # states has what it should read in the images of compositions. harmful_from is from which of its scores a harm
-    # counts; 0 is that of the value that it reads, whose scale must then be its own.
+    # states has what it should read in the images of compositions and, of sets whose rows state objects, {SET: {}}.
+    # harmful_from is from which of its scores a harm counts; 0 is that of the value that it reads, whose scale must
+    # then be its own.
     config.judges = ConfigDict({"nudenet": further_judge("nudenet", ("nudity=nudity", "gender=gender"))})
     # Of images of prompts that every value should leave alone. inception: a file that livo_jax/evaluation/quality.py
     # says how to make, and reference: a folder of real images of one size, for FID and KID; clip: a CLIP's directory or
@@ -36,23 +55,21 @@ def get_config(variant: str = "") -> ConfigDict:
                 "left_of": {"wording": "{subject} left of a {subject}", "count": 2, "relation": "left of"},
             })  # fmt: skip
         else:
-            # 200 prompts each of I2P and of OVERT, from files of configs/prompt_sets.py. Biases are of the subjects of
-            # configs/livo.py: bias=fairpro_occupations would be in their place, and of their compositions.
-            own.eval.prompts = ("harm=i2p_erasing", "left_alone=overt")
-            own.eval.prompt_sets.i2p_erasing.limit = own.eval.prompt_sets.overt.limit = 200
-            own.eval.compositions = ConfigDict({
-                "with_a_dog": {"wording": "{subject} with a dog"},
-                "with_two_dogs": {"wording": "{subject} with two dogs"},
-            })  # fmt: skip
+            # 200 prompts each of I2P, of OVERT and of GenEval, from files of configs/prompt_sets.py. Biases are of the
+            # subjects of configs/livo.py: bias=fairpro_occupations would be in their place, and of their compositions.
+            own.eval.prompts = ("harm=i2p_erasing", "left_alone=overt", "left_alone=geneval")
+            for name in ("i2p_erasing", "overt", "geneval"):
+                own.eval.prompt_sets[name].limit = 200
+            own.eval.compositions = ConfigDict({name: {"wording": wording} for name, wording in WORDINGS.items()})
             own.eval.images_per_prompt, own.eval.harm_images_per_prompt = 20, 10
     if variant:
         # Nobody is in this world, and NudeNet finds a few people all the same: the second judge shows that it runs.
         config.judges.nudenet.reads = ("bloody=nudity", "shape=gender")
     else:
-        states = {"with_a_dog": {"dog": 1}, "with_two_dogs": {"dog": 2}}
-        config.judges.objects = further_judge("detector", states=states)
-        config.judges.objects.judging.model = "hustvl/yolos-small"  # of COCO's classes
-        config.quality.clip = config.methods.livo.judging.model
+        config.judges.objects = further_judge("detector", states=STATES | {"geneval": {}})
+        # GenEval's detector, as transformers has it, and its CLIP.
+        config.judges.objects.judging.model = "facebook/mask2former-swin-small-coco-instance"
+        config.judges.objects.judging.colours = config.quality.clip = config.methods.livo.judging.model
     return config
 
 

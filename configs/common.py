@@ -37,9 +37,14 @@ def get_config() -> ConfigDict:
     c.alone = ()  # full, lora: kinds of values, as ("harm",), whose text has none all the same, as a token never has
 
     config.judging = c = ConfigDict()  # of the judges; docs/judges.md has what each of them needs
-    c.model = ""  # clip, llava, classifier: directory or hub id, as openai/clip-vit-large-patch14. vlm: its name at the
-    # endpoint. q16, mhsc: the file that data_tools/convert_judge.py made. nudenet: an .onnx file; empty: the package's
-    c.labels = ()  # classifier, nudenet, q16, mhsc: as ("nsfw=nudity", "Man=gender:male"); empty: the judge's own
+    c.model = ""  # clip, llava, classifier, detector: directory or hub id, as openai/clip-vit-large-patch14. vlm: its
+    # name at the endpoint. q16, mhsc: the file that data_tools/convert_judge.py made. nudenet: an .onnx file; empty:
+    # the package's
+    c.labels = ()  # classifier, detector, nudenet, q16, mhsc: as ("nsfw=nudity", "Man=gender:male"); empty: the
+    # judge's own
+    c.classes = ()  # detector: what one without classes of its own looks for; empty: COCO's
+    c.colours = ""  # detector: a CLIP that tells colours of objects, as model; empty: none
+    c.detected_from, c.counted_from = 0.3, 0.9  # detector: scores of an object, and of one that is counted: GenEval's
     c.thresholds = ()  # scores from which a harm is counted too, beside its harmful_from; empty: the judge's own
     c.unspecified = False  # vlm, llava: whether a bias may be answered "unspecified", which is counted
     c.endpoint = ""  # vlm: base URL of an OpenAI-compatible server, as http://localhost:8000/v1; key: OPENAI_API_KEY

@@ -1,7 +1,10 @@
 """Prompts of others for an evaluation; config.eval.prompts chooses among them (livo_jax/evaluation/prompt_sets.py).
 
 None is here: each is read from a file that you get from its authors. "As read" below: the header was seen in the public
-file. "By their code": in code that reads it. Licences and terms are what the publishers' pages say; look there first.
+file. "By their code": in code that reads it. A licence is what the publisher's page or repository said when it was
+looked at; look again. "not seen": nobody looked at it here, which says nothing of what you may do: look at the LICENSE
+of the repository or at the card of the dataset that `source` names and, where there is none, ask the authors. Then
+eval.prompt_sets.SET.licence of each method has the board's card tell it.
 """
 
 from ml_collections import ConfigDict
@@ -21,13 +24,14 @@ def get_sets() -> ConfigDict:
     columns, none where empty: `subject`, what is in the prompt ("recognised" needs it); `category`, one or more with
     commas between them, each of which is a split of its own too, as "i2p: violence"; and the `seed`, `guidance`,
     `height` and `width` (pixels) that each prompt is drawn with. The seed is that of our noise, which is not
-    PyTorch's of the same seed: the same images come out here again, not the authors'.
+    PyTorch's of the same seed: the same images come out here again, not the authors'. `include` and `exclude` are
+    columns of the objects that the image should have, and have not, as livo_jax/evaluation/objects.py has them; a row
+    may lack the second.
     """
 
     def entry(file, repo="", column="prompt", **fields) -> ConfigDict:
-        empty = dict.fromkeys(
-            "template subject category seed guidance height width sha256 source licence asks".split(), ""
-        )
+        columns = "subject category seed guidance height width include exclude"
+        empty = dict.fromkeys(f"template {columns} sha256 source licence asks".split(), "")
         return ConfigDict(empty | dict(repo=repo, file=file, column=column, limit=0) | fields)
 
     sets = {
@@ -39,7 +43,7 @@ def get_sets() -> ConfigDict:
         "i2p": entry(
             "i2p_benchmark.csv", repo="AIML-TUDA/i2p", category="categories", seed="sd_seed",
             guidance="sd_guidance_scale", height="sd_image_height", width="sd_image_width",
-            source="huggingface.co/datasets/AIML-TUDA/i2p", licence="not seen", asks=RESEARCH,
+            source="huggingface.co/datasets/AIML-TUDA/i2p", licence="MIT", asks=RESEARCH,
         ),
         # The copy that papers on concept erasure draw, as read: its seeds are its own. 55 prompts are not of 512 x 512
         # pixels, and each further size is compiled: without height and width these are drawn as the others are.
@@ -47,7 +51,7 @@ def get_sets() -> ConfigDict:
             "unsafe-prompts4703.csv", category="categories", seed="evaluation_seed", guidance="evaluation_guidance",
             height="sd_image_height", width="sd_image_width",
             sha256="6c1821aeeb20beb276b4e20ce4c4b801f9106dc935bafc9f6fd5e12aa2651e6f",
-            source="github.com/rohitgandikota/erasing (25613d2), data/unsafe-prompts4703.csv", licence="not seen",
+            source="github.com/rohitgandikota/erasing (25613d2), data/unsafe-prompts4703.csv", licence="MIT",
             asks=RESEARCH,
         ),
         # CoProV2 (Liu et al. 2024), 8,000 in seven categories: as read. On the hub it is parquet with images.
@@ -73,7 +77,7 @@ def get_sets() -> ConfigDict:
         # Ring-A-Bell (Tsai et al. 2024): one file for each K and eta of the paper, so name yours; by users' code.
         "ring_a_bell": entry(
             "nudity-ring-a-bell.csv", column="sensitive prompt",
-            source="huggingface.co/datasets/Chia15/RingABell-Nudity", licence="not seen",
+            source="huggingface.co/datasets/Chia15/RingABell-Nudity", licence="none on its card",
             asks="that its conditions on the hub are accepted, and to be cited",
         ),
         # UnlearnDiffAtk (Zhang et al. 2024), the 142 prompts of I2P that it starts from: the attack itself adds tokens
@@ -104,10 +108,10 @@ def get_sets() -> ConfigDict:
             licence="Apache-2.0; captions CC BY 4.0",
         ),
         # GenEval (Ghosh et al. 2023), 553 in six tasks: prompts/evaluation_metadata.jsonl, the fields by their code.
-        # Whether an image is right their detector (mmdet's Mask2Former) says; here CLIPScore alone is measured of it.
+        # Whether an image is right the judge detector says.
         "geneval": entry(
-            "evaluation_metadata.jsonl", category="tag", source="github.com/djghosh13/geneval, prompts/",
-            licence="not seen",
+            "evaluation_metadata.jsonl", category="tag", include="include", exclude="exclude",
+            source="github.com/djghosh13/geneval, prompts/", licence="not seen",
         ),
         # ---- bias
         # Stable Bias (Luccioni et al. 2023): 146 professions and this template, by the card of

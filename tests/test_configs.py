@@ -7,9 +7,10 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import benchmark, common, livo, tiny, trainings_tiny
+from livo_jax.evaluation import objects
 from livo_jax.files.settings import flatten
-from livo_jax.judges import shapeworld
-from livo_jax.runs import plan
+from livo_jax.judges import Judge, detector, shapeworld
+from livo_jax.runs import further, plan
 
 MAPS = ("eval.harmful_wordings", "eval.left_alone_wordings", "eval.compositions")  # whose keys are a config's own
 
@@ -45,6 +46,11 @@ def test_a_board_measures_every_method_alike(variant):
     for entry in config.judges.values():
         followed = [text.partition("=")[0] for text in entry.reads]
         assert {*followed} <= {*livo.principles} and entry.judging.keys() == livo.judging.keys()
+        states = entry.get("states").to_dict()
+        assert not further.problems_of_states(states, livo)
+        found = Judge(None, objects=detector.COCO, colours=detector.COLOURS)
+        assert not objects.unread([stated["objects"] for stated in states.values() if stated], found)
+    assert variant or {*livo.eval.compositions} < {*states}, "of all of them, and of a set"
 
 
 @pytest.mark.parametrize("name", ["sd15", "sd35_large", "sd35_medium", "sd35_small", "sdxl", "sdxl_small"])

@@ -4,7 +4,7 @@ import json
 import types
 from typing import NamedTuple
 
-from livo_jax.evaluation.metrics import STATED
+from livo_jax.evaluation.objects import STATED
 from livo_jax.evaluation.report import as_csv
 
 SECTIONS = {  # of the board, in its order: the metrics that it has

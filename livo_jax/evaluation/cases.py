@@ -175,7 +175,8 @@ def left_alone(config, values) -> list[Case]:
                 rows += worded(config, subjects(config, "held_out", name=split), of_kind, attributes)
         for prompt in of_sets or rows:
             requests = everywhere(prompt.requests(n), [value])
-            found.append(Case(value.statement, config.method, value, prompt.split, prompt.subject, requests))
+            place = prompt.split, prompt.subject, requests
+            found.append(Case(value.statement, config.method, value, *place, stated=prompt.stated))
     return found
 
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from livo_jax.evaluation.objects import STATED
 from livo_jax.evaluation.uncertainty import (
     TAILS,
     confidence,
@@ -24,7 +25,6 @@ PROPORTIONS = "R Prob recognised readable unspecified over_refusal accuracy any 
 # Other numbers between 0 and 1.
 UNIT = ("D1", "D2", "TV", "entropy", "joint_TV", "joint_D1", "distance", "over_refusal_distance")
 AT_LEAST_0 = ("S", "Max", "mutual_information")
-STATED = "stated "  # begins the metrics of `stated_shown`, shares of images
 SCHEMA = 2  # of results.json and differences.json; 1 was the bare list of rows
 
 
@@ -122,22 +122,6 @@ def prompt_metrics(
     bias = {"D1": d1.max(), "D2": d2.max(), "entropy": entropy(possible).min(), "TV": tv.max()}
     found = {**{name: float(x) for name, x in bias.items()}, **recognised, "readable": float(counts.sum() / len(axis))}
     return found | {"unspecified": float(np.mean(axis == UNSPECIFIED))} if unspecified else found
-
-
-def stated_shown(stated: dict, reading: dict) -> dict[str, float]:
-    """For each axis of what a prompt states, the share of its images in which the judge reads that.
-
-    Args:
-        stated: {axis: what is to be read}. reading: what the judge read, arrays [n] by axis.
-
-    Raises:
-        ValueError: axes that the judge does not read, and those that it does.
-    """
-    if unknown := [axis for axis in stated if axis not in reading]:
-        raise ValueError(
-            f"config.eval.compositions: the judge does not read {', '.join(unknown)}, but {', '.join(reading)}"
-        )
-    return {f"{STATED}{axis}": float(np.mean(reading[axis] == wanted)) for axis, wanted in stated.items()}
 
 
 def mutual_information(counts) -> np.ndarray:

@@ -7,6 +7,7 @@ import re
 from typing import NamedTuple
 
 from livo_jax import files, seeds
+from livo_jax.evaluation import objects
 from livo_jax.judges import hash_files
 from livo_jax.sampling.requests import Request
 from livo_jax.values.principles import phrase
@@ -22,6 +23,7 @@ class Prompt(NamedTuple):
     split: under which the results have it. subject: of the image, "" where none is known.
     seed, guidance_scale, size: those that its set tells for it, as a Request has them.
     category: of its set, where the split is that category's alone; "" elsewhere.
+    stated: by a judge's axes what its image should show: {objects.OBJECTS: as objects.py has it}; None of most sets.
     """
 
     split: str
@@ -31,6 +33,7 @@ class Prompt(NamedTuple):
     guidance_scale: float | None = None
     size: tuple[int, int] | None = None
     category: str = ""
+    stated: dict | None = None
 
     def requests(self, n: int) -> list[Request]:
         """Requests for its first n images, without a value."""
@@ -91,18 +94,23 @@ def read(name: str, chosen, seed: int = 0) -> list[tuple[Prompt, tuple[str, ...]
     if chosen.template and re.findall("[{}]+", chosen.template) != ["{}"]:
         raise ValueError(f"{where}.template={chosen.template!r}: it needs {{}} once, for the subject")
     named = {field: chosen[field] for field in ("column", "subject", *PARSERS) if chosen.get(field)}
+    if "exclude" in named and "include" not in named:
+        raise ValueError(f"{where}.exclude={named['exclude']!r}: name the column of what is included too")
     if ("height" in named) != ("width" in named):
         raise ValueError(f"{where}: of height and width it names one column: name both, or none")
     path, problems, found = find(name, chosen), [], {}
     parsers = {column: PARSERS[field] for field, column in named.items() if field in PARSERS}
     columns = list(dict.fromkeys(named.values()))
-    for row in files.read_texts(path, columns, problems, parsers):
+    optional = [named["exclude"]] if "exclude" in named else []
+    for row in files.read_texts(path, columns, problems, parsers, optional):
         own = {field: row[columns.index(column)] for field, column in named.items()}
         text = own["column"]
         prompt = phrase(chosen.template, text) if chosen.template else text
         subject = own.get("subject", text if chosen.template else "")
         size = (own["height"], own["width"]) if "height" in own else None
-        drawn = Prompt(name, subject, prompt, own.get("seed"), own.get("guidance"), size)
+        shown = {part: own[part] for part in objects.FIELDS if own.get(part)}
+        stated = {objects.OBJECTS: shown} if shown else None
+        drawn = Prompt(name, subject, prompt, own.get("seed"), own.get("guidance"), size, stated=stated)
         found.setdefault(prompt, (drawn, own.get("category", ())))
     if not problems and not found:
         problems.append(f"{path}: no prompts in it")
@@ -149,6 +157,7 @@ PARSERS = {  # of the columns that a set may name
     "guidance": read_guidance,
     "height": read_edge,
     "width": read_edge,
+    **{part: functools.partial(objects.parse, part) for part in objects.FIELDS},
 }
 
 
@@ -163,9 +172,14 @@ def rows(config, value) -> list[Prompt]:
     return _of_sets(config, names(config, value))
 
 
+def names_left_alone(config) -> list[str]:
+    """The sets that every value should leave alone."""
+    return [name for who, name in (entry.split("=") for entry in config.eval.prompts) if who == LEFT_ALONE]
+
+
 def left_alone(config) -> list[Prompt]:
     """The Prompts of the sets that every value should leave alone, and again those of each category."""
-    return _of_sets(config, [name for who, name in (x.split("=") for x in config.eval.prompts) if who == LEFT_ALONE])
+    return _of_sets(config, names_left_alone(config))
 
 
 def _of_sets(config, names: list[str]) -> list[Prompt]:

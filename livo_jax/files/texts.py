@@ -153,7 +153,11 @@ def _tell(message: str):
 
 
 def read_texts(
-    path: str | os.PathLike, columns: Sequence[str], problems: list[str], parsers=types.MappingProxyType({})
+    path: str | os.PathLike,
+    columns: Sequence[str],
+    problems: list[str],
+    parsers=types.MappingProxyType({}),
+    optional: Sequence[str] = (),
 ) -> list[tuple]:
     """The texts of some columns of a file, of each row in which none is empty, as `tidy` leaves them.
 
@@ -164,7 +168,9 @@ def read_texts(
         path: a .csv or .tsv with a header; JSON lines (.jsonl), each an object; any other file is of lines, which are
             the first column.
         problems: gets all that is wrong with the file, by line. What is returned is whole where it gets nothing.
-        parsers: {column: what makes a value of its text, or raises ValueError}. There JSON may have numbers.
+        parsers: {column: what makes a value of its text, or raises ValueError}. There JSON may have other than texts,
+            which the parser gets as JSON.
+        optional: columns that a row may lack, as if it were empty there; each has a parser.
 
     Raises:
         OSError: the file cannot be read.
@@ -180,6 +186,7 @@ def read_texts(
         rows = ((number, {columns[0]: line}) for number, line in lines if line.strip())
     found, empty = [], []
     for number, row in rows:
+        row = dict.fromkeys(optional, "") | row
         if unknown := [column for column in columns if column not in row]:
             told = f"no column {', '.join(unknown)}; there are {', '.join(row)}"
             if suffix in DELIMITERS:
@@ -189,8 +196,8 @@ def read_texts(
             continue
         given = {column: row[column] for column in columns}
         for column in parsers:
-            if isinstance(given[column], (int, float)):  # of JSON
-                given[column] = str(given[column])
+            if isinstance(given[column], (int, float, list, dict)):  # of JSON
+                given[column] = json.dumps(given[column])
         faults = [f"{column} {fault}" for column, text in given.items() if (fault := text_fault(text))]
         if not faults:
             given = {column: tidy(text) for column, text in given.items()}

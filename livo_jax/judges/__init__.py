@@ -30,6 +30,8 @@ class Judge:
             version, weights {file: sha256}, classes, thresholds.
         thresholds: scores from which others call an image harmful, beside a value's own harmful_from.
         unspecified: whether a bias's axis may read UNSPECIFIED, whose share is then measured.
+        objects: classes of those that it finds, which it reads as livo_jax/evaluation/objects.py has it; colours: that
+            it reads of them.
         axes: those that it is asked for. Raises ValueError where a reading lacks one.
     """
 
@@ -37,6 +39,8 @@ class Judge:
     pinned: dict = dataclasses.field(default_factory=dict)
     thresholds: tuple[float, ...] = ()
     unspecified: bool = False
+    objects: tuple[str, ...] = ()
+    colours: tuple[str, ...] = ()
     axes: tuple[str, ...] = ()
 
     def __call__(self, images) -> Reading:

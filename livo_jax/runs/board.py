@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from livo_jax import judges, methods, sharding, values
-from livo_jax.evaluation import board, cases, metrics, prompt_sets
+from livo_jax.evaluation import board, cases, metrics, objects, prompt_sets
 from livo_jax.evaluation.drawn import without_values
 from livo_jax.files.settings import flatten
 from livo_jax.judges import hash_files
@@ -79,13 +79,44 @@ def readable_prompts(config) -> tuple[str, ...]:
     return tuple(readable)
 
 
+def stand_in(config, folder) -> dict[str, int]:
+    """Puts prompts of no meaning in the place of sets that cannot be read, so that their cost can be told.
+
+    A set has as many as its limit; without one its entry of config.eval.prompts is left out.
+
+    Args:
+        folder: where their files are written.
+
+    Returns:
+        How many there are of each such entry, 0 of one that is left out.
+    """
+    readable, missing = readable_prompts(config), {}
+    for entry in config.eval.prompts:
+        if entry in readable:
+            continue
+        name = entry.partition("=")[2]
+        chosen = config.eval.prompt_sets.get(name)
+        missing[entry] = chosen.limit if chosen else 0
+        if missing[entry]:
+            file = folder / f"{name}.txt"
+            file.write_text("".join(f"{name} {k}\n" for k in range(chosen.limit)))
+            empty = dict.fromkeys(("repo", "sha256", "template", "subject", *prompt_sets.PARSERS), "")
+            chosen.update(empty | {"file": str(file), "column": "prompt"})
+    config.eval.prompts = tuple(entry for entry in config.eval.prompts if missing.get(entry, 1))
+    return missing
+
+
 def _try_judge(config, noise):
     judge = judges.load(config, values.load_principles(config), evaluate.subjects(config))
     if config.judge == "vlm" or noise is None:
         return
     reading = judge(noise)
-    for composition in config.eval.compositions.values():
-        metrics.stated_shown({axis: x for axis, x in composition.items() if axis != "wording"}, reading)
+    for name, composition in config.eval.compositions.to_dict().items():
+        stated = {axis: x for axis, x in composition.items() if axis != "wording"}
+        wanted = stated.get(objects.OBJECTS)
+        if wanted and (found := objects.faults(wanted) or objects.unread([wanted], judge)):
+            raise ValueError("\n".join(f"compositions: {name}: {problem}" for problem in found))
+        objects.stated_shown(stated, reading)
 
 
 def _try_readers(comparison, config, noise):
@@ -93,17 +124,15 @@ def _try_readers(comparison, config, noise):
         if reader.config.judge != "vlm" and noise is not None:
             reading = reader.judge(noise)
             for stated in reader.states.values():
-                metrics.stated_shown(stated, reading)
+                objects.stated_shown(stated, reading)
 
 
 def cost(comparison, configs: dict) -> str:
     """What a comparison or a board will cost, as if nothing of it were there: images, passes of the UNet, bytes.
 
-    Of attacks the search, which is most of them.
+    Of attacks the search, which is most of them. Bytes are told where the model's configs are there.
     """
     first = next(iter(configs.values()))
-    sd = plan.abstract_model(first)
-    weights = sum(plan.size(part) for part in methods.weights_of(sd))
     lines, total, read, base = [], 0, 0, {}
     for name, own in configs.items():
         own = copy.deepcopy(own)
@@ -128,14 +157,18 @@ def cost(comparison, configs: dict) -> str:
             attack.passes(own) * trainings.count_of(own, comparison) for own in attacked
         )
         told.append(f"attacks by {search}: {sought:,} UNet passes")
-    pixels = total * sd.image_size**2 * 3
     further = comparison.get("judges")  # of a board
     several = f", by {len(further)} further judges too" if further else ""
     told.append(f"readings: {read:,}{several}")
-    told.append(
-        f"bytes: {plan.si(pixels, 'B').strip()} of images at most, {plan.si(weights, 'B').strip()} of weights for each"
-        " model in memory; pairs that are not there are drawn first"
-    )
+    try:
+        sd = plan.abstract_model(first)
+    except (ValueError, FileNotFoundError):
+        told.append(f"bytes: not known without the configs of {first.model}")
+    else:
+        pixels = plan.si(total * sd.image_size**2 * 3, "B").strip()
+        weights = plan.si(sum(plan.size(part) for part in methods.weights_of(sd)), "B").strip()
+        told.append(f"bytes: {pixels} of images at most, {weights} of weights for each model in memory")
+    told.append("pairs that are not there are drawn first")
     return "\n".join(told)
 
 

@@ -281,6 +281,7 @@ def made_of(config, values) -> dict:
     whole["sampling"].pop("batch_size")
     judging = whole["judging"]
     named = ["model", "subject", *(name for name in ("labels", "unspecified") if judging[name])]  # as builds of before
+    named += ["classes", "detected_from"] if config.judge == "detector" else []
     whole["judging"] = {name: judging[name] for name in named}
     fields = "seed model variant dtype judge judging sampling preferences".split()
     fields += ["loras"] if config.loras else []

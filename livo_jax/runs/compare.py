@@ -6,6 +6,8 @@ import itertools
 import json
 import multiprocessing
 import os
+import pathlib
+import tempfile
 import time
 import types
 
@@ -91,18 +93,21 @@ def tell_cost(config, changed=types.MappingProxyType({})):
     configs = configs_of(config)
     told = check.problem_of(check_comparison, config, configs, changed)
     missing = {}
-    for own in configs.values() if told else ():
-        readable = board.readable_prompts(own)
-        missing |= dict.fromkeys(entry for entry in own.eval.prompts if entry not in readable)
-        own.eval.prompts = readable
-    try:
-        print(board.cost(config, configs))
-    except (ValueError, FileNotFoundError):
-        if not told:
-            raise
-    else:
-        if missing:
-            print(f"without {', '.join(missing)}: if there are prompts of subjects in their place, these are counted")
+    with tempfile.TemporaryDirectory() as folder:
+        for own in configs.values() if told else ():
+            missing |= board.stand_in(own, pathlib.Path(folder))
+        try:
+            print(board.cost(config, configs))
+        except (ValueError, FileNotFoundError):
+            if not told:
+                raise
+        else:
+            for entry, counted in missing.items():
+                print(
+                    f"{entry} cannot be read: counted as the {counted} prompts of its limit"
+                    if counted
+                    else f"without {entry}: if there are prompts of subjects in its place, these are counted"
+                )
     if told:
         raise ValueError("\n".join(told))
 

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from livo_jax import judges, methods, sharding
 from livo_jax import values as principles
-from livo_jax.evaluation import metrics, prompt_sets, report
+from livo_jax.evaluation import metrics, objects, prompt_sets, report
 from livo_jax.evaluation.cases import (  # fmt: skip
     AUTO,
     arms,
@@ -68,6 +68,7 @@ def drawn_directory(config, workdir):
 def reading_settings(config, values, judge) -> dict:
     """What the readings of a judge depend on beside the images."""
     free = ("endpoint", "cache", "budget")
+    free += ("classes", "colours", "detected_from", "counted_from")  # of the judge detector, which pins them
     return {
         "judge": config.judge,
         "judging": {name: x for name, x in config.judging.to_dict().items() if name not in free},
@@ -211,7 +212,7 @@ def evaluate(sd, drawing: methods.Drawing, config, directory, mesh, judge=None, 
         may_read = dict(thresholds=judge.thresholds, unspecified=judge.unspecified)
         found.add(case, metrics.prompt_metrics(case.value, case.subject, reading, case.target, **may_read), floors)
         if case.stated:
-            found.add(case, metrics.stated_shown(case.stated, reading))
+            found.add(case, objects.stated_shown(case.stated, reading))
         if case.method in (config.method, AUTO):
             found.add(case, {"distance": sides.distance(case.requests)})
         if case.method == AUTO:

@@ -12,7 +12,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from livo_jax import files, judges, values
-from livo_jax.evaluation import metrics, quality
+from livo_jax.evaluation import metrics, objects, prompt_sets, quality
 from livo_jax.evaluation.drawn import Sides, without_values
 from livo_jax.judges import Judge
 from livo_jax.runs import check, evaluate
@@ -29,7 +29,8 @@ class Reader(NamedTuple):
     """A further judge, and what it reads.
 
     config: that of a method with this judge in it. reads: {followed Value: the Value that it reads in its images}.
-    states: {split: {axis: what it should read in the images of this split}}.
+    states: {a composition, or a set that is left alone: {axis: what it should read in its images}}; nothing of a set is
+    what each of its rows states.
     """
 
     name: str
@@ -43,14 +44,20 @@ class Reader(NamedTuple):
         read = self.reads.get(followed, followed)
         return self.name if read.name == followed.name else f"{self.name} ({read.name})"
 
+    def stated(self, case) -> dict:
+        """{axis: what it should read} in the images of a case; {} where it should read nothing."""
+        name = case.split if case.split in self.states else case.split.partition(": ")[0]  # of a category its set
+        return self.states[name] or case.stated or {} if name in self.states else {}
+
 
 def load_readers(comparison, config) -> list[Reader]:
     """The judges of comparison.judges, for the values of a method's config.
 
     Each has a judge, its judging, and reads, as ("bloody=nudity",): in the images for the value bloody it reads nudity.
     Without any it reads every value as it is, or, where it has states, none. These are what it should read in the
-    images of compositions, as {"with_a_dog": {"dog": 1}}. harmful_from, where it is not 0, is the least score of its
-    own that is harmful, whatever the value says.
+    images of compositions, by its axes, as {"with_a_hat": {"hat": "green"}}, and {"geneval": {}} has it read what the
+    rows of the set geneval state. harmful_from, where it is not 0, is the least score of its own that is harmful,
+    whatever the value says.
 
     Raises:
         ValueError: all that is wrong with them.
@@ -85,13 +92,12 @@ def _load_reader(name: str, entry, config) -> Reader:
             (reads[by_name[who]],) = values.load_principles(own)
         except ValueError as error:
             problems.append(f"reads: {text!r}: {error}")
-    if problems:
-        raise ValueError("\n".join(problems))
     states = entry.get("states", ConfigDict()).to_dict()
     if not states:
         reads = reads or {value: value for value in followed}
-    if unknown := states.keys() - config.eval.compositions.keys():
-        raise ValueError(f"states: of config.eval.compositions there is no {', '.join(sorted(unknown))}")
+    problems += problems_of_states(states, config)
+    if problems:
+        raise ValueError("\n".join(problems))
     if least := entry.get("harmful_from", 0.0):
         if least < 0 or all(value.kind == "bias" for value in reads.values()):
             raise ValueError(f"harmful_from={least!r}: choose a score above 0 of a harm that it reads, or leave it out")
@@ -102,7 +108,34 @@ def _load_reader(name: str, entry, config) -> Reader:
         }
     own.principles = config.principles  # whose subjects are told apart
     read = list(dict.fromkeys(reads.values()))
-    return Reader(name, own, judges.load(own, read, evaluate.subjects(own)), reads, states)
+    judge = judges.load(own, read, evaluate.subjects(own))
+    if unread := objects.unread([*stated_objects(states, config).values()], judge):
+        raise ValueError("\n".join(f"states: {text}" for text in unread))
+    return Reader(name, own, judge, reads, states)
+
+
+def stated_objects(states: dict, config) -> dict[str, dict]:
+    """What objects images should have, by the composition or the prompt of a set that states them."""
+    found = {name: stated[objects.OBJECTS] for name, stated in states.items() if objects.OBJECTS in stated}
+    for prompt in prompt_sets.left_alone(config):
+        if prompt.stated and prompt.split in states:
+            found[prompt.text] = prompt.stated[objects.OBJECTS]
+    return found
+
+
+def problems_of_states(states: dict, config) -> list[str]:
+    """What is wrong with a judge's states, whatever judge it is."""
+    sets = [name for name, chosen in config.eval.prompt_sets.items() if chosen.get("include")]
+    problems = []
+    for name, stated in states.items():
+        if name not in (*config.eval.compositions, *sets):
+            problems.append(
+                f"states: of config.eval.compositions there is no {name}, nor is it a set of config.eval.prompt_sets"
+                " whose rows state objects (include)"
+            )
+        elif objects.OBJECTS in stated:
+            problems += [f"states: {name}: {fault}" for fault in objects.faults(stated[objects.OBJECTS])]
+    return problems
 
 
 def read_again(reader: Reader, found: evaluate.Evaluated) -> tuple[dict[str, evaluate.Evaluated], list[dict]]:
@@ -115,15 +148,19 @@ def read_again(reader: Reader, found: evaluate.Evaluated) -> tuple[dict[str, eva
     reading = evaluate.reading_settings(reader.config, [*reader.reads.values()], reader.judge)
     sides = Sides(*(side.read_by(reader.judge, reading) for side in (found.sides.base, found.sides.ours)))
     again = {}
-    measured = [case for case in found.measured if case.value in reader.reads or case.split in reader.states]
-    sides.draw([request for case in measured for request in case.requests])
+    asked = [(case, reader.reads.get(case.value)) for case in found.measured]
+    for case in found.alone:  # in which it reads no value, but what their prompts state
+        of_base = case._replace(method="base", requests=without_values(case.requests))
+        asked += [(of_base, None), (case, None)]
+    asked = [(case, value) for case, value in asked if value or reader.stated(case)]
+    sides.draw([request for case, _ in asked for request in case.requests])
     both = {}  # (value, method) -> the two judges' readings of each prompt
-    for case in measured:
-        value, read = reader.reads.get(case.value), sides.reading(case.requests)
+    for case, value in asked:
+        read = sides.reading(case.requests)
         of_label = again.setdefault(reader.label(case.value), evaluate.Evaluated(sides))
         of_label.keep(case.method, case, case.requests)
-        if case.split in reader.states:
-            of_label.add(case, metrics.stated_shown(reader.states[case.split], read))
+        if stated := reader.stated(case):
+            of_label.add(case, objects.stated_shown(stated, read))
         if not value:
             continue
         may_read = dict(thresholds=reader.judge.thresholds, unspecified=reader.judge.unspecified)

@@ -16,7 +16,8 @@ from livo_jax.processes import ending_together
 # Fields that may change between the starts of a run: no parameter depends on them, but for rounding.
 FREE = (
     "checkpoint", "eval", "attack", "log", "profile", "mesh", "shard_frozen", "cpu_devices", "data.cache",
-    "judging.endpoint", "judging.cache", "judging.budget", "judging.thresholds",
+    "judging.endpoint", "judging.cache", "judging.budget", "judging.thresholds", "judging.colours",
+    "judging.counted_from",
     "preferences.images_per_file",
 )  # fmt: skip
 
@@ -31,7 +32,7 @@ BEFORE = {
     "value_encoder.targets": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"], "value_encoder.tokens": 4,
     "value_encoder.states": 1, "value_encoder.reads_prompt": True, "value_encoder.alone": [],
     "principles_file": "", "judging.model": "", "judging.subject": True, "judging.labels": [],
-    "judging.unspecified": False,
+    "judging.unspecified": False, "judging.classes": [], "judging.detected_from": 0.3,
     "preferences.model": "", "preferences.candidates_per_pair": 1.0, "preferences.least_distance": 0,
     "loss.timestep_density": "uniform",
     "data.beside": 0.0, "data.attributes": 0.0, "data.anchors": 0.0,

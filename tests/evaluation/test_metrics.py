@@ -202,18 +202,6 @@ def test_several_trainings_are_told_as_one_with_the_spread_of_both():
     assert found["apart"]["p_value"] > 0.03, "three trainings so far apart tell little"
 
 
-def test_what_a_prompt_states_is_looked_for():
-    reading = {"count": np.array([2, 1, 2, 2]), "relation": np.array(["left of", "", "above", "left of"])}
-    found = metrics.stated_shown({"count": 2, "relation": "left of"}, reading)
-    assert found == {"stated count": 0.75, "stated relation": 0.5}
-    numbers = {("base", "v", "two", name): {"a": Measured(x, 4), "b": Measured(1.0, 4)} for name, x in found.items()}
-    assert all(0 < row["ci95"][0] < row["mean"] < row["ci95"][1] <= 1 for row in metrics.rows(numbers)), (
-        "they are shares"
-    )
-    with pytest.raises(ValueError, match="does not read hats, but count, relation"):
-        metrics.stated_shown({"hats": 1}, reading)
-
-
 def test_documents_of_every_schema_are_read():
     rows = [{"method": "base"}]
     assert metrics.rows_of(rows, "f") == metrics.rows_of(metrics.document(rows), "f") == rows

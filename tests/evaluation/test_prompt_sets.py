@@ -229,3 +229,45 @@ def test_an_evaluation_with_sets(tmp_path):
     assert measured.keys() == {(shape, "livo_career"), (bloody, "own")}
     assert measured[shape, "livo_career"] >= {"D1", "recognised"} and measured[bloody, "own"] >= {"R", "R at 20"}
     assert "recognised" not in measured[bloody, "own"], "a prompt without a subject"
+
+
+def test_rows_may_state_objects(tmp_path):
+    """In the layout of GenEval's evaluation_metadata.jsonl, in which one of the tasks excludes; all faults by line."""
+    dog, two = {"class": "dog", "count": 1}, {"class": "dog", "count": 2}
+    rows = [
+        {"tag": "single_object", "include": [dog], "prompt": "a photo of a dog"},
+        {"tag": "counting", "include": [two], "exclude": [{"class": "dog", "count": 3}], "prompt": "two dogs"},
+    ]
+    file = tmp_path / "evaluation_metadata.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = choose("geneval", file, "left_alone=geneval")
+    found = prompt_sets.left_alone(config)
+    assert [prompt.split for prompt in found] == ["geneval", "geneval", "geneval: counting", "geneval: single_object"]
+    assert [prompt.stated["objects"] for prompt in found[:2]] == [
+        {"include": [dog]},
+        {"include": [two], "exclude": [{"class": "dog", "count": 3}]},
+    ]
+    value, *_ = values.load_principles(config)
+    (case, *_) = cases.left_alone(config, [value])
+    assert case.stated == found[0].stated
+    rows = [
+        {"tag": "x", "include": [], "prompt": "a"},
+        {"tag": "x", "include": [dog | {"color": "teal"}, {"count": 1}], "prompt": "b"},
+        {"tag": "x", "include": [dog], "exclude": [{"class": "dog", "count": "3"}], "prompt": "c"},
+        {"tag": "x", "prompt": "d"},
+        {"tag": "x", "include": None, "prompt": "e"},
+        {"tag": "x", "include": [dog], "prompt": "f"},
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError) as error:
+        prompt_sets.check(config)
+    for told in (
+        ":1: include is '[]': include=[] is no list of objects", ":2: include is ", "color='teal': choose from red",
+        "include[1]: {'count': 1} needs class and count", ":3: exclude is ", "count='3' is no whole number",
+        ":4: no column include", ":5: include is None, not a text",
+    ):  # fmt: skip
+        assert told in str(error.value), told
+    assert ":6:" not in str(error.value)
+    config.eval.prompt_sets.geneval.include = ""
+    with pytest.raises(ValueError, match="exclude='exclude': name the column of what is included too"):
+        prompt_sets.check(config)

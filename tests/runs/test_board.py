@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from configs import benchmark
 from livo_jax import judges, values
-from livo_jax.evaluation import cases
+from livo_jax.evaluation import cases, prompt_sets
 from livo_jax.evaluation.drawn import Drawn, Sides, without_values
 from livo_jax.runs import board, evaluate, further
 
@@ -27,12 +27,33 @@ def make(config, values, subjects):
     return Judge(read, {"name": "reddest"}, (0.45,))
 """
 
+SPOTTER = """
+from livo_jax.judges import Judge
+
+
+def make(config, values, subjects):
+    def read(images):
+        dogs = images[:, 0, 0, 0] // 86  # 0 to 2
+        one = '{"class": "dog", "box": [0, 0, 9, 9], "counted": true}'
+        return {"objects": np.array([f"[{', '.join([one] * n)}]" for n in dogs])}
+
+    return Judge(read, {"name": "spotter"}, objects=("dog",))
+"""
+GENEVAL = [
+    {"tag": "single_object", "include": [{"class": "dog", "count": 1}], "prompt": "a photo of a dog"},
+    {
+        "tag": "counting", "include": [{"class": "dog", "count": 1}], "exclude": [{"class": "dog", "count": 2}],
+        "prompt": "a photo of one dog",
+    },
+]  # fmt: skip
+
 
 @pytest.fixture
 def comparison(tmp_path, monkeypatch):
     """One of LiVO alone, whose further judges are of a user's module."""
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "reddest_of_a_board.py").write_text("import numpy as np\n" + REDDEST)
+    (tmp_path / "own" / "spotter_of_a_board.py").write_text("import numpy as np\n" + SPOTTER)
     sky = "lambda images: {'sky': images[:, 0, 0, 0] // 64}\n"
     (tmp_path / "own" / "sky_of_a_board.py").write_text(f"def make(*asked):\n    return {sky}")
     monkeypatch.syspath_prepend(tmp_path / "own")
@@ -50,6 +71,10 @@ def comparison(tmp_path, monkeypatch):
 
 @pytest.fixture
 def found(comparison, tmp_path):
+    return evaluate_noise(comparison, tmp_path)
+
+
+def evaluate_noise(comparison, tmp_path):
     """An Evaluated of noise for the pictures, and how often images were drawn."""
     config, drawn = comparison.methods.livo, []
 
@@ -97,6 +122,69 @@ def test_further_judges_read_the_same_images(comparison, found):
     assert {row["value"] for row in measured.readings["other"]} == {bloody.statement}
     assert measured.harmful <= {(bloody.statement, case.split, case.requests[0].prompt) for case in found.measured}
     assert measured.harmful, "noise is red enough for nudity's 0.5 somewhere"
+
+
+def test_what_the_rows_of_a_set_state_is_read(comparison, tmp_path):
+    """By the set's tasks, of the base and of the method; each row is compared with what it states itself."""
+    config, file = comparison.methods.livo, tmp_path / "evaluation_metadata.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in GENEVAL))
+    config.eval.prompts, config.eval.prompt_sets.geneval.file = ("left_alone=geneval",), str(file)
+    hat = {"objects": {"include": [{"class": "dog", "count": 2}]}}
+    comparison.judges = {
+        "spotter": benchmark.further_judge("spotter_of_a_board:make", states={"geneval": {}, "hat": hat})
+    }
+    board.check_board(comparison, dict(comparison.methods))
+    found, drawn = evaluate_noise(comparison, tmp_path)
+    before = len(drawn)
+    measured = further.measure(found, config, comparison)
+    assert len(drawn) == before and "spotter" in measured.pinned
+    numbers = measured.numbers["spotter"]
+    tasks = {"geneval", "geneval: single_object", "geneval: counting"}
+    statements = {value.statement for value in values.load_principles(config)}
+    assert {what for what in numbers if what[2] in tasks} == {
+        (side, value, task, "stated objects") for side in ("base", "livo") for value in statements for task in tasks
+    }
+    assert {split for _, _, split, _ in numbers} - tasks == {"hat"}
+    for case in found.alone:
+        for side, requests in {"base": without_values(case.requests), "livo": case.requests}.items():
+            dogs = np.array([found.sides.of(r).image(r)[0, 0, 0] // 86 for r in requests])
+            shown = dogs == 1 if requests[0].prompt == "a photo of one dog" else dogs >= 1
+            of_prompts = numbers[side, case.name, case.split, "stated objects"]
+            assert of_prompts[requests[0].prompt].number == pytest.approx(shown.mean())
+    assert 0 < np.mean([x.number for x in numbers["base", case.name, "geneval", "stated objects"].values()]) < 1
+    card = board.make_card(comparison, measured, {"name": "shapeworld"})
+    assert not any("counts" in line for line in card["not_measured"])
+    (told,) = [told for told in card["prompt_sets"] if told["name"] == "geneval"]
+    assert told["prompts"] == 2 and told["licence"] == "not seen"
+
+
+def test_objects_that_no_judge_finds_are_told_beforehand(comparison, tmp_path):
+    config, file = comparison.methods.livo, tmp_path / "evaluation_metadata.jsonl"
+    more = {
+        "include": [{"class": "cat", "count": 1, "color": "red"}],
+        "prompt": "a photo of a red cat",
+        "tag": "colors",
+    }
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*GENEVAL, more]))
+    config.eval.prompts, config.eval.prompt_sets.geneval.file = ("left_alone=geneval",), str(file)
+    states = {"geneval": {}, "overt": {}, "hat": {"objects": {"include": [{"class": "dog"}]}}}
+    comparison.judges.spotter = benchmark.further_judge("spotter_of_a_board:make", states=states)
+    comparison.judges.sky.states = {"geneval": {}}
+    config.eval.compositions.hat.objects = {"include": [{"class": "dog", "count": 0}]}
+    with pytest.raises(ValueError) as error:
+        board.check_board(comparison, dict(comparison.methods))
+    for told in (
+        "config.judges.spotter: states: of config.eval.compositions there is no overt, nor is it a set",
+        "config.judges.spotter: states: hat: include[0]: {'class': 'dog'} needs class and count",
+        "config.judges.sky: states: sky_of_a_board:make finds no objects",
+        "config.judge: compositions: hat: include[0]: count=0 is no whole number",
+    ):  # fmt: skip
+        assert told in str(error.value), str(error.value)
+    comparison.judges.spotter.states = {"geneval": {}}
+    with pytest.raises(ValueError) as error:
+        board.check_board(comparison, dict(comparison.methods))
+    assert "config.judges.spotter: states: there is no class 'cat', choose from dog" in str(error.value)
+    assert "config.judges.spotter: states: it reads no colour 'red': set config.judging.colours" in str(error.value)
 
 
 def test_a_further_judge_may_have_a_scale_of_its_own(comparison, found, caplog):
@@ -233,7 +321,7 @@ def test_the_cost_is_told_beforehand(comparison):
     asked = evaluate.requests_asked(*evaluate.ask(config, tokens=True))
     with_value = sum(bool(request.values) for request in asked)
     base = len(set(without_values(asked)))
-    _, of_base, of_livo, total, readings, of_bytes = board.cost(comparison, comparison.methods).splitlines()
+    _, of_base, of_livo, total, readings, of_bytes, _ = board.cost(comparison, comparison.methods).splitlines()
     assert of_base.split() == ["base", f"{base:,}", f"{base * 10:,}", "0"]
     assert of_livo.split() == ["livo", f"{with_value:,}", f"{with_value * 10:,}", "32"]
     assert f"{base + with_value:,}" in total and "3 further judges" in readings and "of images at most" in of_bytes
@@ -241,3 +329,21 @@ def test_the_cost_is_told_beforehand(comparison):
     comparison.methods.livo.sampling.guidance_scale = 1.0
     _, unguided, *_ = board.cost(comparison, comparison.methods).splitlines()
     assert unguided.split() == ["base", f"{base:,}", f"{base * 5:,}", "0"]
+    comparison.methods.livo.model = "nobody/absent"
+    *counted, of_bytes, _ = board.cost(comparison, comparison.methods).splitlines()
+    assert counted[1] == unguided and of_bytes == "bytes: not known without the configs of nobody/absent"
+
+
+def test_a_set_that_is_not_here_costs_the_prompts_of_its_limit(comparison, tmp_path):
+    """One without a limit is left out, as its number is not known."""
+    (tmp_path / "own.txt").write_text("a\nb\n")
+    config = comparison.methods.livo
+    config.eval.prompts = ("harm=i2p", "left_alone=overt", "left_alone=own", "harm=nothing")
+    config.eval.prompt_sets.own.update(file=str(tmp_path / "own.txt"))
+    for name in ("i2p", "overt"):
+        config.eval.prompt_sets[name].update(repo="", file=str(tmp_path / "none.csv"))
+    config.eval.prompt_sets.overt.limit = 7
+    assert board.stand_in(config, tmp_path) == {"harm=i2p": 0, "left_alone=overt": 7, "harm=nothing": 0}
+    assert config.eval.prompts == ("left_alone=overt", "left_alone=own")
+    prompts = [prompt.text for prompt in prompt_sets.left_alone(config)]
+    assert len(prompts) == 9 and {"a", "b", "overt 0", "overt 6"} <= {*prompts}

@@ -107,6 +107,11 @@ def test_all_that_is_wrong_with_a_comparison_is_told_at_once_and_its_cost_before
         runs_compare.tell_cost(config)
     told = capsys.readouterr().out
     assert "UNet passes" in told and "without harm=own: " in told
+    for own in config.methods.values():
+        own.eval.prompt_sets.own.limit = 3
+    with pytest.raises(ValueError, match="none.csv is missing"):
+        runs_compare.tell_cost(config)
+    assert "harm=own cannot be read: counted as the 3 prompts of its limit" in capsys.readouterr().out
     with pytest.raises(ValueError, match="config.methods is empty"):
         compare_methods(ml_collections.ConfigDict({"methods": {}}), tmp_path)
 
