@@ -80,14 +80,13 @@ def make(config, values, subjects) -> Judge:
             " above 0 and below 1, the second not below the first"
         )
     if not problems:
-        detect, names, is_open = published(c.model, tuple(c.classes) or COCO)
+        (detect, names, is_open), tell_colours = load_both(c)
         if c.classes and not is_open:
             problems.append(f"config.judging.classes: {c.model} has classes of its own, leave them out")
         labels, more = _labels.parse(c.labels, names, values)
         problems += more
     if problems:
         raise ValueError("the judge detector cannot work: " + "; ".join(problems))
-    tell_colours = colour_reader(c.colours) if c.colours else None
 
     def read(images):
         found = [surest(of_image) for of_image in detect(images, c.detected_from)]
@@ -113,6 +112,22 @@ def make(config, values, subjects) -> Judge:
         of_clip = hash_files(weight_files(find_repository(c.colours, clip.FILES), "model", None))
         pinned["colours"] = {"model": str(c.colours), "weights": of_clip}
     return Judge(read, pinned, objects=tuple(names), colours=COLOURS if tell_colours else ())
+
+
+def load_both(judging) -> tuple:
+    """What `published` and `colour_reader` give of a config's section, None without colours; their errors together."""
+    loaded, errors = [], []
+    for load, arguments in (
+        (published, (judging.model, tuple(judging.classes) or COCO)),
+        (colour_reader, (judging.colours,)),
+    ):
+        try:
+            loaded.append(load(*arguments) if arguments[0] else None)
+        except (ValueError, FileNotFoundError) as error:
+            errors.append(error)
+    if errors:
+        raise type(errors[0])("\n".join(map(str, errors))) from errors[0]
+    return tuple(loaded)
 
 
 def surest(found: list[Found]) -> list[Found]:

@@ -211,6 +211,7 @@ def make_card(comparison, found: Further, judge: dict) -> dict:
         },
         "judges": {first.judge: judge, **found.pinned},
         "reads": {name: list(entry.reads) for name, entry in comparison.judges.items()},
+        "states": {name: json.loads(entry.to_json()).get("states", {}) for name, entry in comparison.judges.items()},
         "harmful_from": [
             {"judge": judge, "value": value, "harmful_from": least}
             for (judge, value), least in (least_of_first(first) | found.harmful_from).items()

@@ -226,6 +226,8 @@ def test_what_cannot_be_read_is_told(published, of_any_classes, published_clip, 
         judge_of(tmp_path / "none")
     with pytest.raises(FileNotFoundError, match="no model at"):
         judge_of(published, colours=str(tmp_path / "none"))
+    with pytest.raises(FileNotFoundError, match="no model at '.*none'(.|\n)*no model at '.*nothing'"):
+        judge_of(tmp_path / "none", colours=str(tmp_path / "nothing"))
     with pytest.raises(ValueError, match="holds no object detector that transformers can read"):
         judge_of(published_clip)
     pinned = judge_of(published).pinned

@@ -154,6 +154,7 @@ def test_what_the_rows_of_a_set_state_is_read(comparison, tmp_path):
     assert 0 < np.mean([x.number for x in numbers["base", case.name, "geneval", "stated objects"].values()]) < 1
     card = board.make_card(comparison, measured, {"name": "shapeworld"})
     assert not any("counts" in line for line in card["not_measured"])
+    assert card["states"] == {"spotter": {"geneval": {}, "hat": hat}}
     (told,) = [told for told in card["prompt_sets"] if told["name"] == "geneval"]
     assert told["prompts"] == 2 and told["licence"] == "not seen"
 
