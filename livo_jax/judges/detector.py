@@ -73,7 +73,11 @@ def make(config, values, subjects) -> Judge:
     """
     c, labels = config.judging, []
     problems = pytorch_problems(config, "a directory or hub id of an object detector")
-    problems += [f"the value {value.name!r} is a bias: objects are found" for value in values if value.kind == "bias"]
+    problems += [
+        f"the value {value.name!r} is a bias, of which objects show nothing: have another judge read it"
+        for value in values
+        if value.kind == "bias"
+    ]
     if not 0 < c.detected_from <= c.counted_from < 1:
         problems.append(
             f"config.judging.detected_from={c.detected_from!r} and .counted_from={c.counted_from!r}: choose scores"
