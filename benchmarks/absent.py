@@ -1,25 +1,24 @@
-"""Compiles a training step for an accelerator that is not here, and tells what its compiler knows of it.
+"""Compiles a training step, or a sampler, for an accelerator that is not here, and tells what its compiler knows of it.
 
     python -m benchmarks.absent --config=configs/livo.py --config.model=benchmarks/sd15 --config.data.cache=True \
-        --target="TPU v5e" --topology=4x4
+        --config.train.batch_size=16 --target="TPU v5e" --topology=4x4
 
 Needs `libtpu` for TPUs and `jax[cuda13]` for GPUs, as those machines have them. No weights are made, nothing runs.
 Times of a TPU are its compiler's estimates: the cycles of all instructions, one after another. Pallas kernels have
 none: for them stands the limit that their products, filled up to the matrix unit, or the bytes that they read and write
-once, set at the chip's peak. Of a GPU there are counts alone. A second start takes the compiled program from JAX's
-cache.
+once, set at the chip's peak. Of a GPU there are counts alone. JAX's own cache of programs does not serve devices that
+are not here: what is told of one is kept beside it, for the next start.
 """
 
 import functools
 import os
-import time
+import pathlib
 from typing import NamedTuple
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "true")
 os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # there is no driver
 os.environ["XLA_FLAGS"] = "--xla_gpu_enable_triton_gemm=false"  # nor a GPU to try tiles on: cuBLAS for all products
 os.environ |= {
@@ -34,12 +33,16 @@ from livo_jax import commands
 
 # isort: split
 import jax
+import numpy as np
 from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import AxisType
 
-from livo_jax import methods, sharding
+from livo_jax import diffusion, methods, sharding
+from livo_jax.models.weights import split
 from livo_jax.runs import check, plan, restore
+from livo_jax.sampling import conditioning, generate
+from livo_jax.sampling.guidance import ClassifierFree
 from livo_jax.training.objective import split_models
 from livo_jax.training.optimizer import make_optimizer
 from livo_jax.training.step import init_state, jit_step, make_train_step
@@ -77,6 +80,7 @@ TPUS = {
 }
 CONFIG = config_flags.DEFINE_config_file("config", None, "The config whose step is compiled.")
 TARGET = flags.DEFINE_enum("target", "H200", list(plan.CHIPS), "What for.")
+WHAT = flags.DEFINE_enum("what", "step", ["step", "sampler"], "What is compiled.")
 TOPOLOGY = flags.DEFINE_string("topology", "", "The slice of TPUs, as 4x4. Default: one chip.")
 TOP = flags.DEFINE_integer("top", 30, "So many of the dearest lines of the program are told.", lower_bound=1)
 LEAST_MIB = flags.DEFINE_integer("least_mib", 64, "Results of so many MiB at least are told.", lower_bound=1)
@@ -98,6 +102,20 @@ def devices_of(name: str, topology: str) -> list:
     return topologies.get_topology_desc(**settings).devices
 
 
+def on(where, tree):
+    """Shapes that lie as `where` says: one sharding for all, or a tree of them."""
+    if isinstance(where, jax.sharding.Sharding):
+        where = jax.tree.map(lambda _: where, tree)
+    return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, where)
+
+
+def frozen_on(mesh, config, frozen: dict) -> dict:
+    """The weights of the frozen models, divided as the config wants."""
+    if not config.shard_frozen:
+        return on(sharding.replicated(mesh), frozen)
+    return {name: on(sharding.by_rules(part, mesh), part) for name, part in frozen.items()}
+
+
 def trace_step(config, mesh):
     """The training step of a config, traced for shapes on the mesh."""
     check.check_config(config, mesh)
@@ -107,21 +125,31 @@ def trace_step(config, mesh):
     restore.compute_on(mesh, config, sd, trained)
     networks, params, frozen = split_models(sd, trained, with_vae=not config.data.cache)
     state = jax.eval_shape(functools.partial(init_state, tx=tx, ema_decay=config.train.ema_decay), params)
-
-    def on(where, tree):
-        return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, where)
-
-    def everywhere(where, tree):
-        return on(jax.tree.map(lambda _: where, tree), tree)
-
-    state = on(sharding.by_rules(state, mesh, trained.RULES), state)
-    if config.shard_frozen:
-        frozen = {name: on(sharding.by_rules(part, mesh), part) for name, part in frozen.items()}
-    else:
-        frozen = everywhere(sharding.replicated(mesh), frozen)
-    batch = everywhere(sharding.over_batch(mesh), plan.abstract_batch(sd, config, config.train.batch_size))
+    state, frozen = on(sharding.by_rules(state, mesh, trained.RULES), state), frozen_on(mesh, config, frozen)
+    batch = on(sharding.over_batch(mesh), plan.abstract_batch(sd, config, config.train.batch_size))
     step = make_train_step(networks, tx, config, method.make_loss(networks))
     return jit_step(step, state, frozen, mesh).trace(state, frozen, batch)
+
+
+def trace_sampler(config, mesh):
+    """What draws config.sampling.batch_size images of the base model on each device, from texts to pixels, traced."""
+    sd, c = plan.abstract_model(config), config.sampling
+    graphs, params = zip(*(split(module) for module in (sd.text_encoder, sd.unet, sd.vae)))
+    params = frozen_on(mesh, config, dict(enumerate(params)))
+    rows = c.batch_size * sharding.batch_parts(mesh)
+    (shape, time_ids), ids = sd.shape_of(None), np.repeat(sd.tokenize([""]), rows, axis=0)
+    words = np.zeros(rows, np.uint32)
+    guided = ids if c.guidance_scale > 1 else None
+    batch = conditioning.Batch(words, words, words, words, ids, guided, np.zeros((rows, 0), np.float32))
+    if sd.zeros_for_empty_prompt and c.guidance_scale > 1:
+        batch.zeros = np.zeros((rows, 2), bool)
+    table = diffusion.sampler_table(sd.scheduler_config, c.sampler or sd.family.SAMPLER, c.steps)
+    whole = on(sharding.replicated(mesh), jax.eval_shape(lambda: (table, c.guidance_scale, time_ids)))
+    parts = -(-c.batch_size * sd.image_size**2 // generate.DECODED_PIXELS)
+    settings = dict(shape=shape, decoder_parts=parts, guidance=ClassifierFree())
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        given = (*graphs, None), (*params.values(), None), on(sharding.over_batch(mesh), batch), *whole
+        return generate._sample.trace(*given, **settings)
 
 
 def kernel_rows(work: list[hlo.Work], jaxpr, chip: plan.Chip, unit: int) -> list[dict]:
@@ -144,32 +172,27 @@ def kernel_rows(work: list[hlo.Work], jaxpr, chip: plan.Chip, unit: int) -> list
 def main(_):
     logging.set_verbosity(logging.WARNING)
     config, target = CONFIG.value, TARGET.value
-    chip, tpu, gib = plan.CHIPS[target], TPUS.get(target), 2**30
+    chip, tpu = plan.CHIPS[target], TPUS.get(target)
     devices = devices_of(target, TOPOLOGY.value)
     shape = sharding.mesh_shape(len(devices), **config.mesh)
     mesh = jax.make_mesh(
         shape, sharding.AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[: shape[0] * shape[1] * shape[2]]
     )
-    traced, hits = trace_step(config, mesh), []
-    jax.monitoring.register_event_listener(
-        lambda event, **_: hits.append(event) if event.endswith("/cache_hits") else 0
-    )
-    start = time.perf_counter()
-    compiled = traced.lower().compile()
-    seconds, memory, text = time.perf_counter() - start, compiled.memory_analysis(), compiled.as_text()
+    traced = {"step": trace_step, "sampler": trace_sampler}[WHAT.value](config, mesh)
+    directory = os.path.join(jax.config.jax_compilation_cache_dir, "absent")
+    told, from_cache = hlo.compile_once(traced.lower(), f"{target} {TOPOLOGY.value}", directory)
     if TEXT.value:
-        with open(TEXT.value, "w") as file:
-            file.write(text)
-    work, jaxpr = hlo.read(text), traced.jaxpr.jaxpr
+        pathlib.Path(TEXT.value).write_text(told["text"])
+    work, jaxpr = hlo.read(told["text"]), traced.jaxpr.jaxpr
     platform = "tpu" if tpu else "cuda"
     flops = arithmetic.flops(jaxpr, platform) / mesh.size
     row = {
         "target": target,
         "chips": mesh.size,
-        "weights_state_batch_gib": memory.argument_size_in_bytes / gib,
-        "temporary_gib": memory.temp_size_in_bytes / gib,
-        "compile_s": seconds,
-        "from_cache": bool(hits),
+        "weights_state_batch_gib": told["arguments"] / 2**30,
+        "temporary_gib": told["temporary"] / 2**30,
+        "compile_s": told["seconds"],
+        "from_cache": from_cache,
         "tflop": flops / 1e12,
         "peak_ms": 1e3 * flops / chip.flops,
     }
@@ -192,12 +215,14 @@ def main(_):
         ]
         tables["estimated cycles by line"] = dearest[: TOP.value]
     else:
-        counted = compiled.cost_analysis()
-        row |= {"xla_tflop": counted["flops"] / 1e12, "xla_gb": counted["bytes accessed"] / 1e9}
-        row["bytes_ms"] = 1e3 * counted["bytes accessed"] / chip.bandwidth
-    settings = {"model": config.model, "dtype": config.dtype, "batch_size": config.train.batch_size}
-    settings |= {"mesh": dict(mesh.shape), "topology": TOPOLOGY.value}
-    settings |= {"cache": config.data.cache, "remat": config.train.remat, "source": "compiler's estimates, nothing ran"}
+        row |= {"xla_tflop": told["flops"] / 1e12, "xla_gb": told["bytes"] / 1e9}
+        row["bytes_ms"] = 1e3 * told["bytes"] / chip.bandwidth
+    settings = {"what": WHAT.value, "model": config.model, "dtype": config.dtype}
+    settings |= {"mesh": dict(mesh.shape), "topology": TOPOLOGY.value, "source": "compiler's estimates, nothing ran"}
+    if WHAT.value == "step":
+        settings |= {"batch_size": config.train.batch_size, "cache": config.data.cache, "remat": config.train.remat}
+    else:
+        settings |= {**config.sampling}
     common.report("absent", settings, [row], **tables)
 
 

@@ -4,10 +4,15 @@ jaxlib's parser knows names, opcodes and operands. Shapes, costs and sources are
 is read.
 """
 
+import gzip
+import hashlib
+import importlib.metadata
 import itertools
+import json
 import math
 import pathlib
 import re
+import time
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -244,3 +249,31 @@ def buffers(work: list[Work], least: int) -> list[dict]:
         row = {"bytes": -size, "count": sum(x.times for x in same), "shape": shape, "op": op}
         rows.append(row | {"pass": "backward" if backward else "forward", "source": source})
     return rows
+
+
+def compile_once(lowered, target: str, directory) -> tuple[dict, bool]:
+    """What is told of a lowered program once it is compiled for a target, and whether the directory had that.
+
+    text; seconds of compiling; arguments, temporary: bytes of a device's memory; flops, bytes: as XLA counts them.
+    """
+    versions = [
+        (d.name, d.version) for d in importlib.metadata.distributions() if d.name in ("jax", "jaxlib", "libtpu")
+    ]
+    key = hashlib.sha256(f"{lowered.as_text()} {target} {sorted(versions)}".encode()).hexdigest()
+    file = pathlib.Path(directory) / f"{key}.json.gz"
+    if file.exists():
+        return json.loads(gzip.decompress(file.read_bytes())), True
+    start = time.perf_counter()
+    compiled = lowered.compile()
+    seconds, memory, counted = time.perf_counter() - start, compiled.memory_analysis(), compiled.cost_analysis()
+    told = {
+        "text": compiled.as_text(),
+        "seconds": seconds,
+        "arguments": memory.argument_size_in_bytes,
+        "temporary": memory.temp_size_in_bytes,
+        "flops": counted["flops"],
+        "bytes": counted["bytes accessed"],
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(gzip.compress(json.dumps(told).encode()))
+    return told, False

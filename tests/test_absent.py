@@ -140,6 +140,13 @@ def test_a_compiled_program():
     assert {x.source.split(":")[0] for x in products} == {"tests/test_absent.py"}
 
 
+def test_a_program_is_compiled_once(tmp_path):
+    lowered = jax.jit(lambda x: x @ x).lower(jnp.ones((8, 8)))
+    first, again, other = (hlo.compile_once(lowered, target, tmp_path) for target in ("here", "here", "there"))
+    assert [there for _, there in (first, again, other)] == [False, True, False]
+    assert again[0] == first[0] and first[0]["arguments"] == 8 * 8 * 4 and "ENTRY" in first[0]["text"]
+
+
 @pytest.mark.parametrize("strides, groups", [(1, 1), (2, 1), (1, 2)])
 def test_convolutions_and_their_gradients(strides, groups):
     x, kernel, side = jnp.ones((2, 9, 9, 4)), jnp.ones((3, 3, 4 // groups, 6)), (9 - 3) // strides + 1
