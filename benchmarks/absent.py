@@ -39,6 +39,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType
 
 from livo_jax import diffusion, methods, sharding
+from livo_jax.models.attention import attention
 from livo_jax.models.weights import split
 from livo_jax.runs import check, plan, restore
 from livo_jax.sampling import conditioning, generate
@@ -80,7 +81,7 @@ TPUS = {
 }
 CONFIG = config_flags.DEFINE_config_file("config", None, "The config whose step is compiled.")
 TARGET = flags.DEFINE_enum("target", "H200", list(plan.CHIPS), "What for.")
-WHAT = flags.DEFINE_enum("what", "step", ["step", "sampler"], "What is compiled.")
+WHAT = flags.DEFINE_enum("what", "step", ["step", "sampler", "attention"], "What is compiled.")
 TOPOLOGY = flags.DEFINE_string("topology", "", "The slice of TPUs, as 4x4. Default: one chip.")
 TOP = flags.DEFINE_integer("top", 30, "So many of the dearest lines of the program are told.", lower_bound=1)
 LEAST_MIB = flags.DEFINE_integer("least_mib", 64, "Results of so many MiB at least are told.", lower_bound=1)
@@ -152,6 +153,23 @@ def trace_sampler(config, mesh):
         return generate._sample.trace(*given, **settings)
 
 
+def trace_attention(config, mesh):
+    """The self-attention of a UNet's first level that attends, forward and backward, of all images of a step."""
+    sd = plan.abstract_model(config)
+    unet, (h, w, _) = sd.unet.config, sd.latent_shape
+    level = next(i for i, name in enumerate(unet.down_block_types) if name.startswith("CrossAttn"))
+    attend = functools.partial(attention, heads=unet.per_level("attention_head_dim")[level])
+    shape = (2 * config.train.batch_size, h * w >> 2 * level, unet.block_out_channels[level])
+    x = jax.ShapeDtypeStruct(shape, config.dtype, sharding=sharding.over_batch(mesh))
+
+    def forward_and_backward(q, k, v, gradient):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            out, backward = jax.vjp(attend, q, k, v)
+            return out, backward(gradient)
+
+    return jax.jit(forward_and_backward).trace(x, x, x, x)
+
+
 def kernel_rows(work: list[hlo.Work], jaxpr, chip: plan.Chip, unit: int) -> list[dict]:
     """Pallas kernels, like ones counted: FLOPs as they are and filled up, bytes, and the seconds that these set."""
     known, rows = arithmetic.kernels(jaxpr, "tpu"), {}
@@ -169,6 +187,9 @@ def kernel_rows(work: list[hlo.Work], jaxpr, chip: plan.Chip, unit: int) -> list
     return sorted(rows.values(), key=lambda row: -row["limit_ms"] * row["count"])
 
 
+TRACES = {"step": trace_step, "sampler": trace_sampler, "attention": trace_attention}
+
+
 def main(_):
     logging.set_verbosity(logging.WARNING)
     config, target = CONFIG.value, TARGET.value
@@ -178,7 +199,7 @@ def main(_):
     mesh = jax.make_mesh(
         shape, sharding.AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[: shape[0] * shape[1] * shape[2]]
     )
-    traced = {"step": trace_step, "sampler": trace_sampler}[WHAT.value](config, mesh)
+    traced = TRACES[WHAT.value](config, mesh)
     directory = os.path.join(jax.config.jax_compilation_cache_dir, "absent")
     told, from_cache = hlo.compile_once(traced.lower(), f"{target} {TOPOLOGY.value}", directory)
     if TEXT.value:
@@ -219,7 +240,7 @@ def main(_):
         row["bytes_ms"] = 1e3 * told["bytes"] / chip.bandwidth
     settings = {"what": WHAT.value, "model": config.model, "dtype": config.dtype}
     settings |= {"mesh": dict(mesh.shape), "topology": TOPOLOGY.value, "source": "compiler's estimates, nothing ran"}
-    if WHAT.value == "step":
+    if WHAT.value != "sampler":
         settings |= {"batch_size": config.train.batch_size, "cache": config.data.cache, "remat": config.train.remat}
     else:
         settings |= {**config.sampling}

@@ -58,6 +58,8 @@ def flops_of(equation, platform: str, unit: int = 1) -> int:
         (contracted, contracted_b), (batch, batch_b) = equation.params["dimension_numbers"]
         rows = [n for axis, n in enumerate(a) if axis not in (*contracted, *batch)]
         columns = [n for axis, n in enumerate(b) if axis not in (*contracted_b, *batch_b)]
+        if 1 in (math.prod(rows), math.prod(columns)):
+            unit = 1  # of vectors, which other units multiply
         sides = filled(*rows) * filled(*columns) * filled(*(a[axis] for axis in contracted))
         return 2 * math.prod(a[axis] for axis in batch) * sides
     params = equation.params

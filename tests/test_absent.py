@@ -173,7 +173,7 @@ def test_products_of_batches_in_loops():
 
 
 def test_kernels():
-    """Five products of the flash attention's backward pass and two again; heads of 40 fill a unit of 128 in part."""
+    """Two products of the flash attention forward and five backward; heads of 40 fill a unit of 128 in part."""
     B, L, S, N, K = 2, 512, 1024, 2, 40
     mesh = jax.make_mesh((2, 1, 2), sharding.AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:4])
     q, k = (jnp.ones((B, n, N * K), jnp.bfloat16) for n in (L, S))
@@ -184,11 +184,11 @@ def test_kernels():
     with jax.set_mesh(mesh):
         jaxpr = jax.jit(jax.grad(loss, (0, 1))).trace(q, k).jaxpr.jaxpr
     product = 2 * B * N * L * S * K
-    assert arithmetic.flops(jaxpr, "tpu") == (2 + 3 + 4) * product
-    filled = arithmetic.flops(jaxpr, "tpu", unit=128)
-    assert filled == (2 + 3 + 4) * product * 128 // 40
+    of_vectors = 2 * B * N * L * K  # the outputs and their gradients
+    assert arithmetic.flops(jaxpr, "tpu") == (2 + 5) * product + of_vectors
+    assert arithmetic.flops(jaxpr, "tpu", unit=128) == (2 + 5) * product * 128 // 40 + of_vectors
     kernels = arithmetic.kernels(jaxpr, "tpu")
-    assert len(kernels) == 3 and all(arguments[0] == (1, 1, L, K) for arguments, _ in kernels)
-    assert sum(arithmetic.flops_of(x, "tpu") for x in kernels.values()) == (2 + 3 + 4) * product // 4
+    assert len(kernels) == 2 and all((1, L, K) in arguments for arguments, _ in kernels)
+    assert sum(arithmetic.flops_of(x, "tpu") for x in kernels.values()) == (2 + 5) * product // 4
     assert not arithmetic.kernels(jaxpr, "cpu")
     assert arithmetic.flops(jaxpr, "cpu") >= 7 * product
