@@ -60,13 +60,24 @@ def device() -> str:
     return f"{len(os.sched_getaffinity(0))} cores of {name}"
 
 
-def report(benchmark: str, settings: dict, rows: list[dict]):
-    """Prints rows as a table and writes them as RESULTS/NAME.json: device, versions, date, settings, rows."""
+def show(rows: list[dict]):
+    """Prints rows as a table."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     values = [[row.get(name, "") for name in names] for row in rows]
     cells = [names] + [[f"{x:.4g}" if isinstance(x, float) else str(x) for x in row] for row in values]
     widths = [max(map(len, column)) for column in zip(*cells)]
     print("\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in cells))
+
+
+def report(benchmark: str, settings: dict, rows: list[dict], **further: list[dict]):
+    """Prints rows as a table and writes them as RESULTS/NAME.json: device, versions, date, settings, rows.
+
+    `further`: more tables, by name.
+    """
+    show(rows)
+    for name, table in further.items():
+        print(f"\n{name}{'' if table else ': none'}")
+        show(table)
     if os.path.isabs(settings.get("model", "")):
         settings = settings | {"model": os.path.relpath(settings["model"])}
     packages = ("jax", "jaxlib", "flax", "torch", "diffusers", "transformers")
@@ -78,6 +89,7 @@ def report(benchmark: str, settings: dict, rows: list[dict]):
         "versions": {"python": platform.python_version()} | {p: installed[p] for p in packages if p in installed},
         "settings": settings,
         "rows": rows,
+        **further,
     }
     directory = pathlib.Path(RESULTS.value)
     directory.mkdir(parents=True, exist_ok=True)

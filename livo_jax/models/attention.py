@@ -1,6 +1,5 @@
 """Scaled dot-product attention, by the kernel that the platform has."""
 
-import dataclasses
 import functools
 import math
 
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 BLOCK = 128  # queries and keys of Pallas' flash attention come in multiples of it
+HELD = 4608  # so many keys, and as many values, are held by a TPU core at once
 
 
 def attention(q, k, v, heads: int, mask=None, causal: bool = False, bias=None, scale: float | None = None):
@@ -88,20 +88,30 @@ def _flash_on_mesh(q, k, v):
 
 
 def _flash(q, k, v):
-    """[B, L, N, K] from q [B, L, N, K] and k, v [B, S, N, K]; L and S are multiples of 128, or equal."""
-    from jax.experimental.pallas.ops.tpu.flash_attention import BlockSizes, SegmentIds, flash_attention
+    """[B, L, N, K] from q [B, L, N, K] and k, v [B, S, N, K]; L and S are multiples of 128, or equal.
 
-    (B, L), seen = q.shape[:2], None
+    Splash attention's backward pass is one kernel, which makes the probabilities once, and reads a row's sums as
+    they are: that of jax.experimental.pallas.ops.tpu.flash_attention is two, and reads a copy of them for each key of
+    a block.
+    """
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    (B, L, N, K), seen = q.shape, None
     if L % BLOCK:  # what is filled up is a segment of its own
         q, k, v = _filled_up(BLOCK, q, k, v)
-        segment = jnp.broadcast_to((jnp.arange(q.shape[1]) < L).astype(jnp.int32), (B, q.shape[1]))
-        seen = SegmentIds(segment, segment)
-    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+        segment = (jnp.arange(q.shape[1]) < L).astype(jnp.int32)
+        seen = splash.SegmentIds(segment, segment)
+    filled, S = q.shape[1], k.shape[1]
+    q, k, v = (x.swapaxes(1, 2).reshape(B * N, -1, K) for x in (q * K**-0.5, k, v))
     # The kernel's own default, 128, is too little work for each step of its grid.
-    block_q, block_k = (math.gcd(512, x.shape[2]) for x in (q, k))
-    sizes = {
-        field.name: block_q if field.name.startswith("block_q") else block_k for field in dataclasses.fields(BlockSizes)
-    } | {"block_b": 1}
-    scale = q.shape[-1] ** -0.5
-    out = flash_attention(q, k, v, segment_ids=seen, sm_scale=scale, block_sizes=BlockSizes(**sizes))
-    return out.swapaxes(1, 2)[:, :L]
+    block_q, block_k = math.gcd(512, filled), math.gcd(512, S)
+    # The backward kernel writes a gradient of all queries for each block of keys that it holds.
+    held = max(size for size in range(block_k, min(S, HELD) + 1, block_k) if S % size == 0)
+    sizes = splash.BlockSizes(
+        block_q=block_q, block_kv=block_k, block_q_dkv=block_q, block_kv_dkv=held, block_kv_dkv_compute=block_k,
+        use_fused_bwd_kernel=True,
+    )  # fmt: skip
+    mask = splash.MultiHeadMask([splash.FullMask((filled, S))])
+    kernel = splash.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1)
+    out = kernel(q, k, v, segment_ids=seen)
+    return out.reshape(B, N, filled, K).swapaxes(1, 2)[:, :L]

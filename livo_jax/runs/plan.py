@@ -33,15 +33,16 @@ class Chip(NamedTuple):
 
     flops: float  # dense bfloat16 FLOP/s
     memory: float  # bytes
+    bandwidth: float  # bytes/s between it and the memory
     link: float  # bytes/s that it can send to its neighbours
 
 
 CHIPS = {
-    "TPU v5e": Chip(197e12, 16e9, 200e9),
-    "TPU v5p": Chip(459e12, 95e9, 600e9),
-    "TPU v6e": Chip(918e12, 32e9, 400e9),
-    "H100": Chip(989e12, 80e9, 450e9),
-    "H200": Chip(989e12, 141e9, 450e9),
+    "TPU v5e": Chip(197e12, 16e9, 819e9, 200e9),
+    "TPU v5p": Chip(459e12, 95e9, 2765e9, 600e9),
+    "TPU v6e": Chip(918e12, 32e9, 1638e9, 400e9),
+    "H100": Chip(989e12, 80e9, 3350e9, 450e9),
+    "H200": Chip(989e12, 141e9, 4800e9, 450e9),
 }
 UTILISATION = 0.4  # share of the peak that the step is taken to reach; a matrix product alone reaches twice that
 
