@@ -45,10 +45,11 @@ def channels_first(noise):
     return torch.tensor(noise.transpose(0, 3, 1, 2))
 
 
-def assert_export_draws_the_same(sd, value_encoder, config, published, out, drawing: dict):
+def assert_export_draws_the_same(sd, value_encoder, config, published, out, drawing: dict, **parts):
     """As JAX from the same noise, values of several strengths, and the export is read again.
 
-    config: with the kind of the value encoder. drawing: settings of sd.generate, those of the config among them.
+    config: with the kind of the value encoder. drawing: settings of sd.generate, those of the config among them. parts:
+    what else the pipeline is given.
     """
     from diffusers import DiffusionPipeline
 
@@ -56,7 +57,7 @@ def assert_export_draws_the_same(sd, value_encoder, config, published, out, draw
     kind = config.value_encoder.kind
     again = value_encoders.start(of_kind(config, kind, start=str(out)), sd, sharding.make_mesh())
     jax.tree.map(np.testing.assert_array_equal, split(again)[1], split(value_encoder)[1])
-    pipeline = DiffusionPipeline.from_pretrained(published, custom_pipeline=str(out), trust_remote_code=True)
+    pipeline = DiffusionPipeline.from_pretrained(published, custom_pipeline=str(out), trust_remote_code=True, **parts)
     pipeline.set_progress_bar_config(disable=True)
     noise = np.stack([generate.initial_noise(5, text_hash(p), 0, sd.latent_shape) for p in PROMPTS])
     values, settings = [[VALUE, OTHER], OTHER], dict(strength={VALUE: 0.5})

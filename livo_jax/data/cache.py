@@ -31,7 +31,7 @@ def cache_made_of(preferences: Preferences, sd, config) -> dict:
     for module in (sd.vae, sd.text_encoder):
         for array in jax.tree.leaves(split(module)[1]):
             digest.update(sharding.fetch(array).tobytes())
-    return {
+    made_of = {
         "pairs": preferences.content_sha256,
         "decoded": f"as a viewer shows it, shorter side to {sd.image_size}, centre crop",
         "random_flip": config.data.random_flip,
@@ -40,6 +40,9 @@ def cache_made_of(preferences: Preferences, sd, config) -> dict:
         "dtype": read_dtype(config.dtype, "config.dtype").name,
         "weights": digest.hexdigest(),
     }
+    if sd.family.KEY == "sd3":  # how many states T5 has is a setting, which no weight tells
+        made_of["states"] = [*sd.family.states_shape]
+    return made_of
 
 
 def cache_faults(directory: pathlib.Path, made_of: dict) -> list[str]:

@@ -127,7 +127,9 @@ def find(
         ValueError: a model of several text encoders, or prompts that leave no room.
     """
     if len(sd.tokenizers) > 1:
-        raise ValueError("attacks go through one text encoder, and this model has two: measure it by prompt sets")
+        raise ValueError(
+            f"attacks go through one text encoder, and this model has {len(sd.tokenizers)}: measure it by prompt sets"
+        )
     allowed = whole_words(sd.tokenizer)
     filler = sd.tokenizer.decode([int(allowed[0])]).strip()
     texts = [with_gap(sd, prompts, prompts, filler, budget.tokens)]

@@ -374,7 +374,8 @@ elif SETTINGS["family"] == "sd3":
         """
 
         _optional_components = [
-            *diffusers.StableDiffusion3Pipeline._optional_components, "value_encoder", "value_encoder_2"
+            *diffusers.StableDiffusion3Pipeline._optional_components, "text_encoder_3", "tokenizer_3", "value_encoder",
+            "value_encoder_2",
         ]  # fmt: skip
         model_cpu_offload_seq = (
             "text_encoder->text_encoder_2->text_encoder_3->value_encoder->value_encoder_2->transformer->vae"

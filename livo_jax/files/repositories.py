@@ -1,6 +1,7 @@
 """The files of published models: directories, hub repositories, configs and safetensors, found, told apart and read."""
 
 import errno
+import importlib.util
 import json
 import math
 import os
@@ -57,10 +58,19 @@ def find_repository(path_or_hub_id: str | os.PathLike, patterns: list[str]) -> p
             f" machine has it, or fetch one where there is a network, with\n  hf download OWNER/NAME --local-dir DIR"
         )
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
         return pathlib.Path(snapshot_download(name, allow_patterns=patterns))
+    except GatedRepoError as error:
+        raise FileNotFoundError(
+            f"{name!r} is gated: accept its licence at https://huggingface.co/{name}, then log in with\n  hf auth login"
+        ) from error
     except (HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError) as error:
         raise FileNotFoundError(
             f"no model at {name!r}: it is not a directory here, and not in the hub's cache or not"
@@ -124,6 +134,11 @@ def read_t5_tokenizer(place: pathlib.Path):
 
     if not any((place / name).is_file() for name in ("tokenizer.json", "spiece.model")):
         raise ValueError(f"{place} has no vocabulary: is tokenizer.json or spiece.model there?")
+    if not (place / "tokenizer.json").is_file() and not importlib.util.find_spec("sentencepiece"):
+        raise ValueError(
+            f"{place} has spiece.model alone, which sentencepiece reads: fetch its tokenizer.json, or pip install"
+            " sentencepiece"
+        )
     try:
         return T5TokenizerFast.from_pretrained(place)
     except Exception as error:  # of what type depends on the file
@@ -226,7 +241,7 @@ def weight_files(directory: pathlib.Path, stem: str, variant: str | None) -> lis
     others = sorted(p.name for p in directory.glob("*") if p.suffix in (*ONE_FILE, ".msgpack"))
     safe = [name for name in others if name.endswith(".safetensors")]
     if safe:
-        remedy = f"There are {', '.join(safe)}. Where half precision lies alone, ask for variant='fp16'"
+        remedy = f"There are {', '.join(safe)}. Without a variant half precision is read where it lies alone"
     else:
         remedy = (
             f"There {'are ' + ', '.join(others) if others else 'is none'}. Formats other than safetensors (.bin, .ckpt)"

@@ -25,10 +25,11 @@ def make_reader(sd):
     @jax.jit
     def read(params, ids):
         encoder = nnx.merge(graph, params)
-        text, first = encoder(ids), first_ids(ids)
+        L, D = encoder.config.max_position_embeddings, encoder.config.hidden_size  # of the CLIPs, without a T5's
+        text, first = encoder(ids), first_ids(ids)[:, :L]
         length = end_of_text(first, encoder.config.towers[0])[:, None] + 1
-        own = (jnp.arange(first.shape[1]) < length)[:, :, None]
-        mean = (text.last_hidden_state * own).sum(1) / length
+        own = (jnp.arange(L) < length)[:, :, None]
+        mean = (text.last_hidden_state[:, :L, :D] * own).sum(1) / length
         return jnp.concatenate([text.pooled, mean], axis=1).astype(jnp.float32)
 
     return lambda prompts: np.asarray(read(params, sd.tokenize(prompts)))

@@ -49,7 +49,8 @@ class Together(ValueTokens):
     def which(self, ids):
         """The value encoder [B] of each text."""
         beginnings = self.beginnings[...]
-        begin = ((first_ids(ids)[:, None] == beginnings) | (beginnings < 0)).all(-1)  # [B, E]
+        ids = first_ids(ids)[:, : beginnings.shape[1]]  # T5's rows, and so all, may be longer
+        begin = ((ids[:, None] == beginnings) | (beginnings < 0)).all(-1)  # [B, E]
         # The longest: one statement may be the beginning of another.
         return jnp.argmax(begin * (beginnings >= 0).sum(-1), axis=1)
 

@@ -12,7 +12,7 @@ from tests.conftest import VAE, randomised, text_model, write_pipeline
 
 CLIP = ["transformers", "CLIPTextModelWithProjection"]
 INDEX = {
-    "_class_name": "StableDiffusion3Pipeline", "_diffusers_version": "0.31.0", "max_sequence_length": 12,
+    "_class_name": "StableDiffusion3Pipeline", "_diffusers_version": "0.31.0", "max_sequence_length": 24,
     "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"], "text_encoder": CLIP, "text_encoder_2": CLIP,
     "text_encoder_3": ["transformers", "T5EncoderModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
     "tokenizer_2": ["transformers", "CLIPTokenizer"], "tokenizer_3": ["transformers", "T5TokenizerFast"],

@@ -8,9 +8,11 @@ import pytest
 
 from livo_jax import StableDiffusion, sharding, value_encoders
 from livo_jax.methods import concept_ablation, uce
+from livo_jax.retrieval import states
 from livo_jax.runs import check
 from livo_jax.sampling import generate
 from livo_jax.sampling.requests import Dose, Request
+from livo_jax.value_encoders.shelf import Shelf
 from livo_jax.values.principles import text_hash
 from tests import kinds
 from tests.kinds import OTHER, PROMPTS, VALUE, channels_first, of_kind
@@ -42,7 +44,7 @@ def test_images_are_the_published_pipelines(sd, without_t5, published, theirs, s
     noise = np.stack([generate.initial_noise(5, text_hash(p), 0, sd.latent_shape) for p in PROMPTS])
     expected = pipeline_of(theirs, published, t5, scheduler)(
         PROMPTS, negative_prompt=[negative] * 2 if negative and scale > 1 else None, num_inference_steps=3,
-        guidance_scale=scale, latents=channels_first(noise), output_type="np", max_sequence_length=12,
+        guidance_scale=scale, latents=channels_first(noise), output_type="np", max_sequence_length=24,
     ).images  # fmt: skip
     requests = [Request(p, negative=negative if scale > 1 else "") for p in PROMPTS]
     images = generate.generate(ours, requests, seed=5, **SETTINGS | {"sampler": sampler, "guidance_scale": scale})
@@ -54,6 +56,33 @@ def test_images_are_the_published_pipelines(sd, without_t5, published, theirs, s
 @pytest.mark.parametrize("kind", value_encoders.KINDS)
 def test_the_exported_pipeline_draws_the_same_images(sd, made, config, published, tmp_path, kind):
     kinds.assert_export_draws_the_same(sd, made[kind], of_kind(config, kind), published, tmp_path / "livo", SETTINGS)
+
+
+def test_an_export_of_a_model_without_t5_draws_the_same_images(without_t5, made, config, tmp_path):
+    config = config.copy_and_resolve_references()
+    config.model, config.sampling.sampler = str(without_t5.root), "heun"
+    drawing, without = SETTINGS | {"sampler": "heun"}, dict(text_encoder_3=None, tokenizer_3=None)
+    kinds.assert_export_draws_the_same(
+        without_t5, made["full"], config, without_t5.root, tmp_path / "livo", drawing, **without
+    )
+
+
+def test_a_shelf_of_values(sd, made, tmp_path):
+    """Each is found by the beginning of its text, though T5's is longer."""
+    index = {"base": sd.name, "values": {}}
+    for name, statement in (("shape", VALUE), ("colour", OTHER)):
+        made["full"].save(tmp_path / name, sd.name)
+        index["values"][name] = {"statement": statement, "kind": "full", "folder": name}
+    (tmp_path / "shelf.json").write_text(json.dumps(index))
+    both = sd.generate(["a baker"], [["shape", "colour"]], Shelf(tmp_path, sd), **SETTINGS)
+    expected = sd.generate(["a baker"], [[VALUE, OTHER]], made["full"], **SETTINGS)
+    assert np.abs(both.astype(int) - expected).max() <= 1
+
+
+def test_the_states_of_a_prompt_are_the_clips(sd, without_t5):
+    read = [states.make_reader(model)(PROMPTS) for model in (sd, without_t5)]
+    assert read[0].shape == (2, 2 * 44) and np.abs(read[0][0] - read[0][1]).max() > 1e-3
+    np.testing.assert_allclose(*read, rtol=1e-5)
 
 
 def test_no_value_is_the_base(sd, made):
@@ -68,7 +97,7 @@ def test_no_value_is_the_base(sd, made):
 
 def test_what_does_not_fit(sd, made, config, published, tmp_path):
     """Errors name the family, the place and the remedy."""
-    assert sd.tokenize(PROMPTS).shape == (2, 3, 16), "two CLIPs of 16 tokens, and T5 of 12"
+    assert sd.tokenize(PROMPTS).shape == (2, 3, 24), "two CLIPs of 16 tokens, and T5 of 24"
     with pytest.raises(ValueError, match="prompt_layout='official': choose from padded"):
         generate.generate(sd, [Request("a cook")], prompt_layout="official")
     with pytest.raises(ValueError, match="sampler='pndm': choose from euler, heun, which are of flow matching"):

@@ -45,7 +45,7 @@ def encode(theirs, ids):
     )
     clips = torch.cat([one.hidden_states[-2], two.hidden_states[-2]], dim=-1)
     clips = torch.cat([clips, torch.zeros(*clips.shape[:2], 4)], dim=-1)
-    t5 = theirs["text_encoder_3"](ids[:, 2, :12]).last_hidden_state
+    t5 = theirs["text_encoder_3"](ids[:, 2, :24]).last_hidden_state
     return torch.cat([clips, t5], dim=1), torch.cat([one.text_embeds, two.text_embeds], dim=-1)
 
 
@@ -132,7 +132,7 @@ def test_losses_and_gradients_are_pytorchs(sd, config, theirs, batch, monkeypatc
             aligned_moments=aligned, violating_moments=violating, beside_prompt_ids=batch.beside_prompt_ids,
             beside=beside,
         )  # fmt: skip
-        assert text.last_hidden_state.shape[1:] == sd.family.states_shape == (28, 48)
+        assert text.last_hidden_state.shape[1:] == sd.family.states_shape == (40, 48)
         assert text.text_embeds.shape[1] == sd.family.pooled_width == 16
         return loss(params, frozen, cached, noise)[1]
 
