@@ -9,7 +9,7 @@ from flax import nnx
 
 from livo_jax import sharding
 from livo_jax.files.repositories import read_json
-from livo_jax.models.clip import CLIPTextModel, CLIPTextModels, end_of_text
+from livo_jax.models.clip import CLIPTextModel, CLIPTextModels, end_of_text, first_ids
 from livo_jax.models.weights import split
 from livo_jax.values.principles import load_principles, value_prompt
 
@@ -101,12 +101,8 @@ def set_reading(value_encoder: ValueTokens, config) -> ValueTokens:
         ValueError: it says what cannot be.
     """
     c, length = config.value_encoder, value_encoder.config.max_position_embeddings
-    towers = len(value_encoder.config.towers)
-    if not 0 <= c.states <= length or (c.states != 1 and towers > 1):
-        raise ValueError(
-            f"config.value_encoder.states={c.states}: choose 0 (all) to {length} of one text encoder, 1 of several;"
-            f" there are {towers}"
-        )
+    if not 0 <= c.states <= length:
+        raise ValueError(f"config.value_encoder.states={c.states}: choose 0 (all) to {length}")
     if set(c.alone) - {"bias", "harm"}:
         raise ValueError(f"config.value_encoder.alone={tuple(c.alone)!r}: choose from 'bias', 'harm'")
     value_encoder.states, value_encoder.reads_prompt = c.states, c.reads_prompt
@@ -120,15 +116,21 @@ def text_tokens(encoder: CLIPTextModel | CLIPTextModels, ids, states: int):
     """The value tokens [B, n, D] of what a text encoder reads: its pooled output, the paper's one token.
 
     Args:
-        states: more than 1 are the last hidden states from the end of the text on, 0 all of them; of one tower alone.
+        states: more than 1 are the last hidden states from the end of the text on, 0 all of them; of several towers
+            those of each, side by side.
     """
-    text, L = encoder(ids), ids.shape[-1]
     if states == 1:
-        return text.pooled[:, None]
+        return encoder(ids).pooled[:, None]
+    towers, L = encoder.config.towers, encoder.config.max_position_embeddings
+    if len(towers) == 1:
+        hidden = encoder(ids).last_hidden_state
+    else:
+        read = [tower(ids[:, k, :L]) for k, tower in enumerate(encoder.towers)]
+        hidden = jnp.concatenate([text.last_hidden_state for text in read], axis=-1)
     if states == 0:
-        return text.last_hidden_state
-    places = jnp.minimum(end_of_text(ids, encoder.config)[:, None] + jnp.arange(states), L - 1)
-    return jnp.take_along_axis(text.last_hidden_state, places[:, :, None], axis=1)
+        return hidden
+    places = jnp.minimum(end_of_text(first_ids(ids)[:, :L], towers[0])[:, None] + jnp.arange(states), L - 1)
+    return jnp.take_along_axis(hidden, places[:, :, None], axis=1)
 
 
 def values_by_prompt(values, number: int | None = None) -> list[tuple[str, ...]]:

@@ -232,7 +232,7 @@ def test_what_is_sought_of_a_bias_is_what_the_base_shows_most():
 
 def test_models_of_two_text_encoders_are_refused(world, monkeypatch):
     monkeypatch.setattr(world, "tokenizers", world.tokenizers * 2)
-    with pytest.raises(ValueError, match="one text encoder, and this model has two"):
+    with pytest.raises(ValueError, match="one text encoder, and this model has 2"):
         attacks.find_words(world, None, "", PROMPTS, np.zeros((2, 32, 32, 3), np.uint8), attacks.Budget())
 
 

@@ -71,12 +71,27 @@ def test_a_shelf_of_values(sd, made, tmp_path):
     """Each is found by the beginning of its text, though T5's is longer."""
     index = {"base": sd.name, "values": {}}
     for name, statement in (("shape", VALUE), ("colour", OTHER)):
-        made["full"].save(tmp_path / name, sd.name)
-        index["values"][name] = {"statement": statement, "kind": "full", "folder": name}
+        made["token"].save(tmp_path / name, sd.name)
+        index["values"][name] = {"statement": statement, "kind": "token", "folder": name}
     (tmp_path / "shelf.json").write_text(json.dumps(index))
     both = sd.generate(["a baker"], [["shape", "colour"]], Shelf(tmp_path, sd), **SETTINGS)
-    expected = sd.generate(["a baker"], [[VALUE, OTHER]], made["full"], **SETTINGS)
+    expected = sd.generate(["a baker"], [[VALUE, OTHER]], made["token"], **SETTINGS)
     assert np.abs(both.astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_tokens_of_several_states(sd, config, kind):
+    """Those of both CLIPs from the end of the text on, side by side; as it starts, the model's own."""
+    ids, D = sd.tokenize([f"{VALUE}, {prompt}" for prompt in PROMPTS]), 44
+    ends = (ids[:, 0, :16] == sd.tokenizer.eos_token_id).argmax(axis=1)
+    read = [tower(ids[:, k, :16]).last_hidden_state for k, tower in enumerate(sd.text_encoder.towers)]
+    hidden = np.concatenate(read, axis=-1)
+    for n in (1, 3, 0):
+        value_encoder = value_encoders.start(of_kind(config, kind, states=n), sd, sharding.make_mesh())
+        tokens = np.asarray(value_encoder.tokens(ids, sd.text_encoder))
+        wanted = [row if n == 0 else row[np.minimum(np.arange(end, end + n), 15)] for row, end in zip(hidden, ends)]
+        assert tokens.shape == (2, n or 16, D)
+        np.testing.assert_allclose(tokens, wanted, atol=1e-5)
 
 
 def test_the_states_of_a_prompt_are_the_clips(sd, without_t5):

@@ -41,7 +41,8 @@ def encode(theirs, ids):
     """The text's states and pooled text, as section 2 of the paper joins them."""
     ids = torch.tensor(ids)
     one, two = (
-        theirs[name](ids[:, k], output_hidden_states=True) for k, name in enumerate(("text_encoder", "text_encoder_2"))
+        theirs[name](ids[:, k, :16], output_hidden_states=True)
+        for k, name in enumerate(("text_encoder", "text_encoder_2"))
     )
     clips = torch.cat([one.hidden_states[-2], two.hidden_states[-2]], dim=-1)
     clips = torch.cat([clips, torch.zeros(*clips.shape[:2], 4)], dim=-1)
@@ -56,7 +57,7 @@ def flow_errors(theirs, trained, batch, noise, sigmas):
     eps, errors = channels_first(noise.eps), {}
     with torch.no_grad():
         c, pooled = encode(theirs, batch.prompt_ids)
-    u = trained(torch.tensor(batch.value_prompt_ids)[:, :2]).pooler_output
+    u = trained(torch.tensor(batch.value_prompt_ids)[:, :2, :16]).pooler_output
     policy = torch.cat([torch.nn.functional.pad(u, (0, 4))[:, None], c], dim=1)
     for side in ("aligned", "violating"):
         with torch.no_grad():
