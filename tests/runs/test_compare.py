@@ -48,7 +48,7 @@ def test_the_cost_is_told_beforehand(module):
     config = module.get_config()
     lines = board.cost(config, config.methods).splitlines()
     attacks = [line for line in lines if line.startswith("attacks")]
-    header, base, *rows, total, readings, of_bytes = (line for line in lines if line not in attacks)
+    header, base, *rows, total, readings, of_bytes, of_pairs = (line for line in lines if line not in attacks)
     assert [row.split()[0] for row in (base, *rows)] == ["base", *config.methods]
     (pairs,) = {row.split()[-1] for row in rows if row.startswith("livo ")}
     own = config.methods.livo.train

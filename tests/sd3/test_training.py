@@ -109,7 +109,9 @@ def test_losses_and_gradients_are_pytorchs(sd, config, theirs, batch, monkeypatc
     state, metrics = step(init_state(params, tx), frozen, batch)
     expected = loss_of("livo", errors)
     expected.backward()
-    assert float(metrics["loss"]) == pytest.approx(expected.item(), rel=1e-4)
+    largest = max(error.max().item() for error in errors.values())
+    rounding = CONFIG.loss.beta * 1e-6 * largest  # the steeper slope times that of an error in float32
+    assert float(metrics["loss"]) == pytest.approx(expected.item(), abs=rounding)
     gradients = to_published(state["opt_state"].trace)
     named = {name.replace(".text_model.", "."): p.grad for name, p in trained.named_parameters()}
     named = {name: gradient for name, gradient in named.items() if "text_projection" not in name}
