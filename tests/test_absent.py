@@ -14,7 +14,7 @@ OF_TPU = """\
 HloModule jit_f, is_scheduled=true
 
 FileNames
-1 "/home/me/livo_jax/models/layers.py"
+1 "/checkout/livo_jax/models/layers.py"
 2 "/usr/lib/python3/site-packages/flax/nnx/nn/linear.py"
 
 FunctionNames

@@ -15,7 +15,7 @@ import json
 
 import numpy as np
 
-from livo_jax.judges.detector import COLOURS
+from livo_jax.judges import COLOURS
 
 OBJECTS = "objects"
 STATED = "stated "  # begins the metrics of `stated_shown`, shares of images

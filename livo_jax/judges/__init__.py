@@ -16,6 +16,8 @@ from livo_jax.files.settings import import_named
 # be read. Of a harm float: its score, or nan where it cannot be read. Of "subject" str: one of the subjects, or "".
 Reading = dict[str, np.ndarray]
 UNSPECIFIED = "unspecified"  # the picture shows what a bias is about, but none of its attributes
+# Of objects, as GenEval names them (Ghosh et al. 2023).
+COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 
 
 @dataclasses.dataclass(frozen=True)

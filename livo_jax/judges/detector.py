@@ -13,14 +13,14 @@ import numpy as np
 from flax import nnx
 
 from livo_jax.files.repositories import find_repository, read_json, weight_files, weight_patterns
-from livo_jax.judges import Judge, _labels, clip, hash_files
+from livo_jax.judges import COLOURS, Judge, _labels, clip, hash_files
 from livo_jax.judges.llava import load_pytorch, pin_pytorch, pytorch_problems
+from livo_jax.models.clip import unit
 from livo_jax.models.weights import split
 from livo_jax.values.principles import phrase
 
 BATCH = 8  # images at once
 MOST = 16  # objects of a class, the surest
-COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 COLOUR_TEXTS = ("a photo of a {colour} {name}", "a photo of a {colour}-colored {name}", "a photo of a {colour} object")
 BEHIND = 153  # the grey, #999, of what is around a mask
 CLASS_TEXT = "a photo of a(n) {}"  # by which an open-vocabulary detector looks for a class
@@ -243,8 +243,8 @@ def colour_reader(path_or_hub_id):
     @functools.cache
     def classifier(name: str):  # [colours, features]
         texts = [text.format(colour=colour, name=name) for colour in COLOURS for text in COLOUR_TEXTS]
-        features = unit(np.asarray(embed_texts(params, tokenize(texts))))
-        return unit(features.reshape(len(COLOURS), len(COLOUR_TEXTS), -1).mean(1))
+        features = unit(embed_texts(params, tokenize(texts)))
+        return np.asarray(unit(features.reshape(len(COLOURS), len(COLOUR_TEXTS), -1).mean(1)))
 
     def tell(objects) -> list[str]:
         if not objects:
@@ -254,10 +254,6 @@ def colour_reader(path_or_hub_id):
         return [COLOURS[int((classifier(name) @ of).argmax())] for (name, _), of in zip(objects, features)]
 
     return tell
-
-
-def unit(x):
-    return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
 def crop(image, found: Found) -> np.ndarray:

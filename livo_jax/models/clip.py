@@ -259,6 +259,14 @@ class CLIPTextModelWithProjection(CLIPTextModel):
         return out._replace(text_embeds=self.text_projection(out.pooled))
 
 
+def outputs_of(towers, ids) -> list[TextOutput]:
+    """What each of several text transformers gives of token ids [B, n, L] int32, those of its own tokenizer.
+
+    A row may be filled up to the longest, T5's: each tower is given what it can read.
+    """
+    return [tower(ids[:, k, : tower.config.max_position_embeddings]) for k, tower in enumerate(towers)]
+
+
 class CLIPTextModels(nnx.Module):
     """Stable Diffusion XL's two text transformers as one (Podell et al. 2023, section 2.1), D = D_1 + D_2 wide."""
 
@@ -279,8 +287,7 @@ class CLIPTextModels(nnx.Module):
 
         What the UNet attends to, here the last_hidden_state, are the penultimate states of both.
         """
-        L = self.config.max_position_embeddings  # ids may be longer where T5's are beside
-        one, two = self.text_encoder(ids[:, 0, :L]), self.text_encoder_2(ids[:, 1, :L])
+        one, two = outputs_of(self.towers, ids)
         states = jnp.concatenate([one.penultimate, two.penultimate], axis=-1)
         return TextOutput(states, jnp.concatenate([one.pooled, two.pooled], axis=-1), states, two.text_embeds)
 

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from flax import nnx
 
-from livo_jax.models.clip import CLIPTextConfigs, CLIPTextModelWithProjection, TextOutput, widened
+from livo_jax.models.clip import CLIPTextConfigs, CLIPTextModelWithProjection, TextOutput, outputs_of, widened
 from livo_jax.models.t5 import T5EncoderModel
 
 
@@ -41,8 +41,7 @@ class SD3TextModels(nnx.Module):
         The last_hidden_state [B, L_clip + length, D] is what the transformer attends to: the penultimate states of both
         CLIPs side by side, zeros up to D, and then T5's. The text_embeds are both pooled texts, projected.
         """
-        L = self.config.max_position_embeddings
-        one, two = (tower(ids[:, k, :L]) for k, tower in enumerate(self.towers))
+        one, two = outputs_of(self.towers, ids)
 
         def beside(name):
             return jnp.concatenate([getattr(one, name), getattr(two, name)], axis=-1)

@@ -9,7 +9,7 @@ from flax import nnx
 
 from livo_jax import sharding
 from livo_jax.files.repositories import read_json
-from livo_jax.models.clip import CLIPTextModel, CLIPTextModels, end_of_text, first_ids
+from livo_jax.models.clip import CLIPTextModel, CLIPTextModels, end_of_text, first_ids, outputs_of
 from livo_jax.models.weights import split
 from livo_jax.values.principles import load_principles, value_prompt
 
@@ -125,8 +125,7 @@ def text_tokens(encoder: CLIPTextModel | CLIPTextModels, ids, states: int):
     if len(towers) == 1:
         hidden = encoder(ids).last_hidden_state
     else:
-        read = [tower(ids[:, k, :L]) for k, tower in enumerate(encoder.towers)]
-        hidden = jnp.concatenate([text.last_hidden_state for text in read], axis=-1)
+        hidden = jnp.concatenate([text.last_hidden_state for text in outputs_of(encoder.towers, ids)], axis=-1)
     if states == 0:
         return hidden
     places = jnp.minimum(end_of_text(first_ids(ids)[:, :L], towers[0])[:, None] + jnp.arange(states), L - 1)

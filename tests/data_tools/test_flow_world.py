@@ -1,4 +1,4 @@
-"""The flow world's model: its VAE is the first world's, and its directory one that everything opens."""
+"""The flow world's model: its VAE is the first world's, and its directory is a published one."""
 
 import jax
 import numpy as np
