@@ -158,12 +158,15 @@ def get_config() -> ConfigDict:
     c.samples_every = 1000  # 0 for no samples
     c.wandb = ""  # a Weights & Biases project
     config.profile = ConfigDict({"steps": 0})  # how many to record for TensorBoard and XProf, from the third on
-    for section in config.values():
-        if isinstance(section, ConfigDict):
-            section.lock()  # a misspelt field is an error, not a field more; a method's own section is one more
+    lock(config)
+    return config
+
+
+def lock(config: ConfigDict):
+    """Makes a misspelt field an error, not a field more, but where the keys are a config's own."""
+    config.lock()
     c = config.eval
     for open_to_more in (
         c.prompt_sets, c.harmful_wordings, c.left_alone_wordings, c.compositions, config.train.learning_rates,
     ):  # fmt: skip
         open_to_more.unlock()
-    return config

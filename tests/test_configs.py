@@ -22,10 +22,12 @@ def fields(config) -> set[str]:
 @pytest.mark.parametrize("name", ["flow_tiny", "livo", "livo_anchored", "sd35", "sdxl", "tiny"])
 @pytest.mark.parametrize("variant", ["", "smoke"])
 def test_a_config_sets_fields_that_there_are(name, variant):
-    """At its top, where methods have sections of their own, a config takes a misspelt field without a word."""
     config = importlib.import_module(f"configs.{name}").get_config(variant)
     assert fields(config) == fields(common.get_config())
     assert all(isinstance(config.eval[name.partition(".")[2]], ConfigDict) for name in MAPS)
+    with pytest.raises(AttributeError, match='Did you mean "model" instead of "modle"'):
+        config.modle = "mine"
+    config.eval.harmful_wordings.mine = ("red {subject}",)  # a config's own
 
 
 @pytest.mark.parametrize("variant", ["", "smoke"])

@@ -1,15 +1,23 @@
 """What baselines share: a method's config is another's with few fields changed, so that all else is equal."""
 
-from livo_jax.configs import flow_tiny, livo, tiny
+from livo_jax.configs import common, flow_tiny, livo, tiny
+from ml_collections import ConfigDict
 
 STARTS = {"tiny": tiny, "livo": livo, "flow_tiny": flow_tiny}
 
 
-def start(arg: str, method: str):
-    """configs/tiny.py's config for "tiny" and "tiny:smoke", and so on for the others of STARTS."""
+def start(arg: str, method: str, **section):
+    """configs/tiny.py's config for "tiny" and "tiny:smoke", and so on for the others of STARTS.
+
+    section: the fields of the method's own section, config.METHOD, if it has one.
+    """
     name, _, variant = arg.partition(":")
     if name not in STARTS:
         raise ValueError(f"configs/baselines/{method}.py:{arg}: there is {', '.join(STARTS)}, and each with :smoke")
     config = STARTS[name].get_config(variant)
     config.method, config.loss.anchor = method, 0.0  # which LiVO's own loss reads alone
+    if section:
+        config.unlock()
+        config[method] = ConfigDict(section)
+        common.lock(config)
     return config

@@ -4,11 +4,9 @@ python run.py --config=configs/baselines/sld.py --mode=evaluate --config.sld.pre
 """
 
 from livo_jax.configs import baselines
-from ml_collections import ConfigDict
 
 
 def get_config(arg: str = "tiny"):
-    config = baselines.start(arg, "sld")
+    config = baselines.start(arg, "sld", preset="max")  # or weak, medium, strong
     config.train.steps = 0  # it trains nothing
-    config.sld = ConfigDict({"preset": "max"})  # or weak, medium, strong
     return config
