@@ -131,7 +131,7 @@ def get_config() -> ConfigDict:
     c.rate_images = 10  # of each seen prompt and token of a bias, which tell what it shows (--ratio); 0 for none
     c.drawn = ""  # directory that keeps the images and readings of evaluations; empty: WORKDIR/eval/drawn
     c.auto = False  # whether a value is measured, too, on those prompts alone that the retriever finds it for
-    c.combinations = False  # whether every two values are measured together, too
+    c.combinations = False  # whether every two values, and all at once, are measured together, too
     c.keep_probabilities = ()  # with which biases are measured, too
     c.strengths = ()  # at which the values are measured, too
     c.ratios = ()  # which are measured, too: "equal", or what else --ratio takes

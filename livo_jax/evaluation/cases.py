@@ -10,6 +10,7 @@ from livo_jax.sampling.requests import Dose, Request, requests_of, with_doses, w
 from livo_jax.values import ratio as ratios
 
 PLAIN = "plain"  # the method of images as config.method draws them, without what is studied of it
+ALL = "all values"  # whose tokens stand together in every image
 AUTO = "auto"  # the method of images of config.method where a retriever finds the value, elsewhere of the base
 
 
@@ -106,10 +107,10 @@ def dealt_to(value: principles.Value, tokens: bool, even: bool) -> float | None:
 
 
 def cases(config, values, tokens: bool = True, even: bool = False) -> list[Case]:
-    """What is measured: each value and, where the config says so, every two of them, of a method with tokens.
+    """What is measured: each value and, where the config says so, several together, of a method with tokens.
 
     Of a bias also config.eval.compositions, of a harm config.eval.harmful_wordings. "A + B" is measured under A, on
-    prompts in the wordings of the one that is a harm; PLAIN is A alone.
+    prompts in the wordings of the one that is a harm, "A + all values" on those of A; PLAIN is A alone.
 
     Args:
         tokens, even: as Drawing has them.
@@ -135,6 +136,9 @@ def cases(config, values, tokens: bool = True, even: bool = False) -> list[Case]
     for a, b in itertools.permutations(values, 2) if config.eval.combinations and tokens else ():
         rows = prompts(config, b if (a.kind, b.kind) == ("bias", "harm") else a)
         add(f"{a.statement} + {b.statement}", a, rows, **{"base": [], PLAIN: [a], config.method: [a, b]})
+    for value in values if config.eval.combinations and tokens and len(values) > 2 else ():
+        sides = {"base": [], PLAIN: [value], config.method: values}
+        add(f"{value.statement} + {ALL}", value, prompts(config, value), **sides)
     return found
 
 
@@ -162,7 +166,8 @@ def left_alone(config, values) -> list[Case]:
     """Cases of over-refusal: prompts that a value should leave alone, with the value on every image.
 
     Of a harm these are neutral ones, of a bias those that state an attribute, each subject another; and those of
-    config.eval.left_alone_wordings. Or, where config.eval.prompts chooses sets that are left alone, theirs.
+    config.eval.left_alone_wordings. Or, where config.eval.prompts chooses sets that are left alone, theirs. With
+    config.eval.combinations also ALL at once, on prompts that state an attribute of every bias, and no harm.
     """
     found, n, of_sets = [], config.eval.left_alone_images, prompt_sets.left_alone(config)
     for value in values if n else ():
@@ -177,6 +182,21 @@ def left_alone(config, values) -> list[Case]:
             requests = everywhere(prompt.requests(n), [value])
             place = prompt.split, prompt.subject, requests
             found.append(Case(value.statement, config.method, value, *place, stated=prompt.stated))
+    for prompt in rows_that_state_all(config, values) if n and config.eval.combinations and len(values) > 1 else ():
+        requests = everywhere(prompt.requests(n), values)
+        found.append(Case(ALL, config.method, values[0], prompt.split, prompt.subject, requests))
+    return found
+
+
+def rows_that_state_all(config, values) -> list[Prompt]:
+    """Prompts of the seen and held-out subjects that state an attribute of every bias, each another."""
+    found = []
+    for k, (split, subject) in enumerate(subjects(config, "seen", "held_out")):
+        text = subject
+        for value in values:
+            if value.kind == "bias":
+                text = value.wordings[0].format(subject=text, attribute=value.attributes[k % len(value.attributes)])
+        found.append(Prompt(split, subject, principles.phrase(config.eval.template, text)))
     return found
 
 
@@ -184,11 +204,13 @@ def as_chosen(found: list[Case], finds) -> list[Case]:
     """The cases of one value each as a user of AUTO would get them: on a prompt that it is not found for, the base's.
 
     Args:
-        found: cases of config.method.
+        found: cases of config.method; those of several values are left out.
         finds: finds(prompt) -> the values found for it.
     """
     names, chosen = {}, []
     for case in found:
+        if case.name != case.value.statement:
+            continue
         prompt = case.requests[0].prompt
         if prompt not in names:
             names[prompt] = {value.name for value in finds(prompt)}

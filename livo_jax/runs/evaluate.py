@@ -190,8 +190,9 @@ def evaluate(sd, drawing: methods.Drawing, config, directory, mesh, judge=None, 
     found = Evaluated(sides, measured, alone)
     sides.draw(requests_asked(*asked))
     if finds:
-        own = [case for case in measured if case.method == config.method and case.name == case.value.statement]
-        measured, alone = measured + as_chosen(own, finds), alone + as_chosen(alone, finds)
+        own = [case for case in measured if case.method == config.method]
+        measured += as_chosen(own, finds)
+        alone += as_chosen(alone, finds)
 
     # ---- what the tokens show, and what that asks for
     for value in of_arms:

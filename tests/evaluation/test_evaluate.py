@@ -28,13 +28,29 @@ def test_combinations_are_measured_where_the_config_says_so():
     cases = {}
     for case in evaluate.cases(config, three):
         cases.setdefault((case.name, case.method), []).append(case)
-    assert len(cases) == 2 * 3 + 3 * 6 and all(len(found) == 4 for found in cases.values())
+    assert len(cases) == 2 * 3 + 3 * 6 + 3 * 3 and all(len(found) == 4 for found in cases.values())
     for name in (f"{shape} + {bloody}", f"{bloody} + {shape}"):
         for case in cases[name, "livo"]:
             assert all("bloody" in r.prompt and Dose(bloody) in r.values for r in case.requests)
             assert sum(Dose(shape) in r.values for r in case.requests) == len(case.requests) / 2
     (case, *_) = cases[f"{colour} + {shape}", "plain"]
     assert {r.values for r in case.requests} == {(Dose(colour),)} and case.value.name == "colour"
+    (case, *_), both = cases[f"{bloody} + all values", "livo"], (Dose(colour), Dose(bloody))
+    assert Counter(r.values for r in case.requests) == {(Dose(shape), *both): 10, both: 10}
+    assert all("bloody" in r.prompt for r in case.requests) and case.value.name == "bloody"
+
+
+def test_all_values_at_once_should_leave_alone_what_states_all_attributes():
+    config, three = tiny.get_config("smoke"), values.load(("shape", "colour", "bloody"))
+    assert "all values" not in {case.name for case in evaluate.left_alone(config, three)}
+    config.eval.combinations = True
+    found = [case for case in evaluate.left_alone(config, three) if case.name == "all values"]
+    assert {case.requests[0].prompt: case.split for case in found} == {
+        "a photo of a blue round cook": "seen", "a photo of a green square butcher": "seen",
+        "a photo of a yellow round baker": "held_out", "a photo of a white square caterer": "held_out",
+    }  # fmt: skip
+    everything = tuple(Dose(value.statement) for value in three)
+    assert {r.values for case in found for r in case.requests} == {everything}
 
 
 def test_every_two_biases_are_measured_together():
