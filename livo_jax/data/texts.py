@@ -15,7 +15,8 @@ class Texts(NamedTuple):
 
     prompt: what the model reads. value: what the value encoder reads. beside: the same of a second value, None where
     pairs have none; stands_beside: whether it stands beside the first. anchor: whether the prompt is one that the value
-    should leave alone, None where pairs have no anchors. exchanged: whether the images change their parts.
+    should leave alone, None where pairs have no anchors. harm: whether the value is one. exchanged: whether the images
+    change their parts.
     """
 
     prompt: str
@@ -23,6 +24,7 @@ class Texts(NamedTuple):
     beside: str | None
     stands_beside: bool | None
     anchor: bool | None
+    harm: bool
     exchanged: bool
 
 
@@ -60,11 +62,12 @@ class PairTexts:
             statement = attributed(statement, attribute)
 
         is_anchor = prompt != before if self.anchors else None
+        is_harm = value is not None and value.kind == "harm"
         beside = self.address(second, prompt) if second else None
         if self.concepts:
             concept, prompt = self.draw_concept(rng, scene, prompt, value)
-            return Texts(prompt, concept, beside, stands_beside, is_anchor, exchanged)
-        return Texts(prompt, self.address(statement, prompt), beside, stands_beside, is_anchor, exchanged)
+            return Texts(prompt, concept, beside, stands_beside, is_anchor, is_harm, exchanged)
+        return Texts(prompt, self.address(statement, prompt), beside, stands_beside, is_anchor, is_harm, exchanged)
 
     def draw_second(self, rng, scene: str, prompt: str, value: Value) -> tuple[str, str, bool | None]:
         """The prompt, the statement of a second value ("" where pairs have none), and whether it stands beside.

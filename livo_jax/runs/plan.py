@@ -74,7 +74,8 @@ def abstract_batch(sd, config, rows: int) -> Batch:
         return jax.ShapeDtypeStruct((rows, *shape), dtype)
 
     ids = array(*[texts][: texts - 1], max(sd.text_lengths), dtype=jnp.int32)
-    batch = Batch(ids, anchor=array(dtype=jnp.bool_) if config.data.anchors else None)
+    anchor = array(dtype=jnp.bool_) if config.data.anchors else None
+    batch = Batch(ids, anchor=anchor, harm=anchor)
     if value_encodings(config) > 1:
         batch = batch._replace(beside_prompt_ids=ids, beside=array(dtype=jnp.bool_))
     if not config.data.cache:

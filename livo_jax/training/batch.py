@@ -17,7 +17,8 @@ class Batch(NamedTuple):
     aligned_moments, violating_moments: from a cache, in the place of images: [B, h, w, 2C], mean and log-variance of
         the VAE's posterior.
     beside_prompt_ids: as value_prompt_ids, of a second value. beside: [B] bool, whether it stands beside the first.
-    anchor: [B] bool, whether the prompt is one that the value should leave alone.
+    anchor: [B] bool, whether the prompt is one that the value should leave alone. harm: [B] bool, whether the value is
+        a harm.
     """
 
     value_prompt_ids: jax.Array
@@ -31,6 +32,7 @@ class Batch(NamedTuple):
     beside_prompt_ids: jax.Array | None = None
     beside: jax.Array | None = None
     anchor: jax.Array | None = None
+    harm: jax.Array | None = None
 
 
 class Noise(NamedTuple):

@@ -157,10 +157,13 @@ def make_loss(networks: Networks, config):
         reference_errors, policy_errors = errors(reference), errors(policy)
         if not anchor or batch.anchor is None:
             return preference(*policy_errors, *reference_errors)
-        # What the value should leave alone has no hinges, but a prediction that is to stay.
+        # What the value should leave alone has no hinges, but a prediction that is to stay: of a harm that of its
+        # harmless image. The other shows what the token is to remove, whatever the prompt says.
         constants = {name: jnp.where(batch.anchor, 0.0, x) for name, x in preference.keywords.items()}
         hinges, metrics = preference(*policy_errors, *reference_errors, **constants)
-        moved = jnp.mean(jnp.where(per_side(batch.anchor), losses.denoising_error(policy, reference), 0.0))
+        by_side = losses.denoising_error(policy, reference).reshape(-1, len(sides)).T
+        moved = jnp.where(batch.harm, by_side[0], by_side.mean(0))
+        moved = jnp.mean(jnp.where(batch.anchor, moved, 0.0))
         return hinges + anchor * moved, metrics | {"anchor_moved": moved, "hinged": 1 - jnp.mean(batch.anchor)}
 
     return loss

@@ -1,6 +1,7 @@
 """Preference datasets: what is read is what was written, in an order that can be repeated and resumed."""
 
 import collections
+import itertools
 import json
 import shutil
 
@@ -176,8 +177,8 @@ def test_some_prompts_are_ones_that_the_value_should_leave_alone(directory, tmp_
     stated = [(prompt, value, side) for prompt, value, side, _ in rows if len(prompt.split()) > 2]
     assert len(stated) / len(rows) == pytest.approx(0.3, abs=0.06)
     batches = iterate(directory, batch_size=8, anchors=0.3, principles=values.load(("shape", "colour", "bloody")))
-    told = np.concatenate([next(batches).anchor for _ in range(100)])
-    assert told.tolist() == [len(prompt.split()) > 2 for prompt, *_ in rows]
+    told = np.concatenate([(batch.anchor, batch.harm) for batch in itertools.islice(batches, 100)], axis=1)
+    assert told[0].tolist() == [len(prompt.split()) > 2 for prompt, *_ in rows] and not told[1].any()
     shown, others = set(), []
     for prompt, value, side in stated:
         before, scene = next(prompt.partition(scene)[:2] for scene in COUNTS if scene in prompt)
@@ -201,6 +202,8 @@ def test_some_prompts_are_ones_that_the_value_should_leave_alone(directory, tmp_
         assert found == {(prompt, f"{bloody.statement}, {prompt}")}
     found = {prompt for prompt, *_ in texts(tmp_path / "harm", names=("bloody", "shape"), anchors=1.0)}
     assert found == {"a photo of a cook", "a photo of a round cook", "a photo of a square cook"}
+    harms = iterate(tmp_path / "harm", batch_size=2, anchors=1.0, principles=(bloody,))
+    assert next(harms).anchor.all() and next(harms).harm.all()
 
 
 def test_all_prompts_of_batches_are_told_before(directory):

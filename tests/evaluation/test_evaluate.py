@@ -32,11 +32,11 @@ def test_combinations_are_measured_where_the_config_says_so():
     for name in (f"{shape} + {bloody}", f"{bloody} + {shape}"):
         for case in cases[name, "livo"]:
             assert all("bloody" in r.prompt and Dose(bloody) in r.values for r in case.requests)
-            assert sum(Dose(shape) in r.values for r in case.requests) == len(case.requests) / 2
+            assert sum(Dose(shape) in r.values for r in case.requests) == 0.45 * len(case.requests)
     (case, *_) = cases[f"{colour} + {shape}", "plain"]
     assert {r.values for r in case.requests} == {(Dose(colour),)} and case.value.name == "colour"
     (case, *_), both = cases[f"{bloody} + all values", "livo"], (Dose(colour), Dose(bloody))
-    assert Counter(r.values for r in case.requests) == {(Dose(shape), *both): 10, both: 10}
+    assert Counter(r.values for r in case.requests) == {(Dose(shape), *both): 9, both: 11}
     assert all("bloody" in r.prompt for r in case.requests) and case.value.name == "bloody"
 
 
@@ -63,7 +63,7 @@ def test_every_two_biases_are_measured_together():
     }
     for case in cases:
         applied = Counter(r.values for r in case.requests)
-        assert applied == ({(): 20} if case.method == "base" else {(shape, colour): 10, (colour,): 10})
+        assert applied == ({(): 20} if case.method == "base" else {(shape, colour): 9, (colour,): 11})
     for case in evaluate.of_two(config, three, tokens=False):
         assert {r.values for r in case.requests} == {() if case.method == "base" else (shape, colour)}
 
@@ -76,7 +76,7 @@ def test_keep_probabilities_are_measured_where_the_config_says_so():
     for case in cases:
         probability = next(p for p in config.eval.keep_probabilities if kept("shape equality", p) == case.name)
         share = np.mean([r.values == (Dose("shape equality"),) for r in case.requests])
-        assert share == {"base": 0.0, "plain": 0.5, "livo": probability}[case.method]
+        assert share == {"base": 0.0, "plain": 0.45, "livo": probability}[case.method]
 
 
 def test_strengths_are_measured_where_the_config_says_so():
@@ -224,10 +224,11 @@ def test_floors_follow_how_each_method_comes_to_its_attributes():
         return [metrics.floor(of[name], target)["D1"] for name in ("base", "other")]
 
     drawn, dealt = floors(tokens=True)
-    assert drawn == pytest.approx(0.176, abs=0.003) and dealt == pytest.approx(0, abs=1e-9)
+    # 9 of 20 are dealt; of the 11 others one shows the rarer attribute in the mean, x do: D1 is |x - 1| / 10.
+    assert drawn == pytest.approx(0.176, abs=0.003) and dealt == pytest.approx(0.2 * (10 / 11) ** 11, abs=0.001)
     assert floors(tokens=False) == [drawn, drawn]
     assert floors(tokens=False, even=True) == [drawn, pytest.approx(0)]
-    config.eval.keep_probabilities = (0.5,)
+    config.eval.keep_probabilities = (0.45,)
     assert {metrics.floor(c.groups, target)["D1"] for c in evaluate.of_keep_probabilities(config, (shape,))} == {
         drawn,
         dealt,
@@ -326,6 +327,6 @@ def test_where_the_retriever_does_not_find_a_value_auto_is_the_base():
 def test_methods_without_tokens_follow_a_value_in_all_images():
     config, (shape,) = tiny.get_config("smoke"), values.load(("shape",))
     config.method, config.eval.images_per_prompt = "other", 20
-    for tokens, share in ((True, 0.5), (False, 1.0)):
+    for tokens, share in ((True, 0.45), (False, 1.0)):
         cases = [case for case in evaluate.cases(config, (shape,), tokens) if case.method == "other"]
         assert {np.mean([bool(r.values) for r in case.requests]) for case in cases} == {share}

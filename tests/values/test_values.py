@@ -7,7 +7,8 @@ from livo_jax.judges import vlm
 def test_shapeworlds_values():
     shape, colour, bloody = values.load(("shape", "colour", "bloody"))
     assert (shape.kind, colour.kind, bloody.kind) == ("bias", "bias", "harm")
-    assert shape.keep_probability == 0.5  # the paper's
+    assert values.load(("gender",))[0].keep_probability == 0.5  # the paper's
+    assert shape.keep_probability == 0.45
     assert colour.keep_probability == bloody.keep_probability == 1.0
     assert values.value_prompt(bloody.statement, "a baker") == "bloody considered inappropriate, a baker"
     assert values.value_prompt(None, "a baker") == "a baker"
