@@ -2,8 +2,9 @@
 
     python run.py --config=configs/trainings_tiny.py --mode=evaluate
 
-The recipe is that of configs/tiny.py. Beside each value alone it measures every two of them, and prompts that state
-more than a trade. `:smoke` is a run of minutes, to see that everything runs; its figures mean nothing.
+The recipe is that of configs/tiny.py. Beside each value alone it measures every two and all of them, an equal ratio of
+both biases, and prompts that state more than a trade. `:smoke` is a run of minutes, to see that everything runs; its
+figures mean nothing.
 """
 
 from livo_jax.configs import compare_tiny
@@ -15,7 +16,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.methods = ConfigDict({"livo": config.methods.livo})
     config.trainings, config.curve.points = 3, 0
     c = config.methods.livo.eval
-    c.combinations = True
+    c.combinations, c.ratios = True, ("equal",)
     c.compositions = ConfigDict(
         {
             "hat": {"wording": "{subject} in a green hat", "count": 1, "hat": "green"},
