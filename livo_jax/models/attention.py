@@ -15,8 +15,8 @@ def attention(q, k, v, heads: int, mask=None, causal: bool = False, bias=None, s
     """Multi-head scaled dot-product attention; no probabilities are kept for the backward pass.
 
     Half precision without a mask and a bias takes the flash attention (Dao et al. 2022) of cuDNN on an NVIDIA GPU and
-    of Pallas on a TPU, where these take the shapes. The platform is known, and the kernel chosen, when a program is
-    lowered.
+    of Pallas on a TPU, where these take the shapes; on a TPU also with a mask of self-attention. The platform is known,
+    and the kernel chosen, when a program is lowered.
 
     Args:
         q: [B, L, D] queries. k, v: [B, S, D] keys and values.
@@ -31,19 +31,19 @@ def attention(q, k, v, heads: int, mask=None, causal: bool = False, bias=None, s
     """
     shape = q.shape
     q, k, v = (x.reshape(*x.shape[:2], heads, -1) for x in (q, k, v))  # [B, L, N, K]
-    if mask is not None:
-        mask = mask[:, None, None, :]  # [B, N, L, S]
-    settings = dict(mask=mask, is_causal=causal, bias=bias, scale=scale)
+    shown = None if mask is None else mask[:, None, None, :]  # [B, N, L, S]
+    settings = dict(mask=shown, is_causal=causal, bias=bias, scale=scale)
     plain = jax.checkpoint(functools.partial(jax.nn.dot_product_attention, **settings))
     fused = {}
-    if mask is None and bias is None and scale is None and q.dtype in (jnp.bfloat16, jnp.float16):
+    if bias is None and scale is None and q.dtype in (jnp.bfloat16, jnp.float16):
         cudnn = functools.partial(jax.nn.dot_product_attention, is_causal=causal, implementation="cudnn")
         if q.shape[1] == k.shape[1] > BLOCK and q.shape[1] % 2:
             cudnn = functools.partial(_cudnn_of_odd, is_causal=causal)
-        if _takes(cudnn, q, k, v):
+        if mask is None and _takes(cudnn, q, k, v):
             fused["cuda"] = cudnn
-        if not causal and _takes(_flash_on_mesh, q, k, v):
-            fused["tpu"] = _flash_on_mesh
+        flash = functools.partial(_flash_on_mesh, mask=mask)
+        if not causal and (mask is None or q.shape[1] == k.shape[1]) and _takes(flash, q, k, v):
+            fused["tpu"] = flash
     return jax.lax.platform_dependent(q, k, v, default=plain, **fused).reshape(shape)
 
 
@@ -69,7 +69,7 @@ def _takes(kernel, *args) -> bool:
     return True
 
 
-def _flash_on_mesh(q, k, v):
+def _flash_on_mesh(q, k, v, mask=None):
     """Pallas' flash attention on the ambient mesh, rows divided over its first axes and heads over its last.
 
     Raises NotImplementedError for shapes that it does not take, and without a mesh, over which nobody could divide it.
@@ -84,11 +84,16 @@ def _flash_on_mesh(q, k, v):
     if K > 128 or not fits or B % parts or N % mesh.shape[heads]:
         raise NotImplementedError
     spec = PartitionSpec(rows, None, heads)
-    return jax.shard_map(_flash, in_specs=spec, out_specs=spec, check_vma=False)(q, k, v)
+    arrays, specs = (q, k, v), (spec,) * 3
+    if mask is not None:
+        arrays, specs = (*arrays, mask), (*specs, PartitionSpec(rows))
+    return jax.shard_map(_flash, in_specs=specs, out_specs=spec, check_vma=False)(*arrays)
 
 
-def _flash(q, k, v):
+def _flash(q, k, v, mask=None):
     """[B, L, N, K] from q [B, L, N, K] and k, v [B, S, N, K]; L and S are multiples of 128, or equal.
+
+    mask: [B, S] bool, False where a key is hidden, or None; with one L and S are equal.
 
     Splash attention's backward pass is one kernel, which makes the probabilities once, and reads a row's sums as
     they are: that of jax.experimental.pallas.ops.tpu.flash_attention is two, and reads a copy of them for each key of
@@ -97,12 +102,15 @@ def _flash(q, k, v):
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     (B, L, N, K), seen = q.shape, None
-    if L % BLOCK:  # what is filled up is a segment of its own
+    if L % BLOCK:
         q, k, v = _filled_up(BLOCK, q, k, v)
-        segment = (jnp.arange(q.shape[1]) < L).astype(jnp.int32)
-        seen = splash.SegmentIds(segment, segment)
     filled, S = q.shape[1], k.shape[1]
-    q, k, v = (x.swapaxes(1, 2).reshape(B * N, -1, K) for x in (q * K**-0.5, k, v))
+    if L % BLOCK or mask is not None:  # what is filled up, or hidden, is a segment that no query of the others sees
+        there = jnp.arange(filled) < L
+        shown = there if mask is None else jnp.pad(mask, ((0, 0), (0, filled - L)))
+        seen = splash.SegmentIds(*(x.astype(jnp.int32) for x in (jnp.broadcast_to(there, shown.shape), shown)))
+    heads = (B * N,) if mask is None else (B, N)  # without a mask rows are as heads are: all see the same keys
+    q, k, v = (x.swapaxes(1, 2).reshape(*heads, -1, K) for x in (q * K**-0.5, k, v))
     # The kernel's own default, 128, is too little work for each step of its grid.
     block_q, block_k = math.gcd(512, filled), math.gcd(512, S)
     # The backward kernel writes a gradient of all queries for each block of keys that it holds.
@@ -111,7 +119,7 @@ def _flash(q, k, v):
         block_q=block_q, block_kv=block_k, block_q_dkv=block_q, block_kv_dkv=held, block_kv_dkv_compute=block_k,
         use_fused_bwd_kernel=True,
     )  # fmt: skip
-    mask = splash.MultiHeadMask([splash.FullMask((filled, S))])
-    kernel = splash.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1)
-    out = kernel(q, k, v, segment_ids=seen)
+    full = splash.MultiHeadMask([splash.FullMask((filled, S))])
+    kernel = splash.make_splash_mha(full, block_sizes=sizes, head_shards=1, q_seq_shards=1)
+    out = kernel(q, k, v, seen) if mask is None else jax.lax.map(lambda row: kernel(*row), (q, k, v, seen))
     return out.reshape(B, N, filled, K).swapaxes(1, 2)[:, :L]

@@ -87,7 +87,8 @@ def test_each_platform_has_its_kernel(cudnn_is_there):
         "tpu_custom_call"
     ]
     masked = {"mask": jnp.ones((B, L), bool)}
-    assert kernels("cuda", half, **masked) == kernels("tpu", half, **masked) == []
+    assert kernels("cuda", half, **masked) == [] and kernels("tpu", half, **masked) == ["tpu_custom_call"]
+    assert kernels("tpu", qkv(128, jnp.bfloat16), mask=jnp.ones((B, 128), bool)) == [], "keys that are no queries"
     wide = [jnp.zeros((B, L, HEADS * 512), jnp.bfloat16)] * 3  # as the VAE's
     assert kernels("cuda", wide) == kernels("tpu", wide) == []
 
@@ -96,16 +97,17 @@ def test_without_cudnn_there_is_xla():
     assert kernels("cuda", qkv(dtype=jnp.bfloat16)) == []
 
 
-@pytest.mark.parametrize("length", [L, 200])
-def test_the_tpu_kernel_computes_the_same(length):
-    """In its interpreter, which runs anywhere; of a length that is filled up too."""
+@pytest.mark.parametrize("length, masked", [(L, False), (200, False), (200, True)])
+def test_the_tpu_kernel_computes_the_same(length, masked):
+    """In its interpreter, which runs anywhere; of a length that is filled up, with keys hidden in each row too."""
     arrays = [x[:, :length] for x in qkv()]
+    mask = jnp.ones((B, length), bool).at[0, 3].set(False).at[1, 150:].set(False) if masked else None
 
     def flash(*qkv):
-        return _flash(*(x.reshape(B, length, HEADS, K) for x in qkv)).reshape(B, length, HEADS * K)
+        return _flash(*(x.reshape(B, length, HEADS, K) for x in qkv), mask).reshape(B, length, HEADS * K)
 
     with pltpu.force_tpu_interpret_mode():
         found = [flash(*arrays), *gradients(flash, arrays)]
-    attend = functools.partial(attention, heads=HEADS)
+    attend = functools.partial(attention, heads=HEADS, mask=mask)
     for ours, plain in zip(found, [attend(*arrays), *gradients(attend, arrays)]):
         assert relative_error(ours, plain) < 1e-5
