@@ -40,6 +40,7 @@ def get_config(variant: str = "") -> ConfigDict:
         sweeps.append((field, tuple(points)))
     for own in methods.values():  # a sixth of the training, half the prompts, and fewer images, for there are many
         own.train.warmup_steps = min(100, own.train.warmup_steps)
+        own.train.learning_rates.full = methods["livo"].train.learning_rates.full  # of the forms too
         own.train.steps, own.eval.images_per_prompt = min(600, own.train.steps), min(20, own.eval.images_per_prompt)
         own.eval.seen, own.eval.held_out = own.eval.seen[::2], own.eval.held_out[::2]
     methods["livo"].eval.keep_probabilities = KEEP

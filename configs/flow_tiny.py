@@ -26,4 +26,6 @@ def get_config(variant: str = "") -> ConfigDict:
     config.value_encoder.states = 8
     # Errors of velocities are some ten times those of noise: with the first world's slopes the hinges end at a tenth.
     config.loss.alpha, config.loss.beta, config.loss.anchor = 5.0, 40.0, 600.0
+    if not variant:
+        config.train.learning_rates.full, config.train.warmup_steps = 3e-3, 200
     return config

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from configs import benchmark, common, livo, tiny, trainings_tiny
+from configs import baselines, benchmark, common, livo, tiny, trainings_tiny
 from livo_jax.evaluation import objects
 from livo_jax.files.settings import flatten
 from livo_jax.judges import Judge, detector, shapeworld
@@ -28,6 +28,15 @@ def test_a_config_sets_fields_that_there_are(name, variant):
     with pytest.raises(AttributeError, match='Did you mean "model" instead of "modle"'):
         config.modle = "mine"
     config.eval.harmful_wordings.mine = ("red {subject}",)  # a config's own
+
+
+def test_a_methods_own_section_is_as_strict_and_leaves_the_rest_as_it_was():
+    config = baselines.start("tiny", "mine", weight=1.0)
+    config.mine.weight = 2.0
+    for section, field in ((config, "modle"), (config.mine, "wieght"), (config.eval, "sed")):
+        with pytest.raises(AttributeError):
+            setattr(section, field, 1)
+    config.train.learning_rates.mine = 1e-3  # a map, whose keys are a config's own
 
 
 @pytest.mark.parametrize("variant", ["", "smoke"])

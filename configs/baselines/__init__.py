@@ -1,6 +1,6 @@
 """What baselines share: a method's config is another's with few fields changed, so that all else is equal.
 
-But for the rate: on the embedded worlds the constants of SFT, DPO, IPO and KTO were chosen at twice LiVO's.
+But for the rate: on the embedded world the constants of SFT, DPO, IPO and KTO were chosen at twice LiVO's.
 """
 
 from livo_jax.configs import common, flow_tiny, livo, tiny
@@ -19,7 +19,7 @@ def start(arg: str, method: str, **section):
         raise ValueError(f"configs/baselines/{method}.py:{arg}: there is {', '.join(STARTS)}, and each with :smoke")
     config = STARTS[name].get_config(variant)
     config.method, config.loss.anchor = method, 0.0  # which LiVO's own loss reads alone
-    if name != "livo":
+    if name == "tiny":
         config.train.learning_rates.full, config.train.warmup_steps = 3e-3, min(200, config.train.warmup_steps)
     if section:
         config.unlock()

@@ -10,7 +10,7 @@ from livo_jax.sampling.requests import Dose, Request, requests_of, with_doses, w
 from livo_jax.values import ratio as ratios
 
 PLAIN = "plain"  # the method of images as config.method draws them, without what is studied of it
-ALL = "all values"  # whose tokens stand together in every image
+ALL = "all values"  # the name, or a part of it, where the tokens of all stand together
 AUTO = "auto"  # the method of images of config.method where a retriever finds the value, elsewhere of the base
 
 
@@ -68,7 +68,7 @@ def beside_others(measured: str, numbers: dict) -> dict:
 class Case(NamedTuple):
     """A prompt's images, to be measured under a value."""
 
-    name: str  # under which the results have it: the value's statement, or that with what is studied of it
+    name: str  # under which the results have it: the value's statement, or that with what is studied of it; or ALL
     method: str  # "base", config.method, PLAIN or AUTO
     value: principles.Value
     split: str
@@ -162,12 +162,15 @@ def everywhere(requests: list[Request], values) -> list[Request]:
     return [request._replace(values=tuple(Dose(value.statement) for value in values)) for request in requests]
 
 
-def left_alone(config, values) -> list[Case]:
+def left_alone(config, values, together: bool = False) -> list[Case]:
     """Cases of over-refusal: prompts that a value should leave alone, with the value on every image.
 
     Of a harm these are neutral ones, of a bias those that state an attribute, each subject another; and those of
-    config.eval.left_alone_wordings. Or, where config.eval.prompts chooses sets that are left alone, theirs. With
-    config.eval.combinations also ALL at once, on prompts that state an attribute of every bias, and no harm.
+    config.eval.left_alone_wordings. Or, where config.eval.prompts chooses sets that are left alone, theirs.
+
+    Args:
+        together: whether config.eval.combinations also asks for ALL at once, on prompts of the subjects that state an
+            attribute of every bias, and no harm. Such a case has the first value in the place of one of its own.
     """
     found, n, of_sets = [], config.eval.left_alone_images, prompt_sets.left_alone(config)
     for value in values if n else ():
@@ -182,7 +185,8 @@ def left_alone(config, values) -> list[Case]:
             requests = everywhere(prompt.requests(n), [value])
             place = prompt.split, prompt.subject, requests
             found.append(Case(value.statement, config.method, value, *place, stated=prompt.stated))
-    for prompt in rows_that_state_all(config, values) if n and config.eval.combinations and len(values) > 1 else ():
+    together = together and n and config.eval.combinations and len(values) > 1
+    for prompt in rows_that_state_all(config, values) if together else ():
         requests = everywhere(prompt.requests(n), values)
         found.append(Case(ALL, config.method, values[0], prompt.split, prompt.subject, requests))
     return found

@@ -121,5 +121,6 @@ def _flash(q, k, v, mask=None):
     )  # fmt: skip
     full = splash.MultiHeadMask([splash.FullMask((filled, S))])
     kernel = splash.make_splash_mha(full, block_sizes=sizes, head_shards=1, q_seq_shards=1)
+    # A core takes one step of a grid after another: rows in a loop, for the interpreter does not know a batched grid.
     out = kernel(q, k, v, seen) if mask is None else jax.lax.map(lambda row: kernel(*row), (q, k, v, seen))
     return out.reshape(B, N, filled, K).swapaxes(1, 2)[:, :L]

@@ -91,7 +91,7 @@ def draw_base(sd, config, directory, mesh):
     values = principles.load_principles(config)
     judge = judges.load(config, values, subjects(config))
     base = as_drawn(methods.base(config, sd, mesh), sd, config, values, judge, directory, mesh)
-    measured = cases(config, values) + of_two(config, values) + left_alone(config, values)
+    measured = cases(config, values) + of_two(config, values) + left_alone(config, values, together=True)
     requests = {request._replace(values=()): None for case in measured for request in case.requests}
     if config.eval.ratios:
         requests |= dict.fromkeys(requests_of([prompt.text for prompt in rows_of_ratios(config)]))
@@ -159,7 +159,8 @@ def ask(config, tokens: bool, even: bool = False, together: bool = True) -> tupl
     pairs = of_two(config, followed, tokens, even) if together else []
     biases = [value for value in followed if value.kind == "bias" and tokens and config.eval.rate_images]
     of_arms = {value: arms(value, config) for value in biases}
-    return cases(config, followed, tokens, even), left_alone(config, followed), pairs, of_arms
+    alone = left_alone(config, followed, together=tokens and together)
+    return cases(config, followed, tokens, even), alone, pairs, of_arms
 
 
 def requests_asked(measured, alone, pairs, of_arms) -> list[Request]:
@@ -191,8 +192,7 @@ def evaluate(sd, drawing: methods.Drawing, config, directory, mesh, judge=None, 
     sides.draw(requests_asked(*asked))
     if finds:
         own = [case for case in measured if case.method == config.method]
-        measured += as_chosen(own, finds)
-        alone += as_chosen(alone, finds)
+        measured, alone = measured + as_chosen(own, finds), alone + as_chosen(alone, finds)
 
     # ---- what the tokens show, and what that asks for
     for value in of_arms:

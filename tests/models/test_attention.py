@@ -12,7 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType
 
 from livo_jax import sharding
-from livo_jax.models.attention import _flash, attention
+from livo_jax.models.attention import _flash, _flash_on_mesh, attention
 from tests.conftest import relative_error
 
 B, L, HEADS, K = 2, 256, 2, 40
@@ -97,7 +97,7 @@ def test_without_cudnn_there_is_xla():
     assert kernels("cuda", qkv(dtype=jnp.bfloat16)) == []
 
 
-@pytest.mark.parametrize("length, masked", [(L, False), (200, False), (200, True)])
+@pytest.mark.parametrize("length, masked", [(L, False), (L, True), (200, False), (200, True)])
 def test_the_tpu_kernel_computes_the_same(length, masked):
     """In its interpreter, which runs anywhere; of a length that is filled up, with keys hidden in each row too."""
     arrays = [x[:, :length] for x in qkv()]
@@ -111,3 +111,11 @@ def test_the_tpu_kernel_computes_the_same(length, masked):
     attend = functools.partial(attention, heads=HEADS, mask=mask)
     for ours, plain in zip(found, [attend(*arrays), *gradients(attend, arrays)]):
         assert relative_error(ours, plain) < 1e-5
+
+
+def test_a_mask_is_divided_as_rows_are():
+    arrays, mask = qkv(), jnp.ones((B, L), bool).at[1, 100:].set(False)
+    mesh = jax.make_mesh((B, 1, 1), sharding.AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:B])
+    with jax.set_mesh(mesh), pltpu.force_tpu_interpret_mode():
+        ours = jax.jit(_flash_on_mesh)(*(x.reshape(B, L, HEADS, K) for x in arrays), mask)
+    assert relative_error(ours.reshape(B, L, -1), attention(*arrays, HEADS, mask)) < 1e-5
