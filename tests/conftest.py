@@ -1,3 +1,4 @@
+import contextlib
 import gc
 import importlib.metadata
 import json
@@ -14,6 +15,7 @@ import pytest
 QUICK = "--xla_backend_optimization_level=0"  # compiles in half of the time
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones do not know the flag
     QUICK += " --xla_cpu_use_fusion_emitters=false"  # in a third
+    QUICK += " --xla_cpu_parallel_codegen_split_count=1"  # in a seventh less again: each worker has one core
 if "xla_backend_optimization_level" in os.environ.get("XLA_FLAGS", ""):
     QUICK = ""  # who starts the tests has chosen
 # pytest-xdist's workers find XLA_FLAGS as they are set here: what was chosen goes on beside them.
@@ -31,7 +33,7 @@ CACHE_BYTES = 2**30
 
 # What one test compiles is there for the next, for other processes, and for the next time.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background ignore it, and so would their runs
 gc.set_threshold(100_000, 50, 100)  # tracing makes many objects, few of them garbage
 
@@ -175,19 +177,25 @@ def small(published, tmp_path_factory):
     return sd, *parts_of(sd), batch_of(sd)
 
 
-@pytest.fixture(scope="module")
-def optimised():
-    """Has a module's programs compiled with a little optimisation: those that draw much are done sooner in all."""
+@contextlib.contextmanager
+def compiled_with(**options):
+    """Has what is compiled within take these of XLA's options."""
     from jax._src import compiler  # flags are of a whole process, and options of a call are not the tests' to give
 
     without = compiler.get_compile_options
 
     def get_compile_options(*args, env_options_overrides=None, **kw):
-        options = {"xla_backend_optimization_level": 1} | (env_options_overrides or {})
-        return without(*args, env_options_overrides=options, **kw)
+        return without(*args, env_options_overrides=options | (env_options_overrides or {}), **kw)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compiler, "get_compile_options", get_compile_options)
+        yield
+
+
+@pytest.fixture(scope="module")
+def optimised():
+    """Has a module's programs compiled with a little optimisation: those that draw much are done sooner in all."""
+    with compiled_with(xla_backend_optimization_level=1):
         yield
 
 

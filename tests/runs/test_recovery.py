@@ -272,7 +272,8 @@ def test_a_run_in_the_background_of_a_script_ignores_ctrl_c():
 
 RUN = ("--config.train.accumulate=2", "--config.train.ema_decay=0.9", "--config.train.steps=16",
        "--config.checkpoint.every=2", "--config.log.samples_every=1000000")  # fmt: skip
-HERE = ("--config.mesh.data=1",)  # this process has eight devices, one that is started has one
+HERE = ("--config.mesh.data=1",)  # of eight devices
+LIKE_HERE = dict(devices=8)  # among as many threads: sums of other parts would round otherwise
 
 
 @pytest.fixture(scope="module")
@@ -313,7 +314,7 @@ def assert_same(workdir, whole):
 
 def test_killed_and_terminated_a_run_ends_as_if_it_were_not(root, uninterrupted, tmp_path, capfd):
     workdir = tmp_path / "run"
-    process = small_run.start(root, workdir, *RUN)
+    process = small_run.start(root, workdir, *RUN, *HERE, **LIKE_HERE)
     wait_for(workdir, process, 4)
     process.kill()
     process.communicate()
@@ -321,7 +322,7 @@ def test_killed_and_terminated_a_run_ends_as_if_it_were_not(root, uninterrupted,
 
     for least, one in (8, signal.SIGTERM), (10, signal.SIGINT):
         least = max(least, Checkpoints(epath.Path(workdir)).latest_step() + 1)  # which this start has to save
-        process = small_run.start(root, workdir, *RUN)
+        process = small_run.start(root, workdir, *RUN, *HERE, **LIKE_HERE)
         wait_for(workdir, process, least)
         process.send_signal(one)
         out, err = process.communicate(timeout=30)
@@ -365,13 +366,13 @@ def bucket(monkeypatch):
 
 @pytest.mark.slow
 def test_killed_a_run_in_a_bucket_ends_as_one_on_disk(root, uninterrupted, bucket, tmp_path):
-    process = small_run.start(root, "gs://bucket/run", *RUN)
+    process = small_run.start(root, "gs://bucket/run", *RUN, *HERE, **LIKE_HERE)
     while len(bucket.glob("bucket/run/checkpoints/*/commit_success.txt")) < 2:
         assert process.poll() is None, process.communicate()
         time.sleep(0.1)
     process.kill()
     process.communicate()
-    out = small_run.finish(small_run.start(root, "gs://bucket/run", *RUN))
+    out = small_run.finish(small_run.start(root, "gs://bucket/run", *RUN, *HERE, **LIKE_HERE))
     assert re.search("resuming gs://bucket/run at step [0-9]+\n", out), out
     bucket.get("bucket/run", str(tmp_path), recursive=True)
     assert_same(tmp_path / "run", uninterrupted)

@@ -23,7 +23,7 @@ from tests import small_run
 ROOT = pathlib.Path(__file__).parents[2]
 # One device, fewest steps: what is asserted here does not depend on how well the model draws.
 QUICK = (
-    "--config.sampling.steps=12", "--config.sampling.batch_size=8", "--config.log.samples_every=100",
+    "--config.sampling.steps=6", "--config.sampling.batch_size=8", "--config.log.samples_every=100",
     "--config.mesh.data=1",
 )  # fmt: skip
 

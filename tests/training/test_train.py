@@ -1,9 +1,6 @@
 """The numbers of a step are PyTorch's, and its losses their papers'."""
 
 import copy
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +15,7 @@ from livo_jax.models.weights import to_published
 from livo_jax.training.batch import Batch, draw_noise
 from livo_jax.training.objective import add_noise, make_loss
 from livo_jax.training.step import init_state, make_train_step, over_hinged
-from tests.small_run import ROOT
+from tests.conftest import compiled_with
 
 LOSS = dict(alpha=50.0, beta=100.0, gamma_1=1.0, gamma_2=0.5)
 CONFIG = ConfigDict(
@@ -257,12 +254,10 @@ def test_three_steps_are_pytorchs(parts, torch_models):
     compare_training(torch_training(torch_models, batch, sd.scheduler_config), networks, frozen, batch)
 
 
-def test_optimised_programs_are_pytorchs():
+def test_optimised_programs_are_pytorchs(parts, torch_models):
     """As users compile them: other tests compile quickly."""
-    command = [sys.executable, "-m", "pytest", "-q", "tests/training/test_train.py", "-k", "three_steps"]
-    environment = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=3", "LIVO_JAX_TESTS_QUICK": ""}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout
+    with compiled_with(xla_backend_optimization_level=3, xla_cpu_use_fusion_emitters=True):
+        test_three_steps_are_pytorchs(parts, torch_models)
 
 
 def test_a_second_value_that_is_not_there_changes_nothing(small):
