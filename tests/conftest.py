@@ -9,6 +9,7 @@ import signal
 import tempfile
 
 import numpy as np
+import psutil
 import pytest
 
 # What follows is set before jax is imported.
@@ -29,6 +30,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # PyTorch's threads would spin be
 
 CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "livo_jax_tests"
 CACHE_BYTES = 2**30
+MEMORY_BYTES = 2 * 2**30  # of a worker, between modules
 
 
 # What one test compiles is there for the next, for other processes, and for the next time.
@@ -201,12 +203,13 @@ def optimised():
 
 @pytest.fixture(autouse=True, scope="module")
 def little_memory():
-    """What a module compiled is of no use to the next."""
+    """What modules compiled is let go where it has become much: the next can use but the smallest of it."""
     yield
     import jax
 
-    jax.clear_caches()
-    gc.collect()
+    if psutil.Process().memory_info().rss > MEMORY_BYTES:
+        jax.clear_caches()
+        gc.collect()
 
 
 def parts_of(sd):

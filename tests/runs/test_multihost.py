@@ -4,8 +4,6 @@ import json
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -13,7 +11,8 @@ import pytest
 
 from configs import tiny
 from tests import small_run
-from tests.runs.pair import ANSWER, DIE
+from tests.runs import served
+from tests.runs.served import DIE, read_answer, send
 
 # eps: a key's bias has no gradient but rounding, which Adam would make as large as any.
 RUN = ("--config.train.steps=2", "--config.checkpoint.every=1", "--config.train.ema_decay=0.9",
@@ -28,34 +27,12 @@ EVALUATED = ("--mode=evaluate", f"--config.model={MODEL}", f"--config.value_enco
 ENDLESS = ("--config.train.steps=100000", "--config.checkpoint.every=100000", "--config.train.schedule=constant")
 
 
-def start_pair() -> list[subprocess.Popen]:
+def start_pair() -> list:
     """Two processes of two devices, which run what they are sent."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.runs.pair", f"localhost:{port},2,{i}"], cwd=small_run.ROOT,
-            env=small_run.environment(devices=2), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True,
-        )
-        for i in range(2)
-    ]  # fmt: skip
-
-
-def send(process, arguments: list[str]):
-    """Has a process run a command."""
-    process.stdin.write(json.dumps(arguments) + "\n")
-    process.stdin.flush()
-
-
-def read_answer(process) -> tuple[str, str]:
-    """What the command that was sent printed, and the error that it ended with."""
-    told = ""
-    while ANSWER not in told:
-        told = process.stdout.readline()
-        assert told, f"the process ended: {process.wait()}"
-    return tuple(json.loads(told.partition(ANSWER)[2]))
+    return [served.start(f"localhost:{port},2,{i}", devices=2) for i in range(2)]
 
 
 @pytest.fixture(scope="module")

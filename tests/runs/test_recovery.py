@@ -25,6 +25,7 @@ from livo_jax.runs import checkpoint
 from livo_jax.runs.checkpoint import FORMAT, Checkpoints, Termination
 from livo_jax.runs.train import check_finite
 from tests import small_run
+from tests.runs import served
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -312,27 +313,31 @@ def assert_same(workdir, whole):
     assert names(workdir) == names(whole), "nothing half-written is left"
 
 
-def test_killed_and_terminated_a_run_ends_as_if_it_were_not(root, uninterrupted, tmp_path, capfd):
+def test_terminated_and_killed_a_run_ends_as_if_it_were_not(root, uninterrupted, tmp_path, capfd):
     workdir = tmp_path / "run"
-    process = small_run.start(root, workdir, *RUN, *HERE, **LIKE_HERE)
-    wait_for(workdir, process, 4)
-    process.kill()
-    process.communicate()
+    command = small_run.arguments(root, workdir, *RUN, *HERE)
+    process = served.start(**LIKE_HERE)
+    try:
+        least = 4
+        for one in signal.SIGTERM, signal.SIGINT:
+            served.send(process, command)
+            wait_for(workdir, process, least)
+            process.send_signal(one)
+            out, error = served.read_answer(process)
+            assert error == f"SystemExit: {128 + one}"
+            step = Checkpoints(epath.Path(workdir)).latest_step()
+            assert least <= step < 16 and f"{one.name}: step {step} is saved in {workdir}/checkpoints" in out
+            least = step + 1  # which the next start has to save
+        assert re.search(f"resuming {workdir} at step [0-9]+\n", out), out
+        served.send(process, command)
+        wait_for(workdir, process, least)
+    finally:
+        process.kill()
+        process.communicate()
     assert process.returncode == -signal.SIGKILL
 
-    for least, one in (8, signal.SIGTERM), (10, signal.SIGINT):
-        least = max(least, Checkpoints(epath.Path(workdir)).latest_step() + 1)  # which this start has to save
-        process = small_run.start(root, workdir, *RUN, *HERE, **LIKE_HERE)
-        wait_for(workdir, process, least)
-        process.send_signal(one)
-        out, err = process.communicate(timeout=30)
-        assert process.returncode == 128 + one, err
-        assert re.search(f"resuming {workdir} at step [0-9]+\n", out), out
-        step = Checkpoints(epath.Path(workdir)).latest_step()
-        assert least <= step < 16 and f"{one.name}: step {step} is saved in {workdir}/checkpoints" in out
-
-    small_run.run_here(small_run.arguments(root, workdir, *RUN, *HERE))
-    assert f"at step {step}\n" in capfd.readouterr().out
+    small_run.run_here(command)
+    assert re.search(f"resuming {workdir} at step [0-9]+\n", capfd.readouterr().out)
     assert_same(workdir, uninterrupted)
 
 

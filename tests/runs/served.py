@@ -1,4 +1,4 @@
-"""One of two processes that run commands together, one after another: python -m tests.runs.pair HOST:PORT,2,NUMBER.
+"""A process that runs commands one after another: python -m tests.runs.served; with HOST:PORT,2,NUMBER one of two.
 
 Each line of its input is the arguments of a command. It answers each with a line: what the command printed, and the
 error that it ended with. After the line ["die"] its process is killed when it has done a step.
@@ -9,11 +9,38 @@ import io
 import json
 import os
 import signal
+import subprocess
 import sys
 from unittest import mock
 
 ANSWER = "answer: "  # what an answer begins with: others print too
 DIE = "die"
+
+
+def start(*together: str, devices: int) -> subprocess.Popen:
+    """A process of so many devices."""
+    from tests import small_run
+
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.runs.served", *together], cwd=small_run.ROOT,
+        env=small_run.environment(devices), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True,
+    )  # fmt: skip
+
+
+def send(process, arguments: list[str]):
+    """Has a process run a command."""
+    process.stdin.write(json.dumps(arguments) + "\n")
+    process.stdin.flush()
+
+
+def read_answer(process) -> tuple[str, str]:
+    """What the command that was sent printed, and the error that it ended with."""
+    told = ""
+    while ANSWER not in told:
+        told = process.stdout.readline()
+        assert told, f"the process ended: {process.wait()}"
+    return tuple(json.loads(told.partition(ANSWER)[2]))
 
 
 def run(arguments: list[str]):
@@ -52,8 +79,9 @@ def main():
     from livo_jax.runs import train
 
     sys.modules["wandb"] = None  # is not installed
-    sharding.join(sys.argv[1])
-    keep_what_is_compiled()
+    if sys.argv[1:]:
+        sharding.join(sys.argv[1])
+        keep_what_is_compiled()
     jax.devices()  # as XLA_FLAGS has them: tests.conftest has flags of its own
     for line in sys.stdin:
         arguments = json.loads(line)
