@@ -42,7 +42,7 @@ def one_device():
 @pytest.fixture(scope="module")
 def config():
     config = tiny.get_config("smoke")
-    config.sampling.steps, config.sampling.batch_size = 12, 16
+    config.sampling.steps, config.sampling.batch_size = 6, 16
     c = config.preferences
     c.templates = c.templates[:6]  # without hats, whose colours are others' than the worker's
     c.pairs_per_scene, c.candidates_per_pair, c.census_per_scene, c.images_per_file = 3, 1.5, 4, 16
@@ -116,7 +116,7 @@ def test_a_finished_build_is_left_alone(built, config, capsys):
 def test_it_does_not_overwrite(built, config, tmp_path):
     other = config.copy_and_resolve_references()
     other.seed, other.sampling.steps = 1, 7
-    with pytest.raises(FileExistsError, match="another --out\n  config.sampling.steps: 12 .*7 now\n  config.seed: 0"):
+    with pytest.raises(FileExistsError, match="another --out\n  config.sampling.steps: 6 .*7 now\n  config.seed: 0"):
         build_preferences.build(other, built.directory)
     with pytest.raises(FileExistsError, match="was not built here"):
         build_preferences.build(config, tmp_path)
