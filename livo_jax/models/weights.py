@@ -10,6 +10,7 @@ Our attribute paths are the published names, so that one rule converts every mod
     ...bias           [C]                    ...bias           [C]
 """
 
+import functools
 import math
 import re
 import types
@@ -41,6 +42,15 @@ def split(module: nnx.Module) -> tuple[nnx.GraphDef, dict]:
     """A module as its static structure and its parameters, a nested dict of arrays; nnx.merge undoes it."""
     graph, state = nnx.split(module)
     return graph, nnx.to_pure_dict(state)
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "method"))
+def apply(graph: nnx.GraphDef, params, *args, method: str = "__call__"):
+    """What a method of a module that was split returns.
+
+    Under jit of its own, in programs too: of equal structures and shapes it is traced once, however often they call it.
+    """
+    return getattr(nnx.merge(graph, params), method)(*args)
 
 
 def count(params) -> int:

@@ -10,7 +10,7 @@ from flax import nnx
 from livo_jax import diffusion
 from livo_jax.models.clip import widened
 from livo_jax.models.vae import VAEConfig
-from livo_jax.models.weights import split
+from livo_jax.models.weights import apply, split
 from livo_jax.training import losses
 from livo_jax.training.batch import SIDES, Batch, Noise
 from livo_jax.training.optimizer import but_embeddings
@@ -31,6 +31,10 @@ class Networks(NamedTuple):
     def merge(self, name: str, params) -> nnx.Module:
         return nnx.merge(self.graphs[name], params)
 
+    def apply(self, name: str, frozen: dict, *args, **method):
+        """What a frozen module returns, as weights.apply has it."""
+        return apply(self.graphs[name], frozen[name], *args, **method)
+
 
 def split_models(sd, trained, with_vae: bool) -> tuple[Networks, dict, dict]:
     """The Networks of a StableDiffusion and what is trained, its parameters, and those that are frozen, by name."""
@@ -48,7 +52,7 @@ def moments(networks: Networks, frozen: dict, batch: Batch, side: str):
     stored = getattr(batch, f"{side}_moments")
     if stored is not None:
         return jnp.split(stored, 2, axis=-1)
-    return networks.merge("vae", frozen["vae"]).encode(getattr(batch, side))
+    return networks.apply("vae", frozen, getattr(batch, side), method="encode")
 
 
 def add_noise(networks: Networks, frozen: dict, batch: Batch, noise: Noise, sides=SIDES):
@@ -72,7 +76,7 @@ def prompt_states(networks: Networks, frozen: dict, batch: Batch):
     """c [B, L, D] and, of XL and 3, text_embeds [B, P] of a batch's prompts, from the cache or the text encoder."""
     if batch.prompt_states is not None:
         return batch.prompt_states.astype(jax.tree.leaves(frozen["unet"])[0].dtype), batch.text_embeds
-    text = networks.merge("text_encoder", frozen["text_encoder"])(batch.prompt_ids)
+    text = networks.apply("text_encoder", frozen, batch.prompt_ids)
     return text.last_hidden_state, text.text_embeds
 
 
@@ -138,14 +142,15 @@ def make_loss(networks: Networks, config):
         if not config.train.train_embeddings:
             params = stop_embeddings(params)
         value_encoder = networks.merge("trained", params)
-        text_encoder, unet = (networks.merge(name, frozen[name]) for name in ("text_encoder", "unet"))
+        text_encoder = networks.merge("text_encoder", frozen["text_encoder"])
 
         z_t, t, target = add_noise(networks, frozen, batch, noise, sides)
         c, text_embeds = prompt_states(networks, frozen, batch)
         of_policy, of_reference = condition(value_encoder, text_encoder, batch, c)
 
         def predict(cond, mask):
-            return unet(z_t, t, per_side(cond), per_side(mask), per_side(text_embeds), networks.time_ids)
+            given = z_t, t, per_side(cond), per_side(mask), per_side(text_embeds), networks.time_ids
+            return networks.apply("unet", frozen, *given)
 
         def errors(eps_hat):  # of each side, [n, B]
             weight = diffusion.min_snr_weight(schedule, t, min_snr_gamma) if min_snr_gamma else 1.0
