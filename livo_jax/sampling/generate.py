@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from livo_jax import diffusion, seeds, sharding
-from livo_jax.models.weights import put, split
+from livo_jax.models.weights import apply, put, split
 from livo_jax.sampling.conditioning import (
     Batch,
     condition,
@@ -71,9 +71,9 @@ def _sample(
     given = condition(batch, text_encoder, value_encoder)
 
     def predict(z, t, carried):
-        unet = nnx.merge(graphs[1], params[1])  # here: rematerialised blocks want modules of the loop's own trace
         z_t, t = jnp.repeat(z, given.rows, axis=0), jnp.full(given.rows * len(z), t)
-        eps = unet(z_t, t, given.cond, given.mask, given.text_embeds, time_ids).astype(jnp.float32)
+        eps = apply(graphs[1], params[1], z_t, t, given.cond, given.mask, given.text_embeds, time_ids)
+        eps = eps.astype(jnp.float32)
         prompt, *others = jnp.unstack(eps.reshape(-1, given.rows, *z.shape[1:]), axis=1)
         negative = None if batch.negative_ids is None else others.pop(0)
         return guidance(prompt, negative, others, batch.weights, guidance_scale, carried)
@@ -89,7 +89,7 @@ def decode(z, vae, parts: int):
     """Images [B, H, W, 3] uint8 of latents [B, h, w, C], and whether each is finite, [B] bool; in so many parts."""
 
     def decode_part(z):
-        pixels = vae.decode(z).astype(jnp.float32)
+        pixels = apply(*split(vae), z, method="decode").astype(jnp.float32)
         finite = jnp.isfinite(z).all((1, 2, 3)) & jnp.isfinite(pixels).all((1, 2, 3))
         return jnp.round(jnp.clip((pixels + 1) * 127.5, 0, 255)).astype(jnp.uint8), finite
 

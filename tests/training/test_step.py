@@ -11,6 +11,8 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from livo_jax import sharding
+from livo_jax.models.unet import UNet2DConditionModel
+from livo_jax.models.vae import AutoencoderKL
 from livo_jax.models.weights import split
 from livo_jax.training.batch import Batch
 from livo_jax.training.objective import Networks, make_loss
@@ -119,6 +121,22 @@ def test_rematerialisation_changes_memory_alone(parts, small):
         close = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5)
         jax.tree.map(close, gradients["none"], gradients[name])
     assert max(kept["dots"], kept["full"]) < 0.7 * kept["none"]
+
+
+def test_models_that_stay_are_traced_once(small, monkeypatch):
+    """However many steps are made of them, as where methods are compared."""
+    _, networks, frozen, batch = small
+    config, tx = CONFIG.copy_and_resolve_references(), optax.trace(0.0)
+
+    def trace(form):
+        config.loss.form = form
+        step = make_train_step(networks, tx, config, make_loss(networks, config))
+        jax.jit(step).trace(init_state(frozen["text_encoder"], tx), frozen, batch)
+
+    trace("livo")
+    for model, method in (UNet2DConditionModel, "__call__"), (AutoencoderKL, "encode"):
+        monkeypatch.setattr(model, method, None)
+    trace("dpo")
 
 
 MASKED = dict(
