@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 def get_config(variant: str = "") -> ConfigDict:
     config = compare_tiny.get_config(variant)
     config.methods = ConfigDict({"livo": config.methods.livo})
-    config.trainings, config.curve.points = 3, 0
+    config.trainings, config.curve.points, config.attacks = 3, 0, ()
     c = config.methods.livo.eval
     c.combinations, c.ratios = True, ("equal",)
     c.compositions = ConfigDict(

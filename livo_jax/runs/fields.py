@@ -91,6 +91,9 @@ def problems(config, changed=types.MappingProxyType({}), comparing: bool = False
     own_rate = config.train.learning_rate or config.method in config.train.learning_rates
     if trains and not method.HAS_TOKENS and not own_rate:
         lines.append(f"config.train.learning_rate=0: config.method={config.method!r} has no rate of its own, set one")
+    if config.eval.ratios and method.HAS_TOKENS and config.eval.rate_images < 1:
+        told = "a ratio is solved from what the tokens show, choose at least 1"
+        lines.append(f"config.eval.rate_images={config.eval.rate_images}: {told}")
     if trains and (slow := too_slow(config)):
         lines.append(slow)
     there = {value.kind for value in values.load_principles(config)} if {*method.KINDS} != {"bias", "harm"} else ()

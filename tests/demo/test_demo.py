@@ -113,19 +113,19 @@ LARGE = str(2**53 + 1)  # which a number of JavaScript cannot be
 
 
 def test_values_strength_and_seed(page):
-    page.get_by_label("Prompt").fill("a photo of a guard")
-    page.get_by_text("it says 'guard'").first.wait_for()
+    page.get_by_label("Prompt").fill("a photo of a cook")
+    page.get_by_text("it says 'cook'").first.wait_for()
     assert switches(page) == {
-        "shape equality\nkeywords: it says 'guard'": True, "colour equality\nkeywords: it says 'guard'": True,
+        "shape equality\nkeywords: it says 'cook'": True, "colour equality\nkeywords: it says 'cook'": True,
         "bloody considered inappropriate": False,
     }  # fmt: skip
     full, captions = draw(page)
     assert sorted(captions) == ["colour equality", "shape equality, colour equality"], "as dealing.applies deals them"
     for index, (text, base, aligned) in enumerate(full):
-        assert (text["prompt"], text["seed"], text["steps"]) == ("a photo of a guard", "0", "4")
+        assert (text["prompt"], text["seed"], text["steps"]) == ("a photo of a cook", "0", "4")
         doses = json.loads(text["values"])
         assert ", ".join(dose["value"] for dose in doses) == captions[index]
-        assert {(dose["strength"], dose["reason"]) for dose in doses} == {(1, "keywords: it says 'guard'")}
+        assert {(dose["strength"], dose["reason"]) for dose in doses} == {(1, "keywords: it says 'cook'")}
         assert np.abs(base - aligned).max() > 20
 
     strength(page, "0.5")
@@ -148,7 +148,7 @@ def test_values_strength_and_seed(page):
     assert (by_hand[0][1] != full[0][1]).any()
     summaries = page.locator(".run summary").all_inner_texts()
     assert len(summaries) == 4 and f"seed {LARGE}" in summaries[0]
-    assert "shape equality on 1 of 2, 50% of every 20;" in summaries[3] and "colour equality on 2 of 2;" in summaries[3]
+    assert "shape equality on 1 of 2, 45% of every 20;" in summaries[3] and "colour equality on 2 of 2;" in summaries[3]
     assert page.locator(".run[open]").count() == 1
 
 

@@ -94,6 +94,15 @@ def test_all_are_told_at_once_and_a_comparison_shares_what_it_measures_by():
     assert len(fields.problems(config, changed, comparing=True)) == 3
 
 
+def test_a_ratio_wants_to_know_what_the_tokens_show():
+    config = config_of("livo")
+    config.eval.ratios, config.eval.rate_images = ("equal",), 0
+    (told,) = fields.problems(config)
+    assert told.startswith("config.eval.rate_images=0: a ratio is solved from what the tokens show")
+    config.eval.rate_images = 1
+    assert not fields.problems(config)
+
+
 def test_a_misspelled_method_is_told_and_a_config_may_name_its_column():
     """The command line names what there is; it would train LiVO under the other name."""
     config = config_of("livo")

@@ -126,12 +126,12 @@ def test_a_rate_is_the_same_by_itself_and_in_the_table_of_all(tmp_path):
     """A run of before the table has its rate alone; what the table says of others changes nothing."""
     config = tiny.get_config()
     rates = {f"train.learning_rates.{trained}": None for trained in config.train.learning_rates}
-    place = begun(tmp_path, config, **rates, **{"train.learning_rate": 3e-3})
+    place = begun(tmp_path, config, **rates, **{"train.learning_rate": 1.5e-3})
     workdir.claim(place, config)
     config.train.learning_rates.lora = 1.0
     workdir.claim(place, config)
     config.train.learning_rates.full = 1.0
-    with pytest.raises(ValueError, match="config.train.learning_rate: 0.003 there, 1.0 now$"):
+    with pytest.raises(ValueError, match="config.train.learning_rate: 0.0015 there, 1.0 now$"):
         workdir.claim(place, config)
 
 

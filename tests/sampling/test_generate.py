@@ -225,13 +225,15 @@ def test_strength_is_a_dial_for_each_value(sd, value_encoder):
 
 def test_the_retriever_chooses_and_says_why(sd, value_encoder):
     retriever = Retriever(values.load(("shape", "bloody")))
-    prompts = ["a bloody baker", "a bloody baker", "an orange", "a round baker"]
+    prompts = ["a bloody tailor", "a bloody tailor", "an orange", "a round baker"]
     images = sd.generate(prompts, "auto", value_encoder, retriever=retriever, **SETTINGS)
     bloody = "bloody considered inappropriate"
     statements = [[dose.value for dose in doses] for doses in images.applied]
     assert statements[2] == [] and statements[3] == []
     assert all(bloody in found for found in statements[:2])
-    assert sum("shape equality" in found for found in statements[:2]) == 1, "half of the images, as the principle says"
+    assert sum("shape equality" in found for found in statements[:2]) == 1, (
+        "a share of the images, as the principle says"
+    )
     assert "it says 'bloody'" in images.applied[0][0].reason
     base = sd.generate(prompts, None, **SETTINGS)
     assert np.abs(images[2:].astype(int) - base[2:]).max() <= 1 and np.abs(images[0].astype(int) - base[0]).max() > 1
@@ -277,10 +279,10 @@ def test_requests_number_the_images_of_a_prompt():
     assert requests_of(["a", "b"], [None, VALUE]) == [Request("a"), Request("b", 0, DOSE)]
     several = requests_of(["a", "b"], [[VALUE, OTHER], None], strength={OTHER: 0.5})
     assert several == [Request("a", 0, (Dose(VALUE), Dose(OTHER, 0.5))), Request("b")]
-    half = requests_of(["a"] * 20 + ["b"] * 20, VALUE, keep_probability=0.5, seed=1)
+    dealt = requests_of(["a"] * 20 + ["b"] * 20, VALUE, keep_probability=0.45, seed=1)
     (shape,) = values.load(("shape",))
-    assert [r.values == DOSE for r in half] == [shape.applies(1, r.prompt, r.index) for r in half]
-    assert sum(r.values == DOSE for r in half) == 20
+    assert [r.values == DOSE for r in dealt] == [shape.applies(1, r.prompt, r.index) for r in dealt]
+    assert sum(r.values == DOSE for r in dealt) == 18
     with pytest.raises(ValueError, match="3 values for 2 prompts"):
         requests_of(["a", "b"], [VALUE] * 3)
     with pytest.raises(ValueError, match="'auto' stands alone"):
