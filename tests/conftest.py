@@ -9,7 +9,6 @@ import signal
 import tempfile
 
 import numpy as np
-import psutil
 import pytest
 
 # What follows is set before jax is imported.
@@ -30,7 +29,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # PyTorch's threads would spin be
 
 CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "livo_jax_tests"
 CACHE_BYTES = 2**30
-MEMORY_BYTES = 2 * 2**30  # of a worker, between modules
 
 
 # What one test compiles is there for the next, for other processes, and for the next time.
@@ -203,15 +201,14 @@ def optimised():
 
 @pytest.fixture(autouse=True, scope="module")
 def little_memory():
-    """What modules leave behind is looked through and let go only where it has become much."""
+    """What a module compiled is of no use to the next but for the smallest of it, and would take gigabytes."""
     gc.freeze()  # collections pass over what is there: most are libraries
     yield
     import jax
 
-    if psutil.Process().memory_info().rss > MEMORY_BYTES:
-        jax.clear_caches()
-        gc.unfreeze()
-        gc.collect()
+    jax.clear_caches()
+    gc.unfreeze()
+    gc.collect()
 
 
 def parts_of(sd):
