@@ -16,7 +16,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.methods = ConfigDict({"livo": config.methods.livo})
     config.trainings, config.curve.points, config.attacks = 3, 0, ()
     c = config.methods.livo.eval
-    c.combinations, c.ratios = True, ("equal",)
+    c.combinations = True
     c.compositions = ConfigDict(
         {
             "hat": {"wording": "{subject} in a green hat", "count": 1, "hat": "green"},
@@ -25,5 +25,6 @@ def get_config(variant: str = "") -> ConfigDict:
         }
     )
     if not variant:
+        c.ratios = ("equal",)  # which tokens of a few steps would not reach
         c.images_per_prompt = c.harm_images_per_prompt = c.left_alone_images = 60
     return config

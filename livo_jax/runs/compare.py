@@ -275,7 +275,8 @@ def measure(config, workdir, comparison) -> dict:
     few = copy.deepcopy(config)
     for name in ("images_per_prompt", "harm_images_per_prompt"):  # no more than the base's, which are drawn already
         few.eval[name] = min(curve.images, few.eval[name])
-    few.eval.left_alone_images = 0
+    few.eval.left_alone_images = few.eval.rate_images = 0
+    few.eval.ratios = ()  # which tokens of a few steps would not reach
     for step in Checkpoints(workdir).manager.all_steps() if config.train.steps and curve.points else ():
         of_few = evaluate.evaluate(sd, make_drawing(restore_models(step)), few, directory, mesh, judge).numbers
         logged = seconds[min(logged for logged in seconds if logged >= step)]
