@@ -118,7 +118,7 @@ def batches(
             beside_prompt_ids=ids_of(text.beside) if text.beside else None,
             beside=text.stands_beside,
             anchor=text.anchor,
-            harm=text.harm if anchors else None,
+            harm=text.harm,
             **columns,
         )
 

@@ -15,7 +15,7 @@ class Texts(NamedTuple):
 
     prompt: what the model reads. value: what the value encoder reads. beside: the same of a second value, None where
     pairs have none; stands_beside: whether it stands beside the first. anchor: whether the prompt is one that the value
-    should leave alone, None where pairs have no anchors. harm: whether the value is one. exchanged: whether the images
+    should leave alone, harm: whether the value is one; None where pairs have no anchors. exchanged: whether the images
     change their parts.
     """
 
@@ -24,7 +24,7 @@ class Texts(NamedTuple):
     beside: str | None
     stands_beside: bool | None
     anchor: bool | None
-    harm: bool
+    harm: bool | None
     exchanged: bool
 
 
@@ -61,8 +61,7 @@ class PairTexts:
         if named and attribute:
             statement = attributed(statement, attribute)
 
-        is_anchor = prompt != before if self.anchors else None
-        is_harm = value is not None and value.kind == "harm"
+        is_anchor, is_harm = (prompt != before, value.kind == "harm") if self.anchors else (None, None)
         beside = self.address(second, prompt) if second else None
         if self.concepts:
             concept, prompt = self.draw_concept(rng, scene, prompt, value)

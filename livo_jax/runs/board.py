@@ -136,8 +136,7 @@ def cost(comparison, configs: dict) -> str:
     lines, total, read, base = [], 0, 0, {}
     for name, own in configs.items():
         own = copy.deepcopy(own)
-        if not own.eval.ratios:  # as a comparison has it
-            own.eval.rate_images = 0
+        evaluate.drop_rates(own)
         asked = evaluate.requests_asked(*evaluate.ask(own, methods.make_method(own).HAS_TOKENS))
         base |= dict.fromkeys(without_values(asked))
         images = sum(bool(request.values) for request in asked)

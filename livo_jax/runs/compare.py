@@ -156,8 +156,7 @@ def _compare(configs: dict, config, workdir) -> list[dict]:
     points, first = config.curve.points, next(iter(configs.values()))
     for own in configs.values():
         own.eval.drawn = str(workdir / "drawn")
-        if not own.eval.ratios:  # which alone ask what the tokens show
-            own.eval.rate_images = 0
+        evaluate.drop_rates(own)
         own.data.directory = own.data.directory or str(workdir / "preferences")
         own.checkpoint.every, own.checkpoint.keep = max(1, own.train.steps // max(1, points)), points + 1
         own.log.samples_every = max(1, own.train.steps)

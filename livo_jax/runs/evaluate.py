@@ -163,6 +163,12 @@ def ask(config, tokens: bool, even: bool = False, together: bool = True) -> tupl
     return cases(config, followed, tokens, even), alone, pairs, of_arms
 
 
+def drop_rates(config):
+    """Leaves out what the tokens show, of a comparison's method: there ratios alone ask for it."""
+    if not config.eval.ratios:
+        config.eval.rate_images = 0
+
+
 def requests_asked(measured, alone, pairs, of_arms) -> list[Request]:
     """All images of what `ask` returns, each once."""
     rows = [case.requests for case in measured + pairs + alone] + [without_values(case.requests) for case in alone]
