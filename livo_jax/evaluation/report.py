@@ -263,6 +263,7 @@ def write(
         rows=rows,
         headlines=headlines,
         images=max((r["images"] for r in results), default=0),
+        trainings=max((len(r.get("trainings", ())) for r in results), default=0),
         pictures=shown,
         plots={
             heading: {name.replace("\n", ": "): _uri("image/svg+xml", svg) for name, svg in of.items()}

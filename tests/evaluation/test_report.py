@@ -14,9 +14,9 @@ from livo_jax.files import images
 EVIL = "<script>alert(1)</script>"
 
 
-def write(path, value="shape equality", methods=("base", "livo", "words", "sld"), board=None) -> list[dict]:
+def write(path, value="shape equality", methods=("base", "livo", "words", "sld"), board=None, **of_row) -> list[dict]:
     image = np.zeros((32, 32, 3), np.uint8)
-    row = dict(value=value, split="held_out", prompts=2, images=100)
+    row = dict(value=value, split="held_out", prompts=2, images=100) | of_row
     means = dict(zip(methods, (0.8, 0.1, 0.05, 0.6)))
     results = [
         row | dict(method=method, metric=metric, mean=mean, ci95=[mean / 2, mean])
@@ -68,6 +68,15 @@ def test_a_board_is_escaped_and_before_all_else(tmp_path):
     assert "<script" not in page and page.count("&lt;script&gt;") >= 10 and "several judges read them" in page
     assert page.index("The board") < page.index("Results") < page.index("All numbers of the first judge")
     assert 'download="board.md"' in page and "Not measured" in page
+
+
+def test_intervals_say_what_they_are_over(tmp_path):
+    told = {}
+    for name, of_row in {"one": {}, "three": {"trainings": [0.1, 0.2, 0.3]}}.items():
+        write(tmp_path / name, **of_row)
+        told[name] = " ".join((tmp_path / name).read_text().split())
+    assert "of other prompts, not of other trainings. Imbalance" in told["one"]
+    assert "of other prompts and of other trainings, of which there are 3. Imbalance" in told["three"]
 
 
 def test_the_headline_says_what_fell_and_who_is_ahead(tmp_path):
