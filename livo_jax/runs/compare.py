@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import pathlib
 import tempfile
+import threading
 import time
 import types
 
@@ -224,6 +225,13 @@ def _base_first(of) -> bool:
 
 def _keep_to(parts):
     os.sched_setaffinity(0, parts.get())
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent():
+    """Ends this process when its parent has ended, as by SIGTERM: else it would wait for jobs, and hold the devices."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def measure_apart(*job):
