@@ -4,8 +4,12 @@ import json
 import types
 from typing import NamedTuple
 
+import numpy as np
+
+from livo_jax.evaluation.metrics import means_of_trainings
 from livo_jax.evaluation.objects import STATED
 from livo_jax.evaluation.report import as_csv
+from livo_jax.evaluation.uncertainty import confidence, over_trainings
 
 SECTIONS = {  # of the board, in its order: the metrics that it has
     "Harm": ("R", "readable"),
@@ -65,6 +69,35 @@ def rows_of_costs(costs: list[dict]) -> list[dict]:
         for of in costs
         for metric in SECTIONS["Cost"]
     ]
+
+
+def rows_over_categories(numbers: dict) -> list[dict]:
+    """The mean over a set's categories, each counting alike, of what its prompts state: GenEval's overall score.
+
+    Each category has prompts of its own, so the half-widths of their intervals add in quadrature, as in over_trainings.
+    There is no p-value: the set and its categories have theirs.
+
+    Args:
+        numbers: as metrics.rows takes them.
+    """
+    of_sets, found = {}, []
+    for (method, value, split, metric), of_prompts in numbers.items():
+        name, of_category, _ = split.partition(": ")
+        if of_category and metric.startswith(STATED):
+            of_sets.setdefault((method, value, name, f"{metric}, mean of categories"), []).append(of_prompts)
+    for place, categories in of_sets.items():
+        if len(categories) < 2:
+            continue
+        every = [[*of_prompts.values()] for of_prompts in categories]
+        shares = [confidence([x.number for x in of], trials=[x.trials(1) for x in of]) for of in every]
+        means, ends = (np.array(x) for x in zip(*shares))  # [categories], [categories, 2]
+        mean, halves = float(means.mean()), np.linalg.norm(ends - means[:, None], axis=0) / len(means)
+        ci95, trainings = [mean - halves[0], mean + halves[1]], np.mean([*map(means_of_trainings, categories)], axis=0)
+        if len(trainings) > 1:
+            ci95 = over_trainings(mean, ci95, trainings)
+        row = dict(zip(("method", "value", "split", "metric"), place), mean=mean, ci95=np.clip(ci95, 0, 1).tolist())
+        found.append(row | dict(prompts=sum(map(len, every)), images=sum(x.images for of in every for x in of)))
+    return found
 
 
 def tables(rows: list[dict], least=types.MappingProxyType({})) -> list[Table]:

@@ -30,6 +30,7 @@ DEFINITION = (  # the fields of a value that numbers depend on
     "statement", "kind", "axis", "attributes", "wordings", "aligned", "harmful_from", "highest", "keep_probability",
 )  # fmt: skip
 PLACE = ("method", "value", "split", "prompt", "index", "applied")  # of a reading
+AGREEMENT = ("judge", "other", "value", "reads", "method")  # of two judges
 
 
 def is_board(comparison) -> bool:
@@ -179,7 +180,7 @@ def not_measured(comparison, config, found: Further) -> list[str]:
     """What the board leaves out, and what it would need. found: of any method."""
     told = []
     if not found.agreement:
-        told.append("agreement of judges: no further judge reads a value as the first does, as nudity=nudity")
+        told.append("agreement of judges: no two of them read one value in the same images, as nudity=nudity")
     if not comparison.quality.inception:
         told.append("FID and KID: config.quality.inception and config.quality.reference are empty")
     if not comparison.quality.clip:
@@ -292,14 +293,15 @@ def write(folder, title: str, results: list[dict], costs: list[dict], further: d
             sets[row["method"], row["value"], row["split"], row["metric"]] = row | {"judge": ""}
         for row in of.agreement:
             row = row | {"method": cases.name_beside_others(method, row["method"])}
-            agreement[row["judge"], row["value"], row["method"]] = row
+            agreement[tuple(row[name] for name in AGREEMENT)] = row
         for judge, of_judge in of.readings.items():
             for row in of_judge:
                 row = row | {"method": cases.name_beside_others(method, row["method"])}
                 readings.setdefault(judge, {})[tuple(row[name] for name in PLACE)] = row
     for judge, of_judge in numbers.items():
         base_first = dict(sorted(of_judge.items(), key=lambda of: of[0][0] != "base"))  # stable
-        rows += [row | {"judge": judge} for row in metrics.rows(base_first)]
+        of_judge = metrics.rows(base_first) + board.rows_over_categories(base_first)
+        rows += [row | {"judge": judge} for row in of_judge]
     rows += list(sets.values())
     rows.sort(key=lambda row: row["method"] != "base")  # stable
     least = {(of["judge"], of["value"]): of["harmful_from"] for of in card["harmful_from"]}

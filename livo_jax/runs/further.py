@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import itertools
 import pathlib
 import re
 from typing import NamedTuple
@@ -138,12 +139,11 @@ def problems_of_states(states: dict, config) -> list[str]:
     return problems
 
 
-def read_again(reader: Reader, found: evaluate.Evaluated) -> tuple[dict[str, evaluate.Evaluated], list[dict]]:
+def read_again(reader: Reader, found: evaluate.Evaluated) -> tuple[dict[str, evaluate.Evaluated], dict]:
     """What a further judge reads in the images of an evaluation, of which none is drawn again.
 
     Returns:
-        The numbers and readings, as evaluate has them, by the judge's label; and rows of judge, value, method, mean,
-        ci95, prompts, images: Cohen's kappa with the first judge, of each value that both read.
+        The numbers and readings, as evaluate has them, by the judge's label; and what `agreement` takes.
     """
     reading = evaluate.reading_settings(reader.config, [*reader.reads.values()], reader.judge)
     sides = Sides(*(side.read_by(reader.judge, reading) for side in (found.sides.base, found.sides.ours)))
@@ -154,7 +154,6 @@ def read_again(reader: Reader, found: evaluate.Evaluated) -> tuple[dict[str, eva
         asked += [(of_base, None), (case, None)]
     asked = [(case, value) for case, value in asked if value or reader.stated(case)]
     sides.draw([request for case, _ in asked for request in case.requests])
-    both = {}  # (value, method) -> the two judges' readings of each prompt
     for case, value in asked:
         read = sides.reading(case.requests)
         of_label = again.setdefault(reader.label(case.value), evaluate.Evaluated(sides))
@@ -164,28 +163,44 @@ def read_again(reader: Reader, found: evaluate.Evaluated) -> tuple[dict[str, eva
         if not value:
             continue
         may_read = dict(thresholds=reader.judge.thresholds, unspecified=reader.judge.unspecified)
-        same = value.name == case.value.name
-        floors = metrics.floor(case.groups, None) if case.groups and same else {}
+        floors = metrics.floor(case.groups, None) if case.groups and value.name == case.value.name else {}
         of_label.add(case, metrics.prompt_metrics(value, case.subject, read, **may_read), floors)
-        if same:
-            of_prompts = both.setdefault((value, case.method), {})
-            of_prompts[case.requests[0].prompt] = found.sides.reading(case.requests), read  # once, also of categories
-    followed = {value.name: value for value in reader.reads}
-    return again, [
-        agreement_row(reader.name, value, method, [*of.values()], followed[value.name].harmful_from)
-        for (value, method), of in both.items()
-    ]
+    return again, by_prompt([(case, value) for case, value in asked if value], sides)
 
 
-def agreement_row(judge: str, value: Value, method: str, readings: list[tuple[dict, dict]], least: float) -> dict:
-    """Cohen's kappa of two judges' readings, a pair for each prompt. least: from which score the first calls a harm."""
-    columns = [np.concatenate([of_prompt[i][value.axis] for of_prompt in readings]) for i in (0, 1)]
-    ends = np.cumsum([len(first[value.axis]) for first, _ in readings])
-    places = [slice(start, end) for start, end in zip([0, *ends], ends)]
-    by_axis, least = [{value.axis: column} for column in columns], (least, value.harmful_from)
-    mean, ci95 = metrics.value_agreement(value, by_axis, places, least)
-    row = dict(judge=judge, value=value.statement, method=method, metric="kappa", mean=mean, ci95=ci95)
-    return row | dict(prompts=len(places), images=int(ends[-1]))
+def by_prompt(asked: list, sides: Sides) -> dict:
+    """The readings of cases and the Values that are read in them, as `agreement` takes a judge's."""
+    found = {}
+    for case, value in asked:
+        place = case.value.statement, case.method, value.name
+        _, of_prompts = found.setdefault(place, (value, {}))
+        of_prompts[case.requests[0].prompt] = sides.reading(case.requests)  # once, also of categories
+    return found
+
+
+def agreement(judges_read: dict[str, dict]) -> list[dict]:
+    """Cohen's kappa of any two judges, where both read one value in the same images.
+
+    Args:
+        judges_read: by judge {(statement of the followed value, method, name of the value read): (the Value read,
+            {prompt: its images' readings})}.
+
+    Returns:
+        Rows of judge, other, value (the one followed), reads, method, metric, mean, ci95, prompts, images.
+    """
+    rows = []
+    for (other, first), (judge, second) in itertools.combinations(judges_read.items(), 2):
+        for place in (place for place in second if place in first):
+            (value_of_first, a), (value, b) = first[place], second[place]
+            columns = [{value.axis: np.concatenate([of[prompt][value.axis] for prompt in b])} for of in (a, b)]
+            ends = np.cumsum([len(of_prompt[value.axis]) for of_prompt in b.values()])
+            places = [slice(start, end) for start, end in zip([0, *ends], ends)]
+            least = value_of_first.harmful_from, value.harmful_from
+            mean, ci95 = metrics.value_agreement(value, columns, places, least)
+            followed, method, _ = place
+            row = dict(judge=judge, other=other, value=followed, reads=value.statement, method=method, metric="kappa")
+            rows.append(row | dict(mean=mean, ci95=ci95, prompts=len(places), images=int(ends[-1])))
+    return rows
 
 
 # ---------------------------------------------------------------------------- quality
@@ -298,9 +313,10 @@ class Further:
 
 def measure(found: evaluate.Evaluated, config, comparison) -> Further:
     """Of the images of an evaluation, none of which is drawn again."""
-    numbers, agreement, readings, pinned, harmful, least = {}, [], {}, {}, set(), {}
+    numbers, readings, pinned, harmful, least = {}, {}, {}, set(), {}
+    judges_read = {config.judge: by_prompt([(case, case.value) for case in found.measured], found.sides)}
     for reader in load_readers(comparison, config):
-        again, kappas = read_again(reader, found)
+        again, judges_read[reader.name] = read_again(reader, found)
         numbers |= {label: of_label.numbers for label, of_label in again.items()}
         readings[reader.name] = [row for of_label in again.values() for row in of_label.readings]
         pinned[reader.name] = reader.judge.pinned
@@ -311,10 +327,9 @@ def measure(found: evaluate.Evaluated, config, comparison) -> Further:
         for followed, value in harms.items():
             least[reader.label(followed), followed.statement] = value.harmful_from
             warn_of_scale(reader.name, value, [row[value.axis] for row in readings[reader.name]])
-        agreement += kappas
     networks = load_networks(**comparison.quality.to_dict())
     numbers[""], sets = measure_quality(networks, found, config.method)
-    return Further(numbers, sets, agreement, readings, pinned, harmful, found.sides.base.settings, least)
+    return Further(numbers, sets, agreement(judges_read), readings, pinned, harmful, found.sides.base.settings, least)
 
 
 def warn_of_scale(judge: str, value: Value, scores: list[float]):

@@ -3,7 +3,10 @@
 import csv
 import io
 
-from livo_jax.evaluation import board
+import numpy as np
+import pytest
+
+from livo_jax.evaluation import board, metrics
 
 EVIL = "a_b & 5% <script>|\\x|"
 
@@ -46,6 +49,36 @@ def test_the_share_that_can_be_read_stands_beside_what_is_read_and_r_says_from_w
     assert [(line["metric"], line["harmful_from"], line["better"]) for line in lines] == [
         ("R", "0.5", "lower"), ("readable", "", "higher"), ("D1", "", "lower"), ("readable", "", "higher"),
     ]  # fmt: skip
+
+
+def test_a_sets_categories_count_alike_as_genevals_tasks_do():
+    """Its authors' summary: the share of correct images of each task, and of these the mean, however many prompts."""
+    rng, trainings = np.random.default_rng(0), 2
+    right = {f"geneval: {task}": rng.random((prompts, 4)) < rate for task, prompts, rate in (
+        ("single_object", 12, 0.95), ("counting", 4, 0.3), ("position", 7, 0.05),
+    )}  # fmt: skip
+    numbers = {}
+    for split, of_task in right.items():
+        shares = [metrics.Measured(float(share), 4) for share in of_task.mean(1)]
+        numbers["base", "v", split, "stated objects"] = {f"{split} {k}": x for k, x in enumerate(shares)}
+        numbers["base", "v", "geneval", "stated objects"] = {"whole": shares[0]}
+        numbers["base", "v", split, "R"] = {"a": shares[0]}
+    numbers["base", "v", "overt: one", "stated objects"] = {"alone": shares[0]}
+    (row,) = board.rows_over_categories(numbers)
+    assert (row["split"], row["metric"]) == ("geneval", "stated objects, mean of categories")
+    assert row["mean"] == pytest.approx(np.mean([of_task.mean() for of_task in right.values()]))
+    assert (row["prompts"], row["images"]) == (23, 92) and "p_value" not in row
+    of_tasks = [r for r in metrics.rows(numbers) if r["split"] in right and r["metric"] == "stated objects"]
+    for end, width in zip((0, 1), np.abs(np.array(row["ci95"]) - row["mean"])):
+        widths = [r["ci95"][end] - r["mean"] for r in of_tasks]
+        assert width == pytest.approx(np.sqrt(np.sum(np.square(widths))) / 3) and width < np.abs(widths).max()
+    assert board.section_of(row["metric"]) == "Counts, attributes and relations"
+    assert board.heading("geneval", row["metric"]) == "geneval: objects, mean of categories"
+    several = {what: {
+        prompt: x._replace(images=8, trainings=(x.number, x.number / trainings)) for prompt, x in of_prompts.items()
+    } for what, of_prompts in numbers.items()}  # fmt: skip
+    (wider,) = board.rows_over_categories(several)
+    assert np.ptp(wider["ci95"]) > np.ptp(row["ci95"]) and 0 <= wider["ci95"][0] < row["mean"] < wider["ci95"][1] <= 1
 
 
 def test_files_of_a_board_have_its_numbers_and_nothing_of_a_name_is_markup():

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from configs import benchmark
 from livo_jax import judges, values
-from livo_jax.evaluation import cases, prompt_sets
+from livo_jax.evaluation import cases, metrics, prompt_sets
 from livo_jax.evaluation.drawn import Drawn, Sides, without_values
 from livo_jax.runs import board, evaluate, further
 
@@ -210,10 +210,37 @@ def test_a_further_judge_may_have_a_scale_of_its_own(comparison, found, caplog):
     assert card["values"]["bloody"]["harmful_from"] == 12 and card["values"]["shape"]["wordings"]
     assert not any("agreement" in line for line in card["not_measured"])
     alone = board.make_card(comparison, dataclasses.replace(measured, agreement=[]), {"name": "shapeworld"})
-    assert any(line.startswith("agreement of judges: no further judge") for line in alone["not_measured"])
+    assert any(line.startswith("agreement of judges: no two of them") for line in alone["not_measured"])
     comparison.judges.red.reads = ("shape=shape",)
     with pytest.raises(ValueError, match="config.judges.red: harmful_from=0.4: choose a score above 0 of a harm"):
         board.check_board(comparison, dict(comparison.methods))
+
+
+def test_any_two_judges_that_read_one_value_are_compared(comparison, found):
+    """Two further ones too, where the first does not read it; each counts a harm from its own score."""
+    found, _ = found
+    both = {"reads": ("bloody=nudity", "shape=shape")}
+    comparison.judges.other = benchmark.further_judge("reddest_of_a_board:make", **both)
+    comparison.judges.strict = benchmark.further_judge("reddest_of_a_board:make", **both, harmful_from=0.499)
+    config = comparison.methods.livo
+    shape, _, bloody = values.load_principles(config)
+    nudity, measured = values.load(("nudity",))[0], further.measure(found, config, comparison)
+    of = {(row["other"], row["judge"], row["reads"]): row for row in measured.agreement if row["method"] == "livo"}
+    assert of.keys() == {
+        ("shapeworld", "same", shape.statement), ("shapeworld", "other", shape.statement),
+        ("shapeworld", "strict", shape.statement), ("other", "same", shape.statement),
+        ("same", "strict", shape.statement), ("other", "strict", shape.statement),
+        ("other", "strict", nudity.statement),
+    }  # fmt: skip
+    assert of["other", "strict", shape.statement]["mean"] == 1
+    row, cases = of["other", "strict", nudity.statement], [c for c in found.measured if c.value == bloody]
+    assert row["value"] == bloody.statement
+    requests = {request for case in cases if case.method == "livo" for request in case.requests}
+    red = np.array([found.sides.of(request).image(request)[..., 0].mean() / 255 for request in requests])
+    a, b = red >= nudity.harmful_from, red >= 0.499
+    chance = a.mean() * b.mean() + (1 - a.mean()) * (1 - b.mean())
+    assert 0 < row["mean"] < 1 and row["mean"] == pytest.approx(((a == b).mean() - chance) / (1 - chance))
+    assert row["images"] == len(requests) and row["ci95"][0] <= row["mean"] <= row["ci95"][1]
 
 
 def test_quality_is_that_of_the_prompts_to_leave_alone(found):
@@ -256,7 +283,16 @@ def test_what_a_board_leaves(comparison, found, tmp_path):
     costs = [dict(method="livo", trained_parameters=1, training_seconds=1.0, images_per_second=1.0, of_base=1.0)]
     for name in ("readings.csv", "readings_gone.csv"):
         (folder / name).write_text("method\n")
+    measured = of_methods["livo"]
+    for method, share in (("base", 0.5), ("livo", 1.0)):  # of two tasks of a set
+        for task in ("geneval: counting", "geneval: position"):
+            place = method, "v", task, "stated objects"
+            measured.numbers["same"][place] = {task: metrics.Measured(share, 4), "b": metrics.Measured(share, 4)}
     made = board.write(folder, "a board", results, costs, of_methods, card)
+    (told,) = [table for table in made["tables"] if table["title"].startswith("Counts") and "by same" in table["title"]]
+    assert told["header"][-1] == "geneval: objects, mean of categories" and [*dict(told["lines"])] == ["base", "livo"]
+    assert [cells[-1][0] for _, cells in told["lines"]] == ["0.500", "1.000"]
+    assert 'v,geneval,"stated objects, mean of categories",higher,livo,1.0' in (folder / "board.csv").read_text()
     names = {f"board.{end}" for end in ("csv", "md", "tex")} | {"card.json", "agreement.json"}
     names |= {f"readings_{judge}.csv" for judge in comparison.judges}
     assert {path.name for path in folder.iterdir()} == names | {"readings.csv"} and names == made["files"].keys()
