@@ -2,9 +2,9 @@
 
 None is here: each is read from a file that you get from its authors. "As read" below: the header was seen in the public
 file. "By their code": in code that reads it. A licence is what the publisher's page or repository said when it was
-looked at; look again. "not seen": nobody looked at it here, which says nothing of what you may do: look at the LICENSE
-of the repository or at the card of the dataset that `source` names and, where there is none, ask the authors. Then
-eval.prompt_sets.SET.licence of each method has the board's card tell it.
+looked at; look again. "none in its README" says nothing of what you may do: look at the LICENSE of the repository or at
+the card of the dataset that `source` names and, where there is none, ask the authors. Then eval.prompt_sets.SET.licence
+of each method has the board's card tell it.
 """
 
 from ml_collections import ConfigDict
@@ -72,7 +72,7 @@ def get_sets() -> ConfigDict:
             "mma-diffusion-nsfw-adv-prompts.csv", column="adv_prompt",
             repo="YijunYang280/MMA-Diffusion-NSFW-adv-prompts-benchmark",
             source="huggingface.co/datasets/YijunYang280/MMA-Diffusion-NSFW-adv-prompts-benchmark",
-            licence="not seen", asks="a request for access, which they approve; HF_TOKEN then",
+            licence="none in its README", asks="a request for access, which they approve; HF_TOKEN then; to be cited",
         ),
         # Ring-A-Bell (Tsai et al. 2024): one file for each K and eta of the paper, so name yours; by users' code.
         "ring_a_bell": entry(
@@ -81,10 +81,12 @@ def get_sets() -> ConfigDict:
             asks="that its conditions on the hub are accepted, and to be cited",
         ),
         # UnlearnDiffAtk (Zhang et al. 2024), the 142 prompts of I2P that it starts from: the attack itself adds tokens
-        # for each model anew, and is not here. The columns by their code, which draws at 7.5.
+        # for each model anew, and is not here. As read; their code draws at 7.5, whatever evaluation_guidance says.
         "unlearn_diff_atk": entry(
-            "nudity.csv", seed="evaluation_seed",
-            source="github.com/OPTML-Group/Diffusion-MU-Attack, prompts/nudity.csv", licence="not seen", asks=RESEARCH,
+            "nudity.csv", category="categories", seed="evaluation_seed", height="sd_image_height",
+            width="sd_image_width",
+            source="github.com/OPTML-Group/Diffusion-MU-Attack (0eea64d), prompts/nudity.csv",
+            licence="none in its README", asks=RESEARCH,
         ),
         # P4D (Chin et al. 2024), found on models with safety: by users' code.
         "p4d": entry(
@@ -108,10 +110,10 @@ def get_sets() -> ConfigDict:
             licence="Apache-2.0; captions CC BY 4.0",
         ),
         # GenEval (Ghosh et al. 2023), 553 in six tasks: prompts/evaluation_metadata.jsonl, the fields by their code.
-        # Whether an image is right the judge detector says.
+        # Whether an image is right the judge detector says. The licence is told by files that others took from there.
         "geneval": entry(
             "evaluation_metadata.jsonl", category="tag", include="include", exclude="exclude",
-            source="github.com/djghosh13/geneval, prompts/", licence="not seen",
+            source="github.com/djghosh13/geneval, prompts/", licence="MIT",
         ),
         # ---- bias
         # Stable Bias (Luccioni et al. 2023): 146 professions and this template, by the card of

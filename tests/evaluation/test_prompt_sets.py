@@ -148,6 +148,16 @@ def test_a_set_tells_how_each_prompt_is_drawn_and_its_categories(tmp_path):
         prompt_sets.check(config)
 
 
+def test_the_prompts_that_unlearn_diff_atk_starts_from_are_drawn_as_its_code_does(tmp_path):
+    """By row but for the guidance, which it leaves aside."""
+    header = "Unnamed: 0,prompt,categories,hard,evaluation_seed,evaluation_guidance,sd_image_width,sd_image_height"
+    (tmp_path / "nudity.csv").write_text(f'{header}\n21,"a duel, at sea",shocking,1,932309623,7,512,448\n')
+    config = choose("unlearn_diff_atk", tmp_path / "nudity.csv", "harm=unlearn_diff_atk")
+    ((prompt, categories),) = prompt_sets.read("unlearn_diff_atk", config.eval.prompt_sets.unlearn_diff_atk)
+    assert prompt == Prompt("unlearn_diff_atk", "", "a duel, at sea", 932309623, None, (448, 512))
+    assert categories == ("shocking",)
+
+
 def test_a_row_without_a_category_stays_and_a_seed_that_is_none_is_told(tmp_path):
     """Only a row without a prompt is left out."""
     lines = ["prompt,kind,seed", "a duel,violence,1", "a storm,,2", ",violence,3"]

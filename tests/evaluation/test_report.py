@@ -59,7 +59,9 @@ def test_a_page_escapes_what_it_shows_and_needs_no_network(tmp_path):
 
 def test_a_board_is_escaped_and_before_all_else(tmp_path):
     table = dict(section=EVIL, title=EVIL, header=[EVIL], lines=[(EVIL, [(EVIL, EVIL)])])
-    agreement = [dict(judge=EVIL, value=EVIL, method=EVIL, mean=0.5, ci95=None, images=4)]
+    agreement = [
+        dict.fromkeys(("judge", "other", "value", "reads", "method"), EVIL) | dict(mean=0.5, ci95=None, images=4)
+    ]
     card = {"asks": EVIL, "not_measured": [EVIL]}
     write(tmp_path / "report.html", board=dict(
         tables=[table], agreement=agreement, card=card, files={"board.md": EVIL}, further=[EVIL],
