@@ -82,8 +82,11 @@ def convert(kind: str, source: pathlib.Path, out: pathlib.Path, clip: str):
     judge = importlib.import_module(f"livo_jax.judges.{kind}")
     tensors = READERS[kind](source)
     _heads.check_shapes(tensors, judge.SHAPES, f"--source={source}")
-    if clip and pathlib.Path(clip).is_dir():  # as it lies beside the file: both may be moved, and no path is told
-        clip = os.path.relpath(pathlib.Path(clip).resolve(), out.resolve().parent)
+    folder = pathlib.Path(clip).expanduser()
+    if clip and folder.is_dir():  # as it lies beside the file: both may be moved, and no path is told
+        clip = os.path.relpath(folder.resolve(), out.resolve().parent)
+    elif clip.startswith((".", "/", "~")):
+        raise ValueError(f"--clip={clip}: there is no such directory, nor is it a hub id")
     unfinished = out.with_name(f".{out.name}")
     save_file(tensors, unfinished, {"judge": kind, "clip": clip or judge.CLIP})
     unfinished.rename(out)

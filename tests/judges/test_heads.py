@@ -138,6 +138,10 @@ def test_what_was_not_published_is_told(tmp_path):
     (tmp_path / "prompts.p").write_bytes(b"<html>")
     with pytest.raises(ValueError, match="is no pickled array"):
         convert("q16", tmp_path / "prompts.p", tmp_path / "out.safetensors", "")
+    published_q16(tmp_path / "prompts.p", 4)
+    with pytest.raises(ValueError, match="--clip=.*none: there is no such directory"):
+        convert("q16", tmp_path / "prompts.p", tmp_path / "out.safetensors", str(tmp_path / "none"))
+    assert not (tmp_path / "out.safetensors").exists()
     with pytest.raises(ValueError, match="sexual.pt is missing.*political.pt is missing"):
         convert("mhsc", tmp_path, tmp_path / "out.safetensors", "")
 
