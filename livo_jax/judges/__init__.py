@@ -28,8 +28,8 @@ class Judge:
 
     Attributes:
         read: the function of images that reads them.
-        pinned: what its readings depend on beside the images and the config, for JSON, as far as it is known: name,
-            version, weights {file: sha256}, classes, thresholds.
+        pinned: what its readings and numbers depend on beside the images and the config, for JSON, as far as it is
+            known: name, version, weights {file: sha256}, classes or questions, thresholds, harmful_from by value.
         thresholds: scores from which others call an image harmful, beside a value's own harmful_from.
         unspecified: whether a bias's axis may read UNSPECIFIED, whose share is then measured.
         objects: classes of those that it finds, which it reads as livo_jax/evaluation/objects.py has it; colours: that
@@ -121,6 +121,8 @@ def load(config, values, subjects) -> Judge:
     thresholds, pinned = asked or judge.thresholds, judge.pinned
     if thresholds:
         pinned = pinned | {"thresholds": list(thresholds)}
+    if least := {value.name: value.harmful_from for value in values if value.kind == "harm"}:
+        pinned = pinned | {"harmful_from": least}
     return dataclasses.replace(judge, thresholds=thresholds, pinned=pinned, axes=axes)
 
 

@@ -73,7 +73,8 @@ def make(config, values, subjects) -> Judge:
         return reading
 
     weights = hash_files(weight_files(find_repository(config.judging.model, FILES), "model", None))
-    return Judge(read, {"name": "clip", "model": str(config.judging.model), "weights": weights})
+    classes = {value.name: list(value.classes) for value in values}
+    return Judge(read, {"name": "clip", "model": str(config.judging.model), "weights": weights, "classes": classes})
 
 
 def compute_in_batches(compute, images, preprocess) -> np.ndarray:

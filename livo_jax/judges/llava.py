@@ -62,7 +62,9 @@ def make(config, values, subjects) -> Judge:
             reading[axis] = np.where(yes.max(1) >= 0.5, np.array(names)[yes.argmax(1)], denied)
         return reading
 
-    return Judge(read, {"name": "llava"} | pin_pytorch(config, FILES), unspecified=unspecified)
+    asked = {v.name: v.question if v.kind == "harm" else [ASK.format(text) for text in v.classes] for v in values}
+    pinned = {"name": "llava", "questions": asked} | pin_pytorch(config, FILES)
+    return Judge(read, pinned, unspecified=unspecified)
 
 
 # ---------------------------------------------------------------------------- models that transformers computes

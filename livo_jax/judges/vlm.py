@@ -118,7 +118,8 @@ def make(config, values, subjects) -> Judge:
                 reading[what.axis] = np.array([number.get(chosen(answer, number), np.nan) for answer in said])
         return reading
 
-    pinned = {"name": "vlm", "model": c.model}  # whose weights only the endpoint knows
+    asked_of = {value.name: questions[value] for value in values}
+    pinned = {"name": "vlm", "model": c.model, "questions": asked_of}  # whose weights only the endpoint knows
     return Judge(read, pinned, unspecified=unspecified)
 
 

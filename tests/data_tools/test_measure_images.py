@@ -246,7 +246,7 @@ def test_the_command(tmp_path):
     read_in = csv.DictReader((tmp_path / "readings.csv").read_text().splitlines())
     assert sorted((row["prompt"], row["shape"]) for row in read_in) == sorted(zip(PROMPTS, SHAPES))
     document = json.loads((tmp_path / "results.json").read_text())
-    assert document["judges"] == [{"name": "shapeworld"}] * 2
+    assert document["judges"] == [{"name": "shapeworld", "harmful_from": {"bloody": 12}}] * 2
     rows = document["rows"]
     assert {"method", "value", "split", "metric", "mean", "ci95", "prompts", "images"} <= rows[0].keys()
     assert any(line.split()[2:5] == ["D1", "ours", "0.750"] for line in done.stdout.splitlines()), done.stdout

@@ -139,6 +139,8 @@ def test_what_is_fetched_from_a_hub_is_enough(published, tmp_path):
     assert judge.pinned["weights"] == expected.pinned["weights"], "of the same content, wherever it lies"
     digest = hashlib.sha256((published / "model.safetensors").read_bytes()).hexdigest()
     assert judge.pinned["weights"] == {"model.safetensors": digest}
+    assert judge.pinned["classes"] == {BLOODY.name: list(BLOODY.classes)}
+    assert judge.pinned["harmful_from"] == {BLOODY.name: BLOODY.harmful_from}
 
 
 def test_what_cannot_work_is_said_at_once(published, copy):

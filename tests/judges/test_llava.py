@@ -137,6 +137,8 @@ def test_it_reads_what_the_model_has_learnt(published):
     assert reading["gender"].tolist() == ["", "male", "female"] * 2, "red ones are denied to be either"
     assert reading["subject"].tolist() == ["cook", "cook", ""] * 2
     judge = judge_of(published, subject=True, unspecified=True)
+    asked = [llava.ASK.format(text) for text in GENDER.classes]
+    assert judge.pinned["questions"] == {BLOOD.name: BLOOD.question, GENDER.name: asked}
     reading = judge(pictures(3))
     assert judge.unspecified and reading["gender"].tolist() == ["unspecified", "male", "female"]
     assert reading["subject"].tolist() == ["cook", "cook", ""]

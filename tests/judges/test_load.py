@@ -30,7 +30,7 @@ def test_a_judge_of_the_users_own(tmp_path, monkeypatch):
     images[0, 0, 0, 0] = 255
     judge = judges.load(ConfigDict({"judge": "reddest:make"}), values.load(("bloody",)), ())
     np.testing.assert_array_equal(judge(images)["red"], [1 / 16, np.nan])  # one colour shows nothing, whoever judges
-    assert judge.pinned == {"name": "reddest", "version": "1"}
+    assert judge.pinned == {"name": "reddest", "version": "1", "harmful_from": {"bloody": 12}}
     for name, told in {
         "nowhere.reddest:make": "Python finds no module 'nowhere': set PYTHONPATH",
         "reddest:made": "the module 'reddest' has no 'made'",
@@ -50,7 +50,7 @@ def test_a_judge_of_the_users_own_that_says_what_it_is(tmp_path, monkeypatch):
     )
     monkeypatch.syspath_prepend(tmp_path)
     judge = judges.load(ConfigDict({"judge": "pinned:make"}), values.load(("bloody",)), ())
-    assert judge.pinned == {"name": "corner", "version": "2"}
+    assert judge.pinned == {"name": "corner", "version": "2", "harmful_from": {"bloody": 12}}
     assert np.isnan(judge(np.zeros((1, 4, 4, 3), np.uint8))["red"])
 
 
@@ -65,7 +65,8 @@ def test_an_axis_that_it_does_not_read_is_told_at_the_first_image(tmp_path, monk
 def test_thresholds_are_pinned_and_in_range():
     config = ConfigDict({"judge": "shapeworld", "judging": {"thresholds": (20, 1024)}})
     judge = judges.load(config, values.load(("bloody",)), ())
-    assert judge.thresholds == (20, 1024) and judge.pinned == {"name": "shapeworld", "thresholds": [20, 1024]}
+    pinned = {"name": "shapeworld", "thresholds": [20, 1024], "harmful_from": {"bloody": 12}}
+    assert judge.thresholds == (20, 1024) and judge.pinned == pinned
     config.judging.thresholds = (0, 1025)
     with pytest.raises(ValueError, match="(?s)thresholds: 0 is not above 0 and at most 1024.*1025.*axis='blood'"):
         judges.load(config, values.load(("bloody", "gore")), ())

@@ -98,7 +98,7 @@ def test_it_may_not_tell(server):
     judge = judge_of(server, unspecified=True)
     assert judge(IMAGES)["gender"].tolist() == ["unspecified", "female", ""] and judge.unspecified
     asked = {body["messages"][0]["content"][0]["text"] for body in server.requests}
-    assert asked == {GENDER.question + vlm.MAY_NOT_TELL, BLOOD.question}
+    assert asked == {GENDER.question + vlm.MAY_NOT_TELL, BLOOD.question} == {*judge.pinned["questions"].values()}
     found = metrics.prompt_metrics(GENDER, "", judge(IMAGES), unspecified=True)
     assert found["unspecified"] == pytest.approx(1 / 3) and found["readable"] == pytest.approx(1 / 3)
     assert "unspecified" not in metrics.prompt_metrics(GENDER, "", judge(IMAGES))

@@ -117,7 +117,8 @@ def test_further_judges_read_the_same_images(comparison, found):
         ("same", shape.statement, side) for side in ("base", "livo")
     }
     assert all(-1 <= row["mean"] <= 1 and row["images"] > 0 for row in measured.agreement)
-    assert measured.pinned["other"] == {"name": "reddest", "thresholds": [0.45]} and measured.numbers[""] == {}
+    pinned = {"name": "reddest", "thresholds": [0.45], "harmful_from": {"nudity": 0.5}}
+    assert measured.pinned["other"] == pinned and measured.numbers[""] == {}
     assert {what[1:] for what in by_judge["sky"]} == {("hat", "stated sky")}, "what it is to see, and no value"
     assert {row["value"] for row in measured.readings["other"]} == {bloody.statement}
     assert measured.harmful <= {(bloody.statement, case.split, case.requests[0].prompt) for case in found.measured}
@@ -156,7 +157,7 @@ def test_what_the_rows_of_a_set_state_is_read(comparison, tmp_path):
     assert not any("counts" in line for line in card["not_measured"])
     assert card["states"] == {"spotter": {"geneval": {}, "hat": hat}}
     (told,) = [told for told in card["prompt_sets"] if told["name"] == "geneval"]
-    assert told["prompts"] == 2 and told["licence"] == "not seen"
+    assert told["prompts"] == 2 and told["licence"] == "MIT"
 
 
 def test_objects_that_no_judge_finds_are_told_beforehand(comparison, tmp_path):

@@ -119,7 +119,7 @@ def test_a_run_leaves_what_it_promises(finished):
 
     assert rough(sheet[-len(harmful) :]) < rough(harmful) / 2, "what is harmful is blurred, and beside it as it is"
     document = json.loads((workdir / "eval" / "results.json").read_text())
-    assert document["schema"] == 2 and document["judges"] == [{"name": "shapeworld"}]
+    assert document["schema"] == 2 and document["judges"] == [{"name": "shapeworld", "harmful_from": {"bloody": 12}}]
     results = document["rows"]
     assert {r["method"] for r in results} == {"base", "livo"}
     further = {"other_words", "other_values", "spelled_around", "implied"}
@@ -340,7 +340,7 @@ def test_an_attack_leaves_its_rates_and_what_it_found(finished, main, tmp_path, 
     printed = main(tmp_path / "run", "--mode=attack", *budget, *images)
     document = json.loads((tmp_path / "run" / "eval" / "attacks.json").read_text())
     means = {(r["method"], r["split"], r["metric"]): r["mean"] for r in document["rows"]}
-    assert document["attack"]["search"] == search and document["judges"] == [{"name": "shapeworld"}]
+    assert document["attack"]["search"] == search and document["judges"][0]["name"] == "shapeworld"
     assert means["base", "neutral", "R"] == 0 and means["base", "harm said", "R"] == 1
     assert means["base", "neutral", "distance"] == 0 < means["base", "harm said", "distance"]
     assert means["auto", "harm said", "chosen"] == 1 and means["auto", "neutral", "chosen"] == 0
