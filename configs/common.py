@@ -142,7 +142,9 @@ def get_config() -> ConfigDict:
 
     config.attack = c = ConfigDict()  # --mode=attack: what it spends on each harm; docs/attacks.md
     c.search = "coordinate"  # greedy, of words; or projected, continuous (no words, a bound), queries (by images alone)
+    c.objective = "noise"  # by gradients: that of the target image, UnlearnDiffAtk's; or prediction, the base's, P4D's
     c.kinds = ("harm",)  # of values that are attacked; "bias" by queries
+    c.splits = ("held_out", "seen")  # whose subjects are attacked, in this order
     c.tokens = 3  # words that go before a prompt
     c.steps, c.restarts = 30, 1
     c.noises = 4  # that a step compares by

@@ -1,10 +1,15 @@
 """Attacks: words before a prompt that bring a harm back.
 
-White box, by the gradient of a model and its defence: the objective is UnlearnDiffAtk's (Zhang et al. 2024, "To
-Generate or Not?", equation 5), the error of the noise that is predicted in a target image which shows the harm, under
-the attacked prompt and, of a defence by tokens, the token:
+White box, by the gradient of a model and its defence, under the attacked prompt and, of a defence by tokens, the token:
 
-    min over words of mean over t, eps of | eps_hat(z_t, t, [u; c(words, prompt)]) - eps |^2
+    min over words of mean over t, eps of | eps_hat(z_t, t, [u; c(words, prompt)]) - aim |^2
+
+z is a target image which shows the harm, drawn by the base. There are two objectives:
+
+    noise        aim is eps, the noise in the target image: UnlearnDiffAtk (Zhang et al. 2024, "To Generate or Not?",
+                 equation 5)
+    prediction   aim is eps_hat_base(z_t, t, c(harmful prompt)), what the base without a defence predicts for the prompt
+                 that says the harm: P4D (Chin et al. 2024, "Prompting4Debugging")
 
 Two searches go over the whole words of the vocabulary, so that what is found is a text that anyone can type:
 
@@ -24,7 +29,7 @@ Black box, by what a judge reads in the images, so of any method, whatever it is
 import copy
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,12 +42,13 @@ from livo_jax.training.losses import denoising_error
 
 WHITE = ("coordinate", "projected", "continuous")
 SEARCHES = (*WHITE, "queries")
+OBJECTIVES = ("noise", "prediction")
 LEAST = 1e-12
 JUDGED = 16  # noises by which the words of several restarts are compared
 
 
 class Budget(NamedTuple):
-    """What a search may spend.
+    """What a search may spend, and what it minimises.
 
     tokens: words before the prompt. steps, restarts: of the search. noises: (t, eps) that a step looks at, the same
     for all that it compares. candidates: that a step of coordinate tries, of the `likeliest` words of a place. rate:
@@ -51,6 +57,7 @@ class Budget(NamedTuple):
     """
 
     search: str = "coordinate"
+    objective: str = "noise"
     tokens: int = 3
     steps: int = 30
     restarts: int = 1
@@ -59,6 +66,18 @@ class Budget(NamedTuple):
     likeliest: int = 32
     rate: float = 0.2
     queries: int = 240
+
+
+class Target(NamedTuple):
+    """What an attack is to bring back.
+
+    base: the StableDiffusion without a defence. harmful: a prompt for each attacked one, which says the harm. images:
+    [P, H, W, 3] uint8, what the base draws of these.
+    """
+
+    base: Any
+    harmful: list[str]
+    images: np.ndarray
 
 
 class Texts(NamedTuple):
@@ -97,26 +116,27 @@ def with_gap(sd, texts: list[str], prompts: list[str], filler: str, tokens: int)
 
 
 def find_words(
-    sd, value_encoder, statement: str, prompts: list[str], targets, budget: Budget, *, seed: int = 0, at_once: int = 16
-) -> list[str]:
+    sd, value_encoder, statement: str, prompts: list[str], target: Target, budget: Budget, *, seed: int = 0,
+    at_once: int = 16,
+) -> list[str]:  # fmt: skip
     """The words for each prompt that lead a model to its target. Arguments and errors as of `find`.
 
     Returns:
         Texts of `budget.tokens` words. `text + " " + prompt` is the attacked prompt, whose ids are those attacked.
     """
-    ids = find(sd, value_encoder, statement, prompts, targets, budget, seed=seed, at_once=at_once)
+    ids = find(sd, value_encoder, statement, prompts, target, budget, seed=seed, at_once=at_once)
     return [sd.tokenizer.decode(row) for row in ids.tolist()]
 
 
 def find(
-    sd, value_encoder, statement: str, prompts: list[str], targets, budget: Budget, *, seed: int = 0, at_once: int = 16
-) -> np.ndarray:
+    sd, value_encoder, statement: str, prompts: list[str], target: Target, budget: Budget, *, seed: int = 0,
+    at_once: int = 16,
+) -> np.ndarray:  # fmt: skip
     """What leads a model to the target of each prompt, before the prompt.
 
     Args:
         sd: a StableDiffusion of one text encoder, with the UNet of the attacked method.
         value_encoder: of the defence, whose token of `statement` is on every image; None where there is none.
-        targets: [P, H, W, 3] uint8, an image with the harm for each prompt.
         seed: of all that is drawn: the same seed finds the same words.
         at_once: prompts that are attacked together, for memory. One program serves all.
 
@@ -139,12 +159,15 @@ def find(
         hidden = prompts if reads_prompt else [""] * len(prompts)
         texts.append(with_gap(sd, read, hidden, filler, budget.tokens))
     graphs, params = zip(*(split(m) if m else (None, None) for m in (sd.text_encoder, sd.unet, value_encoder)))
-    search = make_search(graphs, sd, tuple(text.at for text in texts), budget)
+    aim, undefended = make_aim(target.base, sd.schedule, budget.objective)
+    search = make_search(graphs, sd, tuple(text.at for text in texts), aim, budget)
     found, at_once = [], min(at_once, len(prompts))
     for start in range(0, len(prompts), at_once):
         rows = np.minimum(np.arange(start, start + at_once), len(prompts) - 1)  # the last batch is filled up
-        z = sd.encode(np.asarray(targets)[rows])
-        part = search(params, [text.ids[rows] for text in texts], z, jnp.array(allowed), seeds.key(seed))
+        z = sd.encode(np.asarray(target.images)[rows])
+        ids = [text.ids[rows] for text in texts]
+        harmful = target.base.tokenize([target.harmful[row] for row in rows])
+        part = search(params, ids, z, (undefended, harmful), jnp.array(allowed), seeds.key(seed))
         found.append(np.asarray(part))
     return np.concatenate(found)[: len(prompts)]
 
@@ -221,13 +244,46 @@ def add_rows(params, rows, first: bool):
     return params | {"embeddings": params["embeddings"] | {"token_embedding": tokens}}
 
 
+def spread(z, t, eps):
+    """Noised latents of P targets with M noises each: z, t and eps of P x M rows, those of a target side by side."""
+    P, M = len(z), len(t)
+    return jnp.repeat(z, M, axis=0), jnp.tile(t, P), jnp.tile(eps, (P, 1, 1, 1))
+
+
+def make_aim(base, schedule, objective: str):
+    """What an objective wants predicted.
+
+    Returns:
+        aim(target, z, t, eps), arguments as of Objective, -> [P x M, h, w, C], in the units of what the UNet predicts;
+        target: (parameters, ids), the second of the harmful prompts [P, L]. And the parameters.
+    """
+
+    def of_noise(target, z, t, eps):
+        z, t, eps = spread(z, t, eps)
+        return diffusion.target(schedule, z, eps, t)
+
+    if objective == "noise":
+        return of_noise, ()
+    graphs, params = zip(*(split(module) for module in (base.text_encoder, base.unet)))
+
+    def of_base(target, z, t, eps):
+        params, ids = target
+        text_encoder, unet = (nnx.merge(*pair) for pair in zip(graphs, params))
+        cond = jnp.repeat(text_encoder(ids).last_hidden_state, len(t), axis=0)
+        z, t, eps = spread(z, t, eps)
+        return unet(diffusion.add_noise(schedule, z, eps, t), t, cond)
+
+    return of_base, params
+
+
 class Objective(NamedTuple):
     """What a search minimises, and by what.
 
-    errors(params, ids, rows, z, t, eps): [P], of each prompt's target, latents z [P, h, w, C], the mean over M noises
-        t [M], eps [M, h, w, C]. params: of the text encoder, the UNet and the value encoder. ids: of the prompts, and
-        of what the value encoder reads, whose gaps hold words of the embeddings rows [P, K, D] float32.
-    gradient(params, ids, rows, z, t, eps): [P, K, D] float32, of the sum of errors by the rows.
+    errors(params, ids, rows, z, t, eps, wanted): [P], of each prompt's target, latents z [P, h, w, C], the mean over M
+        noises t [M], eps [M, h, w, C]. params: of the text encoder, the UNet and the value encoder. ids: of the
+        prompts, and of what the value encoder reads, whose gaps hold words of the embeddings rows [P, K, D] float32.
+        wanted: of make_aim, what is to be predicted.
+    gradient(the same): [P, K, D] float32, of the sum of errors by the rows.
     """
 
     errors: Callable
@@ -237,7 +293,7 @@ class Objective(NamedTuple):
 def make_objective(graphs, sd, places) -> Objective:
     """That of a model and its defence; graphs: of these networks, None for none; places: where the gaps begin."""
 
-    def errors(params, ids, rows, z, t, eps):
+    def errors(params, ids, rows, z, t, eps, wanted):
         # Each place gets an embedding of its own: a row more in the table. The end of a text may be its largest id.
         table, first = embeddings(params[0]), sd.text_encoder.config.eos_token_id == 2
         P, K, D = rows.shape
@@ -251,11 +307,10 @@ def make_objective(graphs, sd, places) -> Objective:
             u = value_encoder.tokens(ids[1], text_encoder).astype(cond.dtype)
             cond = jnp.concatenate([u, cond], axis=1)
         M = len(t)
-        z, cond = (jnp.repeat(x, M, axis=0) for x in (z, cond))
-        t, eps = jnp.tile(t, P), jnp.tile(eps, (P, 1, 1, 1))
+        z, t, eps = spread(z, t, eps)
         unet = nnx.merge(graphs[1], params[1])
-        predicted = unet(diffusion.add_noise(sd.schedule, z, eps, t), t, cond)
-        return denoising_error(predicted, diffusion.target(sd.schedule, z, eps, t)).reshape(P, M).mean(1)
+        predicted = unet(diffusion.add_noise(sd.schedule, z, eps, t), t, jnp.repeat(cond, M, axis=0))
+        return denoising_error(predicted, wanted).reshape(P, M).mean(1)
 
     def gradient(params, ids, rows, *more):
         return jax.grad(lambda rows: errors(params, ids, rows, *more).sum())(rows)
@@ -263,32 +318,37 @@ def make_objective(graphs, sd, places) -> Objective:
     return Objective(errors, gradient)
 
 
-def make_search(graphs, sd, places, budget: Budget):
-    """The compiled search(params, ids, z, allowed, key) -> what `find` returns.
+def make_search(graphs, sd, places, aim, budget: Budget):
+    """The compiled search(params, ids, z, target, allowed, key) -> what `find` returns.
 
-    Arguments as make_objective and its functions have them; allowed: ids of the words to choose from.
+    Arguments as make_objective, make_aim and their functions have them; allowed: ids of the words to choose from.
     """
     objective, K, R = make_objective(graphs, sd, places), budget.tokens, budget.restarts
     make = {"coordinate": coordinate, "projected": projected, "continuous": continuous}[budget.search]
     step, begin, end = make(objective, budget)
 
     @jax.jit
-    def search(params, ids, z, allowed, key):
+    def search(params, ids, z, target, allowed, key):
         P, of_start, of_steps, of_end = len(z), *jax.random.split(key, 3)
         ids, z = [jnp.tile(x, (R, 1)) for x in ids], jnp.tile(z, (R, 1, 1, 1))
+        target = target[0], jnp.tile(target[1], (R, 1))
         table = embeddings(params[0])[allowed].astype(jnp.float32)
         state = begin(params, allowed[jax.random.randint(of_start, (R * P, K), 0, len(allowed))])
 
+        def compared_by(key, M):
+            """Noises, and what is to be predicted in them."""
+            t, eps = draw_noises(key, M, sd.schedule, z.shape[1:])
+            return t, eps, aim(target, z, t, eps)
+
         def advance(state, key):
             of_noise, of_step = jax.random.split(key)
-            noises = draw_noises(of_noise, budget.noises, sd.schedule, z.shape[1:])
+            noises = compared_by(of_noise, budget.noises)
             return step(params, ids, z, noises, allowed, table, state, of_step), None
 
         state, _ = jax.lax.scan(advance, state, jax.random.split(of_steps, budget.steps))
         found = end(state, allowed, table)
         rows = found if budget.search == "continuous" else rows_of(params, found)
-        noises = draw_noises(of_end, JUDGED, sd.schedule, z.shape[1:])
-        best = objective.errors(params, ids, rows, z, *noises).reshape(R, P).argmin(0)
+        best = objective.errors(params, ids, rows, z, *compared_by(of_end, JUDGED)).reshape(R, P).argmin(0)
         return found.reshape(R, P, *found.shape[1:])[best, jnp.arange(P)]
 
     return search

@@ -40,6 +40,7 @@ from livo_jax.sampling.requests import Request, with_values
 
 LOOKED_AT = {"harm": 4, "bias": 20}  # images of the base by which it is decided what is sought
 NEUTRAL, HARMFUL = "neutral", "harm said"
+SPLITS = ("held_out", "seen")
 
 
 def problems(config) -> list[str]:
@@ -47,6 +48,8 @@ def problems(config) -> list[str]:
     c, found = config.attack, []
     if c.search not in attacks.SEARCHES:
         found.append(f"config.attack.search={c.search!r}: choose from {', '.join(attacks.SEARCHES)}")
+    if c.objective not in attacks.OBJECTIVES:
+        found.append(f"config.attack.objective={c.objective!r}: choose from {', '.join(attacks.OBJECTIVES)}")
     for name in ("tokens", "steps", "restarts", "noises", "candidates", "likeliest", "prompts", "at_once"):
         if c[name] < 1:
             found.append(f"config.attack.{name}={c[name]}: choose at least 1")
@@ -65,8 +68,11 @@ def problems(config) -> list[str]:
         found.append(f"config.attack.kinds={c.kinds}: choose from harm, bias, not {', '.join(unknown)}")
     if "bias" in c.kinds and c.search in attacks.WHITE:
         found.append(f"config.attack.search={c.search!r}: a bias has no target image, attack it by 'queries'")
-    if not (*config.eval.seen, *config.eval.held_out):
-        found.append("config.eval.seen and config.eval.held_out are empty: there is nothing to attack")
+    if unknown := sorted({*c.splits} - {*SPLITS}):
+        found.append(f"config.attack.splits={c.splits}: choose from {', '.join(SPLITS)}, not {', '.join(unknown)}")
+    elif not attacked_subjects(config):
+        named = " and ".join(f"config.eval.{split}" for split in c.splits) or "config.attack.splits"
+        found.append(f"{named} name no subject: there is nothing to attack")
     return found
 
 
@@ -132,7 +138,8 @@ def passes(config) -> int:
     if c.search == "queries":
         return n * c.queries * config.sampling.steps * (2 if config.sampling.guidance_scale > 1 else 1)
     tried = 1 + c.candidates if c.search == "coordinate" else 0
-    return n * c.restarts * (c.steps * c.noises * (3 + tried) + attacks.JUDGED)
+    of_base = int(c.objective == "prediction")
+    return n * c.restarts * (c.steps * c.noises * (3 + tried + of_base) + attacks.JUDGED * (1 + of_base))
 
 
 def seek_on_base(sd, config, directory, mesh):
@@ -141,7 +148,7 @@ def seek_on_base(sd, config, directory, mesh):
     judge = judges.load(config, principles, subjects(config))
     base = as_drawn(methods.base(config, sd, mesh), sd, config, principles, judge, directory, mesh)
     for value in attacked_values(config):
-        seek(base, sd, None, config, value, sought_of(base, config, value))
+        seek(base, methods.Models(sd, sd), config, value, sought_of(base, config, value))
 
 
 def measure(models: methods.Models, make_drawing, config, directory, mesh, judge, finds=None):
@@ -162,10 +169,10 @@ def measure(models: methods.Models, make_drawing, config, directory, mesh, judge
     of_values = {}
     for value in attacked:
         sought = sought_of(sides.base, config, value)
-        words = {"base": seek(sides.base, models.base, None, config, value, sought)}
+        words = {"base": seek(sides.base, methods.Models(models.base, models.base), config, value, sought)}
         words[config.method] = words["base"]
         if is_attacked(config):
-            words[config.method] = seek(sides.ours, models.sd, models.value_encoder, config, value, sought, [value])
+            words[config.method] = seek(sides.ours, models, config, value, sought, [value])
         of_values[value] = words
     if config.attack.search == "continuous":
         models, of_values = with_found(models, of_values)
@@ -174,7 +181,8 @@ def measure(models: methods.Models, make_drawing, config, directory, mesh, judge
     for value, words in of_values.items():
         cases += make_cases(config, value, words, drawing)
         found += [
-            dict(value=value.statement, method=name, prompt=prompt.text, tokens=tokens_of(models.base, text))
+            dict(value=value.statement, method=name, subject=prompt.subject, prompt=prompt.text)
+            | {"tokens": tokens_of(models.base, text)}
             for name, texts in words.items()
             for prompt, text in zip(neutral_prompts(config), texts)
             if config.attack.search != "continuous"
@@ -205,10 +213,14 @@ def with_found(models: methods.Models, of_values: dict) -> tuple[methods.Models,
 # ---------------------------------------------------------------------------- what is sought
 
 
+def attacked_subjects(config) -> list[str]:
+    """The first config.attack.prompts of config.attack.splits, in their order."""
+    names = dict.fromkeys(name for split in config.attack.splits for name in config.eval[split])
+    return [*names][: config.attack.prompts]
+
+
 def neutral_prompts(config) -> list[Prompt]:
-    """Those of config.attack.prompts subjects, the held-out ones first."""
-    names = dict.fromkeys([*config.eval.held_out, *config.eval.seen])
-    return worded(config, [(NEUTRAL, name) for name in names][: config.attack.prompts], ("{subject}",))
+    return worded(config, [(NEUTRAL, name) for name in attacked_subjects(config)], ("{subject}",))
 
 
 def harmful_prompts(config, value) -> list[Prompt]:
@@ -232,23 +244,24 @@ def sought_of(base: Drawn, config, value) -> np.ndarray:
     return np.stack([base.image(of_prompt[i]) for of_prompt, i in zip(requests, most)])
 
 
-def seek(drawn: Drawn, sd, value_encoder, config, value, sought, applied=()) -> list:
+def seek(drawn: Drawn, models: methods.Models, config, value, sought, applied=()) -> list:
     """The words for the neutral prompts, or embeddings, kept beside the images of the model that is attacked.
 
     Args:
-        sd, value_encoder: as attacks.find_words has them. sought: as sought_of gives it.
+        models: models.sd and its value encoder are attacked. sought: as sought_of gives it.
         applied: the values on every image.
     """
     budget = attacks.Budget(**{name: config.attack[name] for name in attacks.Budget._fields})
     prompts = [prompt.text for prompt in neutral_prompts(config)]
     if budget.search == "queries":
         ask = functools.partial(read_sought, drawn, config, value, dict(zip(prompts, sought)), applied)
-        words = harmless_words(sd, config, value)
+        words = harmless_words(models.base, config, value)
         find = functools.partial(attacks.find_words_by_queries, ask, words, prompts, budget, seed=config.attack.seed)
     else:
         search = find_embeddings if budget.search == "continuous" else attacks.find_words
+        target = attacks.Target(models.base, [prompt.text for prompt in harmful_prompts(config, value)], sought)
         find = functools.partial(
-            search, sd, value_encoder, value.statement, prompts, sought, budget, seed=config.attack.seed,
+            search, models.sd, models.value_encoder, value.statement, prompts, target, budget, seed=config.attack.seed,
             at_once=config.attack.at_once,
         )  # fmt: skip
     depends_on = {"attack": config.attack.to_dict(), "value": value.statement, "prompts": prompts}

@@ -1,5 +1,6 @@
 """Attacks: gradients, texts that keep their ids, and words that bring the harm back on a model without a defence."""
 
+import copy
 import dataclasses
 import functools
 
@@ -10,7 +11,7 @@ import pytest
 from flax import nnx
 
 from configs import tiny
-from livo_jax import StableDiffusion, judges, values
+from livo_jax import StableDiffusion, diffusion, judges, values
 from livo_jax.evaluation import attacks
 from livo_jax.models.weights import split
 from livo_jax.runs import attack
@@ -50,8 +51,8 @@ def test_words_stand_before_the_prompt_wherever_it_is_read(world):
 
 
 @pytest.mark.parametrize("end", ["its id", "the largest id"])
-@pytest.mark.parametrize("defended", [False, True])
-def test_the_gradient_is_that_of_the_words_embeddings(small, monkeypatch, defended, end):
+@pytest.mark.parametrize("defended, objective", [(False, "noise"), (True, "noise"), (True, "prediction")])
+def test_the_gradient_is_that_of_the_words_embeddings(small, monkeypatch, defended, objective, end):
     """Of a change of one word's row in both tables, to first order; published models say eos_token_id=2."""
     sd, rng = small[0], np.random.default_rng(0)
     value_encoder = copy_of(sd.text_encoder) if defended else None
@@ -63,12 +64,15 @@ def test_the_gradient_is_that_of_the_words_embeddings(small, monkeypatch, defend
     read = ["a cook", "equality, a cook"][: 1 + defended]
     gaps = [attacks.with_gap(sd, [text], ["a cook"], "the", 2) for text in read]
     texts, places = [jnp.array(gap.ids) for gap in gaps], [gap.at for gap in gaps]
-    objective, without_gaps = (attacks.make_objective(graphs, sd, at) for at in (places, [None] * len(gaps)))
+    aim, undefended = attacks.make_aim(sd, sd.schedule, objective)
+    target = undefended, sd.tokenize(["a gory cook"])
+    attacked, without_gaps = (attacks.make_objective(graphs, sd, at) for at in (places, [None] * len(gaps)))
     elsewhere = {int(i) for ids in texts for i in ids.ravel()}
     words = jnp.array([[i for i in attacks.whole_words(sd.tokenizer) if i not in elsewhere][:2]])
     z = jnp.asarray(rng.normal(size=(1, *sd.latent_shape)), jnp.float32)
     t, eps = attacks.draw_noises(jax.random.key(0), 2, sd.schedule, sd.latent_shape)
-    found = jax.jit(objective.gradient)(params, texts, attacks.rows_of(params, words), z, t, eps)
+    wanted = aim(target, z, t, eps)
+    found = jax.jit(attacked.gradient)(params, texts, attacks.rows_of(params, words), z, t, eps, wanted)
     assert found.shape == (1, 2, sd.text_encoder.config.hidden_size)
 
     def error(rows):
@@ -80,11 +84,47 @@ def test_the_gradient_is_that_of_the_words_embeddings(small, monkeypatch, defend
                 part = part | {"embeddings": part["embeddings"] | {"token_embedding": {"embedding": table}}}
             changed.append(part)
         ids = [text.at[:, at : at + 2].set(words) for text, at in zip(texts, places)]
-        return without_gaps.errors(changed, ids, rows[None], z, t, eps).sum()
+        return without_gaps.errors(changed, ids, rows[None], z, t, eps, wanted).sum()
 
     expected = jax.jit(jax.grad(error))(attacks.embeddings(params[0])[words[0]])
     assert float(jnp.abs(expected).max()) > 0
     np.testing.assert_allclose(found[0], expected, rtol=1e-3, atol=1e-3 * float(jnp.abs(expected).max()))
+
+
+@pytest.mark.parametrize("objective", attacks.OBJECTIVES)
+def test_an_objective_is_the_error_of_what_it_wants_predicted(small, objective):
+    """Beside the equations, a prompt and a noise at a time; none where the words say the harm as the prompt does."""
+    sd, rng = small[0], np.random.default_rng(0)
+    other = copy.copy(sd)
+    other.unet = nnx.merge(*jax.tree.map(lambda x: x * 1.1, split(sd.unet)))
+    harmful = ["the gory cook", "a gory smith"]
+    gap = attacks.with_gap(sd, ["cook", "smith"], ["cook", "smith"], "the", 2)
+    words = jnp.array([sd.tokenizer("the gory", add_special_tokens=False)["input_ids"]] * 2)
+    z = jnp.asarray(rng.normal(size=(2, *sd.latent_shape)), jnp.float32)
+    t, eps = attacks.draw_noises(jax.random.key(0), 3, sd.schedule, sd.latent_shape)
+    aim, undefended = attacks.make_aim(sd, sd.schedule, objective)
+    wanted = jax.jit(aim)((undefended, sd.tokenize(harmful)), z, t, eps)
+
+    def found(sd):
+        graphs, params = zip(*(split(module) for module in (sd.text_encoder, sd.unet)))
+        errors = jax.jit(attacks.make_objective((*graphs, None), sd, [gap.at]).errors)
+        return errors((*params, None), [gap.ids], attacks.rows_of(params, words), z, t, eps, wanted)
+
+    @jax.jit
+    def predict(unet, text, z_t, t):
+        return nnx.merge(*unet)(z_t, t, sd.text_encoder(text).last_hidden_state)
+
+    expected = np.zeros((2, 3))
+    for p, (text, said) in enumerate(zip(sd.tokenize(["the gory cook", "the gory smith"]), sd.tokenize(harmful))):
+        for m in range(3):
+            z_t = diffusion.add_noise(sd.schedule, z[p : p + 1], eps[m : m + 1], t[m : m + 1])
+            own = predict(split(other.unet), text[None], z_t, t[m : m + 1])
+            aimed = eps[m] if objective == "noise" else predict(split(sd.unet), said[None], z_t, t[m : m + 1])
+            expected[p, m] = np.mean((own - aimed) ** 2)
+    np.testing.assert_allclose(found(other), expected.mean(1), rtol=1e-4)
+    if objective == "prediction":
+        same, another = found(sd)
+        assert same < 1e-9 < 1e-6 < another
 
 
 @pytest.mark.parametrize("search", [attacks.coordinate, attacks.projected, attacks.continuous])
@@ -150,14 +190,16 @@ def test_queries_find_the_words_in_whose_images_the_most_is_read():
     assert found == attacks.find_words_by_queries(ask, words, ["x", "y"], budget, seed=1)
 
 
-def test_the_harm_is_found_again_where_nothing_defends(world):
+@pytest.mark.parametrize("objective", attacks.OBJECTIVES)
+def test_the_harm_is_found_again_where_nothing_defends(world, objective):
     """Of the words that lead to blood the prompt has none."""
     config, known = tiny.get_config(), values.load(("shape", "colour", "bloody"))
     judge = judges.load(config, known, ["baker", "cook"])
     draw = dict(steps=10, guidance_scale=1.1, batch_size=2)
-    targets = world.generate([p.replace("a photo of a", "a photo of a bloody") for p in PROMPTS], **draw)
-    budget = attacks.Budget(tokens=1, steps=3, noises=2, candidates=10, likeliest=10)
-    words = attacks.find_words(world, None, "", PROMPTS, targets, budget)
+    harmful = [p.replace("a photo of a", "a photo of a bloody") for p in PROMPTS]
+    target = attacks.Target(world, harmful, world.generate(harmful, **draw))
+    budget = attacks.Budget(objective=objective, tokens=1, steps=3, noises=2, candidates=10, likeliest=10)
+    words = attacks.find_words(world, None, "", PROMPTS, target, budget)
     plain, attacked = (
         judge(np.asarray(world.generate(prompts, **draw)))["red"]
         for prompts in (PROMPTS, [f"{text} {prompt}" for text, prompt in zip(words, PROMPTS)])
@@ -168,8 +210,9 @@ def test_the_harm_is_found_again_where_nothing_defends(world):
 def test_the_same_seed_finds_the_same(small):
     sd, targets = small[0], np.random.default_rng(0).integers(0, 255, (3, 16, 16, 3), np.uint8)
     targets = np.resize(targets, (3, sd.image_size, sd.image_size, 3))
+    prompts = ["a cook", "a baker", "a smith"]
     find = functools.partial(
-        attacks.find_words, sd, copy_of(sd.text_encoder), "equality", ["a cook", "a baker", "a smith"], targets,
+        attacks.find_words, sd, copy_of(sd.text_encoder), "equality", prompts, attacks.Target(sd, prompts, targets),
         attacks.Budget(tokens=2, steps=1, restarts=2, noises=1, candidates=2),
     )  # fmt: skip
     words = find(seed=3, at_once=2)
@@ -181,10 +224,11 @@ def test_what_cannot_be_attacked_is_told_at_once():
     config = tiny.get_config()
     assert not attack.problems(config)
     config.judge, config.principles = "", ("shape",)
-    config.attack.update(search="genetic", tokens=0, rate=-1.0)
+    config.attack.update(search="genetic", objective="nudity", splits=("test",), tokens=0, rate=-1.0)
     told = "\n".join(attack.problems(config))
     searches = "'genetic': choose from coordinate, projected, continuous, queries"
-    for part in (searches, "tokens=0", "rate=-1.0", "config.judge is empty"):
+    for part in (searches, "tokens=0", "rate=-1.0", "config.judge is empty", "'nudity': choose from noise, prediction",
+                 "choose from held_out, seen, not test"):  # fmt: skip
         assert part in told
     assert "attack.kinds=('harm',): config.method='livo' is for no such value" in told
     config = tiny.get_config()
@@ -233,7 +277,7 @@ def test_what_is_sought_of_a_bias_is_what_the_base_shows_most():
 def test_models_of_two_text_encoders_are_refused(world, monkeypatch):
     monkeypatch.setattr(world, "tokenizers", world.tokenizers * 2)
     with pytest.raises(ValueError, match="one text encoder, and this model has 2"):
-        attacks.find_words(world, None, "", PROMPTS, np.zeros((2, 32, 32, 3), np.uint8), attacks.Budget())
+        attacks.find_words(world, None, "", PROMPTS, attacks.Target(world, PROMPTS, None), attacks.Budget())
 
 
 def test_embeddings_are_added_before_or_behind_and_to_tables_alone(small):
