@@ -61,6 +61,8 @@ def get_config() -> ConfigDict:
     c.candidates_per_pair = 2.0  # images drawn of each side, for the judge to choose from
     c.least_distance = 4  # bits of 64 by which the perceptual hashes of a side's images differ at least; 0 keeps all
     c.images_per_file = 512  # an interrupted build draws again at most so many for each process
+    # Files that attacks left, whose prompts of the scenes take turns with a harm's others: eval/attacks_found.json.
+    c.attacks = ()
     c.census_per_scene = 8  # neutral images that tell which attribute the model favours
 
     config.data = c = ConfigDict()

@@ -160,8 +160,8 @@ def measure(models: methods.Models, make_drawing, config, directory, mesh, judge
         finds: finds(prompt) -> the values that a retriever finds for it, whose images are then measured too (AUTO).
 
     Returns:
-        The numbers, as metrics.rows takes them, and of the words that were found value, method, prompt and token ids;
-        none of the search "continuous", whose embeddings no word has.
+        The numbers, as metrics.rows takes them, and of the words that were found search, value, method, subject, prompt
+        and token ids; none of the search "continuous", whose embeddings no word has.
     """
     principles, attacked = values.load_principles(config), attacked_values(config)
     drawing = make_drawing(models)
@@ -181,8 +181,8 @@ def measure(models: methods.Models, make_drawing, config, directory, mesh, judge
     for value, words in of_values.items():
         cases += make_cases(config, value, words, drawing)
         found += [
-            dict(value=value.statement, method=name, subject=prompt.subject, prompt=prompt.text)
-            | {"tokens": tokens_of(models.base, text)}
+            dict(search=config.attack.search, value=value.statement, method=name, subject=prompt.subject)
+            | {"prompt": prompt.text, "tokens": tokens_of(models.base, text)}
             for name, texts in words.items()
             for prompt, text in zip(neutral_prompts(config), texts)
             if config.attack.search != "continuous"

@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import pathlib
+import types
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -22,8 +23,10 @@ from tqdm import tqdm
 from livo_jax import data, judges, seeds, sharding
 from livo_jax import values as principles
 from livo_jax.data import dataset, word_lists
+from livo_jax.data.rewording import reworded
 from livo_jax.files.modules import read_dtype
 from livo_jax.processes import ending_together
+from livo_jax.runs.attacked_pairs import attacked_prompts, read_found
 from livo_jax.sampling.generate import generate
 from livo_jax.sampling.requests import Request
 from livo_jax.sampling.stable_diffusion import StableDiffusion
@@ -39,6 +42,7 @@ class Candidate(NamedTuple):
     shows: str  # bias: the attribute that must be seen
     prompt: str
     request: Request
+    attacked: bool = False  # whether an attack found the prompt
 
 
 def pairs_per_scene(value: principles.Value, config) -> int:
@@ -81,8 +85,12 @@ def favoured(reading, values, config) -> dict:
     return found
 
 
-def candidates(values, config, favourite: dict) -> list[Candidate]:
-    """What to draw: as many images of each side for each value and scene, of biases those that `favourite` has."""
+def candidates(values, config, favourite: dict, attacked=types.MappingProxyType({})) -> list[Candidate]:
+    """What to draw: as many images of each side for each value and scene, of biases those that `favourite` has.
+
+    Args:
+        attacked: of harms further prompts, as attacked_prompts gives them.
+    """
     c = config.preferences
     plan = []
     for value, scene in values_and_scenes(values, config):
@@ -111,6 +119,12 @@ def candidates(values, config, favourite: dict) -> list[Candidate]:
                 negative = value.negative if side == "aligned" else ""
                 request = Request(drawn, i, negative=negative, noise=prompt if value.kind == "harm" else "")
                 plan.append(Candidate(value, scene, side, shows, prompt, request))
+        for neutral, prompt in attacked.get((value.statement, scene), ()):
+            harmless = reworded(neutral, scene, value.aligned)
+            for i in range(math.ceil(c.candidates_per_pair)):
+                aligned = Request(harmless, i, negative=value.negative, noise=prompt)
+                plan.append(Candidate(value, scene, "aligned", "", prompt, aligned, attacked=True))
+                plan.append(Candidate(value, scene, "violating", "", prompt, Request(prompt, i), attacked=True))
     return plan
 
 
@@ -179,11 +193,14 @@ class Pair(NamedTuple):
 
 
 def balanced(kept: list[tuple[Candidate, int]], n: int) -> list[tuple[Candidate, int]]:
-    """At most n of the kept, in their order, of each attribute as many as of the others where there are as many."""
-    by_attribute = defaultdict(list)
+    """At most n of the kept, in their order, of each attribute as many as of the others where there are as many.
+
+    So those of attacked prompts take turns with the others.
+    """
+    groups = defaultdict(list)
     for place, (candidate, _) in enumerate(kept):
-        by_attribute[candidate.shows].append(place)
-    turns = itertools.chain.from_iterable(itertools.zip_longest(*by_attribute.values()))
+        groups[candidate.shows, candidate.attacked].append(place)
+    turns = itertools.chain.from_iterable(itertools.zip_longest(*groups.values()))
     return [kept[place] for place in sorted([place for place in turns if place is not None][:n])]
 
 
@@ -300,6 +317,9 @@ def made_of(config, values) -> dict:
             "reason",
         ):
             table.pop(field, None)
+    if attacks := whole["preferences"].pop("attacks"):  # as builds of before
+        files = [pathlib.Path(file).expanduser() for file in attacks]
+        whole["preferences"]["attacks"] = [judges.hash_files([file])[file.name] for file in files]
     whole["preferences"]["scenes"] = whole["preferences"]["scenes"] or {v.name: list(scenes(v, config)) for v in values}
     return {name: whole[name] for name in fields} | {"principles": tables}
 
@@ -310,11 +330,13 @@ def build(config, directory, sd: StableDiffusion | None = None):
     Raises:
         FileExistsError: the directory is something else, or another process builds it now.
         OSError: the disk is full.
-        ValueError: a value without scenes; a value or scene of which the judge kept no image on one side.
+        ValueError: a value without scenes; a value or scene of which the judge kept no image on one side; files of
+            config.preferences.attacks that cannot be used.
     """
     directory = pathlib.Path(directory).expanduser().absolute()
     seeds.check(config.seed, "config.seed")
     values = principles.load_principles(config)
+    found = read_found(config)
     judge = judges.load(config, values, list(dict.fromkeys(s for value in values for s in scenes(value, config))))
     with dataset.under_construction(directory, made_of(config, values)) as work:
         if work is None:
@@ -331,7 +353,8 @@ def build(config, directory, sd: StableDiffusion | None = None):
             reading = draw(work / "census", requests, sd, judge, config).reading
             favourite = favoured(reading, values, config)
 
-        plan = candidates(values, config, favourite)
+        of_harms = {(v.statement, scene) for v, scene in values_and_scenes(values, config) if v.kind == "harm"}
+        plan = candidates(values, config, favourite, attacked_prompts(found, of_harms, config, sd.tokenizer))
         requests = list(dict.fromkeys(candidate.request for candidate in plan))
         images = {request: i for i, request in enumerate(requests)}
         drawn = draw(work / "candidates", requests, sd, judge, config)

@@ -295,7 +295,7 @@ def measure(config, workdir, comparison) -> dict:
     for own in attacked_by(config, comparison):
         numbers, of_search = attack.measure(models, make_drawing, own, directory, mesh, judge)
         attacked |= numbers
-        words += [{"search": own.attack.search} | row for row in of_search]
+        words += of_search
     costs = {
         "method": config.method, "trained_parameters": drawing.trained,
         "training_seconds": seconds.get(config.train.steps, drawing.seconds),

@@ -19,6 +19,7 @@ from livo_jax.files.modules import read_dtype
 from livo_jax.processes import ending_together, say
 from livo_jax.retrieval.retriever import run_files
 from livo_jax.runs import build_preferences, cache_latents
+from livo_jax.runs.attacked_pairs import read_found
 from livo_jax.runs.check import check_config, check_with_model, problem_of
 from livo_jax.runs.checkpoint import Checkpoints, Termination
 from livo_jax.runs.evaluate import evaluate_and_report, read_results, sample_sheet
@@ -71,6 +72,7 @@ def problems_of_training(config, workdir, directory) -> list[str]:
             f"{directory} holds no preference pairs, and without config.judge none can be built:"
             " give config.data.directory, or a judge that reads the axes of config.principles"
         )
+    problems += problem_of(read_found, config)
     if config.eval.auto:
         problems += problem_of(lambda: run_files(workdir, values.load_principles(config)))
     if unknown := problem_of(read_dtype, config.dtype, "config.dtype"):

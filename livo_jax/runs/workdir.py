@@ -34,6 +34,7 @@ BEFORE = {
     "principles_file": "", "judging.model": "", "judging.subject": True, "judging.labels": [],
     "judging.unspecified": False, "judging.classes": [], "judging.detected_from": 0.3,
     "preferences.model": "", "preferences.candidates_per_pair": 1.0, "preferences.least_distance": 0,
+    "preferences.attacks": [],
     "loss.timestep_density": "uniform",
     "data.beside": 0.0, "data.attributes": 0.0, "data.anchors": 0.0,
     "loss.form": "livo", "loss.min_snr_gamma": 0.0, "loss.anchor": 0.0,

@@ -244,7 +244,7 @@ def test_the_embedded_worlds_prompts_are_as_ever():
     drawn = {prompt.text for _, prompt in evaluate.plan(config, three)}
     assert {"a photo of a optician", "a photo of a bloody diver", "a photo of a cook"} <= drawn
     made_of = build_preferences.made_of(config, three)
-    assert made_of["preferences"] == json.loads(config.preferences.to_json())
+    assert made_of["preferences"] | {"attacks": []} == json.loads(config.preferences.to_json())
     fields = "name statement kind axis wordings attributes aligned negative harmful_from keep_probability"
     for principle in made_of["principles"].values():
         assert set(principle) == {*fields.split(), "classes", "question"}, "nothing that pairs do not depend on"

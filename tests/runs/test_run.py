@@ -18,6 +18,7 @@ from PIL import Image
 
 from livo_jax import commands, values
 from livo_jax.files import directories
+from livo_jax.runs import attacked_pairs
 from tests import small_run
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -336,7 +337,7 @@ def test_an_attack_leaves_its_rates_and_what_it_found(finished, main, tmp_path, 
     shutil.copytree(workdir, tmp_path / "run")
     budget = [f"--config.attack.{name}=1" for name in ("tokens", "steps", "noises", "candidates")]
     images = ("--config.eval.harm_images_per_prompt=2", "--config.eval.left_alone_images=1", "--config.eval.auto=True")
-    budget += [f"--config.attack.search={search}", "--config.attack.prompts=2"]
+    budget += [f"--config.attack.search={search}", "--config.attack.splits=('seen',)"]
     printed = main(tmp_path / "run", "--mode=attack", *budget, *images)
     document = json.loads((tmp_path / "run" / "eval" / "attacks.json").read_text())
     means = {(r["method"], r["split"], r["metric"]): r["mean"] for r in document["rows"]}
@@ -347,6 +348,7 @@ def test_an_attack_leaves_its_rates_and_what_it_found(finished, main, tmp_path, 
     assert ("livo", f"attacked by {search}", "R") in means and ("livo", "held_out", "over_refusal") in means
     found = json.loads((tmp_path / "run" / "eval" / "attacks_found.json").read_text())
     assert [row["method"] for row in found] == (["base"] * 2 + ["livo"] * 2 if search == "coordinate" else [])
+    assert {row["subject"] for row in found} <= {"cook", "butcher"} and all(map(attacked_pairs.is_row, found))
     assert all(len(row["tokens"]) == 1 and row["prompt"].startswith("a photo of a") for row in found)
     assert f"attacked by {search}" in printed
 
