@@ -143,7 +143,8 @@ def get_config() -> ConfigDict:
     c.prompt_sets = prompt_sets.get_sets()
 
     config.attack = c = ConfigDict()  # --mode=attack: what it spends on each harm; docs/attacks.md
-    c.search = "coordinate"  # greedy, of words; or projected, continuous (no words, a bound), queries (by images alone)
+    # Of words, greedy; or projected, continuous (no words, a bound), queries and paraphrases (by images alone).
+    c.search = "coordinate"
     c.objective = "noise"  # by gradients: that of the target image, UnlearnDiffAtk's; or prediction, the base's, P4D's
     c.kinds = ("harm",)  # of values that are attacked; "bias" by queries
     c.splits = ("held_out", "seen")  # whose subjects are attacked, in this order
@@ -153,6 +154,8 @@ def get_config() -> ConfigDict:
     c.candidates, c.likeliest = 32, 32  # coordinate: tried in a step, of so many for each place
     c.rate = 0.2  # projected, continuous: how far a step moves a word's embedding, in the mean length of one
     c.queries = 240  # queries: images of each prompt that it may look at
+    c.paraphrases = 8  # paraphrases: other wordings of each harmful prompt, of which the worst is measured
+    c.endpoint, c.model = "", ""  # paraphrases: base URL of an OpenAI-compatible server, the model's name there
     c.prompts, c.at_once = 16, 16  # neutral prompts that are attacked, and how many together
     c.seed = 0
 

@@ -24,6 +24,7 @@ All prompts of a batch are attacked in one compiled program, without a stop betw
 Black box, by what a judge reads in the images, so of any method, whatever it is made of:
 
     queries      hill climbing: a word is changed, images are drawn, and the words are kept that show the most harm
+    paraphrases  of other wordings of the harmful prompt (paraphrases.py) that in whose images the most harm is read
 """
 
 import copy
@@ -41,7 +42,7 @@ from livo_jax.models.weights import split
 from livo_jax.training.losses import denoising_error
 
 WHITE = ("coordinate", "projected", "continuous")
-SEARCHES = (*WHITE, "queries")
+SEARCHES = (*WHITE, "queries", "paraphrases")
 OBJECTIVES = ("noise", "prediction")
 LEAST = 1e-12
 JUDGED = 16  # noises by which the words of several restarts are compared
@@ -85,6 +86,15 @@ class Texts(NamedTuple):
 
     ids: np.ndarray
     at: int | None
+
+
+def check_encoders(sd):
+    """Raises ValueError for a model of several text encoders, through which no search by gradient goes."""
+    if len(sd.tokenizers) > 1:
+        raise ValueError(
+            f"attacks by gradient go through one text encoder, and this model has {len(sd.tokenizers)}: take"
+            " config.attack.search='queries' or 'paraphrases', which attack any model, or measure it by prompt sets"
+        )
 
 
 def whole_words(tokenizer) -> np.ndarray:
@@ -146,10 +156,7 @@ def find(
     Raises:
         ValueError: a model of several text encoders, or prompts that leave no room.
     """
-    if len(sd.tokenizers) > 1:
-        raise ValueError(
-            f"attacks go through one text encoder, and this model has {len(sd.tokenizers)}: measure it by prompt sets"
-        )
+    check_encoders(sd)
     allowed = whole_words(sd.tokenizer)
     filler = sd.tokenizer.decode([int(allowed[0])]).strip()
     texts = [with_gap(sd, prompts, prompts, filler, budget.tokens)]
@@ -227,6 +234,13 @@ def find_words_by_queries(ask, words: list[str], prompts: list[str], budget: Bud
         best[better], scores[better] = tried[better], found[better]
     of_restarts = best.reshape(R, P, -1)[scores.reshape(R, P).argmax(0), np.arange(P)]
     return [" ".join(row) for row in table[of_restarts]]
+
+
+def choose_paraphrases(ask, wordings) -> list[str]:
+    """Of each prompt's wordings [P, N] that in whose images the most is read; ask: as find_words_by_queries has it."""
+    wordings = np.asarray(wordings)
+    scores = np.stack([ask(column.tolist()) for column in wordings.T])
+    return wordings[np.arange(len(wordings)), scores.argmax(0)].tolist()
 
 
 def embeddings(params: dict) -> jax.Array:

@@ -91,15 +91,14 @@ class Drawn:
         file = self.folder / f"{name}_{_key(depends_on)}.json"
         with ending_together():  # of every process the same: none writes yet
             there = file.exists()
-        if there:
-            return json.loads(file.read_text())
-        made = make()
-        with ending_together():
-            if jax.process_index() == 0:
-                unfinished = file.with_suffix(".unfinished")
-                unfinished.write_text(json.dumps(made))
-                unfinished.rename(file)
-        return made
+        if not there:
+            made = make()
+            with ending_together():  # and others read what process 0 has made: of a language model it differs
+                if jax.process_index() == 0:
+                    unfinished = file.with_suffix(".unfinished")
+                    unfinished.write_text(json.dumps(made))
+                    unfinished.rename(file)
+        return json.loads(file.read_text())
 
     def image(self, request) -> np.ndarray:
         """[H, W, 3] uint8."""

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from livo_jax import judges, methods, values
-from livo_jax.evaluation import attacks, metrics, report
+from livo_jax.evaluation import attacks, metrics, paraphrases, prompt_sets, report
 from livo_jax.evaluation.cases import (  # fmt: skip
     AUTO,
     Case,
@@ -40,6 +40,7 @@ from livo_jax.sampling.requests import Request, with_values
 
 LOOKED_AT = {"harm": 4, "bias": 20}  # images of the base by which it is decided what is sought
 NEUTRAL, HARMFUL = "neutral", "harm said"
+BUDGET = ("tokens", "steps", "restarts", "noises", "candidates", "likeliest", "paraphrases", "prompts", "at_once")
 SPLITS = ("held_out", "seen")
 
 
@@ -50,7 +51,7 @@ def problems(config) -> list[str]:
         found.append(f"config.attack.search={c.search!r}: choose from {', '.join(attacks.SEARCHES)}")
     if c.objective not in attacks.OBJECTIVES:
         found.append(f"config.attack.objective={c.objective!r}: choose from {', '.join(attacks.OBJECTIVES)}")
-    for name in ("tokens", "steps", "restarts", "noises", "candidates", "likeliest", "prompts", "at_once"):
+    for name in BUDGET:
         if c[name] < 1:
             found.append(f"config.attack.{name}={c[name]}: choose at least 1")
     if c.search == "queries" and c.queries < (least := c.noises * c.restarts):
@@ -66,8 +67,14 @@ def problems(config) -> list[str]:
         )
     if unknown := sorted({*c.kinds} - {"harm", "bias"}):
         found.append(f"config.attack.kinds={c.kinds}: choose from harm, bias, not {', '.join(unknown)}")
-    if "bias" in c.kinds and c.search in attacks.WHITE:
+    if "bias" in c.kinds and c.search != "queries":
         found.append(f"config.attack.search={c.search!r}: a bias has no target image, attack it by 'queries'")
+    if c.search == "paraphrases" and not (c.model and c.endpoint.startswith(("http://", "https://"))):
+        found.append(
+            f"config.attack.endpoint={c.endpoint!r}, config.attack.model={c.model!r}: a language model makes"
+            " paraphrases, give its base URL, as http://localhost:8000/v1, and its name there; without one take"
+            " config.attack.search='queries', or wordings of your own in config.eval.harmful_wordings"
+        )
     if unknown := sorted({*c.splits} - {*SPLITS}):
         found.append(f"config.attack.splits={c.splits}: choose from {', '.join(SPLITS)}, not {', '.join(unknown)}")
     elif not attacked_subjects(config):
@@ -79,6 +86,12 @@ def problems(config) -> list[str]:
 def check(config):
     """Raises ValueError with all `problems`."""
     fail_with(problems(config))
+
+
+def check_with_model(config, sd):
+    """Raises ValueError for a model that the search cannot attack."""
+    if config.attack.search in attacks.WHITE:
+        attacks.check_encoders(sd)
 
 
 def by_search(config, search: str):
@@ -103,6 +116,7 @@ def attack(models: methods.Models, config, mesh, workdir) -> list[dict]:
         ValueError: a config that cannot work, or a model that cannot be attacked.
     """
     check(config)
+    check_with_model(config, models.base)
     judge = judges.load(config, values.load_principles(config), subjects(config))
     method = methods.make_method(config)
     make_drawing = functools.partial(method.make_drawing, mesh=mesh, workdir=workdir, judge=judge)
@@ -123,7 +137,8 @@ def attack(models: methods.Models, config, mesh, workdir) -> list[dict]:
 def write(folder, results: list[dict], found: list[dict], budget, pinned: list):
     """Writes attacks.json and attacks_found.json; `budget`: config.attack. Others as `measure` gives them."""
     (folder / "attacks_found.json").write_text(json.dumps(found, indent=2) + "\n")
-    document = metrics.document(results, pinned) | {"attack": budget.to_dict()}
+    told = {name: x for name, x in budget.to_dict().items() if name != "endpoint"}  # whose address is no one's business
+    document = metrics.document(results, pinned) | {"attack": told}
     (folder / "attacks.json").write_text(json.dumps(document, indent=2) + "\n")
 
 
@@ -135,8 +150,9 @@ def is_attacked(config) -> bool:
 def passes(config) -> int:
     """Of the UNet, to find the words on one model, for all values; a step back counts as two."""
     c, n = config.attack, config.attack.prompts * len(attacked_values(config))
-    if c.search == "queries":
-        return n * c.queries * config.sampling.steps * (2 if config.sampling.guidance_scale > 1 else 1)
+    if c.search not in attacks.WHITE:
+        images = c.queries if c.search == "queries" else c.paraphrases * c.noises
+        return n * images * config.sampling.steps * (2 if config.sampling.guidance_scale > 1 else 1)
     tried = 1 + c.candidates if c.search == "coordinate" else 0
     of_base = int(c.objective == "prediction")
     return n * c.restarts * (c.steps * c.noises * (3 + tried + of_base) + attacks.JUDGED * (1 + of_base))
@@ -144,6 +160,7 @@ def passes(config) -> int:
 
 def seek_on_base(sd, config, directory, mesh):
     """Finds the words for the base, for several methods' attacks to share. Arguments as of `measure`."""
+    check_with_model(config, sd)
     principles = values.load_principles(config)
     judge = judges.load(config, principles, subjects(config))
     base = as_drawn(methods.base(config, sd, mesh), sd, config, principles, judge, directory, mesh)
@@ -232,8 +249,13 @@ def sought_of(base: Drawn, config, value) -> np.ndarray:
     """Of each neutral prompt what an attack is to bring back.
 
     Of a harm [P, H, W, 3] uint8, the base's image of the harmful prompt in which most of it is read; of a bias [P], the
-    attribute that most of the base's images show.
+    attribute that most of the base's images show. Of paraphrases themselves [P, N], the same for all methods.
     """
+    c = config.attack
+    if c.search == "paraphrases":
+        asked = dict(prompts=[prompt.text for prompt in harmful_prompts(config, value)], count=c.paraphrases)
+        ask = functools.partial(paraphrases.ask_for_paraphrases, **asked, url=c.endpoint, model=c.model)
+        return np.array(base.keep("paraphrases", asked | {"model": c.model, "seed": c.seed}, ask))
     prompts = harmful_prompts(config, value) if value.kind == "harm" else neutral_prompts(config)
     requests = [[Request(prompt.text, i) for i in range(LOOKED_AT[value.kind])] for prompt in prompts]
     Sides(base, base).draw([request for of_prompt in requests for request in of_prompt])
@@ -253,8 +275,10 @@ def seek(drawn: Drawn, models: methods.Models, config, value, sought, applied=()
     """
     budget = attacks.Budget(**{name: config.attack[name] for name in attacks.Budget._fields})
     prompts = [prompt.text for prompt in neutral_prompts(config)]
-    if budget.search == "queries":
-        ask = functools.partial(read_sought, drawn, config, value, dict(zip(prompts, sought)), applied)
+    ask = functools.partial(read_sought, drawn, config, value, dict(zip(prompts, sought)), applied)
+    if budget.search == "paraphrases":
+        find = functools.partial(attacks.choose_paraphrases, ask, sought)
+    elif budget.search == "queries":
         words = harmless_words(models.base, config, value)
         find = functools.partial(attacks.find_words_by_queries, ask, words, prompts, budget, seed=config.attack.seed)
     else:
@@ -309,13 +333,18 @@ def make_cases(config, value, words: dict[str, list[str]], drawing: methods.Draw
     """Those of the base and of the method, by what the prompt is; a harm's value is on every image."""
     found, neutral = [], neutral_prompts(config)
     splits = {NEUTRAL: neutral} | ({HARMFUL: harmful_prompts(config, value)} if value.kind == "harm" else {})
+    of_sets = {}  # what others found, as it stands in their files
+    for prompt in prompt_sets.rows(config, value) if value.kind == "harm" else ():
+        of_sets.setdefault(prompt.split, []).append(prompt)
     tokens = drawing.tokens and value.kind == "bias"  # dealt out to its share of the images, as users get it
     for name, texts in words.items():
-        attacked = [own._replace(text=f"{text} {own.text}") for text, own in zip(texts, neutral)]
-        for split, prompts in (splits | {f"attacked by {config.attack.search}": attacked}).items():
-            for prompt, own in zip(prompts, neutral):
+        whole = config.attack.search == "paraphrases"
+        attacked = [own._replace(text=text if whole else f"{text} {own.text}") for text, own in zip(texts, neutral)]
+        for split, prompts in (splits | {f"attacked by {config.attack.search}": attacked} | of_sets).items():
+            for prompt, own in zip(prompts, prompts if split in of_sets else neutral):
                 # Of one noise all: what an attack costs in the picture shows beside the neutral prompt's own.
-                requests = [Request(prompt.text, i, noise=own.text) for i in range(images_of(value, config))]
+                requests = prompt.requests(images_of(value, config))
+                requests = [r._replace(noise="" if prompt is own else own.text) for r in requests]
                 groups = groups_of(value, requests, 0.0)
                 if name != "base":
                     deal = functools.partial(with_values, seed=config.eval.seed) if tokens else everywhere

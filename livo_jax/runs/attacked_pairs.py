@@ -43,14 +43,15 @@ def is_row(row) -> bool:
 
 
 def attacked_prompt(row: dict, tokenizer) -> str:
-    """The text of a row: the words before its prompt.
+    """The text of a row: the words before its prompt, or a paraphrase of it.
 
     Raises:
         ValueError: ids that the tokenizer has not.
     """
     if (last := max(row["tokens"])) >= len(tokenizer):
         raise ValueError(f"config.preferences.attacks has the token {last}: it is of another model, attack this one")
-    return f"{tokenizer.decode(row['tokens'])} {row['prompt']}"
+    text = tokenizer.decode(row["tokens"])
+    return text if row["search"] == "paraphrases" else f"{text} {row['prompt']}"
 
 
 def attacked_prompts(rows: list[dict], there: set, config, tokenizer) -> dict[tuple, list[tuple[str, str]]]:

@@ -207,6 +207,11 @@ def test_the_harm_is_found_again_where_nothing_defends(world, objective):
     assert (plain < known[2].harmful_from).all() and (attacked >= known[2].harmful_from).mean() >= 0.5, words
 
 
+def test_of_paraphrases_the_worst_is_chosen():
+    wordings = [["a", "bbb", "cc"], ["dd", "e", "f"]]
+    assert attacks.choose_paraphrases(lambda texts: np.array([len(text) for text in texts]), wordings) == ["bbb", "dd"]
+
+
 def test_the_same_seed_finds_the_same(small):
     sd, targets = small[0], np.random.default_rng(0).integers(0, 255, (3, 16, 16, 3), np.uint8)
     targets = np.resize(targets, (3, sd.image_size, sd.image_size, 3))
@@ -226,7 +231,7 @@ def test_what_cannot_be_attacked_is_told_at_once():
     config.judge, config.principles = "", ("shape",)
     config.attack.update(search="genetic", objective="nudity", splits=("test",), tokens=0, rate=-1.0)
     told = "\n".join(attack.problems(config))
-    searches = "'genetic': choose from coordinate, projected, continuous, queries"
+    searches = "'genetic': choose from coordinate, projected, continuous, queries, paraphrases"
     for part in (searches, "tokens=0", "rate=-1.0", "config.judge is empty", "'nudity': choose from noise, prediction",
                  "choose from held_out, seen, not test"):  # fmt: skip
         assert part in told
@@ -237,6 +242,10 @@ def test_what_cannot_be_attacked_is_told_at_once():
     config.attack.update(search="projected", kinds=("bias", "style"))
     told = "\n".join(attack.problems(config))
     assert "not style" in told and "a bias has no target image, attack it by 'queries'" in told
+    config = tiny.get_config()
+    config.attack.update(search="paraphrases", endpoint="localhost")
+    (told,) = attack.problems(config)
+    assert "'localhost', config.attack.model=''" in told and "take config.attack.search='queries', or wordings" in told
 
 
 def test_words_that_state_an_attribute_are_none_to_attack_a_bias_with(world):
@@ -276,7 +285,7 @@ def test_what_is_sought_of_a_bias_is_what_the_base_shows_most():
 
 def test_models_of_two_text_encoders_are_refused(world, monkeypatch):
     monkeypatch.setattr(world, "tokenizers", world.tokenizers * 2)
-    with pytest.raises(ValueError, match="one text encoder, and this model has 2"):
+    with pytest.raises(ValueError, match="one text encoder, and this model has 2: take .*'queries'"):
         attacks.find_words(world, None, "", PROMPTS, attacks.Target(world, PROMPTS, None), attacks.Budget())
 
 

@@ -250,7 +250,7 @@ MISTAKES = {  # flags: what the answer holds
     ("--config.judge=vlm",): "'shape' has no `question`.*model is",
     ("--mode=evaluate",): "no checkpoint: train first",
     ("--mode=attack", "--config.attack.search=best", "--config.attack.steps=0"):
-        "'best': choose from coordinate, projected, continuous, queries(.|\n)*attack.steps=0: choose at least 1",
+        "'best': choose from coordinate, projected, .*queries, paraphrases(.|\n)*attack.steps=0: choose at least 1",
     ("--mode=generate",): "generate needs --out=DIR",
     ("--mode=generate", "--out=DIR"): "needs --prompt=TEXT or --prompts_file=FILE",
     ("--mode=generate", "--out=DIR", "--prompt=a\udcff", "--prompts_file=docs/demo.png"):
