@@ -275,7 +275,8 @@ def measure(config, workdir, comparison) -> dict:
 
     models = restore_models()
     drawing = make_drawing(models)
-    found = evaluate.evaluate(sd, drawing, config, directory, mesh, judge)
+    finds = evaluate.find_values(models, config, workdir) if config.eval.auto and drawing.tokens else None
+    found = evaluate.evaluate(sd, drawing, config, directory, mesh, judge, finds)
     ways = [drawing, methods.base(config, sd, mesh)]
     speeds = images_per_second([way.draw for way in ways], method.KINDS, followed, config, mesh)
     seconds, points = seconds_of(workdir), []
@@ -293,7 +294,7 @@ def measure(config, workdir, comparison) -> dict:
         ]
     attacked, words = {}, []
     for own in attacked_by(config, comparison):
-        numbers, of_search = attack.measure(models, make_drawing, own, directory, mesh, judge)
+        numbers, of_search = attack.measure(models, make_drawing, own, directory, mesh, judge, finds)
         attacked |= numbers
         words += of_search
     costs = {
@@ -341,7 +342,7 @@ def write(found: list[dict], config, workdir) -> list[dict]:
     for of in found:
         one = of["costs"]["method"]
         numbers |= cases.beside_others(one, of["numbers"])
-        attacked |= of["attacked"]
+        attacked |= cases.beside_others(one, of["attacked"])
         words |= {tuple(row[name] for name in WORD): row for row in of["words"]}  # the base's once
         rows = [row | {"method": cases.name_beside_others(one, row["method"])} for row in of["readings"]]
         readings |= {tuple(row.get(name) for name in PLACE): row for row in rows}  # the base's once

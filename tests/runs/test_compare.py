@@ -240,7 +240,7 @@ def get_config():
         own.model, own.random_weights, own.data.directory = "ROOT/model", True, "PAIRS"
         own.principles, own.mesh.data, own.sampling.batch_size = ("shape", "bloody"), 1, 8
         own.sampling.steps, own.eval.harmful_wordings, own.eval.left_alone_wordings = 2, {{}}, {{}}
-        own.train.steps, own.eval.combinations = min(own.train.steps, 2), True
+        own.train.steps, own.eval.combinations, own.eval.auto = min(own.train.steps, 2), True, True
         own.eval.images_per_prompt = own.eval.harm_images_per_prompt = own.eval.left_alone_images = 2
         own.attack.kinds = ("harm", "bias")
         own.attack.prompts = own.attack.tokens = own.attack.noises = own.attack.queries = 1
@@ -289,13 +289,14 @@ def test_three_methods_from_start_to_end_with_an_interruption(root, tmp_path):
         return rows_of(json.loads((workdir / "eval" / f"{name}.json").read_text()), name)
 
     assert read("results") == results and results[0]["method"] == "base"
-    assert {row["method"] for row in results} == {"base", "plain", *METHODS}  # plain: a value alone, beside several
+    named = {"base", "plain", "auto", *METHODS}  # plain: a value alone, beside several; auto: where it is found
+    assert {row["method"] for row in results} == named
     places = [tuple(row[k] for k in ("method", "value", "split", "metric")) for row in results]
     assert len(places) == len({*places})
-    assert {row["other"] for row in read("differences")} == {"base", "dpo_unet", "plain", "words"}
+    assert {row["other"] for row in read("differences")} == named - {"livo"}
     assert {row["family"] for row in read("differences")} == {"livo against all others"}
     readings = list(csv.DictReader((workdir / "eval" / "readings.csv").read_text().splitlines()))
-    assert {row["method"] for row in readings} == {"base", "plain", *METHODS}
+    assert {row["method"] for row in readings} == named
     places = [tuple(row[k] for k in ("method", "value", "split", "prompt", "index")) for row in readings]
     assert len(places) == len({*places}), "the base's once"
     costs = {row["method"]: row for row in read("costs")}
@@ -307,7 +308,7 @@ def test_three_methods_from_start_to_end_with_an_interruption(root, tmp_path):
         assert {row["step"] for row in curve} == {2} and "D1" in {row["metric"] for row in curve}
         assert [row["seconds"] for row in curve] == sorted(row["seconds"] for row in curve)
     attacked = {(row["method"], row["split"], row["metric"]) for row in read("attacks")}
-    assert attacked >= {(name, "attacked by queries", m) for name in ("base", *METHODS) for m in ("R", "D1")}
+    assert attacked >= {(name, "attacked by queries", m) for name in named - {"plain"} for m in ("R", "D1")}
     words = json.loads((workdir / "eval" / "attacks_found.json").read_text())
     assert len(words) == 8 and {(row["method"], row["search"]) for row in words} == {
         (name, "queries") for name in ("base", *METHODS)
