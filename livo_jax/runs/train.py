@@ -67,12 +67,13 @@ def problems_of_training(config, workdir, directory) -> list[str]:
     problems = problem_of(check_wandb, config)
     if is_remote(directory):
         problems.append(f"{directory} is in a bucket, where pairs cannot be read: give a config.data.directory on disk")
-    elif not config.judge and not pathlib.Path(directory).expanduser().exists():
-        problems.append(
-            f"{directory} holds no preference pairs, and without config.judge none can be built:"
-            " give config.data.directory, or a judge that reads the axes of config.principles"
-        )
-    problems += problem_of(read_found, config)
+    elif not pathlib.Path(directory).expanduser().exists():
+        problems += problem_of(read_found, config)
+        if not config.judge:
+            problems.append(
+                f"{directory} holds no preference pairs, and without config.judge none can be built:"
+                " give config.data.directory, or a judge that reads the axes of config.principles"
+            )
     if config.eval.auto:
         problems += problem_of(lambda: run_files(workdir, values.load_principles(config)))
     if unknown := problem_of(read_dtype, config.dtype, "config.dtype"):

@@ -251,6 +251,7 @@ MISTAKES = {  # flags: what the answer holds
     ("--mode=evaluate",): "no checkpoint: train first",
     ("--mode=attack", "--config.attack.search=best", "--config.attack.steps=0"):
         "'best': choose from coordinate, projected, .*queries, paraphrases(.|\n)*attack.steps=0: choose at least 1",
+    ("--config.preferences.attacks=('nowhere.json',)",): "attacks: nowhere.json cannot be read .*: make it",
     ("--mode=generate",): "generate needs --out=DIR",
     ("--mode=generate", "--out=DIR"): "needs --prompt=TEXT or --prompts_file=FILE",
     ("--mode=generate", "--out=DIR", "--prompt=a\udcff", "--prompts_file=docs/demo.png"):
