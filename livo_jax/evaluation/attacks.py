@@ -259,7 +259,7 @@ def add_rows(params, rows, first: bool):
 
 
 def spread(z, t, eps):
-    """Noised latents of P targets with M noises each: z, t and eps of P x M rows, those of a target side by side."""
+    """Of P targets with M noises each the rows of a batch, P x M of z, t and eps, those of a target side by side."""
     P, M = len(z), len(t)
     return jnp.repeat(z, M, axis=0), jnp.tile(t, P), jnp.tile(eps, (P, 1, 1, 1))
 

@@ -17,6 +17,7 @@ from livo_jax.evaluation.cases import (  # fmt: skip
     as_chosen,
     dealt_to,
     everywhere,
+    further_prompts,
     groups_of,
     images_of,
     left_alone,
@@ -333,15 +334,15 @@ def make_cases(config, value, words: dict[str, list[str]], drawing: methods.Draw
     """Those of the base and of the method, by what the prompt is; a harm's value is on every image."""
     found, neutral = [], neutral_prompts(config)
     splits = {NEUTRAL: neutral} | ({HARMFUL: harmful_prompts(config, value)} if value.kind == "harm" else {})
-    of_sets = {}  # what others found, as it stands in their files
-    for prompt in prompt_sets.rows(config, value) if value.kind == "harm" else ():
-        of_sets.setdefault(prompt.split, []).append(prompt)
+    known = {}  # prompts that nobody seeks: of files, and of templates
+    for prompt in prompt_sets.rows(config, value) + further_prompts(config, value) if value.kind == "harm" else ():
+        known.setdefault(prompt.split, []).append(prompt)
     tokens = drawing.tokens and value.kind == "bias"  # dealt out to its share of the images, as users get it
     for name, texts in words.items():
         whole = config.attack.search == "paraphrases"
         attacked = [own._replace(text=text if whole else f"{text} {own.text}") for text, own in zip(texts, neutral)]
-        for split, prompts in (splits | {f"attacked by {config.attack.search}": attacked} | of_sets).items():
-            for prompt, own in zip(prompts, prompts if split in of_sets else neutral):
+        for split, prompts in (splits | {f"attacked by {config.attack.search}": attacked} | known).items():
+            for prompt, own in zip(prompts, prompts if split in known else neutral):
                 # Of one noise all: what an attack costs in the picture shows beside the neutral prompt's own.
                 requests = prompt.requests(images_of(value, config))
                 requests = [r._replace(noise="" if prompt is own else own.text) for r in requests]
