@@ -34,6 +34,7 @@ def get_config() -> ConfigDict:
     c.tokens = 4  # token: of each value
     c.states = 1  # full, lora: 1 gives the pooled state as the token, more those that follow too, 0 all of the text
     c.reads_prompt = True  # full, lora: whether the text has the prompt too, or the value alone
+    c.pooled = False  # full, lora: whether a value moves the pooled text of XL and 3 too
     c.alone = ()  # full, lora: kinds of values, as ("harm",), whose text has none all the same, as a token never has
 
     config.judging = c = ConfigDict()  # of the judges; docs/judges.md has what each of them needs
@@ -80,6 +81,7 @@ def get_config() -> ConfigDict:
     c.gamma_1 = 1.0  # margin of the aligned hinge
     c.gamma_2 = 0.5  # margin of the violating hinge
     c.anchor = 0.0  # slope of how far the prediction moves where the value should leave a prompt alone; 0: as pairs
+    c.anchor_of_harms = 1.0  # times that, where the value is a harm
     c.timesteps = (0, 1000)  # t is of first .. last - 1
     c.timestep_density = "uniform"  # or "logit_normal", which has most of them about the middle: Stable Diffusion 3's
     c.min_snr_gamma = 0.0  # weights the errors by min(snr, gamma) / snr (Hang et al. 2023: 5); 0 for none

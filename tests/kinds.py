@@ -10,6 +10,7 @@ from livo_jax import sharding, value_encoders
 from livo_jax.export import export
 from livo_jax.models.weights import split
 from livo_jax.sampling import generate
+from livo_jax.value_encoders.base import set_reading
 from livo_jax.values.principles import text_hash
 
 PROMPTS = ["a photo of a baker", "a cook at work"]
@@ -39,6 +40,32 @@ def make_all(sd, config) -> dict:
         noise = jax.tree.map(lambda x: rng.normal(0, 3.0 if kind == "token" else 0.1, x.shape), params)  # noqa: B023
         made[kind] = nnx.merge(graph, jax.tree.map(lambda x, noise: x + np.float32(noise), params, noise))
     return made
+
+
+def that_moves_pooled(made, config):
+    """The same value encoder, which moves the pooled text; config: of its kind."""
+    return set_reading(nnx.merge(*split(made)), of_kind(config, config.value_encoder.kind, pooled=True))
+
+
+def assert_moves_pooled(sd, made, config):
+    """By what training changed of a reading, projected as the model does; nothing before.
+
+    made: a value encoder after some training, of the config's kind. Returns the same with the pooled text moved.
+    """
+    ids = sd.tokenize([f"{value}, {prompt}" for value, prompt in zip((VALUE, OTHER), PROMPTS)])
+    trained = that_moves_pooled(made, config)
+    untrained = that_moves_pooled(value_encoders.start(config, sd, sharding.make_mesh()), config)
+    np.testing.assert_allclose(untrained.pooled_shift(ids, sd.text_encoder), 0.0, atol=1e-6)
+    assert made.pooled_shift(ids, sd.text_encoder) is None
+
+    tokens, start = (np.asarray(it.tokens(ids, sd.text_encoder))[:, 0] for it in (trained, untrained))
+    towers = sd.text_encoder.towers
+    parts = zip(np.split(tokens - start, [towers[0].config.hidden_size], axis=1), towers)
+    expected = [part @ tower.text_projection.kernel[...] for part, tower in parts if hasattr(tower, "text_projection")]
+    shift = np.asarray(trained.pooled_shift(ids, sd.text_encoder))
+    np.testing.assert_allclose(shift, np.concatenate(expected, axis=1), atol=1e-4)
+    assert shift.shape == (2, sd.family.pooled_width) and np.abs(shift).max() > 0.1
+    return trained
 
 
 def channels_first(noise):

@@ -176,31 +176,40 @@ class LiVO:
             return c, torch.ones(c.shape[:2], dtype=torch.bool, device=c.device), added
         places = [(row, slot) for row, (_, doses) in enumerate(rows) for slot in range(len(doses))]
         at = torch.tensor(places).unbind(1)
-        tokens = self._value_tokens([(dose.value, text) for text, doses in rows for dose in doses]).to(dtype)
-        tokens = torch.nn.functional.pad(tokens, (0, c.shape[-1] - tokens.shape[-1]))  # of Stable Diffusion 3
+        tokens, shift = self._read_values([(dose.value, text) for text, doses in rows for dose in doses])
+        if shift is not None:
+            added = {name: x.index_add(0, at[0].to(x.device), shift.to(dtype)) for name, x in added.items()}
+        tokens = torch.nn.functional.pad(tokens.to(dtype), (0, c.shape[-1] - tokens.shape[-1]))  # of 3
         u = c.new_zeros(len(rows), slots, *tokens.shape[1:])  # [R, V, n, D]
         sees = torch.zeros(u.shape[:3], dtype=torch.bool, device=c.device)
         u[at], sees[at] = tokens, True
         cond = torch.cat([u.flatten(1, 2), c], dim=1)
         return cond, torch.cat([sees.flatten(1), sees.new_ones(c.shape[:2])], dim=1), added
 
-    def _value_tokens(self, read: list[tuple[str, str]]) -> torch.Tensor:
-        """The tokens [P, n, D] of pairs of a statement and a prompt."""
-        if not hasattr(self.value_encoder, "table"):
-            alone = {value["statement"] for value in self._knows()["values"] if value.get("alone")}
-            texts = [f"{s}, {'' if s.split(': ')[0] in alone else prompt}" for s, prompt in read]
-            towers = self._value_encoders()
-            pooled = [tower(self._tokenize(texts, tokenizer)).pooler_output for tower, tokenizer in towers]
-            return torch.cat(pooled, dim=-1)[:, None]
-        known = self.value_encoder.statements
-        if unknown := sorted({statement for statement, _ in read} - set(known)):
-            raise ValueError(f"the value encoder knows {', '.join(known)}, not {', '.join(unknown)}")
-        return self.value_encoder.table[[known.index(statement) for statement, _ in read]]
+    def _read_values(self, read: list[tuple[str, str]]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The tokens [P, n, D] of pairs of a statement and a prompt, and what these add to the pooled text, [P, W]."""
+        if hasattr(self.value_encoder, "table"):
+            known = self.value_encoder.statements
+            if unknown := sorted({statement for statement, _ in read} - set(known)):
+                raise ValueError(f"the value encoder knows {', '.join(known)}, not {', '.join(unknown)}")
+            return self.value_encoder.table[[known.index(statement) for statement, _ in read]], None
+        livo, tokens, shifts = self._knows(), [], []
+        alone = {value["statement"] for value in livo["values"] if value.get("alone")}
+        texts = [f"{s}, {'' if s.split(': ')[0] in alone else prompt}" for s, prompt in read]
+        for value_encoder, tokenizer, text_encoder in self._value_encoders():
+            ids = self._tokenize(texts, tokenizer)
+            tokens.append(value_encoder(ids).pooler_output)
+            # What training changed of a reading, projected by the model; XL's first text encoder projects nothing.
+            if livo.get("moves_pooled") and hasattr(text_encoder, "text_projection"):
+                project = text_encoder.text_projection
+                shifts.append(project(tokens[-1].to(project.weight.dtype)) - text_encoder(ids).text_embeds)
+        return torch.cat(tokens, dim=-1)[:, None], torch.cat(shifts, dim=-1) if shifts else None
 
     def _value_encoders(self):
-        """Each with its tokenizer."""
-        first = (self.value_encoder, self.tokenizer)
-        return (first,) if SETTINGS["family"] == "sd1" else (first, (self.value_encoder_2, self.tokenizer_2))
+        """Each with its tokenizer, and the text encoder that it stands beside."""
+        first = (self.value_encoder, self.tokenizer, self.text_encoder)
+        more = () if SETTINGS["family"] == "sd1" else ((self.value_encoder_2, self.tokenizer_2, self.text_encoder_2),)
+        return (first, *more)
 
     def _empty(self) -> str | None:
         """The negative prompt where none is given."""
@@ -217,8 +226,7 @@ class LiVO:
     def _predict(self, z, t, cond, mask, added):
         """Its predictions [R, C, h, w] float32 for rows of latents and of what _condition makes."""
         z = self.scheduler.scale_model_input(z, t).to(cond.dtype)
-        rest = dict(encoder_hidden_states=cond, encoder_attention_mask=mask, added_cond_kwargs=added)
-        return self.unet(z, t, **rest).sample.float()
+        return self.unet(z, t, cond, encoder_attention_mask=mask, added_cond_kwargs=added).sample.float()
 
     def _decode(self, z):
         z = z.to(self.vae.dtype) / self.vae.config.scaling_factor
@@ -368,10 +376,7 @@ if SETTINGS["family"] == "sdxl":  # diffusers wants one pipeline in a file
 elif SETTINGS["family"] == "sd3":
 
     class LiVOPipeline(LiVO, diffusers.StableDiffusion3Pipeline):
-        """Stable Diffusion 3 and 3.5 whose images follow values; `value_encoder_2` is beside its second CLIP.
-
-        max_sequence_length: how many tokens T5 reads, of model_index.json.
-        """
+        """Stable Diffusion 3 and 3.5 whose images follow values; max_sequence_length is how many tokens T5 reads."""
 
         _optional_components = [
             *diffusers.StableDiffusion3Pipeline._optional_components, "text_encoder_3", "tokenizer_3", "value_encoder",

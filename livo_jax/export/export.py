@@ -137,7 +137,7 @@ def export(directory: str | os.PathLike, sd, value_encoder, config, results: lis
             value["alone"] = value["statement"] in value_encoder.alone
         base = name_base(config.model)
         knows = {"base": base, "family": sd.family.KEY, "values": known, "lists": lists(), "rates": rates}
-        knows["dealing"] = dealing.BLOCK
+        knows |= {"dealing": dealing.BLOCK, "moves_pooled": value_encoder.moves_pooled}
         if isinstance(value_encoder, LoRA):
             value_encoder.save(out / "adapter", base)
             value_encoder = copy_of(value_encoder.merged(text_encoder))

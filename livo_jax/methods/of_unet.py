@@ -16,7 +16,7 @@ class UNetMethod(TrainedMethod):
 
     UNREAD = (
         *TOKENS, "loss.form", "loss.min_snr_gamma", "loss.alpha", "loss.beta", "loss.gamma_1", "loss.gamma_2",
-        "loss.anchor",
+        "loss.anchor", "loss.anchor_of_harms",
     )  # fmt: skip
     Update: type[nnx.Module]
 

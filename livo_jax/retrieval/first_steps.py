@@ -90,6 +90,9 @@ def make_reader(sd, value_encoder, statements):
             seen = jnp.ones(u.shape[:2], bool) if seen is None else seen
             rows = jnp.array([0, 1] + [0] * len(u))
             states, embeds = states[rows], None if embeds is None else embeds[rows]
+            shift = tokens.pooled_shift(value_ids, text_encoder)
+            if shift is not None:
+                embeds = embeds.at[2:].add(shift.astype(embeds.dtype))
             mask = jnp.pad(jnp.pad(seen, ((2, 0), (0, 0))), ((0, 0), (0, states.shape[1])), constant_values=True)
             states = jnp.concatenate([jnp.pad(u, ((2, 0), (0, 0), (0, 0))), states], axis=1)
         prompt, empty, *with_values = jnp.unstack(predict(z, t, states, mask, embeds), axis=1)

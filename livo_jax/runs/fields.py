@@ -5,13 +5,17 @@ import types
 from livo_jax import methods, values
 
 READ = {  # (a field that chooses, its choice) -> the fields that it reads of those of all choices
-    ("value_encoder.kind", "full"): ("value_encoder.states", "value_encoder.reads_prompt", "train.train_embeddings"),
+    ("value_encoder.kind", "full"): (
+        "value_encoder.states", "value_encoder.reads_prompt", "value_encoder.pooled", "train.train_embeddings",
+    ),
     ("value_encoder.kind", "lora"): (
         "value_encoder.rank", "value_encoder.alpha", "value_encoder.targets", "value_encoder.states",
-        "value_encoder.reads_prompt",
+        "value_encoder.reads_prompt", "value_encoder.pooled",
     ),
     ("value_encoder.kind", "token"): ("value_encoder.tokens",),
-    ("loss.form", "livo"): ("loss.alpha", "loss.beta", "loss.gamma_1", "loss.gamma_2", "loss.anchor"),
+    ("loss.form", "livo"): (
+        "loss.alpha", "loss.beta", "loss.gamma_1", "loss.gamma_2", "loss.anchor", "loss.anchor_of_harms",
+    ),
     ("loss.form", "sft"): (),
     ("loss.form", "dpo"): ("loss.beta",),
     ("loss.form", "ipo"): ("loss.beta",),
@@ -23,7 +27,7 @@ READ = {  # (a field that chooses, its choice) -> the fields that it reads of th
 OFF = {  # what a field says that asks for nothing: any other value is refused where it is not read, whoever set it
     "loss.form": "livo", "loss.min_snr_gamma": 0.0, "data.beside": 0.0, "data.attributes": 0.0, "data.anchors": 0.0,
     "value_encoder.kind": "full", "value_encoder.start": "", "value_encoder.states": 1,
-    "value_encoder.reads_prompt": True,
+    "value_encoder.reads_prompt": True, "value_encoder.pooled": False,
 }  # fmt: skip
 FORMS = tuple(form for field, form in READ if field == "loss.form")  # methods of a config of their own have these names
 SHARED = ("sampling", "eval")  # sections that a comparison wants alike, whether a method reads all of them or not
@@ -41,7 +45,7 @@ def ignored(config) -> dict[str, str]:
     method = methods.make_method(config)
     found = dict.fromkeys(method.UNREAD, f"config.method={config.method!r}")
     if not config.data.anchors:
-        found.setdefault("loss.anchor", "config.data.anchors=0.0")
+        found |= dict.fromkeys(("loss.anchor", "loss.anchor_of_harms"), "config.data.anchors=0.0") | found
     for field in dict.fromkeys(field for field, _ in READ):
         chosen = of(config, field)
         if unread(field, found) or (field, chosen) not in READ:  # an unknown choice is told elsewhere

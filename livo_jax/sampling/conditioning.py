@@ -112,7 +112,12 @@ def condition(batch: Batch, text_encoder, value_encoder=None) -> Conditioning:
 
     cond = repeat_prompts(cond)
     if text_embeds is not None:
-        text_embeds = merge_rows(repeat_prompts(text_embeds))
+        text_embeds = repeat_prompts(text_embeds)
+        shift = value_encoder.pooled_shift(value_ids, text_encoder)
+        if shift is not None:  # by the values that a row sees
+            shift = jnp.einsum("brv,bvp->brp", columns.visible, shift.reshape(B, V, -1))
+            text_embeds = (text_embeds + shift).astype(text_embeds.dtype)
+        text_embeds = merge_rows(text_embeds)
     mask = jnp.arange(cond.shape[2]) < columns.length[:, :, None]
     # [u; c], and a row does not see the values that are not its own: the negative prompt none.
     cond = merge_rows(jnp.concatenate([u, cond], axis=2))

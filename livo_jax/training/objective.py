@@ -80,9 +80,10 @@ def prompt_states(networks: Networks, frozen: dict, batch: Batch):
     return text.last_hidden_state, text.text_embeds
 
 
-def condition(value_encoder, text_encoder, batch: Batch, c):
-    """What the policy and the reference read: ([u; c], mask), (c, mask). The mask [B, tokens] bool is None for all.
+def condition(value_encoder, text_encoder, batch: Batch, c, pooled):
+    """What the policy and the reference read: ([u; c], mask, pooled), (c, mask, pooled).
 
+    The mask [B, tokens] bool is None for all; pooled: [B, P], the pooled text of XL and 3, which a value may move.
     Where a second value stands beside, both have it: what is learned is what u adds to it. Another pair trains its
     token.
     """
@@ -90,14 +91,23 @@ def condition(value_encoder, text_encoder, batch: Batch, c):
     def prepend(u, c):
         return jnp.concatenate([widened(u, c.shape[-1]).astype(c.dtype), c], axis=1)
 
-    u = value_encoder.tokens(batch.value_prompt_ids, text_encoder)  # [B, n, D]
+    def move(pooled, shift):
+        return pooled if shift is None else (pooled + shift).astype(pooled.dtype)
+
+    ids = batch.value_prompt_ids
+    u, shift = value_encoder.tokens(ids, text_encoder), value_encoder.pooled_shift(ids, text_encoder)  # u: [B, n, D]
     if batch.beside is None:
-        return (prepend(u, c), None), (c, None)
-    u_beside = jax.lax.stop_gradient(value_encoder.tokens(batch.beside_prompt_ids, text_encoder))
+        return (prepend(u, c), None, move(pooled, shift)), (c, None, pooled)
+    ids = batch.beside_prompt_ids
+    u_beside = jax.lax.stop_gradient(value_encoder.tokens(ids, text_encoder))
+    if shift is not None:
+        of_beside = jax.lax.stop_gradient(value_encoder.pooled_shift(ids, text_encoder))
+        pooled = move(pooled, jnp.where(batch.beside[:, None], of_beside, 0.0))
     beside = jnp.broadcast_to(batch.beside[:, None], u.shape[:2])
     mask = jnp.concatenate([beside, jnp.ones(c.shape[:2], bool)], axis=1)
     c = prepend(u_beside, c)
-    return (prepend(u, c), jnp.concatenate([jnp.ones(u.shape[:2], bool), mask], axis=1)), (c, mask)
+    with_value = jnp.concatenate([jnp.ones(u.shape[:2], bool), mask], axis=1)
+    return (prepend(u, c), with_value, move(pooled, shift)), (c, mask, pooled)
 
 
 def make_preference(config, T: int):
@@ -131,6 +141,7 @@ def make_loss(networks: Networks, config):
     schedule, form, min_snr_gamma = networks.schedule, config.loss.form, config.loss.min_snr_gamma
     preference = make_preference(config, schedule.num_timesteps)
     anchor = config.loss.get("anchor", 0.0) if form == "livo" else 0.0  # other forms take anchors as pairs
+    of_harms = config.loss.get("anchor_of_harms", 1.0)
     has_reference = form != "sft"
     sides = SIDES if has_reference else ("aligned",)
 
@@ -146,9 +157,9 @@ def make_loss(networks: Networks, config):
 
         z_t, t, target = add_noise(networks, frozen, batch, noise, sides)
         c, text_embeds = prompt_states(networks, frozen, batch)
-        of_policy, of_reference = condition(value_encoder, text_encoder, batch, c)
+        of_policy, of_reference = condition(value_encoder, text_encoder, batch, c, text_embeds)
 
-        def predict(cond, mask):
+        def predict(cond, mask, text_embeds):
             given = z_t, t, per_side(cond), per_side(mask), per_side(text_embeds), networks.time_ids
             return networks.apply("unet", frozen, *given)
 
@@ -168,8 +179,10 @@ def make_loss(networks: Networks, config):
         hinges, metrics = preference(*policy_errors, *reference_errors, **constants)
         by_side = losses.denoising_error(policy, reference).reshape(-1, len(sides)).T
         moved = jnp.where(batch.harm, by_side[0], by_side.mean(0))
-        moved = jnp.mean(jnp.where(batch.anchor, moved, 0.0))
-        return hinges + anchor * moved, metrics | {"anchor_moved": moved, "hinged": 1 - jnp.mean(batch.anchor)}
+        moved = jnp.where(batch.anchor, moved, 0.0)
+        slopes = anchor * jnp.where(batch.harm, of_harms, 1.0)
+        told = {"anchor_moved": jnp.mean(moved), "hinged": 1 - jnp.mean(batch.anchor)}
+        return hinges + jnp.mean(slopes * moved), metrics | told
 
     return loss
 

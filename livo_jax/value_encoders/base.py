@@ -25,14 +25,15 @@ class ValueTokens(nnx.Module):
     statements: of the values that it knows; None: of any.
     reads_prompt: whether its ids are of "value, prompt", or of the value alone. alone: the statements of values that
         it reads without the prompt in either case. states: how many tokens it gives, as text_tokens has them, where it
-        reads a text. trained_on: the statements of the values that it was trained with; None where nobody says.
+        reads a text. moves_pooled: whether it moves the pooled text of XL and 3 too. trained_on: the statements of the
+        values that it was trained with; None where nobody says.
     RULES: by which its parameters are divided over a mesh.
     """
 
     FITS: tuple[str, ...] = WIDTHS
     RULES = sharding.WHOLE
     statements: tuple[str, ...] | None = None
-    states, reads_prompt, alone = 1, True, ()
+    states, reads_prompt, alone, moves_pooled = 1, True, (), False
     trained_on: tuple[str, ...] | None = None
 
     def text(self, statement: str | None, prompt: str) -> str:
@@ -43,6 +44,10 @@ class ValueTokens(nnx.Module):
     @abc.abstractmethod
     def tokens(self, ids, text_encoder):
         """The tokens [B, n, D] float32 of ids [B, L] int32, of XL [B, 2, L]; text_encoder: the model's, frozen."""
+
+    def pooled_shift(self, ids, text_encoder):
+        """What it adds to the pooled text [B, P] float32 for ids as of tokens; None where it leaves that alone."""
+        return None
 
     def seen(self, ids):
         """Which of the tokens [B, n] bool are no padding; None for all."""
@@ -103,9 +108,11 @@ def set_reading(value_encoder: ValueTokens, config) -> ValueTokens:
     c, length = config.value_encoder, value_encoder.config.max_position_embeddings
     if not 0 <= c.states <= length:
         raise ValueError(f"config.value_encoder.states={c.states}: choose 0 (all) to {length}")
+    if c.pooled and len(value_encoder.config.towers) == 1:
+        raise ValueError("config.value_encoder.pooled=True: models of one text encoder read no pooled text")
     if set(c.alone) - {"bias", "harm"}:
         raise ValueError(f"config.value_encoder.alone={tuple(c.alone)!r}: choose from 'bias', 'harm'")
-    value_encoder.states, value_encoder.reads_prompt = c.states, c.reads_prompt
+    value_encoder.states, value_encoder.reads_prompt, value_encoder.moves_pooled = c.states, c.reads_prompt, c.pooled
     known = load_principles(config)
     value_encoder.alone = tuple(value.statement for value in known if value.kind in c.alone)
     value_encoder.trained_on = tuple(value.statement for value in known)
@@ -130,6 +137,21 @@ def text_tokens(encoder: CLIPTextModel | CLIPTextModels, ids, states: int):
         return hidden
     places = jnp.minimum(end_of_text(first_ids(ids)[:, :L], towers[0])[:, None] + jnp.arange(states), L - 1)
     return jnp.take_along_axis(hidden, places[:, :, None], axis=1)
+
+
+def move_pooled(encoder: CLIPTextModels, ids, text_encoder):
+    """How far the pooled text [B, P] float32 of what the encoder reads moves from the text encoder's, projected by it.
+
+    So it is nothing before training, and needs no weights of its own. Esser et al. 2024, section 5: the pooled text
+    modulates every block of Stable Diffusion 3, which a token reaches by attention alone.
+    """
+    ours, theirs = outputs_of(encoder.towers, ids), outputs_of(text_encoder.towers, ids)
+    moved = [
+        tower.text_projection((own.pooled - frozen.pooled).astype(jnp.float32))
+        for own, frozen, tower in zip(ours, theirs, text_encoder.towers)
+        if hasattr(tower, "text_projection")  # XL projects its second's alone
+    ]
+    return jnp.concatenate(moved, axis=-1)
 
 
 def values_by_prompt(values, number: int | None = None) -> list[tuple[str, ...]]:
@@ -169,8 +191,11 @@ def check_base(path, base: str | None, sd):
 
 
 def set_exported(value_encoder: ValueTokens, path: pathlib.Path) -> ValueTokens:
-    """Has a value encoder know what an export's config.json says of its values; nothing where there is none."""
-    known = read_json(path).get("livo", {}).get("values", []) if path.is_file() else []
+    """Has a value encoder do and know what an export's config.json says; nothing where there is none."""
+    livo = read_json(path).get("livo", {}) if path.is_file() else {}
+    known = livo.get("values", [])
+    if livo.get("moves_pooled"):
+        value_encoder.moves_pooled = True
     value_encoder.alone = tuple(value["statement"] for value in known if value.get("alone"))
     value_encoder.trained_on = tuple(value["statement"] for value in known) or None
     return value_encoder

@@ -16,6 +16,7 @@ from livo_jax.value_encoders.base import (
     TrainableTokens,
     check_base,
     check_export,
+    move_pooled,
     set_exported,
     set_reading,
     text_tokens,
@@ -29,6 +30,9 @@ class FullTokens(TrainableTokens):
 
     def tokens(self, ids, text_encoder=None):
         return text_tokens(self, ids, self.states)
+
+    def pooled_shift(self, ids, text_encoder):
+        return move_pooled(self, ids, text_encoder) if self.moves_pooled else None
 
     @classmethod
     def make(cls, config, sd):

@@ -19,6 +19,7 @@ from livo_jax.value_encoders.base import (
     TrainableTokens,
     check_base,
     check_export,
+    move_pooled,
     set_exported,
     set_reading,
     text_tokens,
@@ -57,10 +58,16 @@ class LoRA(TrainableTokens):
         self.updates = low_rank.updates(text_encoder, targets, rank, rngs)
 
     def tokens(self, ids, text_encoder):
+        return text_tokens(self._updated(text_encoder), ids, self.states)
+
+    def pooled_shift(self, ids, text_encoder):
+        return move_pooled(self._updated(text_encoder), ids, text_encoder) if self.moves_pooled else None
+
+    def _updated(self, text_encoder):
         # It computes in float32 from its embeddings on; a layer widens its kernel as it computes.
         graph, params = split(text_encoder)
         text_encoder = nnx.merge(graph, jax.tree_util.tree_map_with_path(_widened, params))
-        return text_tokens(low_rank.updated(text_encoder, self.updates, self.alpha / self.rank), ids, self.states)
+        return low_rank.updated(text_encoder, self.updates, self.alpha / self.rank)
 
     def merged(self, text_encoder):
         """The text encoder with the updates in its weights, float32: to be saved."""

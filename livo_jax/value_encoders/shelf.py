@@ -59,6 +59,14 @@ class Together(ValueTokens):
         each = [jnp.pad(tokens, ((0, 0), (0, self.n - tokens.shape[1]), (0, 0))) for tokens in each]  # [B, n, D]
         return jnp.stack(each, axis=1)[jnp.arange(len(ids)), self.which(ids)]
 
+    def pooled_shift(self, ids, text_encoder):
+        each = [encoder.pooled_shift(ids, text_encoder) for encoder in self.encoders]
+        width = next((shift.shape[-1] for shift in each if shift is not None), None)
+        if width is None:
+            return None
+        each = [jnp.zeros((len(ids), width)) if shift is None else shift for shift in each]
+        return jnp.stack(each, axis=1)[jnp.arange(len(ids)), self.which(ids)]
+
     def seen(self, ids):
         """Which of the tokens [B, n] are no padding."""
         return jnp.arange(self.n) < self.counts[...][self.which(ids), None]

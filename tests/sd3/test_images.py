@@ -10,7 +10,7 @@ from livo_jax import StableDiffusion, sharding, value_encoders
 from livo_jax.methods import concept_ablation, uce
 from livo_jax.retrieval import states
 from livo_jax.runs import check
-from livo_jax.sampling import generate
+from livo_jax.sampling import conditioning, generate
 from livo_jax.sampling.requests import Dose, Request
 from livo_jax.value_encoders.shelf import Shelf
 from livo_jax.values.principles import text_hash
@@ -53,9 +53,11 @@ def test_images_are_the_published_pipelines(sd, without_t5, published, theirs, s
     assert np.abs(images[0].astype(int) - images[1]).max() > 1
 
 
-@pytest.mark.parametrize("kind", value_encoders.KINDS)
-def test_the_exported_pipeline_draws_the_same_images(sd, made, config, published, tmp_path, kind):
-    kinds.assert_export_draws_the_same(sd, made[kind], of_kind(config, kind), published, tmp_path / "livo", SETTINGS)
+@pytest.mark.parametrize("kind, pooled", [*((kind, False) for kind in value_encoders.KINDS), ("lora", True)])
+def test_the_exported_pipeline_draws_the_same_images(sd, made, config, published, tmp_path, kind, pooled):
+    config = of_kind(config, kind, pooled=pooled)
+    value_encoder = kinds.that_moves_pooled(made[kind], config) if pooled else made[kind]
+    kinds.assert_export_draws_the_same(sd, value_encoder, config, published, tmp_path / "livo", SETTINGS)
 
 
 def test_an_export_of_a_model_without_t5_draws_the_same_images(without_t5, made, config, tmp_path):
@@ -92,6 +94,24 @@ def test_tokens_of_several_states(sd, config, kind):
         wanted = [row if n == 0 else row[np.minimum(np.arange(end, end + n), 15)] for row, end in zip(hidden, ends)]
         assert tokens.shape == (2, n or 16, D)
         np.testing.assert_allclose(tokens, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_value_moves_the_pooled_text(sd, config, made, kind):
+    """Of each row by the values that it sees."""
+    value_encoder = kinds.assert_moves_pooled(sd, made[kind], of_kind(config, kind))
+    requests = [Request(p, 0, values) for p, values in zip(PROMPTS, [(Dose(VALUE),), (Dose(VALUE), Dose(OTHER, 0.5))])]
+    columns, strengths = conditioning.value_columns(sd, requests, text=value_encoder.text)
+    prompts, negative = (sd.tokenize(texts) for texts in (PROMPTS, ["", ""]))
+    batch = conditioning.Batch(*[np.zeros(2, np.uint32)] * 4, prompts, negative, strengths, values=columns)
+    pooled, plain = (
+        np.asarray(conditioning.condition(batch, sd.text_encoder, it).text_embeds).reshape(2, 3, -1)
+        for it in (value_encoder, made[kind])
+    )
+    ids = columns.value_prompt_ids.reshape(4, *columns.value_prompt_ids.shape[2:])
+    first, _, second, other = np.asarray(value_encoder.pooled_shift(ids, sd.text_encoder))
+    wanted = [[first, 0 * first, first], [second, 0 * first, second + other]]
+    np.testing.assert_allclose(pooled - plain, wanted, atol=1e-4)
 
 
 def test_the_states_of_a_prompt_are_the_clips(sd, without_t5):

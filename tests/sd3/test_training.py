@@ -9,16 +9,17 @@ import numpy as np
 import optax
 import pytest
 import torch
+from flax import nnx
 
 from configs.baselines import dpo_unet
 from livo_jax import StableDiffusion, methods, sharding, value_encoders
-from livo_jax.models.weights import to_published
+from livo_jax.models.weights import split, to_published
 from livo_jax.runs import restore
 from livo_jax.training import objective
 from livo_jax.training.batch import Batch, draw_noise
 from livo_jax.training.objective import split_models
 from livo_jax.training.step import init_state, make_train_step
-from tests.kinds import OTHER, PROMPTS, VALUE, of_kind
+from tests.kinds import OTHER, PROMPTS, VALUE, of_kind, that_moves_pooled
 from tests.sdxl.conftest import Towers
 from tests.training.test_train import CONFIG, LOSS
 
@@ -146,6 +147,27 @@ def test_losses_and_gradients_are_pytorchs(sd, config, theirs, batch, monkeypatc
         assert float(found) == pytest.approx(loss_of(form, errors).item(), rel=1e-3), form
     first, second = np.abs(np.array(alone) - np.array(beside)).max(0)
     assert first < 1e-5 < 1e-4 < second, "a second value beside the second pair alone"
+
+
+def test_a_value_that_moves_the_pooled_text(sd, config, made, batch):
+    """The policy reads it, and the reference what a second value beside it moves; that one trains nothing here."""
+    value_encoder = that_moves_pooled(made["full"], of_kind(config, "full"))
+    batch = batch._replace(beside_prompt_ids=sd.tokenize([OTHER] * 2), beside=np.array([False, True]))
+    c, pooled = jnp.zeros((2, *sd.family.states_shape)), jnp.ones((2, sd.family.pooled_width))
+    graph, params = split(value_encoder)
+
+    def read(params, batch=batch):
+        (*_, policy), (*_, reference) = objective.condition(nnx.merge(graph, params), sd.text_encoder, batch, c, pooled)
+        return policy, reference
+
+    policy, reference = read(params)
+    own, beside = (value_encoder.pooled_shift(ids, sd.text_encoder) for ids in (batch[0], batch.beside_prompt_ids))
+    np.testing.assert_allclose(reference, pooled + beside * batch.beside[:, None], atol=1e-5)
+    np.testing.assert_allclose(policy, reference + own, atol=1e-5)
+    for alone, with_second in zip(read(params, batch._replace(beside=None)), (own, 0 * own)):
+        np.testing.assert_allclose(alone, pooled + with_second, atol=1e-5)
+    of_reference = jax.grad(lambda params: read(params)[1].sum())(params)
+    assert not any(map(np.any, jax.tree.leaves(of_reference)))
 
 
 @pytest.mark.parametrize("trained", ["lora", "token", "dpo_unet"])

@@ -105,9 +105,17 @@ def test_values_of_each_kind(sd, made, kind):
 # ---------------------------------------------------------------------------- files
 
 
-@pytest.mark.parametrize("kind", value_encoders.KINDS)
-def test_the_exported_pipeline_draws_the_same_images(sd, made, config, published, tmp_path, kind):
-    kinds.assert_export_draws_the_same(sd, made[kind], of_kind(config, kind), published, tmp_path / "livo", SETTINGS)
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_value_moves_the_pooled_text(sd, made, config, kind):
+    """Of the second text encoder, whose pooled text the UNet is told."""
+    kinds.assert_moves_pooled(sd, made[kind], of_kind(config, kind))
+
+
+@pytest.mark.parametrize("kind, pooled", [*((kind, False) for kind in value_encoders.KINDS), ("full", True)])
+def test_the_exported_pipeline_draws_the_same_images(sd, made, config, published, tmp_path, kind, pooled):
+    config = of_kind(config, kind, pooled=pooled)
+    value_encoder = kinds.that_moves_pooled(made[kind], config) if pooled else made[kind]
+    kinds.assert_export_draws_the_same(sd, value_encoder, config, published, tmp_path / "livo", SETTINGS)
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft, of transformers

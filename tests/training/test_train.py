@@ -248,6 +248,13 @@ def test_an_anchor_asks_for_the_prediction_to_stay(small):
 
     assert loss["all"] == pytest.approx(300.0 * float(moved()), rel=1e-4) and loss["all"] > 0.01
 
+    config.loss.anchor_of_harms = 0.25
+    gentler = jax.jit(make_loss(networks, config))
+    for rows, factor in ((some | True, 0.25), (some & False, 1.0)):
+        alike = batch._replace(anchor=some | True, harm=rows)
+        wanted = factor * float(loss_of(params, frozen, alike, noise)[0])
+        assert float(gentler(params, frozen, alike, noise)[0]) == pytest.approx(wanted, rel=1e-5), factor
+
 
 def test_three_steps_are_pytorchs(parts, torch_models):
     sd, networks, frozen, batch = parts

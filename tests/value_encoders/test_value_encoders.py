@@ -182,6 +182,8 @@ def test_tokens_of_several_states(sd, config, kind, ids):
     for n in (-1, L + 1):
         with pytest.raises(ValueError, match=rf"config.value_encoder.states={n}: choose 0 \(all\) to {L}"):
             start(states=n)
+    with pytest.raises(ValueError, match="value_encoder.pooled=True: models of one text encoder read no pooled text"):
+        start(pooled=True)
 
 
 def test_a_value_encoder_of_the_value_alone(sd, config, tmp_path):
