@@ -19,5 +19,5 @@ def get_config(variant: str = "") -> ConfigDict:
     config.methods = ConfigDict({"livo": flow_tiny.get_config(variant)})
     for name in BASELINES:
         config.methods[name] = importlib.import_module(f"livo_jax.configs.baselines.{name}").get_config(arg)
-    config.attacks = ()  # by gradients they go through one text encoder
+    config.attacks = ()  # for time: the search by queries could
     return config

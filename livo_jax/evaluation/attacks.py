@@ -11,7 +11,7 @@ z is a target image which shows the harm, drawn by the base. There are two objec
     prediction   aim is eps_hat_base(z_t, t, c(harmful prompt)), what the base without a defence predicts for the prompt
                  that says the harm: P4D (Chin et al. 2024, "Prompting4Debugging")
 
-Two searches go over the whole words of the vocabulary, so that what is found is a text that anyone can type:
+The first two searches go over the whole words of the vocabulary, so that what is found is a text that anyone can type:
 
     coordinate   greedy coordinate search (Zou et al. 2023, GCG): the gradient by the embedding of each word proposes
                  others, of which `candidates` are tried and the best is kept

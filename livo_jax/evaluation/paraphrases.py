@@ -5,6 +5,7 @@ What it answers is text from a stranger: it is drawn as any prompt is, and nothi
 
 import json
 
+from absl import logging
 from tqdm import tqdm
 
 from livo_jax import files
@@ -27,11 +28,12 @@ def ask_for_paraphrases(prompts: list[str], count: int, url: str, model: str) ->
         count: how many are asked for. url, model: the endpoint's base URL, and the model's name there.
 
     Returns:
-        `count` of each prompt: where fewer came that can be used, these again and again.
+        `count` of each prompt: where fewer came that can be used, these again and again, and the prompt itself where
+        none did, with a warning: models refuse some.
 
     Raises:
         ConnectionError: the endpoint does not answer, or refuses.
-        ValueError: prompts of which it reworded none, with what it said.
+        ValueError: it reworded no prompt, with what it said.
     """
     found, problems = [], []
     with endpoint.client(url, RETRIES, TIMEOUT) as client:
@@ -43,13 +45,16 @@ def ask_for_paraphrases(prompts: list[str], count: int, url: str, model: str) ->
             texts = read(answer)[:count]
             if not texts:
                 problems.append(f"of {prompt!r} it says {answer[:200]!r}")
-                continue
+                texts = [prompt]
             found.append([texts[i % len(texts)] for i in range(count)])
+    told = (
+        f"{url} (config.attack.endpoint) gives no paraphrases of {len(problems)} of {len(prompts)} prompts: choose"
+        " another config.attack.model, or another config.attack.search\n  " + "\n  ".join(problems[:5])
+    )
+    if len(problems) == len(prompts):
+        raise ValueError(told)
     if problems:
-        raise ValueError(
-            f"{url} (config.attack.endpoint) gives no paraphrases of {len(problems)} of {len(prompts)} prompts: choose"
-            " another config.attack.model, or another config.attack.search\n  " + "\n  ".join(problems[:5])
-        )
+        logging.warning(told)
     return found
 
 

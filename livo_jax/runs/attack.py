@@ -25,6 +25,7 @@ from livo_jax.evaluation.cases import (  # fmt: skip
 )
 from livo_jax.evaluation.drawn import Drawn, Sides
 from livo_jax.evaluation.prompt_sets import Prompt
+from livo_jax.processes import ending_together
 from livo_jax.retrieval.retriever import keyword_rules
 from livo_jax.runs.check import fail_with
 from livo_jax.runs.evaluate import (  # fmt: skip
@@ -41,7 +42,7 @@ from livo_jax.sampling.requests import Request, with_values
 
 LOOKED_AT = {"harm": 4, "bias": 20}  # images of the base by which it is decided what is sought
 NEUTRAL, HARMFUL = "neutral", "harm said"
-BUDGET = ("tokens", "steps", "restarts", "noises", "candidates", "likeliest", "paraphrases", "prompts", "at_once")
+AT_LEAST_ONE = ("tokens", "steps", "restarts", "noises", "candidates", "likeliest", "paraphrases", "prompts", "at_once")
 SPLITS = ("held_out", "seen")
 
 
@@ -52,7 +53,7 @@ def problems(config) -> list[str]:
         found.append(f"config.attack.search={c.search!r}: choose from {', '.join(attacks.SEARCHES)}")
     if c.objective not in attacks.OBJECTIVES:
         found.append(f"config.attack.objective={c.objective!r}: choose from {', '.join(attacks.OBJECTIVES)}")
-    for name in BUDGET:
+    for name in AT_LEAST_ONE:
         if c[name] < 1:
             found.append(f"config.attack.{name}={c[name]}: choose at least 1")
     if c.search == "queries" and c.queries < (least := c.noises * c.restarts):
@@ -138,9 +139,13 @@ def attack(models: methods.Models, config, mesh, workdir) -> list[dict]:
 def write(folder, results: list[dict], found: list[dict], budget, pinned: list):
     """Writes attacks.json and attacks_found.json; `budget`: config.attack. Others as `measure` gives them."""
     (folder / "attacks_found.json").write_text(json.dumps(found, indent=2) + "\n")
-    told = {name: x for name, x in budget.to_dict().items() if name != "endpoint"}  # whose address is no one's business
-    document = metrics.document(results, pinned) | {"attack": told}
+    document = metrics.document(results, pinned) | {"attack": spent(budget)}
     (folder / "attacks.json").write_text(json.dumps(document, indent=2) + "\n")
+
+
+def spent(budget) -> dict:
+    """config.attack without the endpoint's address, on which no figure depends."""
+    return {name: x for name, x in budget.to_dict().items() if name != "endpoint"}
 
 
 def is_attacked(config) -> bool:
@@ -205,7 +210,7 @@ def measure(models: methods.Models, make_drawing, config, directory, mesh, judge
             for prompt, text in zip(neutral_prompts(config), texts)
             if config.attack.search != "continuous"
         ]
-    if finds:
+    if finds and config.attack.search != "continuous":  # a retriever reads words
         cases += as_chosen([case for case in cases if case.method != "base"], finds)
     alone = left_alone(config, attacked)
     sides.draw([request for case in cases + alone for request in (*case.requests, *plain_of(case))])
@@ -255,7 +260,12 @@ def sought_of(base: Drawn, config, value) -> np.ndarray:
     c = config.attack
     if c.search == "paraphrases":
         asked = dict(prompts=[prompt.text for prompt in harmful_prompts(config, value)], count=c.paraphrases)
-        ask = functools.partial(paraphrases.ask_for_paraphrases, **asked, url=c.endpoint, model=c.model)
+
+        def ask():
+            with ending_together():  # process 0 asks for all, and if it fails they end with it
+                if jax.process_index() == 0:
+                    return paraphrases.ask_for_paraphrases(**asked, url=c.endpoint, model=c.model)
+
         return np.array(base.keep("paraphrases", asked | {"model": c.model, "seed": c.seed}, ask))
     prompts = harmful_prompts(config, value) if value.kind == "harm" else neutral_prompts(config)
     requests = [[Request(prompt.text, i) for i in range(LOOKED_AT[value.kind])] for prompt in prompts]
@@ -289,7 +299,7 @@ def seek(drawn: Drawn, models: methods.Models, config, value, sought, applied=()
             search, models.sd, models.value_encoder, value.statement, prompts, target, budget, seed=config.attack.seed,
             at_once=config.attack.at_once,
         )  # fmt: skip
-    depends_on = {"attack": config.attack.to_dict(), "value": value.statement, "prompts": prompts}
+    depends_on = {"attack": spent(config.attack), "value": value.statement, "prompts": prompts}
     return drawn.keep("words", depends_on | {"sought": hashlib.sha256(sought.tobytes()).hexdigest()}, find)
 
 
@@ -335,7 +345,8 @@ def make_cases(config, value, words: dict[str, list[str]], drawing: methods.Draw
     found, neutral = [], neutral_prompts(config)
     splits = {NEUTRAL: neutral} | ({HARMFUL: harmful_prompts(config, value)} if value.kind == "harm" else {})
     known = {}  # prompts that nobody seeks: of files, and of templates
-    for prompt in prompt_sets.rows(config, value) + further_prompts(config, value) if value.kind == "harm" else ():
+    seeks_words = value.kind == "harm" and config.attack.search != "continuous"
+    for prompt in prompt_sets.rows(config, value) + further_prompts(config, value) if seeks_words else ():
         known.setdefault(prompt.split, []).append(prompt)
     tokens = drawing.tokens and value.kind == "bias"  # dealt out to its share of the images, as users get it
     for name, texts in words.items():

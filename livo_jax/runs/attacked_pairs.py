@@ -67,7 +67,11 @@ def attacked_prompts(rows: list[dict], there: set, config, tokenizer) -> dict[tu
         ValueError: none is fit, or ids of another model.
     """
     found, left_out = defaultdict(dict), 0
-    held_out = re.compile(rf"\b({'|'.join(map(re.escape, config.eval.held_out))})\b") if config.eval.held_out else None
+    held_out = (
+        re.compile(rf"\b({'|'.join(map(re.escape, config.eval.held_out))})\b", re.IGNORECASE)
+        if config.eval.held_out
+        else None
+    )
     for row in rows:
         prompt, place = attacked_prompt(row, tokenizer), (row["value"], row["subject"])
         if place in there and not (held_out and held_out.search(prompt)):

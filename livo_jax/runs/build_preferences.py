@@ -193,13 +193,10 @@ class Pair(NamedTuple):
 
 
 def balanced(kept: list[tuple[Candidate, int]], n: int) -> list[tuple[Candidate, int]]:
-    """At most n of the kept, in their order, of each attribute as many as of the others where there are as many.
-
-    So those of attacked prompts take turns with the others.
-    """
+    """At most n of the kept, in their order, of each attribute as many as of the others where there are as many."""
     groups = defaultdict(list)
     for place, (candidate, _) in enumerate(kept):
-        groups[candidate.shows, candidate.attacked].append(place)
+        groups[candidate.shows].append(place)
     turns = itertools.chain.from_iterable(itertools.zip_longest(*groups.values()))
     return [kept[place] for place in sorted([place for place in turns if place is not None][:n])]
 
@@ -234,16 +231,23 @@ def pair(plan: list[Candidate], images: dict, reading: dict, values, config):
     pairs, blocks, problems, used = [], [], [], set()
     for value, scene in values_and_scenes(values, config):
         n = pairs_per_scene(value, config)
-        aligned, violating = (balanced(groups[value.name, scene, side], n) for side in data.SIDES)
-        if not aligned or not violating:
+        kept = [groups[value.name, scene, side] for side in data.SIDES]
+        aligned, violating = (balanced([k for k in side if not k[0].attacked], n) for side in kept)
+        # An attacked prompt's images are for each other: where one of them is not kept, the prompt has no pair.
+        of_prompts = [{(k.prompt, k.request.index): (k, i) for k, i in side if k.attacked} for side in kept]
+        attacked = [(of_prompts[0][key], of_prompts[1][key]) for key in of_prompts[0] if key in of_prompts[1]]
+        others = zip(aligned, itertools.cycle(violating)) if violating else ()
+        turns = itertools.chain.from_iterable(itertools.zip_longest(others, attacked))
+        chosen = [both for both in turns if both is not None][:n]
+        if not chosen:
             dropped = Counter(r for k, r in zip(plan, reasons) if r and (k.value, k.scene) == (value, scene))
             why = ", ".join(f"{times} times {reason}" for reason, times in dropped.most_common(3))
             why = why or f"no neutral image's {value.axis} can be read"
             problems.append(f"{value.statement}, {scene}: {len(aligned)} aligned, {len(violating)} violating: {why}")
             continue
-        blocks.append(data.Block(value.statement, scene, len(pairs), len(aligned)))
-        pairs += [Pair(a, b, (i, j)) for (a, i), (b, j) in zip(aligned, itertools.cycle(violating))]
-        used.update(candidate for candidate, _ in aligned + violating)
+        blocks.append(data.Block(value.statement, scene, len(pairs), len(chosen)))
+        pairs += [Pair(a, b, (i, j)) for (a, i), (b, j) in chosen]
+        used.update(candidate for both in chosen for candidate, _ in both)
     if problems:
         advice = (
             "the judge kept too few candidates: raise config.preferences.candidates_per_pair, reword the value in"
@@ -348,13 +352,13 @@ def build(config, directory, sd: StableDiffusion | None = None):
             sd = StableDiffusion.from_pretrained(model, read_dtype(config.dtype, "config.dtype"), variant=variant)
             if config.loras and not c.model:
                 sd.merge_loras(config.loras)
+        of_harms = {(v.statement, scene) for v, scene in values_and_scenes(values, config) if v.kind == "harm"}
+        attacked = attacked_prompts(found, of_harms, config, sd.tokenizer)
         if neutral := [phrase(c.templates[0], scene) for scene in census(values, config)]:
             requests = [Request(prompt, i) for prompt in neutral for i in range(c.census_per_scene)]
             reading = draw(work / "census", requests, sd, judge, config).reading
             favourite = favoured(reading, values, config)
-
-        of_harms = {(v.statement, scene) for v, scene in values_and_scenes(values, config) if v.kind == "harm"}
-        plan = candidates(values, config, favourite, attacked_prompts(found, of_harms, config, sd.tokenizer))
+        plan = candidates(values, config, favourite, attacked)
         requests = list(dict.fromkeys(candidate.request for candidate in plan))
         images = {request: i for i, request in enumerate(requests)}
         drawn = draw(work / "candidates", requests, sd, judge, config)

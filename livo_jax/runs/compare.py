@@ -168,6 +168,8 @@ def _compare(configs: dict, config, workdir) -> list[dict]:
     trainings.check_claims(jobs)
     mesh = sharding.make_mesh(**first.mesh)
     sd = restore.load_base(first, mesh)
+    for own in attacked_by(first, config):  # before hours are spent
+        attack.check_with_model(own, sd)
     if not resolve_directory(first.data.directory).exists() and any(own.train.steps for own in configs.values()):
         build_preferences.build(
             first, first.data.directory, None if first.random_weights or jax.process_count() > 1 else sd

@@ -142,8 +142,8 @@ def text_tokens(encoder: CLIPTextModel | CLIPTextModels, ids, states: int):
 def move_pooled(encoder: CLIPTextModels, ids, text_encoder):
     """How far the pooled text [B, P] float32 of what the encoder reads moves from the text encoder's, projected by it.
 
-    So it is nothing before training, and needs no weights of its own. Esser et al. 2024, section 5: the pooled text
-    modulates every block of Stable Diffusion 3, which a token reaches by attention alone.
+    So before training it is nothing but rounding, and it needs no weights of its own. Esser et al. 2024, section 5: the
+    pooled text modulates every block of Stable Diffusion 3, which a token reaches by attention alone.
     """
     ours, theirs = outputs_of(encoder.towers, ids), outputs_of(text_encoder.towers, ids)
     moved = [

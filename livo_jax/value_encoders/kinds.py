@@ -62,4 +62,9 @@ def start(config, sd, mesh) -> TrainableTokens:
         if (theirs := getattr(found, name)) != (ours := getattr(wanted, name))
     ]:
         raise ValueError(f"config.value_encoder.start={c.start!r} is another:\n  " + "\n  ".join(differences))
+    if found.moves_pooled and not c.pooled:
+        raise ValueError(
+            f"config.value_encoder.start={c.start!r} moves the pooled text, and the config would not: set"
+            " config.value_encoder.pooled"
+        )
     return found if ":" in c.kind else set_reading(found, config)  # one of a user's own reads as it says

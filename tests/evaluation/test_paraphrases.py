@@ -1,6 +1,7 @@
 """Paraphrases by a language model behind a server on loopback, which may answer anything."""
 
 import json
+import re
 
 import pytest
 
@@ -48,11 +49,14 @@ def test_each_prompt_is_asked_for_as_data_and_answers_are_texts_alone(server):
 @pytest.mark.parametrize(
     "answer", ["I can't help with that.", "[]", '{"prompts": 3}', (200, "<html>"), '{"prompts": []}']
 )
-def test_a_model_that_rewords_nothing_is_told_by_prompt(server, answer):
+def test_a_model_that_rewords_nothing_is_told_by_prompt(server, answer, caplog):
+    """What it refuses stands as it is, and where it refuses all the attack ends."""
+    told = "no paraphrases of {} of 2 prompts: .*\n  of '{}' it says"
     server.reply = lambda prompt: json.dumps({"prompts": ["a"]}) if "cook" in prompt else answer
-    with pytest.raises(
-        ValueError, match="no paraphrases of 1 of 2 prompts: .*\n  of 'a photo of a bloody baker' it says"
-    ):
+    assert paraphrases.ask_for_paraphrases(PROMPTS, 2, server.url, "a-model") == [["a", "a"], [PROMPTS[1]] * 2]
+    assert re.search(told.format(1, PROMPTS[1]), caplog.text)
+    server.reply = lambda prompt: answer
+    with pytest.raises(ValueError, match=told.format(2, PROMPTS[0])):
         paraphrases.ask_for_paraphrases(PROMPTS, 2, server.url, "a-model")
 
 

@@ -31,7 +31,7 @@ def found_row(tokenizer, words, subject, **other):
 
 def test_what_an_attack_found_takes_turns_with_the_other_pairs(config, tmp_path):
     """Under the attacked prompt: the base's image of it, and from the same noise that of the prompt without words."""
-    config.preferences.attacks = (str(tmp_path / "found.json"),)
+    config.preferences.attacks, config.preferences.harm_pairs_per_scene = (str(tmp_path / "found.json"),), 6
     sd = StableDiffusion.from_pretrained(config.model)
     rows = [
         found_row(sd.tokenizer, words, subject)
@@ -46,7 +46,8 @@ def test_what_an_attack_found_takes_turns_with_the_other_pairs(config, tmp_path)
         block.scene: [preferences.source[block.start + i] for i in range(block.count)] for block in preferences.blocks
     }
     attacked, *others = [r for r in prompts["cook"] if r["prompt"] == b"bloody massacre a photo of a cook"]
-    assert not others and len(prompts["cook"]) == 2 and not any(b"massacre" in r["prompt"] for r in prompts["butcher"])
+    assert not others and len(prompts["cook"]) == 6 and not any(b"massacre" in r["prompt"] for r in prompts["butcher"])
+    assert not any(b"green" in r["prompt"] for r in prompts["cook"]), "though its harmless image is kept"
     provenance = json.loads(attacked["provenance"])
     assert provenance["aligned"]["prompt"] == "a photo of a cook"
     assert provenance["aligned"]["noise"] == provenance["violating"]["prompt"] == "bloody massacre a photo of a cook"

@@ -8,11 +8,11 @@ import pytest
 
 from livo_jax import StableDiffusion, sharding, value_encoders
 from livo_jax.methods import concept_ablation, uce
-from livo_jax.retrieval import states
+from livo_jax.retrieval import first_steps, states
 from livo_jax.runs import check
 from livo_jax.sampling import conditioning, generate
 from livo_jax.sampling.requests import Dose, Request
-from livo_jax.value_encoders.shelf import Shelf
+from livo_jax.value_encoders.shelf import Shelf, Together
 from livo_jax.values.principles import text_hash
 from tests import kinds
 from tests.kinds import OTHER, PROMPTS, VALUE, channels_first, of_kind
@@ -58,6 +58,11 @@ def test_the_exported_pipeline_draws_the_same_images(sd, made, config, published
     config = of_kind(config, kind, pooled=pooled)
     value_encoder = kinds.that_moves_pooled(made[kind], config) if pooled else made[kind]
     kinds.assert_export_draws_the_same(sd, value_encoder, config, published, tmp_path / "livo", SETTINGS)
+    if pooled:
+        with pytest.raises(ValueError, match="moves the pooled text, and the config would not: set config.value_encod"):
+            value_encoders.start(
+                of_kind(config, kind, pooled=False, start=str(tmp_path / "livo")), sd, sharding.make_mesh()
+            )
 
 
 def test_an_export_of_a_model_without_t5_draws_the_same_images(without_t5, made, config, tmp_path):
@@ -112,6 +117,24 @@ def test_a_value_moves_the_pooled_text(sd, config, made, kind):
     first, _, second, other = np.asarray(value_encoder.pooled_shift(ids, sd.text_encoder))
     wanted = [[first, 0 * first, first], [second, 0 * first, second + other]]
     np.testing.assert_allclose(pooled - plain, wanted, atol=1e-4)
+
+
+def test_who_else_moves_the_pooled_text(sd, config, made):
+    """Of a shelf each value as its encoder does; and the first steps, of which a prompt's own are as before."""
+    config = of_kind(config, "full")
+    moving = kinds.that_moves_pooled(made["full"], config)
+    ids = sd.tokenize([f"{value}, a baker" for value in (VALUE, OTHER)])
+    beginnings = np.full((2, ids.shape[-1]), -1, np.int32)
+    for row, value in zip(beginnings, (VALUE, OTHER)):
+        begin = sd.tokenizer(value)["input_ids"][:-1]
+        row[: len(begin)] = begin
+    shift = np.asarray(Together([moving, made["full"]], [1, 1], beginnings).pooled_shift(ids, sd.text_encoder))
+    np.testing.assert_allclose(shift[0], moving.pooled_shift(ids[:1], sd.text_encoder)[0], atol=1e-5)
+    assert np.abs(shift[0]).max() > 0.1 and not shift[1].any()
+
+    own, moved = zip(*(first_steps.make_reader(sd, it, (VALUE, OTHER))("a baker") for it in (made["full"], moving)))
+    np.testing.assert_allclose(*own, atol=1e-5)
+    assert np.abs(moved[0] - moved[1]).min() > 1e-4
 
 
 def test_the_states_of_a_prompt_are_the_clips(sd, without_t5):
