@@ -72,7 +72,7 @@ def get_config(variant: str = "") -> ConfigDict:
 
     c = config.train
     c.steps = 3600
-    c.learning_rates.full, c.learning_rates.lora = 1.5e-3, 3e-3  # all rates were chosen on this world
+    c.learning_rates.full = c.learning_rates.lora = 1.5e-3  # all rates were chosen on this world
     c.learning_rates.token = 3e-2
     c.learning_rates.dpo_unet = c.learning_rates.concept_ablation = 3e-4
     c.warmup_steps = 600  # at full rate at once, the encoder would forget how to read prompts

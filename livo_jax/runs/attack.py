@@ -210,8 +210,9 @@ def measure(models: methods.Models, make_drawing, config, directory, mesh, judge
             for prompt, text in zip(neutral_prompts(config), texts)
             if config.attack.search != "continuous"
         ]
-    if finds and config.attack.search != "continuous":  # a retriever reads words
-        cases += as_chosen([case for case in cases if case.method != "base"], finds)
+    if finds:  # a retriever reads words, and embeddings are none
+        read = [case for case in cases if case.method != "base" and case.split != "attacked by continuous"]
+        cases += as_chosen(read, finds)
     alone = left_alone(config, attacked)
     sides.draw([request for case in cases + alone for request in (*case.requests, *plain_of(case))])
     return numbers_of(sides, principles, judge, cases, alone), found

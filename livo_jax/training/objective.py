@@ -179,10 +179,8 @@ def make_loss(networks: Networks, config):
         hinges, metrics = preference(*policy_errors, *reference_errors, **constants)
         by_side = losses.denoising_error(policy, reference).reshape(-1, len(sides)).T
         moved = jnp.where(batch.harm, by_side[0], by_side.mean(0))
-        moved = jnp.where(batch.anchor, moved, 0.0)
-        slopes = anchor * jnp.where(batch.harm, of_harms, 1.0)
-        told = {"anchor_moved": jnp.mean(moved), "hinged": 1 - jnp.mean(batch.anchor)}
-        return hinges + jnp.mean(slopes * moved), metrics | told
+        moved = jnp.mean(jnp.where(batch.anchor, moved * jnp.where(batch.harm, of_harms, 1.0), 0.0))
+        return hinges + anchor * moved, metrics | {"anchor_moved": moved, "hinged": 1 - jnp.mean(batch.anchor)}
 
     return loss
 

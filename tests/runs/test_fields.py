@@ -127,7 +127,7 @@ def test_each_kind_has_a_learning_rate_of_its_own(method, rate):
 
 
 def test_the_rates_of_other_configs():
-    assert [learning_rate(config_of(kind)) for kind in ("livo", "lora", "token")] == [1.5e-3, 3e-3, 3e-2]
+    assert [learning_rate(config_of(kind)) for kind in ("livo", "lora", "token")] == [1.5e-3, 1.5e-3, 3e-2]
     assert [learning_rate(config_of(kind)) for kind in (*FORMS, "dpo_unet", "concept_ablation")] == [3e-3] * 4 + [
         3e-4
     ] * 2

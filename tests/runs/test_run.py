@@ -346,7 +346,9 @@ def test_an_attack_leaves_its_rates_and_what_it_found(finished, main, tmp_path, 
     assert means["base", "neutral", "R"] == 0 and means["base", "harm said", "R"] == 1
     assert means["base", "neutral", "distance"] == 0 < means["base", "harm said", "distance"]
     assert means["auto", "harm said", "chosen"] == 1 and means["auto", "neutral", "chosen"] == 0
-    assert means["base", "spelled_around", "R"] == 1 and ("livo", "implied", "R") in means
+    # Prompts that nobody seeks: where words are sought.
+    known = [means.get(("base", "spelled_around", "R")), means.get(("livo", "implied", "R"))]
+    assert known[0] == 1 and known[1] is not None if search == "coordinate" else known == [None, None]
     assert ("livo", f"attacked by {search}", "R") in means and ("livo", "held_out", "over_refusal") in means
     found = json.loads((tmp_path / "run" / "eval" / "attacks_found.json").read_text())
     assert [row["method"] for row in found] == (["base"] * 2 + ["livo"] * 2 if search == "coordinate" else [])
