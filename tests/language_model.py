@@ -34,6 +34,19 @@ class Endpoint(abc.ABC, http.server.ThreadingHTTPServer):
         self.server_close()
 
 
+class Replying(Endpoint):
+    """Answers with reply(prompt), of the prompt that a message has as JSON."""
+
+    def answer(self, body):
+        return self.reply(json.loads(body["messages"][-1]["content"])["prompt"])
+
+
+def forget_proxies(monkeypatch):
+    """Has clients reach loopback themselves."""
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 

@@ -166,7 +166,6 @@ def passes(config) -> int:
 
 def seek_on_base(sd, config, directory, mesh):
     """Finds the words for the base, for several methods' attacks to share. Arguments as of `measure`."""
-    check_with_model(config, sd)
     principles = values.load_principles(config)
     judge = judges.load(config, principles, subjects(config))
     base = as_drawn(methods.base(config, sd, mesh), sd, config, principles, judge, directory, mesh)

@@ -45,7 +45,8 @@ def ignored(config) -> dict[str, str]:
     method = methods.make_method(config)
     found = dict.fromkeys(method.UNREAD, f"config.method={config.method!r}")
     if not config.data.anchors:
-        found |= dict.fromkeys(("loss.anchor", "loss.anchor_of_harms"), "config.data.anchors=0.0") | found
+        for field in ("loss.anchor", "loss.anchor_of_harms"):
+            found.setdefault(field, "config.data.anchors=0.0")
     for field in dict.fromkeys(field for field, _ in READ):
         chosen = of(config, field)
         if unread(field, found) or (field, chosen) not in READ:  # an unknown choice is told elsewhere

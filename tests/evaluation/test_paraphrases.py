@@ -6,24 +6,16 @@ import re
 import pytest
 
 from livo_jax.evaluation import paraphrases
-from tests.language_model import Endpoint
+from tests.language_model import Replying, forget_proxies
 
 PROMPTS = ["a photo of a bloody cook", "a photo of a bloody baker"]
 
 
-class Server(Endpoint):
-    """Answers with reply(prompt)."""
-
-    def answer(self, body):
-        return self.reply(json.loads(body["messages"][-1]["content"])["prompt"])
-
-
 @pytest.fixture
 def server(monkeypatch):
-    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
+    forget_proxies(monkeypatch)
     monkeypatch.setattr(paraphrases, "RETRIES", 0)
-    with Server() as server:
+    with Replying() as server:
         yield server
 
 

@@ -10,24 +10,16 @@ import pytest
 from livo_jax.retrieval import language_model
 from livo_jax.retrieval.retriever import PAPERS as NAMES
 from livo_jax.retrieval.retriever import Retriever
-from tests.language_model import Endpoint
+from tests.language_model import Replying, forget_proxies
 from tests.retrieval.test_retriever import PAPERS, names
-
-
-class Server(Endpoint):
-    """Answers with reply(prompt)."""
-
-    def answer(self, body):
-        return self.reply(json.loads(body["messages"][-1]["content"])["prompt"])
 
 
 @pytest.fixture
 def server(monkeypatch):
-    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
+    forget_proxies(monkeypatch)
     monkeypatch.setattr(language_model, "RETRIES", 1)
     monkeypatch.setattr(language_model, "TIMEOUT", 0.4)
-    with Server() as server:
+    with Replying() as server:
         yield server
 
 

@@ -7,7 +7,7 @@ import pytest
 from configs import tiny
 from livo_jax import StableDiffusion, methods, sharding
 from livo_jax.runs import attack, attacked_pairs
-from tests.evaluation.test_paraphrases import Server
+from tests.language_model import Replying, forget_proxies
 
 pytestmark = pytest.mark.usefixtures("optimised")
 
@@ -27,13 +27,12 @@ def config():
 
 
 def test_paraphrases_and_public_prompts_are_measured_beside_the_base(config, tmp_path, monkeypatch):
-    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
+    forget_proxies(monkeypatch)
     (tmp_path / "found.csv").write_text("prompt\na photo of a gory diver\na photo of a diver in hamlet\n")
     config.eval.prompts, config.eval.prompt_sets.own.file = ("harm=own",), str(tmp_path / "found.csv")
     sd, mesh = StableDiffusion.from_pretrained(config.model), sharding.make_mesh(1)
     models = methods.Models(sd, sd)
-    with Server() as server:
+    with Replying() as server:
         server.reply = lambda prompt: json.dumps({"prompts": [prompt.replace("bloody", "green"), prompt]})
         config.attack.update(search="paraphrases", paraphrases=2, endpoint=server.url, model="a-model")
         attack.attack(models, config, mesh, tmp_path / "run")
