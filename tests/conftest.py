@@ -202,12 +202,11 @@ def optimised():
 @pytest.fixture(autouse=True, scope="module")
 def little_memory():
     """What a module compiled is of no use to the next but for the smallest of it, and would take gigabytes."""
-    gc.freeze()  # collections pass over what is there: most are libraries
+    gc.freeze()  # collections pass over what was there before the module: most are libraries
     yield
     import jax
 
     jax.clear_caches()
-    gc.unfreeze()
     gc.collect()
 
 

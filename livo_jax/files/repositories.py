@@ -264,36 +264,24 @@ class Tensor(NamedTuple):
     name: str
     shape: tuple
     dtype: str  # of FLOATS
+    start: int  # of its bytes in the file
 
     def __array__(self, dtype=None, copy=None):
-        import safetensors
-
         if self.dtype not in FLOATS:
             raise ValueError(
                 f"{self.path}: {self.name} is of dtype {self.dtype}; weights are read in {', '.join(FLOATS)}:"
                 " fetch files of this model that are not quantised"
             )
-        if self.dtype.startswith("F8"):
-            array = self._read_fp8()
-        else:
-            # Opened anew each time: a mapping that stays open keeps every page that was read in memory.
-            with safetensors.safe_open(self.path, framework="numpy") as file:
-                array = file.get_tensor(self.name)
+        # No mapping, as safetensors has it: one that stays open keeps every page that was read in memory. And its NumPy
+        # reader knows no fp8.
+        array = np.fromfile(self.path, FLOATS[self.dtype], math.prod(self.shape), offset=self.start)
+        array = array.reshape(self.shape)
         if bad := array.size - np.count_nonzero(np.isfinite(array)):
             raise ValueError(
                 f"{self.path}: {bad} of {array.size} numbers of {self.name} are not finite, which draws black images:"
                 " fetch it again, or take an earlier copy from who trained it"
             )
         return np.asarray(array, dtype)
-
-    def _read_fp8(self) -> np.ndarray:
-        """safetensors itself knows no fp8 of NumPy's: the file begins with a header's length, 8 bytes, and a header."""
-        with self.path.open("rb") as file:
-            start = 8 + int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(start - 8))
-        place = start + header[self.name]["data_offsets"][0]
-        array = np.fromfile(self.path, np.uint8, count=math.prod(self.shape), offset=place)
-        return array.view(FLOATS[self.dtype]).reshape(self.shape)
 
 
 def read_safetensors(file: str | os.PathLike) -> tuple[dict[str, str], dict[str, np.ndarray]]:
@@ -321,16 +309,21 @@ def open_tensors(files: list[pathlib.Path]) -> dict[str, Tensor]:
     tensors = {}
     for path in files:
         try:
-            with safetensors.safe_open(path, framework="numpy") as file:
-                for name in file.keys():
-                    entry = file.get_slice(name)
-                    tensors[name] = Tensor(path, name, tuple(entry.get_shape()), entry.get_dtype())
+            with safetensors.safe_open(path, framework="numpy"):
+                pass  # it checks the header
         except safetensors.SafetensorError as error:
             if is_pointer(path):
                 check_pointers(path.parent, [path.name])
             raise ValueError(
                 f"{path} {_another_kind(path) or 'is damaged or cut short, fetch it again'}: {error}"
             ) from error
+        with path.open("rb") as file:  # a header's length, 8 bytes, and a header, which says where after it each lies
+            start = 8 + int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(start - 8))
+        for name in sorted(header.keys() - {"__metadata__"}):
+            entry = header[name]
+            place = start + entry["data_offsets"][0]
+            tensors[name] = Tensor(path, name, tuple(entry["shape"]), entry["dtype"], place)
     if scales := [tensor for tensor in tensors.values() if SCALES.search(tensor.name)]:
         raise ValueError(
             f"{scales[0].path} holds fp8 weights that want scales of their own ({scales[0].name} and {len(scales) - 1}"

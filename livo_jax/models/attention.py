@@ -44,7 +44,8 @@ def attention(q, k, v, heads: int, mask=None, causal: bool = False, bias=None, s
         flash = functools.partial(_flash_on_mesh, mask=mask)
         if not causal and (mask is None or q.shape[1] == k.shape[1]) and _takes(flash, q, k, v):
             fused["tpu"] = flash
-    return jax.lax.platform_dependent(q, k, v, default=plain, **fused).reshape(shape)
+    out = jax.lax.platform_dependent(q, k, v, default=plain, **fused) if fused else plain(q, k, v)
+    return out.reshape(shape)
 
 
 def _filled_up(multiple: int, q, k, v):
