@@ -235,10 +235,10 @@ def main(_):
             for kind, of_kind in sorted(kinds.items(), key=lambda x: -x[1])
         ]
         tables["estimated cycles by line"] = dearest[: TOP.value]
-    else:
+    elif told["flops"]:
         row |= {"xla_tflop": told["flops"] / 1e12, "xla_gb": told["bytes"] / 1e9}
         row["bytes_ms"] = 1e3 * told["bytes"] / chip.bandwidth
-    settings = {"what": WHAT.value, "model": config.model, "dtype": config.dtype}
+    settings = {"what": WHAT.value, "model": config.model, "dtype": config.dtype, "quantised": config.quantised}
     settings |= {"mesh": dict(mesh.shape), "topology": TOPOLOGY.value, "source": "compiler's estimates, nothing ran"}
     if WHAT.value != "sampler":
         settings |= {"batch_size": config.train.batch_size, "cache": config.data.cache, "remat": config.train.remat}

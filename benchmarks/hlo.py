@@ -254,7 +254,8 @@ def buffers(work: list[Work], least: int) -> list[dict]:
 def compile_once(lowered, target: str, directory) -> tuple[dict, bool]:
     """What is told of a lowered program once it is compiled for a target, and whether the directory had that.
 
-    text; seconds of compiling; arguments, temporary: bytes of a device's memory; flops, bytes: as XLA counts them.
+    text; seconds of compiling; arguments, temporary: bytes of a device's memory; flops, bytes: as XLA counts them, None
+    where it does not.
     """
     versions = [
         (d.name, d.version) for d in importlib.metadata.distributions() if d.name in ("jax", "jaxlib", "libtpu")
@@ -265,14 +266,14 @@ def compile_once(lowered, target: str, directory) -> tuple[dict, bool]:
         return json.loads(gzip.decompress(file.read_bytes())), True
     start = time.perf_counter()
     compiled = lowered.compile()
-    seconds, memory, counted = time.perf_counter() - start, compiled.memory_analysis(), compiled.cost_analysis()
+    seconds, memory, counted = time.perf_counter() - start, compiled.memory_analysis(), compiled.cost_analysis() or {}
     told = {
         "text": compiled.as_text(),
         "seconds": seconds,
         "arguments": memory.argument_size_in_bytes,
         "temporary": memory.temp_size_in_bytes,
-        "flops": counted["flops"],
-        "bytes": counted["bytes accessed"],
+        "flops": counted.get("flops"),
+        "bytes": counted.get("bytes accessed"),
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(gzip.compress(json.dumps(told).encode()))

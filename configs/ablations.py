@@ -3,7 +3,8 @@
     python run.py --config=configs/ablations.py --mode=evaluate
 
 trains and measures every setting of SWEEPS as configs/compare_tiny.py does its methods, beside the run that they all
-share; the report plots them. `:smoke` is a run of minutes, to see that everything runs; its figures mean nothing.
+share; the report plots them. Its trainings are a sixth of the whole; those of `:parts`, which has PARTS, are whole.
+`:smoke` is a run of minutes, to see that everything runs; its figures mean nothing.
 """
 
 from livo_jax.configs import compare_tiny
@@ -18,15 +19,24 @@ SWEEPS = {  # a field of configs/tiny.py: what it is set to; its own setting the
     "value_encoder.reads_prompt": (True, False),
     "data.anchors": (0.0, 0.3),
 }
+PARTS = {  # what configs/tiny.py has beside the paper's recipe, taken away
+    "loss.anchor": (0.0, 6000.0),
+    "data.attributes": (0.0, 0.25),
+    "data.beside": (0.0, 0.3),
+    "value_encoder.alone": ((), ("harm",)),
+    "train.train_embeddings": (True, False),
+}
 FORMS = ("livo", "sft", "dpo", "ipo", "kto")  # of the loss, each with the constants of its file in configs/baselines/
 KEEP = (0.0, 0.25, 0.5, 0.75, 1.0)  # probabilities, of the run livo
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    config = compare_tiny.get_config(variant)
-    methods = {name: config.methods[name] for name in FORMS}
-    sweeps = [("loss.form", tuple((name, name) for name in FORMS))]
-    for field, settings in SWEEPS.items():
+    parts = variant == "parts"
+    config = compare_tiny.get_config("" if parts else variant)
+    forms = ("livo",) if parts else FORMS
+    methods = {name: config.methods[name] for name in forms}
+    sweeps = [] if parts else [("loss.form", tuple((name, name) for name in forms))]
+    for field, settings in (PARTS if parts else SWEEPS).items():
         section, name = field.split(".")
         points = []
         for setting in settings:
@@ -34,11 +44,13 @@ def get_config(variant: str = "") -> ConfigDict:
             if own[section][name] == setting:
                 own = methods["livo"]
             else:
-                own[section][name], own.method = setting, f"{name}_{setting}".removesuffix(".0")
+                own[section][name] = setting
+                own.method = f"{name}_{'none' if setting == () else setting}".removesuffix(".0")
                 methods[own.method] = own
             points.append((str(setting), own.method))
         sweeps.append((field, tuple(points)))
-    for own in methods.values():  # a sixth of the training, half the prompts, and fewer images, for there are many
+    many = () if parts else methods.values()  # a sixth of the training, half the prompts, and fewer images
+    for own in many:
         own.train.warmup_steps = min(100, own.train.warmup_steps)
         own.train.learning_rates.full = methods["livo"].train.learning_rates.full  # of the forms too
         own.train.steps, own.eval.images_per_prompt = min(600, own.train.steps), min(20, own.eval.images_per_prompt)

@@ -17,6 +17,7 @@ def get_config() -> ConfigDict:
     config.random_weights = False  # the architecture of config.model alone, untrained
     config.loras = ()  # merged into it, as ("FILE", "FILE=0.8"): diffusers' or kohya's .safetensors, with their scales
     config.guidance_distilled = False  # whether it is made for no guidance: sampling.guidance_scale above 1 then warns
+    config.quantised = ""  # "int8" or "fp8": its linear layers and convolutions keep weights of 8 bits; "" as they are
     config.dtype = "bfloat16"  # of the frozen models; the value encoder, its optimizer and the errors are float32
     config.principles = ("gender", "race", "nudity", "gore", "zombie")  # names in livo_jax/values/principles.toml
     config.principles_file = ""  # a TOML file of your own, as that one is; empty for it

@@ -33,6 +33,8 @@ def main(_):
     sd = StableDiffusion.from_pretrained(config.model, dtype, variant=config.variant or None)
     if config.loras:
         sd.merge_loras(config.loras)
+    if config.quantised:
+        sd.quantise(config.quantised)
     write(preferences, sd, config)
 
 

@@ -12,6 +12,7 @@ def get_config(arg: str = "tiny"):
     config = baselines.start(
         arg, "uce",
         subjects=(),  # whose prompts are edited
+        matrices="",  # the uce.safetensors of another model, whose edit is carried over as it is
         regularisation=0.1,
         rounds=16,  # of a bias: measurements of its shares
         images=2,  # of each subject and template in a round

@@ -127,7 +127,8 @@ def export(directory: str | os.PathLike, sd, value_encoder, config, results: lis
         "steps": config.sampling.steps, "guidance_scale": config.sampling.guidance_scale,
     }  # fmt: skip
     text_encoder = sd.text_encoder
-    if isinstance(value_encoder, LoRA) and read_dtype(config.dtype) != "float32":  # what peft adds to is not rounded
+    rounded = config.quantised or read_dtype(config.dtype) != "float32"
+    if isinstance(value_encoder, LoRA) and rounded:  # what peft adds to is not
         text_encoder = ValueEncoder.from_pretrained(sd.root, subfolder="text_encoder", variant=config.variant or None)
         if config.loras:
             text_encoder, _ = merge_loras(text_encoder, None, config.loras)

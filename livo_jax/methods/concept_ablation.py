@@ -18,7 +18,7 @@ from livo_jax import sharding
 from livo_jax.methods.base import check_cross_attention
 from livo_jax.methods.of_unet import UNetMethod
 from livo_jax.models import low_rank
-from livo_jax.models.weights import split
+from livo_jax.models.weights import replaced, split
 from livo_jax.training import losses
 from livo_jax.training.batch import Batch
 from livo_jax.training.objective import add_noise, prompt_states
@@ -54,13 +54,14 @@ class Update(nnx.Module):
 
     def applied(self, unet):
         """The UNet with these in the place of its own."""
-        return low_rank.replaced(unet, lambda layer, kernel: Rounded(kernel), self.kernels)
+        return replaced(unet, lambda layer, kernel: Rounded(kernel), self.kernels)
 
 
 class ConceptAblation(UNetMethod):
     """The value_prompt_ids of its batches are of the concept, the prompt_ids of the anchor."""
 
     KINDS = ("harm",)
+    UNREAD = (*UNetMethod.UNREAD, "quantised")  # it replaces weights
     Update = Update
     CONCEPTS = True
 

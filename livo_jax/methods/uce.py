@@ -134,14 +134,31 @@ def _prompts(config, wording: str) -> list[str]:
     return [phrase(t, wording.format(subject=s)) for t in config.preferences.templates for s in config.uce.subjects]
 
 
+def carried_over(file: str, statements: list[str], sd) -> dict[str, np.ndarray]:
+    """The matrices of values that another model's UCE has kept in a file.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: it is of other values, or of text states of another width.
+    """
+    _, matrices = read_safetensors(file)
+    width = sd.family.states_shape[-1]
+    problems = [f"lacks {statement!r}" for statement in statements if statement not in matrices]
+    problems += [f"{name!r} is {M.shape}" for name, M in matrices.items() if M.shape != (width, width)]
+    if problems:
+        raise ValueError(f"config.uce.matrices={file!r}, of states of width {width}: {'; '.join(problems)}")
+    return {statement: matrices[statement] for statement in statements}
+
+
 class UnifiedConceptEditing(Method):
     """A model for each value, with W = M W_old. Its parameters are those that are edited in all of these models.
 
     config.uce has the subjects whose prompts are edited, the regularisation, and of a bias: how many rounds there are,
-    of how many images of each prompt, the step of alpha, and the tolerance of a share.
+    of how many images of each prompt, the step of alpha, and the tolerance of a share; or in `matrices` the file of an
+    edit of another model, which is carried over as it is.
     """
 
-    UNREAD = (*TRAINING, *TOKENS)
+    UNREAD = (*TRAINING, *TOKENS, "quantised")  # it replaces weights
 
     def make_drawing(self, models, mesh, workdir, judge):
         config, sd = self.config, models.sd
@@ -171,6 +188,8 @@ class UnifiedConceptEditing(Method):
 
         config, file = self.config, workdir / FILE
         found = values.load_principles(config)
+        if config.uce.matrices:
+            return carried_over(config.uce.matrices, [v.statement for v in found], sd), 0.0
         facts = {**settings, "values": [v.statement for v in found], "arrays": sharding.digest(weights_of(sd))}
         key = json.dumps(facts, default=str)
         if file.exists():

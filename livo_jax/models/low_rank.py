@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from livo_jax.models.weights import split
+from livo_jax.models.quantised import weight_of, whole
+from livo_jax.models.weights import replaced, split
 
 
 class Updated(nnx.Module):
@@ -17,11 +18,12 @@ class Updated(nnx.Module):
     """
 
     def __init__(self, layer: nnx.Linear, update: nnx.Dict, scale: float):
-        self.kernel, self.bias = layer.kernel, layer.bias
+        self.kernel, self.bias, self.dtype = layer.kernel, layer.bias, layer.dtype
+        self.kernel_scale = getattr(layer, "kernel_scale", None)  # of one that is quantised
         self.lora_A, self.lora_B, self.scale = update.lora_A, update.lora_B, scale
 
     def __call__(self, x):
-        kernel = self.kernel[...]
+        kernel = weight_of(self)
         y = jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
         if self.bias is not None:
             y += self.bias[...].astype(jnp.float32)
@@ -54,26 +56,6 @@ def updates(module, targets, rank: int, rngs) -> nnx.Dict:
     return found
 
 
-def replaced(module, make, updates):
-    """A copy of a module, which has make(layer, update) in the place of every layer that `updates` names."""
-    module = nnx.merge(*split(module))
-    for name, update in updates.items():
-        *path, last = name.split(".")
-        parent = module
-        for part in path:
-            parent = _child(parent, part)
-        new = make(_child(parent, last), update)
-        if last.isdigit():
-            parent[int(last)] = new
-        else:
-            setattr(parent, last, new)
-    return module
-
-
-def _child(module, name: str):
-    return module[int(name)] if name.isdigit() else getattr(module, name)
-
-
 def updated(module, updates, scale: float):
     """A copy of a module, with its updates beside the weights; these stay as they are."""
     return replaced(module, lambda layer, update: Updated(layer, update, scale), updates)
@@ -81,7 +63,7 @@ def updated(module, updates, scale: float):
 
 def merged(module, updates, scale: float):
     """The module with weights W + scale A B where there is an update, all of float32: to be saved."""
-    graph, params = split(module)
+    graph, params = split(whole(module))
 
     def update(path, weight):
         *layer, leaf = path

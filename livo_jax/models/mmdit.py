@@ -249,7 +249,7 @@ class SD3Transformer2DModel(nnx.Module):
         patch, (B, h, w, _) = self.config.patch_size, z_t.shape
         if h % patch or w % patch:
             raise ValueError(f"latents of {h}x{w}: the transformer needs multiples of {patch}")
-        dtype = self.proj_out.kernel.dtype
+        dtype = self.proj_out.bias.dtype  # a kernel may be quantised
         x, text = self.pos_embed(z_t.astype(dtype)), self.context_embedder(cond.astype(dtype))
         vector = self.time_text_embed(t, text_embeds.astype(dtype))
         if mask is not None:

@@ -296,7 +296,7 @@ class UNet2DConditionModel(nnx.Module):
         stride = 2 ** (len(self.config.block_out_channels) - 1)
         if z_t.shape[1] % stride or z_t.shape[2] % stride:
             raise ValueError(f"latents of {z_t.shape[1]}x{z_t.shape[2]}: the UNet needs multiples of {stride}")
-        dtype = self.conv_in.kernel.dtype
+        dtype = self.conv_in.bias.dtype  # a kernel may be quantised
         z_t, cond = z_t.astype(dtype), cond.astype(dtype)
 
         time = timestep_embedding(

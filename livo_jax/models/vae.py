@@ -181,7 +181,7 @@ class AutoencoderKL(nnx.Module):
 
     def encode(self, images):
         """The posterior of images [B, H, W, 3]: its mean and log-variance, each [B, h, w, C], unscaled."""
-        moments = self.encoder(images.astype(self.encoder.conv_in.kernel.dtype))
+        moments = self.encoder(images.astype(self.encoder.conv_in.bias.dtype))
         if self.config.use_quant_conv:
             moments = self.quant_conv(moments)
         mean, logvar = jnp.split(moments, 2, axis=-1)
@@ -189,5 +189,5 @@ class AutoencoderKL(nnx.Module):
 
     def decode(self, z):
         """Images [B, H, W, 3], about [-1, 1], of latents that config.unscale made."""
-        z = z.astype(self.decoder.conv_in.kernel.dtype)
+        z = z.astype(self.decoder.conv_in.bias.dtype)
         return self.decoder(self.post_quant_conv(z) if self.config.use_post_quant_conv else z)

@@ -53,6 +53,26 @@ def apply(graph: nnx.GraphDef, params, *args, method: str = "__call__"):
     return getattr(nnx.merge(graph, params), method)(*args)
 
 
+def replaced(module, make, updates):
+    """A copy of a module, which has make(layer, update) in the place of every layer that `updates` names."""
+    module = nnx.merge(*split(module))
+    for name, update in updates.items():
+        *path, last = name.split(".")
+        parent = module
+        for part in path:
+            parent = _child(parent, part)
+        new = make(_child(parent, last), update)
+        if last.isdigit():
+            parent[int(last)] = new
+        else:
+            setattr(parent, last, new)
+    return module
+
+
+def _child(module, name: str):
+    return module[int(name)] if name.isdigit() else getattr(module, name)
+
+
 def count(params) -> int:
     """How many numbers a tree of arrays, or of shapes, has."""
     return sum(math.prod(x.shape) for x in jax.tree.leaves(params))

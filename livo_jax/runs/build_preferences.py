@@ -305,7 +305,7 @@ def made_of(config, values) -> dict:
     named += ["classes", "detected_from"] if config.judge == "detector" else []
     whole["judging"] = {name: judging[name] for name in named}
     fields = "seed model variant dtype judge judging sampling preferences".split()
-    fields += ["loras"] if config.loras else []
+    fields += [name for name in ("loras", "quantised") if config[name]]  # as builds of before
     tables = json.loads(json.dumps({value.name: dataclasses.asdict(value) for value in values}))
     # What the sources come to is in the scenes; the others are the metrics' and the retriever's.
     for table in tables.values():
@@ -352,6 +352,8 @@ def build(config, directory, sd: StableDiffusion | None = None):
             sd = StableDiffusion.from_pretrained(model, read_dtype(config.dtype, "config.dtype"), variant=variant)
             if config.loras and not c.model:
                 sd.merge_loras(config.loras)
+            if config.quantised and not c.model:
+                sd.quantise(config.quantised)
         of_harms = {(v.statement, scene) for v, scene in values_and_scenes(values, config) if v.kind == "harm"}
         attacked = attacked_prompts(found, of_harms, config, sd.tokenizer)
         if neutral := [phrase(c.templates[0], scene) for scene in census(values, config)]:

@@ -6,6 +6,7 @@ import re
 from livo_jax import diffusion, judges, seeds, sharding, value_encoders, values
 from livo_jax.evaluation import prompt_sets
 from livo_jax.files.directories import resolve_directory
+from livo_jax.models.quantised import DTYPES
 from livo_jax.models.unet import REMAT
 from livo_jax.runs import fields
 from livo_jax.sampling.conditioning import PROMPT_LAYOUTS
@@ -34,6 +35,8 @@ def check_config(config, mesh, further=()):
             problems.append(f"config.data.{name}={config.data[name]}: it is a share, 0 to 1")
     if config.train.remat not in REMAT:
         problems.append(f"config.train.remat={config.train.remat!r}: choose from {', '.join(REMAT)}")
+    if config.quantised not in ("", *DTYPES):
+        problems.append(f"config.quantised={config.quantised!r}: choose from {', '.join(DTYPES)}, or '' for none")
     if config.sampling.prompt_layout not in PROMPT_LAYOUTS:
         problems.append(
             f"config.sampling.prompt_layout={config.sampling.prompt_layout!r}: choose from {', '.join(PROMPT_LAYOUTS)}"

@@ -42,6 +42,7 @@ SAME = (
     "model",
     "variant",
     "loras",
+    "quantised",
     "dtype",
     "random_weights",
     "principles",

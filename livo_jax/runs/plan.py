@@ -57,6 +57,8 @@ def abstract_model(config) -> StableDiffusion:
 
     root = find_repository(config.model, DESCRIPTION + [f"{name}/config.json" for name in PARTS])
     sd = StableDiffusion(root, part, config.model)
+    if config.quantised:
+        sd.quantise(config.quantised)
     sd.unet.remat = config.train.remat
     return sd
 

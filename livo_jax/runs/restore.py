@@ -20,7 +20,7 @@ from livo_jax.training.step import state_on, trained_params
 
 
 def load_base(config, mesh) -> StableDiffusion:
-    """The StableDiffusion of config.model with config.loras on the mesh.
+    """The StableDiffusion of config.model with config.loras, config.quantised, on the mesh.
 
     Errors as read_dtype, from_pretrained and merge_loras have them.
     """
@@ -35,6 +35,8 @@ def load_base(config, mesh) -> StableDiffusion:
         sd = StableDiffusion.from_pretrained(config.model, dtype, variant=variant, sharding=where)
     if config.loras:
         sd.merge_loras(config.loras)
+    if config.quantised:
+        sd.quantise(config.quantised)
     sd.guidance_distilled = config.guidance_distilled
     return sd
 

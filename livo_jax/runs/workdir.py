@@ -28,6 +28,7 @@ PLACES = ("model", "principles_file", "judging.model", "preferences.model", "val
 # is not free needs its line here, or older runs are refused.
 BEFORE = {
     "method": "livo", "variant": "", "random_weights": False, "guidance_distilled": False, "loras": [],
+    "quantised": "",
     "value_encoder.kind": "full", "value_encoder.start": "", "value_encoder.rank": 8, "value_encoder.alpha": 8.0,
     "value_encoder.targets": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"], "value_encoder.tokens": 4,
     "value_encoder.states": 1, "value_encoder.reads_prompt": True, "value_encoder.alone": [],

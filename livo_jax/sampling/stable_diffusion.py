@@ -12,6 +12,7 @@ from flax import nnx
 from livo_jax.files.loras import merge_loras
 from livo_jax.files.modules import PARTS, initialise, load_module, read_dtype
 from livo_jax.files.repositories import find_repository, weight_patterns
+from livo_jax.models.quantised import DTYPES, quantised
 from livo_jax.models.weights import split
 from livo_jax.sampling.families import read_family
 from livo_jax.sampling.generate import Images, generate
@@ -28,6 +29,14 @@ def _means(vae, params, images):
     """[N, h, w, C] float32, of images [N, H, W, 3] uint8; vae: its GraphDef."""
     mean, _ = nnx.merge(vae, params).encode(images.astype(jnp.float32) / 127.5 - 1)
     return mean.astype(jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _quantise(kernel, dtype):
+    import qwix
+
+    found = qwix.quantize(kernel.astype(jnp.float32), dtype, channelwise_axes=(kernel.ndim - 1,))
+    return found.qvalue, found.scale
 
 
 class StableDiffusion:
@@ -47,6 +56,7 @@ class StableDiffusion:
         time_ids: [6] int32, the sizes that the UNet of XL is told for such an image, whole; None of others.
         guidance_distilled: whether it is made for no guidance, which no file tells: False until it is set. A guidance
             scale above 1 is then warned of.
+        quantised: "" or the dtype that `quantise` took.
         zeros_for_empty_prompt: whether an empty negative prompt is zeros in the place of its states, as of XL.
     """
 
@@ -63,7 +73,7 @@ class StableDiffusion:
         self.image_size = family.side * 2 ** (len(family.vae.block_out_channels) - 1)
         self.latent_shape = (family.side, family.side, family.vae.latent_channels)
         self.time_ids = family.time_ids((self.image_size, self.image_size))
-        self.guidance_distilled = False
+        self.guidance_distilled, self.quantised = False, ""
         self.zeros_for_empty_prompt = family.zeros_for_empty_prompt
 
     def shape_of(self, size: tuple[int, int] | None) -> tuple[tuple[int, int, int], np.ndarray | None]:
@@ -136,7 +146,33 @@ class StableDiffusion:
                 f"LoRAs {[*map(str, loras)]} for {self.name}: of Stable Diffusion 3 none are read; merge them by"
                 " diffusers (load_lora_weights, fuse_lora, save_pretrained) and give what that saved"
             )
+        if self.quantised:
+            raise ValueError(f"{self.name} is quantised to {self.quantised}: merge LoRAs before")
         self.text_encoder, self.unet = merge_loras(self.text_encoder, self.unet, loras)
+
+    def quantise(self, dtype: str):
+        """Has all linear layers and convolutions keep weights of 8 bits, for good, and compute as before.
+
+        Norms, biases and embeddings stay. Each output channel has a float32 scale, by its largest weight.
+
+        Args:
+            dtype: "int8" or "fp8" (float8_e4m3fn).
+
+        Raises:
+            ValueError: another dtype, or it is quantised already.
+        """
+        if dtype not in DTYPES:
+            raise ValueError(f"quantised={dtype!r}: choose from {', '.join(DTYPES)}")
+        if self.quantised:
+            raise ValueError(f"{self.name} is quantised to {self.quantised} already: load it anew")
+        self.quantised = dtype
+
+        def quantise(kernel):
+            run = _quantise.eval_shape if isinstance(kernel, jax.ShapeDtypeStruct) else _quantise  # plans have no more
+            return run(kernel, DTYPES[dtype])
+
+        for part in ("text_encoder", "unet", "vae"):
+            setattr(self, part, quantised(getattr(self, part), quantise))
 
     def tokenize(self, texts: list[str]) -> np.ndarray:
         """Token ids [B, L] int32, of XL [B, 2, L], of 3 with T5 [B, 3, L], padded and cut to the text encoder's length.

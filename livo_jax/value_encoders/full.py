@@ -11,6 +11,7 @@ from livo_jax.files.loras import merge_loras
 from livo_jax.files.modules import load_module
 from livo_jax.files.repositories import describe, find_repository, read_json, weight_patterns
 from livo_jax.models.clip import CLIPTextConfig, CLIPTextConfigs, CLIPTextModel, CLIPTextModels
+from livo_jax.models.quantised import whole
 from livo_jax.models.weights import one_key, split
 from livo_jax.value_encoders.base import (
     TrainableTokens,
@@ -99,7 +100,7 @@ def untrained(config: CLIPTextConfig | CLIPTextConfigs) -> ValueEncoder | ValueE
 def copy_of(text_encoder) -> ValueEncoder | ValueEncoders:
     """A value encoder, float32, whose token is the pooled output of a text encoder: its copy."""
     graph, abstract = split(nnx.eval_shape(lambda: untrained(text_encoder.config)))
-    theirs = dict(jax.tree_util.tree_leaves_with_path(split(text_encoder)[1]))
+    theirs = dict(jax.tree_util.tree_leaves_with_path(split(whole(text_encoder))[1]))
 
     def copied(path, _):
         return jnp.array(theirs[path], jnp.float32, copy=True)

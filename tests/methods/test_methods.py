@@ -238,6 +238,14 @@ def test_uce_is_kept_and_made_again_for_another_config(sd, config, tmp_path):
     config.model = f"/elsewhere{config.model}"  # a copy: its arrays are the same
     make_drawing()
     assert len(asked) == 2
+    config.uce.matrices = str(tmp_path / uce.FILE)
+    carry_over = uce.UnifiedConceptEditing(config).make_drawing
+    carried = carry_over(models, mesh, epath.Path(tmp_path / "other"), None)  # which measures no image
+    assert np.array_equal(carried.draw([request]), first.draw([request]))
+    config.principles = ("shape", "colour")
+    with pytest.raises(ValueError, match="lacks 'colour equality'"):
+        carry_over(models, mesh, epath.Path(tmp_path / "other"), None)
+    config.uce.matrices, config.principles = "", ("shape", "bloody")
     config.uce.regularisation = 0.2
     make_drawing()
     assert len(asked) == 4

@@ -12,12 +12,13 @@ def test_what_shows_without_a_model_is_told_before_one_is_looked_for(tmp_path):
     config = tiny.get_config("smoke")
     config.model, config.data.directory = "no/such-model", str(tmp_path)
     config.train.batch_size, config.train.ema_decay, config.loss.form = 0, 2.0, "liwo"
-    config.judge, config.sampling.guidance_scale = "nojudge", float("nan")
+    config.judge, config.sampling.guidance_scale, config.quantised = "nojudge", float("nan"), "int4"
     with pytest.raises(ValueError, match="the config cannot work") as error:
         train_and_evaluate(config, tmp_path / "run")
     for told in (
         "config.train.batch_size=0: ", "config.train.ema_decay=2.0: choose", "config.loss.form='liwo': choose",
         "config.judge='nojudge': choose from ", "config.sampling.guidance_scale=nan: choose a finite number",
+        "config.quantised='int4': choose from int8, fp8, or '' for none",
     ):  # fmt: skip
         assert told in str(error.value)
     assert not (tmp_path / "run" / "config.json").exists()

@@ -57,8 +57,9 @@ def test_the_cost_is_told_beforehand(module):
     assert [line.split(":")[0] for line in attacks] == [f"attacks by {search}" for search in config.attacks]
 
 
-def test_ablations_change_one_thing_each():
-    config = ablations.get_config()
+@pytest.mark.parametrize("variant", ["", "parts"])
+def test_ablations_change_one_thing_each(variant):
+    config = ablations.get_config(variant)
     livo = config.methods.livo.to_dict()
     swept = {name for _, points in config.sweeps for _, name in points}
     assert swept == {*config.methods} and all(own.method == name for name, own in config.methods.items())

@@ -283,7 +283,10 @@ def test_an_export_is_read_again(sd, made, config, kind, tmp_path):
 
 @pytest.mark.parametrize("kind", ["lora", "token"])
 def test_a_run_trains_its_kind_alone(root, tmp_path, kind):
-    """A run on two devices, from a checkpoint on one: what it wrote is read, and another kind or rank is refused."""
+    """A run on two devices, read on one: what it wrote is read, and another kind or rank is refused.
+
+    That of lora beside a model of 8 bits.
+    """
     config = tiny.get_config("smoke")
     config.model, config.random_weights, config.data.directory = str(root / "model"), True, str(root / "pairs")
     config.principles, config.judge = ("shape", "colour"), ""
@@ -293,6 +296,7 @@ def test_a_run_trains_its_kind_alone(root, tmp_path, kind):
     config.train.steps, config.train.warmup_steps, config.data.cache = 3, 0, False
     config.log.samples_every = 0
     config.value_encoder.update(kind=kind)
+    config.quantised = {"lora": "int8", "token": ""}[kind]
     config.train.ema_decay = 0.5
     train.train_and_evaluate(config, tmp_path)
     assert not (tmp_path / "samples").exists()

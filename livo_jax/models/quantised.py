@@ -1,0 +1,59 @@
+"""Layers whose weights are of 8 bits, for models that are frozen."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from livo_jax.models.weights import replaced
+
+DTYPES = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
+
+
+class Quantised(nnx.Module):
+    """A linear layer or a convolution, in its place: a weight of 8 bits, and a scale of each of its output channels.
+
+    The weight is made whole as the layer computes, and again in the backward pass: neither pass keeps it.
+    """
+
+    def __init__(self, layer: nnx.Linear | nnx.Conv, kernel: jax.Array, scale: jax.Array):
+        self.kernel, self.kernel_scale = nnx.Param(kernel), nnx.Param(scale)
+        self.bias, self.dtype = layer.bias, layer.kernel.dtype
+        self.graph = nnx.graphdef(layer)
+
+    def __call__(self, x):
+        return jax.checkpoint(lambda x: self.restored()(x))(x)
+
+    def restored(self) -> nnx.Linear | nnx.Conv:
+        """The layer as it was, but for what 8 bits have lost."""
+        bias = {} if self.bias is None else {"bias": self.bias[...]}
+        return nnx.merge(self.graph, {"kernel": weight_of(self), **bias})
+
+
+def weight_of(layer) -> jax.Array:
+    """The weight of a linear layer or a convolution, whole, in the dtype that it computes in."""
+    scale = getattr(layer, "kernel_scale", None)
+    if scale is None:
+        return layer.kernel[...]
+    return (layer.kernel[...].astype(jnp.float32) * scale[...]).astype(layer.dtype)
+
+
+def quantised(module: nnx.Module, quantise: Callable) -> nnx.Module:
+    """A copy of a module whose linear layers and convolutions are Quantised.
+
+    Args:
+        quantise: kernel -> its values of 8 bits, and scales that broadcast to it.
+    """
+    layers = {path: layer for path, layer in nnx.iter_modules(module) if type(layer) in (nnx.Linear, nnx.Conv)}
+    return replaced(module, lambda layer, _: Quantised(layer, *quantise(layer.kernel.get_value())), _named(layers))
+
+
+def whole(module: nnx.Module) -> nnx.Module:
+    """A copy of a module whose Quantised layers are restored."""
+    layers = {path: layer for path, layer in nnx.iter_modules(module) if isinstance(layer, Quantised)}
+    return replaced(module, lambda layer, _: layer.restored(), _named(layers))
+
+
+def _named(layers: dict) -> dict:
+    return {".".join(map(str, path)): layer for path, layer in layers.items()}
