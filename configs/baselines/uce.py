@@ -11,8 +11,8 @@ from livo_jax.configs import baselines
 def get_config(arg: str = "tiny"):
     config = baselines.start(
         arg, "uce",
+        matrices="",  # another model's uce.safetensors, whose edit is carried over: what is below is not read then
         subjects=(),  # whose prompts are edited
-        matrices="",  # the uce.safetensors of another model, whose edit is carried over as it is
         regularisation=0.1,
         rounds=16,  # of a bias: measurements of its shares
         images=2,  # of each subject and template in a round

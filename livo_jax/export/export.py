@@ -193,6 +193,7 @@ def card(config, results, recipe) -> str:
         for name, scale in loras
     ]
     merging = f"sd.merge_loras({[f'{name}={scale}' for name, scale in loras]})\n" if loras else ""
+    merging += f"sd.quantise({config.quantised!r})\n" if config.quantised else ""
     if table:
         table = ["| value | prompts | metric | method | mean | 95% interval | images |", "|---" * 7 + "|", *table]
     if recipe:

@@ -5,6 +5,7 @@ moved towards those that name an attribute, as far as makes its images show the 
 """
 
 import json
+import pathlib
 import time
 
 import jax
@@ -138,7 +139,6 @@ def carried_over(file: str, statements: list[str], sd) -> dict[str, np.ndarray]:
     """The matrices of values that another model's UCE has kept in a file.
 
     Raises:
-        FileNotFoundError: it is not there.
         ValueError: it is of other values, or of text states of another width.
     """
     _, matrices = read_safetensors(file)
@@ -146,7 +146,10 @@ def carried_over(file: str, statements: list[str], sd) -> dict[str, np.ndarray]:
     problems = [f"lacks {statement!r}" for statement in statements if statement not in matrices]
     problems += [f"{name!r} is {M.shape}" for name, M in matrices.items() if M.shape != (width, width)]
     if problems:
-        raise ValueError(f"config.uce.matrices={file!r}, of states of width {width}: {'; '.join(problems)}")
+        raise ValueError(
+            f"config.uce.matrices={file!r}: {'; '.join(problems)}; give that of a run with these config.principles and"
+            f" text states of width {width}"
+        )
     return {statement: matrices[statement] for statement in statements}
 
 
@@ -158,14 +161,25 @@ class UnifiedConceptEditing(Method):
     edit of another model, which is carried over as it is.
     """
 
-    UNREAD = (*TRAINING, *TOKENS, "quantised")  # it replaces weights
+    UNREAD = (*TRAINING, *TOKENS)
+
+    def problems(self):
+        file, found = self.config.uce.matrices, []
+        if self.config.quantised:
+            found.append(
+                f"config.quantised={self.config.quantised!r}: config.method='uce' replaces weights, set it to ''"
+            )
+        if file and not pathlib.Path(file).is_file():
+            found.append(
+                f"config.uce.matrices={file!r}: there is no such file; WORKDIR/{FILE} of another run of uce is one"
+            )
+        return found
 
     def make_drawing(self, models, mesh, workdir, judge):
         config, sd = self.config, models.sd
         check_cross_attention(config, sd)
-        settings = {
-            "method": "uce", **config.uce.to_dict(), "seed": config.seed, "templates": config.preferences.templates,
-        }  # fmt: skip
+        own = {name: x for name, x in config.uce.items() if name != "matrices"}  # which are in the state
+        settings = {"method": "uce", **own, "seed": config.seed, "templates": config.preferences.templates}
         matrices, seconds = self.find_matrices(settings, sd, mesh, workdir, judge)
         edited_by_value = {statement: edited(sd, M) for statement, M in matrices.items()}
 

@@ -205,6 +205,7 @@ def make_card(comparison, found: Further, judge: dict) -> dict:
         "computed_on": {"platform": jax.default_backend(), "device": jax.devices()[0].device_kind},
         "model": first.model,
         "dtype": first.dtype,
+        "quantised": first.quantised,
         "base": found.drawn,  # with the sha256 of its arrays
         "values": {
             value.name: {field: list(x) if isinstance(x := getattr(value, field), tuple) else x for field in DEFINITION}

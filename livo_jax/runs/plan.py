@@ -119,22 +119,23 @@ def kept_for_backward(loss, params, *given) -> int:
     return size([v.aval for v in {id(v): v for v in jaxpr.outvars}.values() if id(v) not in given])
 
 
-def partial_sums(part, positions, forward: int, backward: int, parts: int, gated: bool = True) -> float:
+def partial_sums(part, positions, forward: int, backward: int, parts: int, itemsize: int, gated: bool = True) -> float:
     """Bytes that a device sends because layers are divided over "tensor" (Shoeybi et al. 2019).
 
     Args:
         part: weights; positions(name): at how many a device applies one. forward, backward: how often.
-        parts: the size of the axis. gated: whether half of what widens are the other half's gates.
+        parts: the size of the axis. itemsize: bytes of a number that is summed. gated: whether half of what widens
+            are the other half's gates.
     """
     ring, sent = 2 * (parts - 1) / parts, 0.0
     for path, leaf in jax.tree_util.tree_leaves_with_path(part):
         name, (_, axes) = jax.tree_util.keystr(path, simple=True, separator="."), sharding.rule(path)
         if axes == ("tensor", "fsdp"):  # each device has a part of every output's sum
-            sent += forward * ring * positions(name) * leaf.shape[-1] * leaf.dtype.itemsize
+            sent += forward * ring * positions(name) * leaf.shape[-1] * itemsize
         elif axes == ("fsdp", "tensor"):  # and of every input's gradient
-            sent += backward * ring * positions(name) * leaf.shape[-2] * leaf.dtype.itemsize
+            sent += backward * ring * positions(name) * leaf.shape[-2] * itemsize
             if gated and "net.0" in name:  # the gates lie elsewhere
-                sent += (forward + backward) * positions(name) * leaf.shape[-1] / parts * leaf.dtype.itemsize
+                sent += (forward + backward) * positions(name) * leaf.shape[-1] / parts * itemsize
     return sent
 
 
@@ -169,21 +170,22 @@ def traffic(sd, params, rules, frozen, mesh, config) -> dict[str, float]:
     if tensor > 1:
         rows, L = config.train.batch_size // sharding.batch_parts(mesh), sd.text_encoder.config.max_position_embeddings
         sum_up = functools.partial(partial_sums, parts=tensor)
+        frozen_up = functools.partial(sum_up, itemsize=jnp.dtype(read_dtype(config.dtype)).itemsize)
         if rules is sharding.RULES:
-            found["activations"] += sum_up(params, lambda name: rows * L, value_encodings(config), 1)
+            found["activations"] += sum_up(params, lambda name: rows * L, value_encodings(config), 1, itemsize=4)
         if config.shard_frozen:
             tokens, side = sd.family.states_shape[0] + method.HAS_TOKENS, sd.latent_shape[0]
 
             def positions(name):
                 return images * rows * sd.family.positions(name, side, tokens)
 
-            found["activations"] += sum_up(frozen["unet"], positions, forward, backward, gated=sd.family.GATED)
+            found["activations"] += frozen_up(frozen["unet"], positions, forward, backward, gated=sd.family.GATED)
 
             def read_at(name):  # T5 reads more than the CLIPs
                 return rows * sd.text_lengths[2 if name.startswith("text_encoder_3") else 0]
 
             if "text_encoder" in frozen:
-                found["activations"] += sum_up(frozen["text_encoder"], read_at, 1, 0)
+                found["activations"] += frozen_up(frozen["text_encoder"], read_at, 1, 0)
     return {cause: sent for cause, sent in found.items() if sent}
 
 

@@ -265,7 +265,8 @@ def why_not_finite(requests: list[Request], modules, settings: dict) -> str:
         for path, x in jax.tree.leaves_with_path(split(module)[1])
     }
     weights = [name for name, x in arrays.items() if not jnp.isfinite(x).all()]
-    settings["dtypes"] = sorted({str(x.dtype) for x in arrays.values()})
+    computed_in = {str(x.dtype) for x in arrays.values() if x.dtype.itemsize > 1}  # of 8 bits weights are kept alone
+    settings["dtypes"] = sorted(computed_in)
     settings["strengths"] = sorted({dose.strength for request in requests for dose in request.values})
     if weights:
         why = f"{len(weights)} weights are not finite, fetch or train them anew: {', '.join(weights[:5])}"

@@ -17,6 +17,7 @@ from livo_jax.models.weights import split
 from livo_jax.sampling.families import read_family
 from livo_jax.sampling.generate import Images, generate
 from livo_jax.sampling.requests import requests_of
+from livo_jax.sharding import replicated
 from livo_jax.value_encoders.base import values_by_prompt
 from livo_jax.value_encoders.shelf import Shelf
 
@@ -31,12 +32,19 @@ def _means(vae, params, images):
     return mean.astype(jnp.float32)
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _quantise(kernel, dtype):
+def quantise(kernel, dtype) -> tuple[jax.Array, jax.Array]:
+    """A kernel [..., O] in a dtype of 8 bits, which lies as it did; its scales [..., O], float32, whole everywhere."""
     import qwix
 
-    found = qwix.quantize(kernel.astype(jnp.float32), dtype, channelwise_axes=(kernel.ndim - 1,))
-    return found.qvalue, found.scale
+    def run(kernel):
+        found = qwix.quantize(kernel.astype(jnp.float32), dtype, channelwise_axes=(kernel.ndim - 1,))
+        return found.qvalue, found.scale
+
+    if isinstance(kernel, jax.ShapeDtypeStruct):  # plans have no more
+        return jax.eval_shape(run, kernel)
+    divided = isinstance(kernel.sharding, jax.sharding.NamedSharding)
+    scale_lies = replicated(kernel.sharding.mesh) if divided else kernel.sharding
+    return jax.jit(run, out_shardings=(kernel.sharding, scale_lies))(kernel)
 
 
 class StableDiffusion:
@@ -166,13 +174,8 @@ class StableDiffusion:
         if self.quantised:
             raise ValueError(f"{self.name} is quantised to {self.quantised} already: load it anew")
         self.quantised = dtype
-
-        def quantise(kernel):
-            run = _quantise.eval_shape if isinstance(kernel, jax.ShapeDtypeStruct) else _quantise  # plans have no more
-            return run(kernel, DTYPES[dtype])
-
         for part in ("text_encoder", "unet", "vae"):
-            setattr(self, part, quantised(getattr(self, part), quantise))
+            setattr(self, part, quantised(getattr(self, part), functools.partial(quantise, dtype=DTYPES[dtype])))
 
     def tokenize(self, texts: list[str]) -> np.ndarray:
         """Token ids [B, L] int32, of XL [B, 2, L], of 3 with T5 [B, 3, L], padded and cut to the text encoder's length.

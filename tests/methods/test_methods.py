@@ -245,7 +245,11 @@ def test_uce_is_kept_and_made_again_for_another_config(sd, config, tmp_path):
     config.principles = ("shape", "colour")
     with pytest.raises(ValueError, match="lacks 'colour equality'"):
         carry_over(models, mesh, epath.Path(tmp_path / "other"), None)
-    config.uce.matrices, config.principles = "", ("shape", "bloody")
+    config.uce.matrices, config.quantised = "nowhere", "int8"
+    told = fields.problems(config)
+    assert any("config.uce.matrices='nowhere': there is no such file" in line for line in told)
+    assert any("config.quantised='int8': config.method='uce' replaces weights" in line for line in told)
+    config.uce.matrices, config.quantised, config.principles = "", "", ("shape", "bloody")
     config.uce.regularisation = 0.2
     make_drawing()
     assert len(asked) == 4

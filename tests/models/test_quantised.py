@@ -10,7 +10,7 @@ from configs import tiny
 from livo_jax import StableDiffusion
 from livo_jax.models.quantised import DTYPES, quantised, whole
 from livo_jax.models.weights import split
-from livo_jax.sampling.stable_diffusion import _quantise
+from livo_jax.sampling.stable_diffusion import quantise
 from livo_jax.training.batch import draw_noise
 from livo_jax.training.objective import make_loss, split_models
 from livo_jax.value_encoders import LoRA, copy_of
@@ -32,7 +32,7 @@ def made(kind, dtype, weights=jnp.float32):
     if layer.bias is not None:
         layer.bias[...] = jnp.arange(40, dtype=weights)
     module = nnx.Dict(layer=layer)
-    return layer, quantised(module, lambda kernel: _quantise(kernel, DTYPES[dtype]))["layer"]
+    return layer, quantised(module, lambda kernel: quantise(kernel, DTYPES[dtype]))["layer"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -65,6 +65,23 @@ def test_the_backward_pass_is_left_8_bits(kind):
         return sum(x.nbytes for x in jax.tree.leaves(backward) if x.size >= layer.kernel.size)
 
     assert kept(*split(layer)) == layer.kernel[...].nbytes == 2 * kept(graph, params)
+
+
+def test_blocks_that_gather_are_left_8_bits_too(small):
+    """They keep all of what they compute but what they gather."""
+    sd = StableDiffusion.from_config(small[0].root, jnp.bfloat16)
+    sd.quantise("int8")
+    sd.unet.gather = lambda x, params: (x, params)
+    graph, params = split(sd.unet)
+    z_t, cond = jnp.zeros((1, *sd.latent_shape)), jnp.zeros((1, *sd.family.states_shape))
+
+    def kept(graph, params):
+        _, backward = jax.vjp(lambda z_t: nnx.merge(graph, params)(z_t, jnp.zeros(1), cond), z_t)
+        found = [x for x in jax.tree.leaves(backward) if x.shape in kernels]
+        return [x for x in found if jnp.issubdtype(x.dtype, jnp.floating)]
+
+    kernels = {x.shape for x in jax.tree.leaves(params) if x.dtype == jnp.int8}
+    assert kept(*split(whole(sd.unet))) and not kept(graph, params)
 
 
 def test_a_step_has_the_gradients_of_the_weights_that_8_bits_hold(small):

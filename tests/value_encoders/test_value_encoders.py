@@ -303,6 +303,7 @@ def test_a_run_trains_its_kind_alone(root, tmp_path, kind):
     config.mesh = dict(data=1, fsdp=1, tensor=1)
     _, sd, value_encoder = restore.restore_run(config, tmp_path, sharding.make_mesh(1))
     arrays = small_run.final(tmp_path)
+    assert sd.quantised == config.quantised and sd.unet.conv_in.kernel.dtype == ("int8" if sd.quantised else "float32")
 
     def of(name):
         return {k.removeprefix(f"['{name}']"): x for k, x in arrays.items() if k.startswith(f"['{name}']")}
