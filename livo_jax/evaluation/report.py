@@ -109,8 +109,8 @@ def _headline(value: str, metric: str, split: str, cells: dict, methods: list[st
 
 
 def _sweeps(results: list[dict], values: list[str], sweeps) -> dict[str, bytes]:
-    """A plot of each sweep, as `write` has them, on the last split of each value: effects, and the worst quality."""
-    cells = {(r["method"], r["value"], r["metric"]): r for r in results}
+    """A plot of each sweep, as `write` has them, on one split of each value: effects, and the worst quality."""
+    cells = {(r["method"], r["value"], r["metric"]): r for r in _held_out_last(results)}
     plots, base = {}, results[0]["method"] if results else None
     for title, points in sweeps if values else ():
         settings = [("", base, ""), *points]
@@ -130,6 +130,11 @@ def _sweeps(results: list[dict], values: list[str], sweeps) -> dict[str, bytes]:
     return plots
 
 
+def _held_out_last(results: list[dict]) -> list[dict]:
+    """Rows in their order, but for those of held-out prompts, which a plot of one split shows where there are any."""
+    return sorted(results, key=lambda r: r["split"] == "held_out")
+
+
 def _plots(results: list[dict], values: list[str], curves, metrics: list[dict], sweeps) -> dict:
     """{heading: {what it shows: SVG}}."""
     labels = {m: _label(m) for m in dict.fromkeys(r["method"] for r in results if r["value"] in values)}
@@ -140,7 +145,7 @@ def _plots(results: list[dict], values: list[str], curves, metrics: list[dict], 
         of_value = [r for r in results if r["value"] == value]
         if not (rows := [r for r in of_value if r["metric"] == metric]):
             continue
-        title, last = f"{value}\n{EFFECTS[metric]}, {metric}", rows[-1]["split"]
+        title, last = f"{value}\n{EFFECTS[metric]}, {metric}", _held_out_last(rows)[-1]["split"]
         shown = {split: splits[split] for split in dict.fromkeys(r["split"] for r in rows)}
         plots["Effect"][title] = charts.effects(title, rows, labels, shown)
         on_last = {(r["method"], r["metric"]): r["mean"] for r in of_value if r["split"] == last}

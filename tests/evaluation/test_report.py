@@ -57,6 +57,19 @@ def test_a_page_escapes_what_it_shows_and_needs_no_network(tmp_path):
     assert "12,345" in page and page.count("data:image/png") == 2
 
 
+def test_a_plot_of_one_split_is_of_held_out_prompts(monkeypatch):
+    """Wherever their rows stand: wordings that no pair had are splits too."""
+    monkeypatch.setattr(report.charts, "sweep", lambda title, labels, lines, base: lines)
+    shares = {"seen": 0.1, "held_out": 0.2, "spelled_around": 0.3}
+    rows = [
+        dict(method=method, value="harm", split=split, metric="R", mean=mean, ci95=None)
+        for split, mean in shares.items()
+        for method in ("base", "livo")
+    ]
+    (lines,) = report._sweeps(rows, ["harm"], [("alpha", [("0", "livo", "")])]).values()
+    assert [row["mean"] for row in lines["harm: R"]] == [0.2]
+
+
 def test_a_board_is_escaped_and_before_all_else(tmp_path):
     table = dict(section=EVIL, title=EVIL, header=[EVIL], lines=[(EVIL, [(EVIL, EVIL)])])
     agreement = [
