@@ -26,6 +26,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp()  # where diffusers copies custom pipelines to
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # PyTorch's threads would spin beside JAX's
+os.environ.setdefault("MALLOC_ARENA_MAX", "2")  # of workers: more keep a gigabyte that threads have freed
 
 CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "livo_jax_tests"
 CACHE_BYTES = 2**30
