@@ -15,7 +15,7 @@ from livo_jax.models.weights import to_published
 from livo_jax.training.batch import Batch, draw_noise
 from livo_jax.training.objective import add_noise, make_loss
 from livo_jax.training.step import init_state, make_train_step, over_hinged
-from tests.conftest import compiled_with
+from tests.conftest import QUICK, compiled_with
 
 LOSS = dict(alpha=50.0, beta=100.0, gamma_1=1.0, gamma_2=0.5)
 CONFIG = ConfigDict(
@@ -263,7 +263,8 @@ def test_three_steps_are_pytorchs(parts, torch_models):
 
 def test_optimised_programs_are_pytorchs(parts, torch_models):
     """As users compile them: other tests compile quickly."""
-    with compiled_with(xla_backend_optimization_level=3, xla_cpu_use_fusion_emitters=True):
+    emitters = {"xla_cpu_use_fusion_emitters": True} if "fusion_emitters" in QUICK else {}
+    with compiled_with(xla_backend_optimization_level=3, **emitters):
         test_three_steps_are_pytorchs(parts, torch_models)
 
 
