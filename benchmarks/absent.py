@@ -6,8 +6,8 @@
 Needs `libtpu` for TPUs and `jax[cuda13]` for GPUs, as those machines have them. No weights are made, nothing runs.
 Times of a TPU are its compiler's estimates: the cycles of all instructions, one after another. Pallas kernels have
 none: for them stands the limit that their products, filled up to the matrix unit, or the bytes that they read and write
-once, set at the chip's peak. Of a GPU there are counts alone. JAX's own cache of programs does not serve devices that
-are not here: what is told of one is kept beside it, for the next start.
+once, set at the chip's peak. Of a GPU there are counts alone, where its compiler gives them. JAX's own cache of
+programs does not serve devices that are not here: what is told of one is kept beside it, for the next start.
 """
 
 import functools

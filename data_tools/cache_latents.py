@@ -14,6 +14,7 @@ from ml_collections import config_flags
 
 from livo_jax import commands, data, sharding
 from livo_jax.files.modules import read_dtype
+from livo_jax.runs import restore
 from livo_jax.runs.cache_latents import write
 from livo_jax.sampling.stable_diffusion import StableDiffusion
 
@@ -31,10 +32,7 @@ def main(_):
         )
     dtype = read_dtype(config.dtype, "config.dtype")
     sd = StableDiffusion.from_pretrained(config.model, dtype, variant=config.variant or None)
-    if config.loras:
-        sd.merge_loras(config.loras)
-    if config.quantised:
-        sd.quantise(config.quantised)
+    restore.adapt(sd, config)
     write(preferences, sd, config)
 
 

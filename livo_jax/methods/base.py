@@ -139,6 +139,12 @@ def check_cross_attention(config, sd):
         )
 
 
+def quantised_problems(config) -> list[str]:
+    """What keeps a method that replaces weights from a model whose weights are of 8 bits."""
+    found = f"config.quantised={config.quantised!r}: config.method={config.method!r} replaces weights, set it to ''"
+    return [found] if config.quantised else []
+
+
 def guidance_problems(config) -> list[str]:
     """What keeps a guidance that edits a guided prediction from working with config.sampling."""
     scale = config.sampling.guidance_scale

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from livo_jax import sharding
-from livo_jax.methods.base import check_cross_attention
+from livo_jax.methods.base import check_cross_attention, quantised_problems
 from livo_jax.methods.of_unet import UNetMethod
 from livo_jax.models import low_rank
 from livo_jax.models.weights import replaced, split
@@ -61,7 +61,6 @@ class ConceptAblation(UNetMethod):
     """The value_prompt_ids of its batches are of the concept, the prompt_ids of the anchor."""
 
     KINDS = ("harm",)
-    UNREAD = (*UNetMethod.UNREAD, "quantised")  # it replaces weights
     Update = Update
     CONCEPTS = True
 
@@ -70,9 +69,12 @@ class ConceptAblation(UNetMethod):
         return 1, 2, 2 if self.config.concept_ablation.prior else 1, 2
 
     def problems(self):
-        if not self.config.data.cache:
-            return []
-        return ["config.data.cache=True: the anchor prompts of concept_ablation are in no cache, set it to False"]
+        found = quantised_problems(self.config)
+        if self.config.data.cache:
+            found.append(
+                "config.data.cache=True: the anchor prompts of concept_ablation are in no cache, set it to False"
+            )
+        return found
 
     def make_loss(self, networks):
         def loss(params, frozen, batch, noise):

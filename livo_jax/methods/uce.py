@@ -22,6 +22,7 @@ from livo_jax.methods.base import (
     by_group,
     check_cross_attention,
     drawer,
+    quantised_problems,
     weights_of,
     with_unet,
 )
@@ -164,11 +165,7 @@ class UnifiedConceptEditing(Method):
     UNREAD = (*TRAINING, *TOKENS)
 
     def problems(self):
-        file, found = self.config.uce.matrices, []
-        if self.config.quantised:
-            found.append(
-                f"config.quantised={self.config.quantised!r}: config.method='uce' replaces weights, set it to ''"
-            )
+        file, found = self.config.uce.matrices, quantised_problems(self.config)
         if file and not pathlib.Path(file).is_file():
             found.append(
                 f"config.uce.matrices={file!r}: there is no such file; WORKDIR/{FILE} of another run of uce is one"

@@ -69,15 +69,16 @@ def quantised(module: nnx.Module, quantise: Callable) -> nnx.Module:
     Args:
         quantise: kernel -> its values of 8 bits, and scales that broadcast to it.
     """
-    layers = {path: layer for path, layer in nnx.iter_modules(module) if type(layer) in (nnx.Linear, nnx.Conv)}
-    return replaced(module, lambda layer, _: Quantised(layer, *quantise(layer.kernel.get_value())), _named(layers))
+    kinds = (nnx.Linear, nnx.Conv)
+    return _with_layers(module, kinds, lambda layer: Quantised(layer, *quantise(layer.kernel.get_value())))
 
 
 def whole(module: nnx.Module) -> nnx.Module:
     """A copy of a module whose Quantised layers are restored."""
-    layers = {path: layer for path, layer in nnx.iter_modules(module) if isinstance(layer, Quantised)}
-    return replaced(module, lambda layer, _: layer.restored(), _named(layers))
+    return _with_layers(module, (Quantised,), Quantised.restored)
 
 
-def _named(layers: dict) -> dict:
-    return {".".join(map(str, path)): layer for path, layer in layers.items()}
+def _with_layers(module, kinds: tuple, make):
+    """A copy of a module, which has make(layer) in the place of every layer of these classes."""
+    layers = {".".join(map(str, path)): layer for path, layer in nnx.iter_modules(module) if type(layer) in kinds}
+    return replaced(module, lambda layer, _: make(layer), layers)

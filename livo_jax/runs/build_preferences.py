@@ -26,6 +26,7 @@ from livo_jax.data import dataset, word_lists
 from livo_jax.data.rewording import reworded
 from livo_jax.files.modules import read_dtype
 from livo_jax.processes import ending_together
+from livo_jax.runs import restore
 from livo_jax.runs.attacked_pairs import attacked_prompts, read_found
 from livo_jax.sampling.generate import generate
 from livo_jax.sampling.requests import Request
@@ -350,10 +351,8 @@ def build(config, directory, sd: StableDiffusion | None = None):
         if sd is None or c.model:
             model, variant = c.model or config.model, config.variant or None
             sd = StableDiffusion.from_pretrained(model, read_dtype(config.dtype, "config.dtype"), variant=variant)
-            if config.loras and not c.model:
-                sd.merge_loras(config.loras)
-            if config.quantised and not c.model:
-                sd.quantise(config.quantised)
+            if not c.model:
+                restore.adapt(sd, config)
         of_harms = {(v.statement, scene) for v, scene in values_and_scenes(values, config) if v.kind == "harm"}
         attacked = attacked_prompts(found, of_harms, config, sd.tokenizer)
         if neutral := [phrase(c.templates[0], scene) for scene in census(values, config)]:

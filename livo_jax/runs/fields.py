@@ -25,8 +25,7 @@ READ = {  # (a field that chooses, its choice) -> the fields that it reads of th
     ("train.learning_rate_scaling", "none"): (),
 }  # fmt: skip
 OFF = {  # what a field says that asks for nothing: any other value is refused where it is not read, whoever set it
-    "quantised": "", "loss.form": "livo", "loss.min_snr_gamma": 0.0, "data.beside": 0.0, "data.attributes": 0.0,
-    "data.anchors": 0.0,
+    "loss.form": "livo", "loss.min_snr_gamma": 0.0, "data.beside": 0.0, "data.attributes": 0.0, "data.anchors": 0.0,
     "value_encoder.kind": "full", "value_encoder.start": "", "value_encoder.states": 1,
     "value_encoder.reads_prompt": True, "value_encoder.pooled": False,
 }  # fmt: skip

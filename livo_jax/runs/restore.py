@@ -19,6 +19,14 @@ from livo_jax.training.optimizer import make_optimizer
 from livo_jax.training.step import state_on, trained_params
 
 
+def adapt(sd: StableDiffusion, config):
+    """Merges config.loras into the model that was loaded, and has it keep weights as config.quantised says."""
+    if config.loras:
+        sd.merge_loras(config.loras)
+    if config.quantised:
+        sd.quantise(config.quantised)
+
+
 def load_base(config, mesh) -> StableDiffusion:
     """The StableDiffusion of config.model with config.loras, config.quantised, on the mesh.
 
@@ -33,10 +41,7 @@ def load_base(config, mesh) -> StableDiffusion:
         sd = StableDiffusion.from_config(config.model, dtype, seed=seed, sharding=where)
     else:
         sd = StableDiffusion.from_pretrained(config.model, dtype, variant=variant, sharding=where)
-    if config.loras:
-        sd.merge_loras(config.loras)
-    if config.quantised:
-        sd.quantise(config.quantised)
+    adapt(sd, config)
     sd.guidance_distilled = config.guidance_distilled
     return sd
 

@@ -32,19 +32,24 @@ def _means(vae, params, images):
     return mean.astype(jnp.float32)
 
 
-def quantise(kernel, dtype) -> tuple[jax.Array, jax.Array]:
-    """A kernel [..., O] in a dtype of 8 bits, which lies as it did; its scales [..., O], float32, whole everywhere."""
+@functools.cache  # kernels that are alike share a program
+def _quantiser(dtype, kernel_lies, scale_lies):
     import qwix
 
     def run(kernel):
         found = qwix.quantize(kernel.astype(jnp.float32), dtype, channelwise_axes=(kernel.ndim - 1,))
         return found.qvalue, found.scale
 
+    return jax.jit(run, out_shardings=(kernel_lies, scale_lies))
+
+
+def quantise(kernel, dtype) -> tuple[jax.Array, jax.Array]:
+    """A kernel [..., O] in a dtype of 8 bits, which lies as it did; its scales [..., O], float32, whole everywhere."""
     if isinstance(kernel, jax.ShapeDtypeStruct):  # plans have no more
-        return jax.eval_shape(run, kernel)
+        return jax.eval_shape(_quantiser(dtype, None, None), kernel)
     divided = isinstance(kernel.sharding, jax.sharding.NamedSharding)
     scale_lies = replicated(kernel.sharding.mesh) if divided else kernel.sharding
-    return jax.jit(run, out_shardings=(kernel.sharding, scale_lies))(kernel)
+    return _quantiser(dtype, kernel.sharding, scale_lies)(kernel)
 
 
 class StableDiffusion:
@@ -173,9 +178,9 @@ class StableDiffusion:
             raise ValueError(f"quantised={dtype!r}: choose from {', '.join(DTYPES)}")
         if self.quantised:
             raise ValueError(f"{self.name} is quantised to {self.quantised} already: load it anew")
-        self.quantised = dtype
         for part in ("text_encoder", "unet", "vae"):
             setattr(self, part, quantised(getattr(self, part), functools.partial(quantise, dtype=DTYPES[dtype])))
+        self.quantised = dtype
 
     def tokenize(self, texts: list[str]) -> np.ndarray:
         """Token ids [B, L] int32, of XL [B, 2, L], of 3 with T5 [B, 3, L], padded and cut to the text encoder's length.
