@@ -1,4 +1,5 @@
 import contextlib
+import functools
 import gc
 import importlib.metadata
 import json
@@ -190,6 +191,16 @@ def compiled_with(**options):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compiler, "get_compile_options", get_compile_options)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shuffled_once():
+    """Keeps what Grain shuffles: of the few pairs of tests each takes it milliseconds, and all seeds are alike."""
+    from grain._src.python.dataset.transformations.shuffle import index_shuffle
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(index_shuffle, "index_shuffle", functools.cache(index_shuffle.index_shuffle))
         yield
 
 

@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import optax
 import torch
 from flax import nnx
 
@@ -32,13 +33,19 @@ def config_of(published):
     return config
 
 
+def at_once(method, *given):
+    """What a module's method returns, by one program: called as it is, each of its operations is one."""
+    return nnx.jit(method.__func__)(method.__self__, *given)
+
+
 def make_all(sd, config) -> dict:
     """kind -> a value encoder of it, as after some training."""
     rng, made = np.random.default_rng(0), {}
     for kind in value_encoders.KINDS:
         graph, params = split(value_encoders.start(of_kind(config, kind), sd, sharding.make_mesh()))
-        noise = jax.tree.map(lambda x: rng.normal(0, 3.0 if kind == "token" else 0.1, x.shape), params)  # noqa: B023
-        made[kind] = nnx.merge(graph, jax.tree.map(lambda x, noise: x + np.float32(noise), params, noise))
+        scale = 3.0 if kind == "token" else 0.1
+        noise = jax.tree.map(lambda x: rng.normal(0, scale, x.shape).astype(np.float32), params)  # noqa: B023
+        made[kind] = nnx.merge(graph, jax.jit(optax.tree.add)(params, noise))
     return made
 
 
@@ -55,14 +62,14 @@ def assert_moves_pooled(sd, made, config):
     ids = sd.tokenize([f"{value}, {prompt}" for value, prompt in zip((VALUE, OTHER), PROMPTS)])
     trained = that_moves_pooled(made, config)
     untrained = that_moves_pooled(value_encoders.start(config, sd, sharding.make_mesh()), config)
-    np.testing.assert_allclose(untrained.pooled_shift(ids, sd.text_encoder), 0.0, atol=1e-6)
+    np.testing.assert_allclose(at_once(untrained.pooled_shift, ids, sd.text_encoder), 0.0, atol=1e-6)
     assert made.pooled_shift(ids, sd.text_encoder) is None
 
-    tokens, start = (np.asarray(it.tokens(ids, sd.text_encoder))[:, 0] for it in (trained, untrained))
+    tokens, start = (np.asarray(at_once(it.tokens, ids, sd.text_encoder))[:, 0] for it in (trained, untrained))
     towers = sd.text_encoder.towers
     parts = zip(np.split(tokens - start, [towers[0].config.hidden_size], axis=1), towers)
     expected = [part @ tower.text_projection.kernel[...] for part, tower in parts if hasattr(tower, "text_projection")]
-    shift = np.asarray(trained.pooled_shift(ids, sd.text_encoder))
+    shift = np.asarray(at_once(trained.pooled_shift, ids, sd.text_encoder))
     np.testing.assert_allclose(shift, np.concatenate(expected, axis=1), atol=1e-4)
     assert shift.shape == (2, sd.family.pooled_width) and np.abs(shift).max() > 0.1
     return trained

@@ -72,6 +72,14 @@ def keep_what_is_compiled():
     compiler._cache_write = write_too
 
 
+def miss_the_dead_sooner():
+    """Has sharding.join wait ten seconds for a sign of life: processes of one machine are not far."""
+    import jax
+
+    initialize = jax.distributed.initialize
+    jax.distributed.initialize = lambda **given: initialize(**given | {"heartbeat_timeout_seconds": 10})
+
+
 def main():
     import jax
 
@@ -80,6 +88,7 @@ def main():
 
     sys.modules["wandb"] = None  # is not installed
     if sys.argv[1:]:
+        miss_the_dead_sooner()
         sharding.join(sys.argv[1])
         keep_what_is_compiled()
     jax.devices()  # as XLA_FLAGS has them: tests.conftest has flags of its own

@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+from flax import nnx
 
 from livo_jax import StableDiffusion, sharding, value_encoders
 from livo_jax.methods import concept_ablation, uce
@@ -15,7 +16,7 @@ from livo_jax.sampling.requests import Dose, Request
 from livo_jax.value_encoders.shelf import Shelf, Together
 from livo_jax.values.principles import text_hash
 from tests import kinds
-from tests.kinds import OTHER, PROMPTS, VALUE, channels_first, of_kind
+from tests.kinds import OTHER, PROMPTS, VALUE, at_once, channels_first, of_kind
 from tests.sd3.conftest import SCHEDULER, SETTINGS
 
 
@@ -91,11 +92,12 @@ def test_tokens_of_several_states(sd, config, kind):
     """Those of both CLIPs from the end of the text on, side by side; as it starts, the model's own."""
     ids, D = sd.tokenize([f"{VALUE}, {prompt}" for prompt in PROMPTS]), 44
     ends = (ids[:, 0, :16] == sd.tokenizer.eos_token_id).argmax(axis=1)
-    read = [tower(ids[:, k, :16]).last_hidden_state for k, tower in enumerate(sd.text_encoder.towers)]
+    towers = enumerate(sd.text_encoder.towers)
+    read = [at_once(tower.__call__, ids[:, k, :16]).last_hidden_state for k, tower in towers]
     hidden = np.concatenate(read, axis=-1)
     for n in (1, 3, 0):
         value_encoder = value_encoders.start(of_kind(config, kind, states=n), sd, sharding.make_mesh())
-        tokens = np.asarray(value_encoder.tokens(ids, sd.text_encoder))
+        tokens = np.asarray(at_once(value_encoder.tokens, ids, sd.text_encoder))
         wanted = [row if n == 0 else row[np.minimum(np.arange(end, end + n), 15)] for row, end in zip(hidden, ends)]
         assert tokens.shape == (2, n or 16, D)
         np.testing.assert_allclose(tokens, wanted, atol=1e-5)
@@ -109,12 +111,14 @@ def test_a_value_moves_the_pooled_text(sd, config, made, kind):
     columns, strengths = conditioning.value_columns(sd, requests, text=value_encoder.text)
     prompts, negative = (sd.tokenize(texts) for texts in (PROMPTS, ["", ""]))
     batch = conditioning.Batch(*[np.zeros(2, np.uint32)] * 4, prompts, negative, strengths, values=columns)
-    pooled, plain = (
-        np.asarray(conditioning.condition(batch, sd.text_encoder, it).text_embeds).reshape(2, 3, -1)
-        for it in (value_encoder, made[kind])
-    )
+
+    @nnx.jit
+    def read(text_encoder, value_encoder):
+        return conditioning.condition(batch, text_encoder, value_encoder).text_embeds
+
+    pooled, plain = (np.asarray(read(sd.text_encoder, it)).reshape(2, 3, -1) for it in (value_encoder, made[kind]))
     ids = columns.value_prompt_ids.reshape(4, *columns.value_prompt_ids.shape[2:])
-    first, _, second, other = np.asarray(value_encoder.pooled_shift(ids, sd.text_encoder))
+    first, _, second, other = np.asarray(at_once(value_encoder.pooled_shift, ids, sd.text_encoder))
     wanted = [[first, 0 * first, first], [second, 0 * first, second + other]]
     np.testing.assert_allclose(pooled - plain, wanted, atol=1e-4)
 
@@ -128,8 +132,9 @@ def test_who_else_moves_the_pooled_text(sd, config, made):
     for row, value in zip(beginnings, (VALUE, OTHER)):
         begin = sd.tokenizer(value)["input_ids"][:-1]
         row[: len(begin)] = begin
-    shift = np.asarray(Together([moving, made["full"]], [1, 1], beginnings).pooled_shift(ids, sd.text_encoder))
-    np.testing.assert_allclose(shift[0], moving.pooled_shift(ids[:1], sd.text_encoder)[0], atol=1e-5)
+    together = Together([moving, made["full"]], [1, 1], beginnings)
+    shift = np.asarray(at_once(together.pooled_shift, ids, sd.text_encoder))
+    np.testing.assert_allclose(shift[0], at_once(moving.pooled_shift, ids[:1], sd.text_encoder)[0], atol=1e-5)
     assert np.abs(shift[0]).max() > 0.1 and not shift[1].any()
 
     own, moved = zip(*(first_steps.make_reader(sd, it, (VALUE, OTHER))("a baker") for it in (made["full"], moving)))

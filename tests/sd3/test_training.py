@@ -19,7 +19,7 @@ from livo_jax.training import objective
 from livo_jax.training.batch import Batch, draw_noise
 from livo_jax.training.objective import split_models
 from livo_jax.training.step import init_state, make_train_step
-from tests.kinds import OTHER, PROMPTS, VALUE, of_kind, that_moves_pooled
+from tests.kinds import OTHER, PROMPTS, VALUE, at_once, of_kind, that_moves_pooled
 from tests.sdxl.conftest import Towers
 from tests.training.test_train import CONFIG, LOSS
 
@@ -156,12 +156,14 @@ def test_a_value_that_moves_the_pooled_text(sd, config, made, batch):
     c, pooled = jnp.zeros((2, *sd.family.states_shape)), jnp.ones((2, sd.family.pooled_width))
     graph, params = split(value_encoder)
 
+    @jax.jit
     def read(params, batch=batch):
         (*_, policy), (*_, reference) = objective.condition(nnx.merge(graph, params), sd.text_encoder, batch, c, pooled)
         return policy, reference
 
     policy, reference = read(params)
-    own, beside = (value_encoder.pooled_shift(ids, sd.text_encoder) for ids in (batch[0], batch.beside_prompt_ids))
+    both = batch.value_prompt_ids, batch.beside_prompt_ids
+    own, beside = (at_once(value_encoder.pooled_shift, ids, sd.text_encoder) for ids in both)
     np.testing.assert_allclose(reference, pooled + beside * batch.beside[:, None], atol=1e-5)
     np.testing.assert_allclose(policy, reference + own, atol=1e-5)
     for alone, with_second in zip(read(params, batch._replace(beside=None)), (own, 0 * own)):
@@ -203,8 +205,8 @@ def test_divided_over_devices_it_is_the_same(sd, config, made, batch):
         if on:
             restore.compute_on(on, config, sd, made["lora"])
         networks, params, frozen = split_models(sd, made["lora"], with_vae=True)
-        loss = jax.jit(objective.make_loss(networks, CONFIG))
+        loss = jax.jit(objective.make_loss(networks, config_of("sft")))  # LiVO's slopes would multiply the rounding
         with jax.set_mesh(on or sharding.make_mesh()):
             return float(loss(params, frozen, two, noise)[0])
 
-    assert loss_of_model(divided, mesh) == pytest.approx(loss_of_model(sd), rel=1e-4)
+    assert loss_of_model(divided, mesh) == pytest.approx(loss_of_model(sd), rel=1e-5)

@@ -27,7 +27,7 @@ from livo_jax.training.optimizer import but_embeddings, make_optimizer
 from livo_jax.training.step import init_state, make_train_step
 from tests import small_run
 from tests.data import test_data
-from tests.kinds import PROMPTS, VALUE, of_kind
+from tests.kinds import PROMPTS, VALUE, at_once, of_kind
 from tests.runs.test_run import run
 from tests.sdxl.conftest import SETTINGS, Towers
 from tests.training.test_train import CONFIG, torch_step
@@ -77,8 +77,8 @@ def test_a_step_from_cached_states_is_the_same(sd, made, batch):
     loss = make_loss(networks, CONFIG)
     noise = draw_noise(jax.random.key(0), (2, *sd.latent_shape), (0, 1000))
     of = jax.jit(lambda batch: loss(params, frozen, batch, noise)[0])
-    text = sd.text_encoder(batch.prompt_ids)
-    aligned, violating = (jnp.concatenate(sd.vae.encode(x), -1) for x in (batch.aligned, batch.violating))
+    text = at_once(sd.text_encoder.__call__, batch.prompt_ids)
+    aligned, violating = (jnp.concatenate(at_once(sd.vae.encode, x), -1) for x in (batch.aligned, batch.violating))
     cached = Batch(
         batch.value_prompt_ids, prompt_states=text.last_hidden_state, text_embeds=text.text_embeds,
         aligned_moments=aligned, violating_moments=violating,

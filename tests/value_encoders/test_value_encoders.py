@@ -28,7 +28,7 @@ from livo_jax.value_encoders.lora import LoRA
 from livo_jax.value_encoders.soft_tokens import SoftTokens
 from livo_jax.values.principles import text_hash
 from tests import small_run
-from tests.kinds import of_kind
+from tests.kinds import at_once, of_kind
 from tests.training.test_train import CONFIG, torch_step
 
 STATEMENTS = ("shape equality", "colour equality")
@@ -95,10 +95,11 @@ def same_gradients(ours: dict, theirs: dict):
 
 def test_lora_starts_as_the_text_encoder(sd, config, ids):
     lora = value_encoders.start(of_kind(config, "lora"), sd, sharding.make_mesh())
-    np.testing.assert_allclose(lora.tokens(ids, sd.text_encoder)[:, 0], sd.text_encoder(ids).pooled, atol=1e-6)
+    tokens, text = at_once(lora.tokens, ids, sd.text_encoder), at_once(sd.text_encoder.__call__, ids)
+    np.testing.assert_allclose(tokens[:, 0], text.pooled, atol=1e-6)
     graph, params = split(sd.text_encoder)
-    half = nnx.merge(graph, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
-    assert lora.tokens(ids, half).dtype == jnp.float32
+    half = nnx.merge(graph, optax.tree.cast(params, jnp.bfloat16))
+    assert at_once(lora.tokens, ids, half).dtype == jnp.float32
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft, of transformers
@@ -112,9 +113,9 @@ def test_lora_is_pefts(sd, made, config, ids, torch_models, step, tmp_path):
     ).eval()
     with torch.no_grad():
         pooled = theirs(torch.tensor(ids)).pooler_output
-    ours = made["lora"].tokens(ids, sd.text_encoder)[:, 0]
+    ours = at_once(made["lora"].tokens, ids, sd.text_encoder)[:, 0]
     np.testing.assert_allclose(ours, pooled, atol=1e-5)
-    assert np.abs(ours - sd.text_encoder(ids).pooled).max() > 0.05
+    assert np.abs(ours - at_once(sd.text_encoder.__call__, ids).pooled).max() > 0.05
 
     gradients, loss, batch = step(made["lora"])
     expected, _ = torch_step(torch_models, theirs, batch, CONFIG, sd.scheduler_config)
@@ -151,7 +152,7 @@ def test_soft_tokens_know_their_value_by_its_words(sd, config):
     tokens = value_encoders.start(of_kind(config, "token"), sd, mesh)
     start = np.asarray(tokens.table[...])
     statements = sd.tokenize(STATEMENTS)
-    np.testing.assert_allclose(start[:, 0], sd.text_encoder(statements).pooled, atol=1e-5)
+    np.testing.assert_allclose(start[:, 0], at_once(sd.text_encoder.__call__, statements).pooled, atol=1e-5)
     assert np.abs(start[:, 0] - start[:, 1]).min(axis=1).max() > 0, "equal tokens would stay equal"
     texts = ["Colour  equality, a cook", "shape equality, colour equality, a cook", "shape equality, "]
     np.testing.assert_array_equal(tokens.tokens(sd.tokenize(texts)), start[[1, 0, 0]])
@@ -172,10 +173,10 @@ def test_tokens_of_several_states(sd, config, kind, ids):
     def start(**settings):
         return value_encoders.start(of_kind(config, kind, **settings), sd, sharding.make_mesh())
 
-    states, L = sd.text_encoder(ids).last_hidden_state, ids.shape[1]
+    states, L = at_once(sd.text_encoder.__call__, ids).last_hidden_state, ids.shape[1]
     ends = (ids == sd.tokenizer.eos_token_id).argmax(axis=1)
     for n in (1, 3, 0):
-        tokens = np.asarray(start(states=n).tokens(ids, sd.text_encoder))
+        tokens = np.asarray(at_once(start(states=n).tokens, ids, sd.text_encoder))
         for row, end, found in zip(states, ends, tokens):
             wanted = row if n == 0 else row[np.minimum(np.arange(end, end + n), L - 1)]
             np.testing.assert_allclose(found, wanted, atol=1e-5)
