@@ -21,11 +21,18 @@ from livo_jax.models.layers import (
     timestep_embedding,
 )
 
+
+def is_convolution(primitive, *_, **__) -> bool:
+    return primitive is jax.lax.conv_general_dilated_p
+
+
 # What a block keeps of its forward pass for the backward pass, which computes the rest again.
+policies = jax.checkpoint_policies
 REMAT = {
     "none": None,  # everything
-    "dots": jax.checkpoint_policies.dots_saveable,  # the results of matrix products and convolutions
-    "full": jax.checkpoint_policies.nothing_saveable,  # its input alone
+    # The results of products with weights: those of attention, which have a batch, would be all probabilities.
+    "dots": policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, is_convolution),
+    "full": policies.nothing_saveable,  # its input alone
 }
 
 

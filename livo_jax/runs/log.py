@@ -117,9 +117,10 @@ class Log:
         self.waited += time.perf_counter() - start
         return batch
 
-    def flush(self, step: int, batch_size: int, flops: float | None) -> dict:
-        """Writes the averages since the last flush, with the speed; returns them."""
-        numbers = {f"train/{name}": float(np.mean([m[name] for m in self.window])) for name in self.window[0]}
+    def flush(self, step: int, batch_size: int, flops: float | None, of_state: dict[str, float]) -> dict:
+        """Writes the averages since the last flush, with the speed and what is told of the state; returns them."""
+        averages = {name: float(np.mean([m[name] for m in self.window])) for name in self.window[0]}
+        numbers = {f"train/{name}": number for name, number in (averages | of_state).items()}
         if self.timed:
             total = time.perf_counter() - self.clock
             numbers["train/pairs_per_sec"] = batch_size * self.timed / total

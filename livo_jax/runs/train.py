@@ -28,7 +28,7 @@ from livo_jax.runs.restore import load_base, load_models
 from livo_jax.runs.workdir import check_shared, claim
 from livo_jax.training.objective import split_models
 from livo_jax.training.optimizer import learning_rate, make_optimizer
-from livo_jax.training.step import jit_step, make_train_step, state_on, trained_params
+from livo_jax.training.step import jit_step, make_train_step, norms, state_on, trained_params
 
 
 def train_and_evaluate(config, workdir):
@@ -127,6 +127,7 @@ def _train_and_evaluate(config, workdir, directory: pathlib.Path, mesh):
     # ---- the step, compiled once
     step_fn = make_train_step(networks, tx, config, method.make_loss(networks))
     step_fn = jit_step(step_fn, state, frozen, mesh)
+    read_norms = jax.jit(norms, out_shardings=sharding.replicated(mesh))
 
     # ---- the loop: while step k runs, the metrics of step k-1 are fetched and checked
     with ending_together():
@@ -171,8 +172,10 @@ def _train_and_evaluate(config, workdir, directory: pathlib.Path, mesh):
                 # Nothing that is not finite is saved or shown; the first step tells at once.
                 at_once = step == start + 1 or logs or shows or saves or stops or ends_profile
                 settle(0 if at_once else 1)
+                if at_once:
+                    of_state = check_finite(step, read_norms(state), checkpoints, config)
                 if logs:
-                    numbers = log.flush(step, config.train.batch_size, flops)
+                    numbers = log.flush(step, config.train.batch_size, flops, of_state)
                     progress.set_postfix_str(f"loss {numbers['train/loss']:.3f}", refresh=False)
                 if ends_profile:
                     log.stop_profile()
@@ -237,7 +240,7 @@ def save_and_exit(signal, step: int, state: dict, checkpoints: Checkpoints):
 
 
 def check_finite(step: int, metrics: dict, checkpoints, config) -> dict[str, float]:
-    """Fetches a step's metrics. Raises FloatingPointError if its loss, or what came of it, is not finite."""
+    """Fetches metrics of a step. Raises FloatingPointError if its loss, or what came of it, is not finite."""
     metrics = {name: float(value) for name, value in metrics.items()}
     names = {
         "loss": f"the loss of step {step}", "grad_norm": f"the norm of the gradients of step {step}",

@@ -31,7 +31,7 @@ def feed(log, first, last, loader=READY, **metrics):
     for step in range(first, last + 1, 50):
         log.next(loader)
         log.append(numbers(**metrics))
-        log.flush(step, 8, None)
+        log.flush(step, 8, None, {"params_norm": 2.0})
 
 
 def warnings(caplog, about):
@@ -57,6 +57,7 @@ def test_a_starving_loader_is_told_once(tmp_path, caplog):
     log.close()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [50, 100] and all(line["train/wait_for_data"] > 0.2 for line in lines)
+    assert all(line["train/params_norm"] == 2.0 for line in lines)
     assert list((tmp_path / "tensorboard").glob("events*"))
 
 

@@ -17,7 +17,7 @@ from livo_jax.models.weights import split
 from livo_jax.training.batch import Batch
 from livo_jax.training.objective import Networks, make_loss
 from livo_jax.training.optimizer import but_embeddings, make_optimizer
-from livo_jax.training.step import init_state, jit_step, make_train_step, state_on, trained_params
+from livo_jax.training.step import init_state, jit_step, make_train_step, norms, state_on, trained_params
 from tests.conftest import relative_error
 from tests.training.test_train import CONFIG, ROUNDING, SCALE
 
@@ -117,6 +117,8 @@ def test_rematerialisation_changes_memory_alone(parts, small):
         cond = jnp.zeros((8, 17, sd.unet.config.cross_attention_dim))
         backward = jax.eval_shape(lambda cond, predict=predict: jax.vjp(predict, cond)[1], cond)
         kept[name] = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(backward))
+        keys = [x.shape for x in jax.tree.leaves(backward) if x.shape[-1:] == cond.shape[1:2]]
+        assert not keys, "probabilities of attention are never kept"
     for name in ("dots", "full"):
         close = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5)
         jax.tree.map(close, gradients["none"], gradients[name])
@@ -173,7 +175,8 @@ def step_of(loss, **train_config):
     state = init_state(params, tx, config.train.ema_decay)
     networks, batch = Networks({}, None, SCALE), Batch(None, aligned_moments=np.zeros((1, 2, 2, 8), np.float32))
     step = make_train_step(networks, tx, config, lambda params, frozen, batch, noise: (loss(params), {}))
-    return state, *jax.jit(step)(state, {}, batch)
+    after, metrics = jax.jit(step)(state, {}, batch)
+    return state, after, metrics | norms(after)
 
 
 def total(params):
