@@ -195,15 +195,22 @@ class LiVO:
             return self.value_encoder.table[[known.index(statement) for statement, _ in read]], None
         livo, tokens, shifts = self._knows(), [], []
         alone = {value["statement"] for value in livo["values"] if value.get("alone")}
-        texts = [f"{s}, {'' if s.split(': ')[0] in alone else prompt}" for s, prompt in read]
+        reads_prompt, states = livo.get("reads_prompt", True), livo.get("states", 1)  # as config.value_encoder has them
+        texts = [f"{s}, {prompt if reads_prompt and s.split(': ')[0] not in alone else ''}" for s, prompt in read]
         for value_encoder, tokenizer, text_encoder in self._value_encoders():
             ids = self._tokenize(texts, tokenizer)
-            tokens.append(value_encoder(ids).pooler_output)
+            out = value_encoder(ids)
+            tokens.append(out.pooler_output[:, None] if states == 1 else out.last_hidden_state)
             # What training changed of a reading, projected by the model; XL's first text encoder projects nothing.
             if livo.get("moves_pooled") and hasattr(text_encoder, "text_projection"):
                 project = text_encoder.text_projection
-                shifts.append(project(tokens[-1].to(project.weight.dtype)) - text_encoder(ids).text_embeds)
-        return torch.cat(tokens, dim=-1)[:, None], torch.cat(shifts, dim=-1) if shifts else None
+                shifts.append(project(out.pooler_output.to(project.weight.dtype)) - text_encoder(ids).text_embeds)
+        tokens = torch.cat(tokens, dim=-1)
+        if states > 1:
+            ends = (self._tokenize(texts, self.tokenizer) == self.tokenizer.eos_token_id).int().argmax(dim=1)
+            places = (ends[:, None] + torch.arange(states, device=ends.device)).clamp(max=tokens.shape[1] - 1)
+            tokens = tokens.take_along_dim(places[:, :, None], dim=1)
+        return tokens, torch.cat(shifts, dim=-1) if shifts else None
 
     def _value_encoders(self):
         """Each with its tokenizer, and the text encoder that it stands beside."""

@@ -14,6 +14,7 @@ from livo_jax.files.loras import find_lora, merge_loras
 from livo_jax.files.modules import read_dtype, save
 from livo_jax.files.repositories import read_json
 from livo_jax.value_encoders import KINDS, copy_of
+from livo_jax.value_encoders.base import READING
 from livo_jax.value_encoders.full import ValueEncoder
 from livo_jax.value_encoders.lora import LoRA
 from livo_jax.value_encoders.soft_tokens import SoftTokens
@@ -43,7 +44,7 @@ FLOW_SCHEDULERS = {  # and for diffusion.FLOW_SAMPLERS
     "heun": ("FlowMatchHeunDiscreteScheduler", {}),
 }
 
-READS = """reads a value and a prompt; its pooled output, one token put before the prompt's tokens, makes the frozen
+READS = """reads a value and a prompt; what it gives, put before the prompt's tokens, makes the frozen
 base model follow the value."""
 WHAT = {  # the model card's first paragraph, by kind of value encoder
     "full": f"A CLIP text model that {READS}",
@@ -110,11 +111,6 @@ def export(directory: str | os.PathLike, sd, value_encoder, config, results: lis
             f"config.value_encoder.kind={config.value_encoder.kind!r}: pipelines know {', '.join(WHAT)}; its own code"
             " has to save another"
         )
-    if not isinstance(value_encoder, SoftTokens) and (value_encoder.states != 1 or not value_encoder.reads_prompt):
-        raise ValueError(
-            f"config.value_encoder: states={value_encoder.states}, reads_prompt={value_encoder.reads_prompt}: pipelines"
-            " put the one pooled token of value and prompt before the prompt's"
-        )
     directory = pathlib.Path(directory).absolute()
     is_flow = sd.schedule.prediction_type == "flow"
     scheduler, options = (FLOW_SCHEDULERS if is_flow else SCHEDULERS)[config.sampling.sampler]
@@ -138,7 +134,7 @@ def export(directory: str | os.PathLike, sd, value_encoder, config, results: lis
             value["alone"] = value["statement"] in value_encoder.alone
         base = name_base(config.model)
         knows = {"base": base, "family": sd.family.KEY, "values": known, "lists": lists(), "rates": rates}
-        knows |= {"dealing": dealing.BLOCK, "moves_pooled": value_encoder.moves_pooled}
+        knows |= {"dealing": dealing.BLOCK} | {name: getattr(value_encoder, name) for name in READING}
         if isinstance(value_encoder, LoRA):
             value_encoder.save(out / "adapter", base)
             value_encoder = copy_of(value_encoder.merged(text_encoder))

@@ -16,6 +16,7 @@ from livo_jax.values.principles import load_principles, value_prompt
 WIDTHS = ("hidden_size", "vocab_size", "max_position_embeddings")
 
 EXPORTED = "value_encoder/config.json"  # of any kind, in an export
+READING = ("states", "reads_prompt", "moves_pooled")  # how a value encoder reads and gives, in an export too
 
 
 class ValueTokens(nnx.Module):
@@ -194,8 +195,9 @@ def set_exported(value_encoder: ValueTokens, path: pathlib.Path) -> ValueTokens:
     """Has a value encoder do and know what an export's config.json says; nothing where there is none."""
     livo = read_json(path).get("livo", {}) if path.is_file() else {}
     known = livo.get("values", [])
-    if livo.get("moves_pooled"):
-        value_encoder.moves_pooled = True
+    for name in READING:
+        if livo.get(name, getattr(value_encoder, name)) != getattr(value_encoder, name):
+            setattr(value_encoder, name, livo[name])
     value_encoder.alone = tuple(value["statement"] for value in known if value.get("alone"))
     value_encoder.trained_on = tuple(value["statement"] for value in known) or None
     return value_encoder

@@ -6,7 +6,7 @@ from flax import nnx
 
 from livo_jax import sharding
 from livo_jax.files.settings import import_named
-from livo_jax.value_encoders.base import TrainableTokens, set_reading
+from livo_jax.value_encoders.base import READING, TrainableTokens, set_reading
 from livo_jax.value_encoders.full import ValueEncoder
 from livo_jax.value_encoders.lora import LoRA
 from livo_jax.value_encoders.soft_tokens import SoftTokens
@@ -62,9 +62,11 @@ def start(config, sd, mesh) -> TrainableTokens:
         if (theirs := getattr(found, name)) != (ours := getattr(wanted, name))
     ]:
         raise ValueError(f"config.value_encoder.start={c.start!r} is another:\n  " + "\n  ".join(differences))
-    if found.moves_pooled and not c.pooled:
-        raise ValueError(
-            f"config.value_encoder.start={c.start!r} moves the pooled text, and the config would not: set"
-            " config.value_encoder.pooled"
-        )
+    # What was not exported, or by a livo_jax of before, has what the class has, and may become what the config says.
+    if different := [
+        f"{name}: {theirs} there, {ours} in the config"
+        for name in READING
+        if (theirs := getattr(found, name)) not in (getattr(TrainableTokens, name), ours := getattr(wanted, name))
+    ]:
+        raise ValueError(f"config.value_encoder.start={c.start!r} reads otherwise:\n  " + "\n  ".join(different))
     return found if ":" in c.kind else set_reading(found, config)  # one of a user's own reads as it says

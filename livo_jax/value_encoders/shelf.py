@@ -132,13 +132,16 @@ class Shelf:
         encoders = [self._load(statement) for statement in statements]
         if len(encoders) < 2:
             return encoders[0] if encoders else None
-        counts = [encoder.table.shape[0] if isinstance(encoder, Fixed) else 1 for encoder in encoders]
         length = self.sd.text_encoder.config.max_position_embeddings
+        counts = [
+            len(encoder.table) if isinstance(encoder, Fixed) else encoder.states or length for encoder in encoders
+        ]
         padded = np.full((len(encoders), length), -1, np.int32)
         for row, begin in zip(padded, beginnings(statements, self.sd.tokenizer, length)):
             row[: len(begin)] = begin
         together = Together(encoders, counts, padded)
-        together.alone = tuple(s for s, encoder in zip(statements, encoders) if s in encoder.alone)
+        reads_alone = [s in encoder.alone or not encoder.reads_prompt for s, encoder in zip(statements, encoders)]
+        together.alone = tuple(s for s, alone in zip(statements, reads_alone) if alone)
         return together
 
     def _load(self, statement: str):

@@ -54,13 +54,15 @@ def test_images_are_the_published_pipelines(sd, without_t5, published, theirs, s
     assert np.abs(images[0].astype(int) - images[1]).max() > 1
 
 
-@pytest.mark.parametrize("kind, pooled", [*((kind, False) for kind in value_encoders.KINDS), ("lora", True)])
-def test_the_exported_pipeline_draws_the_same_images(sd, made, config, published, tmp_path, kind, pooled):
-    config = of_kind(config, kind, pooled=pooled)
+@pytest.mark.parametrize(
+    "kind, pooled, states", [*((kind, False, 1) for kind in value_encoders.KINDS), ("lora", True, 3)]
+)
+def test_the_exported_pipeline_draws_the_same_images(sd, made, config, published, tmp_path, kind, pooled, states):
+    config = of_kind(config, kind, pooled=pooled, states=states)
     value_encoder = kinds.that_moves_pooled(made[kind], config) if pooled else made[kind]
     kinds.assert_export_draws_the_same(sd, value_encoder, config, published, tmp_path / "livo", SETTINGS)
     if pooled:
-        with pytest.raises(ValueError, match="moves the pooled text, and the config would not: set config.value_encod"):
+        with pytest.raises(ValueError, match="reads otherwise:\n  moves_pooled: True there, False in the config"):
             value_encoders.start(
                 of_kind(config, kind, pooled=False, start=str(tmp_path / "livo")), sd, sharding.make_mesh()
             )

@@ -111,9 +111,11 @@ def test_a_value_moves_the_pooled_text(sd, made, config, kind):
     kinds.assert_moves_pooled(sd, made[kind], of_kind(config, kind))
 
 
-@pytest.mark.parametrize("kind, pooled", [*((kind, False) for kind in value_encoders.KINDS), ("full", True)])
-def test_the_exported_pipeline_draws_the_same_images(sd, made, config, published, tmp_path, kind, pooled):
-    config = of_kind(config, kind, pooled=pooled)
+@pytest.mark.parametrize(
+    "kind, pooled, states", [*((kind, False, 1) for kind in value_encoders.KINDS), ("full", True, 0)]
+)
+def test_the_exported_pipeline_draws_the_same_images(sd, made, config, published, tmp_path, kind, pooled, states):
+    config = of_kind(config, kind, pooled=pooled, states=states)
     value_encoder = kinds.that_moves_pooled(made[kind], config) if pooled else made[kind]
     kinds.assert_export_draws_the_same(sd, value_encoder, config, published, tmp_path / "livo", SETTINGS)
 

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from configs import tiny
 from livo_jax import sharding, value_encoders
+from livo_jax.export import export
 from livo_jax.models.weights import split
 from livo_jax.sampling import generate
 from livo_jax.value_encoders.lora import LoRA
@@ -17,6 +19,7 @@ from livo_jax.value_encoders.shelf import Shelf
 from livo_jax.value_encoders.soft_tokens import SoftTokens
 from livo_jax.values.principles import load
 from tests.files.test_modules import hub_of, load_from
+from tests.kinds import at_once, of_kind
 
 SETTINGS = dict(steps=2, guidance_scale=3.0, batch_size=1, mesh=sharding.make_mesh(1))
 VALUES = {value.name: value.statement for value in load(("shape", "colour", "bloody"))}
@@ -103,6 +106,27 @@ def test_soft_tokens_stand_on_a_shelf(sd, encoders, shelf_dir, tmp_path):
     draw = functools.partial(sd.generate, **SETTINGS)
     image = draw(["a baker", "a cook"], ["shape", "colour"], shelf)[0].astype(int)
     assert np.abs(image - draw(["a baker"], VALUES["shape"], encoders["shape"])[0]).max() <= 1
+
+
+def test_exports_of_several_states_stand_on_a_shelf(sd, tmp_path):
+    """Each gives as many tokens as it was trained with, and reads the prompt or not."""
+    index, made = {"base": sd.name, "values": {}}, {}
+    for name, states, reads_prompt in (("shape", 3, False), ("colour", 1, True)):
+        config = of_kind(tiny.get_config(), "full", states=states, reads_prompt=reads_prompt)
+        config.model, config.principles = str(sd.root), (name,)
+        made[name] = trained(value_encoders.start(config, sd, sharding.make_mesh()), states)
+        export.export(tmp_path / name, sd, made[name], config)
+        index["values"][name] = {"statement": VALUES[name], "kind": "full", "folder": name}
+    (tmp_path / "shelf.json").write_text(json.dumps(index))
+    _, _, together = Shelf(tmp_path, sd).take([["shape", "colour"]])
+    texts = [together.text(VALUES[name], "a baker") for name in made]
+    assert texts == [f"{VALUES['shape']}, ", f"{VALUES['colour']}, a baker"]
+    ids = sd.tokenize(texts)
+    np.testing.assert_array_equal(together.seen(ids), [[True] * 3, [True, False, False]])
+    tokens = at_once(together.tokens, ids, sd.text_encoder)
+    for i, (encoder, count) in enumerate(zip(made.values(), (3, 1))):
+        expected = at_once(encoder.tokens, ids, sd.text_encoder)[i]
+        np.testing.assert_allclose(tokens[i, :count], expected, atol=1e-6)
 
 
 def test_a_shelf_on_the_hub_fetches_what_it_is_asked_for(sd, encoders, shelf_dir, tmp_path):

@@ -28,7 +28,7 @@ from livo_jax.value_encoders.lora import LoRA
 from livo_jax.value_encoders.soft_tokens import SoftTokens
 from livo_jax.values.principles import text_hash
 from tests import small_run
-from tests.kinds import at_once, of_kind
+from tests.kinds import assert_export_draws_the_same, at_once, of_kind
 from tests.training.test_train import CONFIG, torch_step
 
 STATEMENTS = ("shape equality", "colour equality")
@@ -199,9 +199,23 @@ def test_a_value_encoder_of_the_value_alone(sd, config, tmp_path):
     images = generate.generate(sd, requests, value_encoder, seed=0, **SETTINGS)
     plain = generate.generate(sd, [r._replace(values=()) for r in requests], seed=0, **SETTINGS)
     assert all((a != b).any() for a, b in zip(images, plain))
-    with pytest.raises(ValueError, match="states=3, reads_prompt=False: pipelines put the one pooled token"):
-        export.export(tmp_path / "export", sd, value_encoder, alone)
-    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("kind, states", [("full", 3), ("lora", 0)])
+def test_an_export_of_several_states_of_the_value_alone(sd, config, tmp_path, kind, states):
+    """Its pipeline draws the same images; it is read as it was trained, and not otherwise."""
+    config = of_kind(config, kind, states=states, reads_prompt=False)
+    value_encoder = trained(value_encoders.start(config, sd, sharding.make_mesh()))
+    drawing = dict(SETTINGS, guidance_scale=config.sampling.guidance_scale)
+    assert_export_draws_the_same(
+        sd, value_encoder, config, config.model, tmp_path / "export", drawing, safety_checker=None
+    )
+    told = (
+        f"reads otherwise:\n  states: {states} there, 1 in the config\n  reads_prompt: False there, True in the config"
+    )
+    with pytest.raises(ValueError, match=told):
+        start = of_kind(config, kind, states=1, reads_prompt=True, start=str(tmp_path / "export"))
+        value_encoders.start(start, sd, sharding.make_mesh())
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
