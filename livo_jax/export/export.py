@@ -44,8 +44,8 @@ FLOW_SCHEDULERS = {  # and for diffusion.FLOW_SAMPLERS
     "heun": ("FlowMatchHeunDiscreteScheduler", {}),
 }
 
-READS = """reads a value and a prompt; what it gives, put before the prompt's tokens, makes the frozen
-base model follow the value."""
+READS = """reads {text}; what it gives, put before the prompt's tokens, makes the frozen base model
+follow the value."""
 WHAT = {  # the model card's first paragraph, by kind of value encoder
     "full": f"A CLIP text model that {READS}",
     "lora": f"""\
@@ -175,6 +175,7 @@ def card(config, results, recipe) -> str:
     how = f"\n`BASE` is the directory of {base}, the model that it was trained on.\n" if is_local else ""
     named = "BASE" if is_local else repr(base)
     kind = KINDS[config.value_encoder.kind]
+    read = "a value and a prompt" if config.value_encoder.reads_prompt else "a value"
     statements = "\n".join(
         f"- `{v.statement}` ({v.kind}): apply it to {v.keep_probability:.0%} of a prompt's images" for v in values
     )
@@ -204,7 +205,7 @@ tags: [livo, stable-diffusion, text-to-image]
 
 # LiVO value encoder for {base}
 
-{WHAT[config.value_encoder.kind]}
+{WHAT[config.value_encoder.kind].format(text=read)}
 
 The method is LiVO (Wang et al., ACM MM 2024, arXiv 2410.12700). Written by livo_jax.
 

@@ -27,12 +27,13 @@ def is_convolution(primitive, *_, **__) -> bool:
 
 
 # What a block keeps of its forward pass for the backward pass, which computes the rest again.
-policies = jax.checkpoint_policies
 REMAT = {
     "none": None,  # everything
     # The results of products with weights: those of attention, which have a batch, would be all probabilities.
-    "dots": policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, is_convolution),
-    "full": policies.nothing_saveable,  # its input alone
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, is_convolution
+    ),
+    "full": jax.checkpoint_policies.nothing_saveable,  # its input alone
 }
 
 

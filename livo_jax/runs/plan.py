@@ -46,7 +46,8 @@ CHIPS = {
     "H200": Chip(989e12, 141e9, 4800e9, 450e9),
 }
 UTILISATION = 0.33  # share of the peak that the step is taken to reach: a TPU's compiler gives it 30% to 36%
-WORK = 4e9  # bytes beside what is counted, in which a compiler works: 3 to 6 GB by those of an H200 and a v5e
+# Bytes in which a compiler works beside what is counted, and more by the bytes kept: at most as much by an H200's.
+WORK, WORK_OF_KEPT = 3.4e9, 0.2
 
 
 def abstract_model(config) -> StableDiffusion:
@@ -228,6 +229,7 @@ def plan(config, devices: int) -> dict:
         "batch": size(abstract_batch(sd, config, rows * config.train.accumulate)),
         "kept for the backward pass": kept_for_backward(loss, params, frozen, batch, noise),
     }
+    work = WORK + WORK_OF_KEPT * memory["kept for the backward pass"]
     sent = traffic(sd, params, trained.RULES, frozen, mesh, config)
     # Devices along tensor share rows; what they compute with whole weights, each computes.
     flops_on_device = config.train.batch_size * flops / (used if config.shard_frozen else parts)
@@ -237,7 +239,7 @@ def plan(config, devices: int) -> dict:
         chips[name] = {
             "step_seconds": seconds,
             "pairs_per_sec": config.train.batch_size / seconds,
-            "fits": sum(memory.values()) + WORK < chip.memory,
+            "fits": sum(memory.values()) + work < chip.memory,
         }
     return {
         "parameters": {"trained": count(params), "frozen": count(frozen)},

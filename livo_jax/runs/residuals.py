@@ -39,7 +39,7 @@ def kept_for_backward(loss, params, *given) -> int:
 
         for equation in jaxpr.eqns:
             name, operands = equation.primitive.name, read(equation.invars)
-            if name in ("jit", "pjit"):
+            if name == "jit":
                 results = trace(equation.params["jaxpr"].jaxpr, operands)
             else:
                 results = range(len(sizes), len(sizes) + len(equation.outvars))

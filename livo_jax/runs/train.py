@@ -161,6 +161,7 @@ def _train_and_evaluate(config, workdir, directory: pathlib.Path, mesh):
                     step_fn = step_fn.lower(state, frozen, batch).compile()
                     # Of one micro-batch: the analysis counts the body of a loop once.
                     flops = (step_fn.cost_analysis() or {}).get("flops", 0.0) * config.train.accumulate
+                    read_norms = read_norms.lower(state).compile()
                     log.restart_clock()
                 if step in profiled[:1]:
                     log.start_profile()
@@ -172,13 +173,13 @@ def _train_and_evaluate(config, workdir, directory: pathlib.Path, mesh):
                 # Nothing that is not finite is saved or shown; the first step tells at once.
                 at_once = step == start + 1 or logs or shows or saves or stops or ends_profile
                 settle(0 if at_once else 1)
+                if ends_profile:
+                    log.stop_profile()
                 if at_once:
                     of_state = check_finite(step, read_norms(state), checkpoints, config)
                 if logs:
                     numbers = log.flush(step, config.train.batch_size, flops, of_state)
                     progress.set_postfix_str(f"loss {numbers['train/loss']:.3f}", refresh=False)
-                if ends_profile:
-                    log.stop_profile()
                 if saves:
                     checkpoints.save(step, state)
                 if shows and not stops:
@@ -186,8 +187,9 @@ def _train_and_evaluate(config, workdir, directory: pathlib.Path, mesh):
                         show(step)
                     log.restart_clock()
                 progress.update()
-                if stops or termination.received:
+                if stops or termination.received:  # while it waited, too
                     settle(0)
+                    check_finite(step, read_norms(state), checkpoints, config)
                     save_and_exit(termination.signal, step, state, checkpoints)
         checkpoints.close()
 

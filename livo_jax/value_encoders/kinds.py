@@ -62,11 +62,11 @@ def start(config, sd, mesh) -> TrainableTokens:
         if (theirs := getattr(found, name)) != (ours := getattr(wanted, name))
     ]:
         raise ValueError(f"config.value_encoder.start={c.start!r} is another:\n  " + "\n  ".join(differences))
-    # What was not exported, or by a livo_jax of before, has what the class has, and may become what the config says.
+    # What has its kind's default may be no export, or one of before that says nothing: it reads as the config says.
     if different := [
-        f"{name}: {theirs} there, {ours} in the config"
+        f"{name.removeprefix('moves_')}: {theirs} there, {ours} in the config"
         for name in READING
-        if (theirs := getattr(found, name)) not in (getattr(TrainableTokens, name), ours := getattr(wanted, name))
+        if (theirs := getattr(found, name)) not in (getattr(type(found), name), ours := getattr(wanted, name))
     ]:
         raise ValueError(f"config.value_encoder.start={c.start!r} reads otherwise:\n  " + "\n  ".join(different))
     return found if ":" in c.kind else set_reading(found, config)  # one of a user's own reads as it says

@@ -14,7 +14,7 @@ from flax import nnx
 
 from livo_jax.files.repositories import find_repository
 from livo_jax.models.clip import first_ids
-from livo_jax.value_encoders.base import ValueTokens, check_base, check_value_encoder, values_by_prompt
+from livo_jax.value_encoders.base import ValueTokens, check_base, check_value_encoder, strip_unread, values_by_prompt
 from livo_jax.value_encoders.kinds import KINDS
 from livo_jax.value_encoders.soft_tokens import SoftTokens, beginnings
 
@@ -139,7 +139,7 @@ class Shelf:
         padded = np.full((len(encoders), length), -1, np.int32)
         for row, begin in zip(padded, beginnings(statements, self.sd.tokenizer, length)):
             row[: len(begin)] = begin
-        together = Together(encoders, counts, padded)
+        together = Together([strip_unread(encoder) for encoder in encoders], counts, padded)
         reads_alone = [s in encoder.alone or not encoder.reads_prompt for s, encoder in zip(statements, encoders)]
         together.alone = tuple(s for s, alone in zip(statements, reads_alone) if alone)
         return together

@@ -62,7 +62,7 @@ def test_the_exported_pipeline_draws_the_same_images(sd, made, config, published
     value_encoder = kinds.that_moves_pooled(made[kind], config) if pooled else made[kind]
     kinds.assert_export_draws_the_same(sd, value_encoder, config, published, tmp_path / "livo", SETTINGS)
     if pooled:
-        with pytest.raises(ValueError, match="reads otherwise:\n  moves_pooled: True there, False in the config"):
+        with pytest.raises(ValueError, match="reads otherwise:\n  pooled: True there, False in the config"):
             value_encoders.start(
                 of_kind(config, kind, pooled=False, start=str(tmp_path / "livo")), sd, sharding.make_mesh()
             )
