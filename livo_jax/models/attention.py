@@ -110,10 +110,8 @@ def _flash(q, k, v, mask=None):
         there = jnp.arange(filled) < L
         shown = there if mask is None else jnp.pad(mask, ((0, 0), (0, filled - L)))
         seen = splash.SegmentIds(*(x.astype(jnp.int32) for x in (jnp.broadcast_to(there, shown.shape), shown)))
-    # As it comes from its product: of heads, each filled up to the width of a register, it would be a pass of its own.
-    q = (q.reshape(B, filled, N * K) * K**-0.5).reshape(q.shape)
     heads = (B * N,) if mask is None else (B, N)  # without a mask rows are as heads are: all see the same keys
-    q, k, v = (x.swapaxes(1, 2).reshape(*heads, -1, K) for x in (q, k, v))
+    q, k, v = (x.swapaxes(1, 2).reshape(*heads, -1, K) for x in (q * K**-0.5, k, v))
     # The kernel's own default, 128, is too little work for each step of its grid.
     block_q, block_k = math.gcd(512, filled), math.gcd(512, S)
     # The backward kernel writes a gradient of all queries for each block of keys that it holds.

@@ -23,8 +23,8 @@ def trained_params(state: dict) -> dict:
 def norms(state: dict) -> dict:
     """params_norm, opt_state_norm, perhaps ema_norm, float32 scalars: finite where all numbers of that part are.
 
-    A number whose square is not finite counts with those: nothing trains on from there either. No part of a step: all
-    of the state is read for them, which on a chip that takes one pair is a tenth of its time.
+    A number whose square is not finite counts with those: nothing trains on from there either. No part of a step, for
+    all of the state is read for them.
     """
     return {f"{name}_norm": optax.tree.norm(part) for name, part in state.items() if name != "step"}
 
