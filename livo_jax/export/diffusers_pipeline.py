@@ -91,10 +91,7 @@ def load_exported(export: str | os.PathLike, name: str):
 
 
 def custom_pipeline() -> str | None:
-    """What from_pretrained was asked for as custom_pipeline.
-
-    It runs a copy of this file, and tells the copy nothing of where the export is: only the stack knows.
-    """
+    """What from_pretrained was asked for as custom_pipeline: only the stack tells it to this copy of the file."""
     frame = inspect.currentframe()
     while frame := frame.f_back:
         if frame.f_code.co_name == "from_pretrained" and "custom_pipeline" in frame.f_locals:
@@ -104,8 +101,7 @@ def custom_pipeline() -> str | None:
 
 def find_value_encoders(value_encoder, value_encoder_2=None) -> tuple:
     """The value encoders that are given, those of the export that is named in the place of the first, or of this."""
-    if value_encoder is None:
-        value_encoder = custom_pipeline()
+    value_encoder = custom_pipeline() if value_encoder is None else value_encoder
     if value_encoder is None:
         raise ValueError("give value_encoder=DIRECTORY, or the hub id, of the export")
     if not isinstance(value_encoder, str | os.PathLike):
@@ -198,15 +194,14 @@ class LiVO:
         reads_prompt, states = livo.get("reads_prompt", True), livo.get("states", 1)  # as config.value_encoder has them
         texts = [f"{s}, {prompt if reads_prompt and s.split(': ')[0] not in alone else ''}" for s, prompt in read]
         for value_encoder, tokenizer, text_encoder in self._value_encoders():
-            ids = self._tokenize(texts, tokenizer)
-            out = value_encoder(ids)
-            tokens.append(out.pooler_output[:, None] if states == 1 else out.last_hidden_state)
+            out = value_encoder(ids := self._tokenize(texts, tokenizer))
+            tokens.append(out.last_hidden_state)
             # What training changed of a reading, projected by the model; XL's first text encoder projects nothing.
             if livo.get("moves_pooled") and hasattr(text_encoder, "text_projection"):
                 project = text_encoder.text_projection
                 shifts.append(project(out.pooler_output.to(project.weight.dtype)) - text_encoder(ids).text_embeds)
         tokens = torch.cat(tokens, dim=-1)
-        if states > 1:
+        if states:  # from the end of the text on, where the pooled output is; 0: all
             ends = (self._tokenize(texts, self.tokenizer) == self.tokenizer.eos_token_id).int().argmax(dim=1)
             places = (ends[:, None] + torch.arange(states, device=ends.device)).clamp(max=tokens.shape[1] - 1)
             tokens = tokens.take_along_dim(places[:, :, None], dim=1)
@@ -273,8 +268,7 @@ class LiVO:
                 table as {"female": 0.7, "male": 0.3}, or a JSON file of one. Reached over all images of the call, and
                 over those of each prompt, as nearly as their number allows. It needs scipy.
             seed: decides which images these are.
-            guidance_scale: classifier-free guidance, against the negative prompt; at most 1 is none, for half the
-                evaluations of the UNet.
+            guidance_scale: classifier-free, against the negative prompt; at most 1 is none, for half the evaluations.
             latents: [N, C, h, w] standard normal noise of all images; drawn from `generator` if None. Noise that the
                 scheduler adds at each step is drawn from it in any case.
             output_type: "pil", "np" or "pt".
@@ -283,9 +277,8 @@ class LiVO:
             images, and `applied`: for each image the values applied to it, with strength and reason.
 
         Raises:
-            ValueError: prompts or values that are no texts or not equally many, "auto" with a value encoder that has no
-                rules, a strength that is no number, a keep_probability that is not 0 to 1; all are listed. Or a ratio
-                that is unknown, for no value, out of reach, or without rates.
+            ValueError: prompts, values, a strength or a keep_probability that cannot be, all listed; or a ratio that is
+                unknown, for no value, out of reach, or without rates.
         """
         if isinstance(prompt, str):
             prompt, values = [prompt], [values]
