@@ -195,17 +195,17 @@ class LiVO:
         texts = [f"{s}, {prompt if reads_prompt and s.split(': ')[0] not in alone else ''}" for s, prompt in read]
         for value_encoder, tokenizer, text_encoder in self._value_encoders():
             out = value_encoder(ids := self._tokenize(texts, tokenizer))
-            tokens.append(out.last_hidden_state)
+            hidden = out.last_hidden_state
+            if states:  # from the end of the text on, where the pooled output is; 0: all
+                ends = (ids == tokenizer.eos_token_id).int().argmax(dim=1)
+                places = (ends[:, None] + torch.arange(states, device=ends.device)).clamp(max=ids.shape[1] - 1)
+                hidden = hidden.take_along_dim(places[:, :, None], dim=1)
+            tokens.append(hidden)
             # What training changed of a reading, projected by the model; XL's first text encoder projects nothing.
             if livo.get("moves_pooled") and hasattr(text_encoder, "text_projection"):
                 project = text_encoder.text_projection
                 shifts.append(project(out.pooler_output.to(project.weight.dtype)) - text_encoder(ids).text_embeds)
-        tokens = torch.cat(tokens, dim=-1)
-        if states:  # from the end of the text on, where the pooled output is; 0: all
-            ends = (self._tokenize(texts, self.tokenizer) == self.tokenizer.eos_token_id).int().argmax(dim=1)
-            places = (ends[:, None] + torch.arange(states, device=ends.device)).clamp(max=tokens.shape[1] - 1)
-            tokens = tokens.take_along_dim(places[:, :, None], dim=1)
-        return tokens, torch.cat(shifts, dim=-1) if shifts else None
+        return torch.cat(tokens, dim=-1), torch.cat(shifts, dim=-1) if shifts else None
 
     def _value_encoders(self):
         """Each with its tokenizer, and the text encoder that it stands beside."""

@@ -12,7 +12,7 @@ from livo_jax.methods.base import Drawing, Models, TrainedMethod, drawer, weight
 from livo_jax.models.weights import count, split
 from livo_jax.training.objective import make_loss
 from livo_jax.training.optimizer import but_embeddings
-from livo_jax.value_encoders.base import check_value_encoder
+from livo_jax.value_encoders.base import READING, check_value_encoder
 
 
 class LiVO(TrainedMethod):
@@ -47,7 +47,7 @@ class LiVO(TrainedMethod):
         params = split(value_encoder)[1]
         draw = functools.partial(drawer(self.config, mesh), models.sd, value_encoder=value_encoder)
         # Only what is not its kind's default: images that were drawn before keep their folder.
-        own = {name: getattr(value_encoder, name) for name in ("states", "reads_prompt", "alone", "moves_pooled")}
+        own = {name: getattr(value_encoder, name) for name in (*READING, "alone")}
         own = {name: x for name, x in own.items() if x != getattr(type(value_encoder), name)}
         settings = {"method": "value tokens"} | own
         return Drawing(draw, [weights_of(models.sd), params], settings, tokens=True, trained=self.count_trained(params))

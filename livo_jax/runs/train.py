@@ -187,7 +187,7 @@ def _train_and_evaluate(config, workdir, directory: pathlib.Path, mesh):
                         show(step)
                     log.restart_clock()
                 progress.update()
-                if stops or termination.received:  # while it waited, too
+                if stops or termination.received:  # the signal may have come while settle waited
                     settle(0)
                     check_finite(step, read_norms(state), checkpoints, config)
                     save_and_exit(termination.signal, step, state, checkpoints)
