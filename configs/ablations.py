@@ -3,7 +3,8 @@
     python run.py --config=configs/ablations.py --mode=evaluate
 
 trains and measures every setting of SWEEPS as configs/compare_tiny.py does its methods, beside the run that they all
-share; the report plots them. Its trainings are a sixth of the whole; those of `:parts`, which has PARTS, are whole.
+share; the report plots them. Its trainings are a sixth of the whole; those of `:parts` are whole: it has PARTS, and
+the other losses with all else as LiVO has it, the anchors' loss too.
 `:smoke` is a run of minutes, to see that everything runs; its figures mean nothing.
 """
 
@@ -26,16 +27,27 @@ PARTS = {  # what configs/tiny.py has beside the paper's recipe, taken away
     "value_encoder.alone": ((), ("harm",)),
     "train.train_embeddings": (True, False),
 }
-FORMS = ("livo", "sft", "dpo", "ipo", "kto")  # of the loss, each with the constants of its file in configs/baselines/
+FORMS = {  # of the loss, each with the constants of its file in configs/baselines/, and its `loss.anchor` in `:parts`
+    "livo": 6000.0,  # 15 times the form's own slope where there is no margin, here beta
+    "sft": 15.0,
+    "dpo": 1500.0,  # beta T / 2
+    "ipo": 300_000.0,  # T / beta
+    "kto": 750.0,  # beta T / 8
+}
 KEEP = (0.0, 0.25, 0.5, 0.75, 1.0)  # probabilities, of the run livo
 
 
 def get_config(variant: str = "") -> ConfigDict:
     parts = variant == "parts"
     config = compare_tiny.get_config("" if parts else variant)
-    forms = ("livo",) if parts else FORMS
-    methods = {name: config.methods[name] for name in forms}
-    sweeps = [] if parts else [("loss.form", tuple((name, name) for name in forms))]
+    methods = {name: config.methods[name] for name in FORMS}
+    if parts:
+        for name, anchor in FORMS.items():
+            own = config.methods.livo.copy_and_resolve_references()
+            own.method = own.loss.form = name
+            own.loss.beta, own.loss.anchor = methods[name].loss.beta, anchor
+            methods[name] = own
+    sweeps = [("loss.form", tuple((name, name) for name in FORMS))]
     for field, settings in (PARTS if parts else SWEEPS).items():
         section, name = field.split(".")
         points = []

@@ -18,7 +18,7 @@ def start(arg: str, method: str, **section):
     if name not in STARTS:
         raise ValueError(f"configs/baselines/{method}.py:{arg}: there is {', '.join(STARTS)}, and each with :smoke")
     config = STARTS[name].get_config(variant)
-    config.method, config.loss.anchor = method, 0.0  # which LiVO's own loss reads alone
+    config.method, config.loss.anchor = method, 0.0  # their papers have none
     if name == "tiny":
         config.train.learning_rates.full, config.train.warmup_steps = 3e-3, min(200, config.train.warmup_steps)
     if section:

@@ -13,9 +13,7 @@ READ = {  # (a field that chooses, its choice) -> the fields that it reads of th
         "value_encoder.reads_prompt", "value_encoder.pooled",
     ),
     ("value_encoder.kind", "token"): ("value_encoder.tokens",),
-    ("loss.form", "livo"): (
-        "loss.alpha", "loss.beta", "loss.gamma_1", "loss.gamma_2", "loss.anchor", "loss.anchor_of_harms",
-    ),
+    ("loss.form", "livo"): ("loss.alpha", "loss.beta", "loss.gamma_1", "loss.gamma_2"),
     ("loss.form", "sft"): (),
     ("loss.form", "dpo"): ("loss.beta",),
     ("loss.form", "ipo"): ("loss.beta",),

@@ -137,13 +137,14 @@ def make_loss(networks: Networks, config):
     """The function loss(params, frozen, batch, noise) -> (loss, metrics) of config.loss.
 
     params: of the value encoder. frozen: parameters of text_encoder, unet and vae. batch: a Batch, noise: its Noise.
+    With config.loss.anchor a pair that is an anchor adds how far the value moves its prediction, in the place of its
+    part of the form: for livo's hinges nothing, for the others' margin of errors 0, which no gradient passes.
     """
     schedule, form, min_snr_gamma = networks.schedule, config.loss.form, config.loss.min_snr_gamma
     preference = make_preference(config, schedule.num_timesteps)
-    anchor = config.loss.get("anchor", 0.0) if form == "livo" else 0.0  # other forms take anchors as pairs
-    of_harms = config.loss.get("anchor_of_harms", 1.0)
-    has_reference = form != "sft"
-    sides = SIDES if has_reference else ("aligned",)
+    anchor, of_harms = config.loss.get("anchor", 0.0), config.loss.get("anchor_of_harms", 1.0)
+    compares = form != "sft"
+    has_reference, sides = compares or anchor, SIDES if compares else SIDES[:1]
 
     def per_side(x):
         """The rows [B, ...] once for each side: [n B, ...]."""
@@ -171,16 +172,24 @@ def make_loss(networks: Networks, config):
             return preference(*errors(predict(*of_policy)))
         reference, policy = predict(*of_reference), predict(*of_policy)
         reference_errors, policy_errors = errors(reference), errors(policy)
-        if not anchor or batch.anchor is None:
-            return preference(*policy_errors, *reference_errors)
-        # What the value should leave alone has no hinges, but a prediction that is to stay: of a harm that of its
-        # harmless image. The other shows what the token is to remove, whatever the prompt says.
-        constants = {name: jnp.where(batch.anchor, 0.0, x) for name, x in preference.keywords.items()}
-        hinges, metrics = preference(*policy_errors, *reference_errors, **constants)
+        anchored, constants = anchor and batch.anchor is not None, {}
+        if anchored and form == "livo":  # an anchor has no hinges
+            constants = {name: jnp.where(batch.anchor, 0.0, x) for name, x in preference.keywords.items()}
+        elif anchored:  # nor has it margins
+            policy_errors = jnp.where(batch.anchor, jax.lax.stop_gradient(reference_errors), policy_errors)
+        compared = (*policy_errors, *reference_errors) if compares else policy_errors
+        preferred, metrics = preference(*compared, **constants)
+        if not anchored:
+            return preferred, metrics
+        # What the value should leave alone has a prediction that is to stay: of a harm that of its harmless image. The
+        # other shows what the token is to remove, whatever the prompt says.
         by_side = losses.denoising_error(policy, reference).reshape(-1, len(sides)).T
         moved = jnp.where(batch.harm, by_side[0], by_side.mean(0))
         moved = jnp.mean(jnp.where(batch.anchor, moved * jnp.where(batch.harm, of_harms, 1.0), 0.0))
-        return hinges + anchor * moved, metrics | {"anchor_moved": moved, "hinged": 1 - jnp.mean(batch.anchor)}
+        metrics["anchor_moved"] = moved
+        if form == "livo":
+            metrics["hinged"] = 1 - jnp.mean(batch.anchor)
+        return preferred + anchor * moved, metrics
 
     return loss
 

@@ -256,6 +256,33 @@ def test_an_anchor_asks_for_the_prediction_to_stay(small):
         assert float(gentler(params, frozen, alike, noise)[0]) == pytest.approx(wanted, rel=1e-5), factor
 
 
+@pytest.mark.parametrize("form", ["sft", "dpo"])
+def test_an_anchor_is_the_same_to_every_loss(small, form):
+    """In the place of what the form asks for, of which only a number without a gradient is left."""
+    sd, networks, frozen, batch = small
+    noise = draw_noise(jax.random.key(0), (8, *sd.latent_shape), (0, 1000))
+    found = {}
+    for name in ("livo", form):
+        config = CONFIG.copy_and_resolve_references()
+        config.loss.update({"form": name, "beta": 0.01, "anchor": 300.0})
+        value_and_grad = jax.jit(jax.value_and_grad(make_loss(networks, config), has_aux=True))
+        some, harm = np.arange(8) % 3 == 0, np.full(8, True)
+        for rows in (some, ~some, some | True, some & False) if name == form else (some | True,):
+            given = batch._replace(anchor=rows, harm=harm)
+            (loss, metrics), gradient = value_and_grad(frozen["text_encoder"], frozen, given, noise)
+            found[name, rows.sum()] = float(loss), gradient
+            assert metrics.keys() >= {"anchor_moved"} and (name == "livo" or "hinged" not in metrics)
+    (livo, of_livo), (alone, of_form) = found["livo", 8], found[form, 8]
+    scale = float(optax.tree.norm(of_livo))
+    for a, b in zip(jax.tree.leaves(of_livo), jax.tree.leaves(of_form), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4 * scale)
+    if form == "dpo":
+        assert alone - livo == pytest.approx(np.log(2), rel=1e-4), "no margin"
+    (first, _), (second, _), (none, of_none) = (found[form, n] for n in (3, 5, 0))
+    assert first + second == pytest.approx(none + alone, rel=1e-5), "each row on its own"
+    assert float(optax.tree.norm(optax.tree.add_scale(of_none, -1.0, of_form))) > 0.1 * scale
+
+
 def test_three_steps_are_pytorchs(parts, torch_models):
     sd, networks, frozen, batch = parts
     compare_training(torch_training(torch_models, batch, sd.scheduler_config), networks, frozen, batch)
