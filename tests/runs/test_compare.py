@@ -15,7 +15,7 @@ import ml_collections
 import numpy as np
 import pytest
 
-from configs import ablations, compare, compare_flow, compare_tiny, trainings_tiny
+from configs import ablations, compare, compare_flow, compare_tiny, compare_tuned, trainings_tiny
 from livo_jax.evaluation.metrics import Measured, rows_of
 from livo_jax.processes import is_raised_here
 from livo_jax.runs import board, trainings
@@ -38,13 +38,13 @@ def test_every_file_of_baselines_is_a_method():
     files = {path.stem for path in (ROOT / "configs" / "baselines").glob("[!_]*.py")}
     flow = compare_flow.get_config()
     assert {*flow.methods} < {"livo"} | files
-    for config in (compare_tiny.get_config(), compare.get_config(), flow):
+    for config in (compare_tiny.get_config(), compare_tuned.get_config(), compare.get_config(), flow):
         assert config is flow or {*config.methods} == {"livo"} | files
         for name, own in config.methods.items():
             assert own.method == name and own.eval == config.methods.livo.eval, f"configs/baselines/{name}.py"
 
 
-@pytest.mark.parametrize("module", [compare_tiny, ablations, trainings_tiny])
+@pytest.mark.parametrize("module", [compare_tiny, compare_tuned, ablations, trainings_tiny])
 def test_the_cost_is_told_beforehand(module):
     config = module.get_config()
     lines = board.cost(config, config.methods).splitlines()
