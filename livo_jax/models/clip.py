@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from livo_jax.models.attention import attention
-from livo_jax.models.layers import ACTIVATIONS, PublishedConfig, all_but_gathered, gathered, layer_norm
+from livo_jax.models.layers import ACTIVATIONS, PublishedConfig, all_but_gathered, gathered, layer_norm, once
 
 IGNORED = frozenset(  # published fields that do not change the computation
     "architectures attention_dropout bos_token_id dropout dtype initializer_factor initializer_range"
@@ -209,7 +209,7 @@ class CLIPEncoder(nnx.Module):
 
     def __call__(self, x):
         """The states after the last layer, and before it."""
-        run = CLIPEncoderLayer.__call__
+        run = once
         if self.gather:
             run = nnx.remat(gathered(self.gather), policy=all_but_gathered)
         for layer in self.layers:

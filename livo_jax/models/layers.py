@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from livo_jax.models.attention import attention
+from livo_jax.models.weights import apply, split
 
 ACTIVATIONS = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -77,6 +78,11 @@ class Attention(nnx.Module):
         context = x if context is None else context
         out = attention(self.to_q(x), self.to_k(context), self.to_v(context), self.heads, mask)
         return self.to_out[0](out)
+
+
+def once(block: nnx.Module, *args):
+    """block(*args), traced and lowered once for all blocks of its structure and shapes."""
+    return apply(*split(block), *args)
 
 
 def gathered(gather):

@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from livo_jax.models.attention import attention
-from livo_jax.models.layers import PublishedConfig, all_but_gathered, gathered, timestep_embedding
+from livo_jax.models.layers import PublishedConfig, all_but_gathered, gathered, once, timestep_embedding
 from livo_jax.models.unet import REMAT, TimestepEmbedding
 
 EPS = 1e-6  # of every norm in it
@@ -254,7 +254,7 @@ class SD3Transformer2DModel(nnx.Module):
         vector = self.time_text_embed(t, text_embeds.astype(dtype))
         if mask is not None:
             mask = jnp.concatenate([jnp.ones(x.shape[:2], bool), mask], axis=1)
-        run = gathered(self.gather) if self.gather else lambda block, x, *args: block(x, *args)
+        run = gathered(self.gather) if self.gather else once
         if self.remat != "none":
             run = nnx.remat(run, policy=REMAT[self.remat])
         elif self.gather:

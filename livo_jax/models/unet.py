@@ -18,6 +18,7 @@ from livo_jax.models.layers import (
     gathered,
     group_norm,
     layer_norm,
+    once,
     timestep_embedding,
 )
 
@@ -171,7 +172,7 @@ class Transformer2DModel(nnx.Module):
         B, H, W, C = x.shape
         h = self.proj_in(self.norm(x)).reshape(B, H * W, C)
         for block in self.transformer_blocks:
-            h = block(h, cond, mask)
+            h = once(block, h, cond, mask)
         return x + self.proj_out(h.reshape(B, H, W, C))
 
 
