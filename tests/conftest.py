@@ -1,4 +1,5 @@
 import contextlib
+import ctypes
 import functools
 import gc
 import importlib.metadata
@@ -220,6 +221,8 @@ def little_memory():
 
     jax.clear_caches()
     gc.collect()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc keeps what was freed
+        trim(0)
 
 
 def parts_of(sd):
