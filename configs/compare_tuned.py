@@ -28,7 +28,10 @@ TRIALS = {  # of a method: the settings of its fields, every one beside every ot
     "fair_diffusion": {"fair_diffusion.scale": (2.0, 4.0), "fair_diffusion.threshold": (0.5, 0.75)},
     "sld": {"sld.preset": ("max", "strong", "medium", "weak")},
 }  # fmt: skip
-CHOSEN = dict.fromkeys(TRIALS, 1)
+CHOSEN = {
+    "livo": 2, "sft": 1, "dpo": 1, "ipo": 4, "kto": 1, "dpo_unet": 3, "concept_ablation": 4, "uce": 4,
+    "fair_diffusion": 1, "sld": 1,
+}  # fmt: skip
 STEPS = 1200
 
 
