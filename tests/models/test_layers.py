@@ -28,7 +28,7 @@ def test_a_text_encoder_is_lowered_as_one_layer():
         sizes = dict(vocab_size=50, hidden_size=20, intermediate_size=28, num_attention_heads=4)
         return CLIPTextModel(CLIPTextConfig(num_hidden_layers=layers, **sizes), rngs=KEYS)
 
-    few, many = (lowered(partial(text_model, layers), jax.ShapeDtypeStruct((2, 8), int)) for layers in (2, 6))
+    few, many = (lowered(partial(text_model, layers), jax.ShapeDtypeStruct((2, 8), np.int32)) for layers in (2, 6))
     for operation in ("stablehlo.dot_general", "stablehlo.exponential"):
         assert many.count(operation) == few.count(operation) > 0
 
