@@ -27,8 +27,8 @@ PARTS = {  # what configs/tiny.py has beside the paper's recipe, taken away
     "value_encoder.alone": ((), ("harm",)),
     "train.train_embeddings": (True, False),
 }
-FORMS = {  # of the loss, each with the constants of its file in configs/baselines/, and its `loss.anchor` in `:parts`
-    "livo": 6000.0,  # 15 times the form's own slope where there is no margin, here beta
+FORMS = ("livo", "sft", "dpo", "ipo", "kto")  # of the loss, each with the constants of its file in configs/baselines/
+ANCHOR = {  # loss.anchor of the others in `:parts`: as LiVO's, 15 times the form's own slope where there is no margin
     "sft": 15.0,
     "dpo": 1500.0,  # beta T / 2
     "ipo": 300_000.0,  # T / beta
@@ -42,7 +42,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config = compare_tiny.get_config("" if parts else variant)
     methods = {name: config.methods[name] for name in FORMS}
     if parts:
-        for name, anchor in FORMS.items():
+        for name, anchor in ANCHOR.items():
             own = config.methods.livo.copy_and_resolve_references()
             own.method = own.loss.form = name
             own.loss.beta, own.loss.anchor = methods[name].loss.beta, anchor

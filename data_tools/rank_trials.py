@@ -15,6 +15,7 @@ import numpy as np
 from absl import app
 
 from livo_jax import commands
+from livo_jax.evaluation import metrics
 from livo_jax.files.settings import flatten
 
 FILES = ("config", "results")  # of a comparison, in WORKDIR/eval
@@ -56,13 +57,13 @@ def rank(folders: list) -> list[dict]:
 
     Raises:
         FileNotFoundError: a folder has no eval/results.json or no eval/config.json.
-        ValueError: the comparisons are of other methods; and as `errors`.
+        ValueError: the comparisons are of other methods; and as metrics.rows_of and `errors`.
     """
     configs, found = {}, {}
     for folder in folders:
         config, results = (json.loads((pathlib.Path(folder) / "eval" / f"{of}.json").read_text()) for of in FILES)
         configs[folder] = {method: flatten(own) for method, own in config["methods"].items()}
-        found[folder] = errors(results["rows"], configs[folder])
+        found[folder] = errors(metrics.rows_of(results, folder), configs[folder])
     if len({frozenset(of_folder) for of_folder in configs.values()}) > 1:
         raise ValueError(f"comparisons of other methods cannot be ranked: {', '.join(map(str, folders))}")
     rows = []

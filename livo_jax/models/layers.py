@@ -89,8 +89,8 @@ def gathered(gather):
     """Runs a block on gather(its input, its weights), made when the input is there: no two blocks' at once."""
 
     def run(block, x, *args):
-        graph, params = nnx.split(block)
-        x, params = gather(*jax.lax.optimization_barrier((x, nnx.to_pure_dict(params))))
+        graph, params = split(block)
+        x, params = gather(*jax.lax.optimization_barrier((x, params)))
         return nnx.merge(graph, params)(x, *args)
 
     return run

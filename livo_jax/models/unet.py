@@ -171,8 +171,9 @@ class Transformer2DModel(nnx.Module):
     def __call__(self, x, cond, mask):
         B, H, W, C = x.shape
         h = self.proj_in(self.norm(x)).reshape(B, H * W, C)
+        run = once if len(self.transformer_blocks) > 1 else BasicTransformerBlock.__call__
         for block in self.transformer_blocks:
-            h = once(block, h, cond, mask)
+            h = run(block, h, cond, mask)
         return x + self.proj_out(h.reshape(B, H, W, C))
 
 

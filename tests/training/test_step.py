@@ -64,9 +64,7 @@ def on_one_device(small):
 @pytest.mark.parametrize("mesh, shard_frozen", [((2, 1, 1), False), ((1, 2, 1), False), ((2, 2, 2), True)])
 def test_steps_are_the_same_on_any_mesh(small, on_one_device, mesh, shard_frozen):
     record = run(small, *mesh, steps=4, shard_frozen=shard_frozen)
-    for k, (ours, theirs) in enumerate(zip(losses(record), losses(on_one_device))):
-        # A loss is rounded, and so were the parameters of each step before it.
-        assert ours == pytest.approx(theirs, abs=(k + 1) * ROUNDING), k
+    assert losses(record) == pytest.approx(losses(on_one_device)[:4], abs=ROUNDING)
     trees = record[-1][1]["params"], on_one_device[3][1]["params"], small[2]["text_encoder"]
     leaves = zip(*(jax.tree_util.tree_leaves_with_path(tree) for tree in trees))
     for (path, ours), (_, theirs), (_, first) in leaves:
