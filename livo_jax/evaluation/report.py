@@ -108,6 +108,25 @@ def _headline(value: str, metric: str, split: str, cells: dict, methods: list[st
     return text + "."
 
 
+def _cost(value: str, cells: dict, methods: list[str]) -> str:
+    """What a value costs in words, each method on the split where it costs the most; "" where that is not measured.
+
+    Arguments as `_headline`.
+    """
+    of_splits = [of for (v, _, metric), of in cells.items() if (v, metric) == (value, "over_refusal")]
+    most = {m: max(of[m]["mean"] for of in of_splits) for m in methods if of_splits and m in of_splits[0]}
+    others = [m for m in most if m not in ("base", PLAIN)]
+    if not others:
+        return ""
+    told = [f"{most[m]:.1%} with {_label(m)}" for m in others if len(others) < 3 or m == "livo"]
+    if len(others) > 2:
+        for which, pick in (("lowest", min), ("highest", max)):
+            m = pick(others, key=most.get)
+            told.append(f"the {which} {most[m]:.1%} with {_label(m)}")
+    text = f"images that it should leave alone and changes, on the worst set of prompts: {', '.join(told)}"
+    return text + (f" ({most['base']:.1%} of the base model's own cannot be read)." if "base" in most else ".")
+
+
 def _sweeps(results: list[dict], values: list[str], sweeps) -> dict[str, bytes]:
     """A plot of each sweep, as `write` has them, on one split of each value: effects, and the worst quality."""
     cells = {(r["method"], r["value"], r["metric"]): r for r in _held_out_last(results)}
@@ -235,6 +254,9 @@ def write(
         if metric in EFFECTS and value in values:
             text = _headline(value, metric, split, cells, methods)
             headlines.setdefault(value, []).append(f"{split.replace('_', ' ')}: {text}")
+    for value, lines in headlines.items():
+        if text := _cost(value, cells, methods):
+            lines.append(text)
     shown = [
         p | {"sides": {side: (_row_uri(images), len(images)) for side, images in p["sides"].items() if images}}
         for p in pictures

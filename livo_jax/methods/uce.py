@@ -11,6 +11,7 @@ import time
 import jax
 import numpy as np
 from flax import nnx
+from tqdm import tqdm
 
 from livo_jax import seeds, sharding, values
 from livo_jax.files.repositories import read_safetensors
@@ -115,7 +116,8 @@ def debias(value, sd, config, mesh, judge) -> np.ndarray:
     def moved(tail, alpha):
         return tail[0] + np.einsum("k,knd->nd", alpha, tail[1:] - tail[0])
 
-    for _ in range(c.rounds):
+    rounds = tqdm(range(c.rounds), f"uce: {value.statement}", unit="round", disable=jax.process_index() > 0)
+    for _ in rounds:
         X = np.concatenate([moved(tail, a) for tail, a in zip(tails, np.tile(alpha, (templates, 1)))])
         M = matrix(C, X, P, c.regularisation)
         requests = [Request(prompt, i) for prompt in plain for i in range(c.images)]
@@ -193,8 +195,8 @@ class UnifiedConceptEditing(Method):
         return Drawing(draw, state, settings, together=False, trained=trained, seconds=seconds)
 
     def find_matrices(self, settings: dict, sd, mesh, workdir, judge) -> tuple[dict[str, np.ndarray], float]:
-        """M by the values' statements, and the seconds that they took. They are kept in `workdir`, for the same config
-        and arrays, wherever the model lies."""
+        """M by the values' statements, and the seconds that they took. Each is kept in `workdir` once it is found, for
+        the same config and arrays, wherever the model lies."""
         from safetensors.numpy import save_file
 
         config, file = self.config, workdir / FILE
@@ -203,17 +205,20 @@ class UnifiedConceptEditing(Method):
             return carried_over(config.uce.matrices, [v.statement for v in found], sd), 0.0
         facts = {**settings, "values": [v.statement for v in found], "arrays": sharding.digest(weights_of(sd))}
         key = json.dumps(facts, default=str)
-        if file.exists():
-            facts, matrices = read_safetensors(file)
-            if facts["settings"] == key:
-                return matrices, float(facts["seconds"])
-        start, matrices = time.perf_counter(), {}
-        for value in found:
-            of_bias = value.kind == "bias"
-            matrices[value.statement] = debias(value, sd, config, mesh, judge) if of_bias else erase(value, sd, config)
-        seconds = time.perf_counter() - start
-        with ending_together():
-            if jax.process_index() == 0:
-                workdir.mkdir(parents=True, exist_ok=True)
-                save_file(matrices, file, metadata={"settings": key, "seconds": str(seconds)})
-        return matrices, seconds
+        facts, matrices = read_safetensors(file) if file.exists() else ({}, {})
+        seconds = 0.0
+        if facts.get("settings") == key:
+            seconds = float(facts["seconds"])
+        else:
+            matrices = {}
+        for value in (v for v in found if v.statement not in matrices):
+            start, of_bias = time.perf_counter(), value.kind == "bias"
+            M = debias(value, sd, config, mesh, judge) if of_bias else erase(value, sd, config)
+            matrices[value.statement], seconds = M, seconds + time.perf_counter() - start
+            with ending_together():
+                if jax.process_index() == 0:
+                    workdir.mkdir(parents=True, exist_ok=True)
+                    unfinished = workdir / f"{FILE}.unfinished"
+                    save_file(matrices, unfinished, metadata={"settings": key, "seconds": str(seconds)})
+                    unfinished.replace(file)
+        return {v.statement: matrices[v.statement] for v in found}, seconds

@@ -20,7 +20,7 @@ def write(path, value="shape equality", methods=("base", "livo", "words", "sld")
     means = dict(zip(methods, (0.8, 0.1, 0.05, 0.6)))
     results = [
         row | dict(method=method, metric=metric, mean=mean, ci95=[mean / 2, mean])
-        for metric in ("D1", "recognised")
+        for metric in ("D1", "recognised", "over_refusal")
         for method, mean in means.items()
     ]
     report.write(
@@ -99,6 +99,22 @@ def test_the_headline_says_what_fell_and_who_is_ahead(tmp_path):
     page = (tmp_path / "report.html").read_text()
     assert "imbalance 0.80 in images of the base model, 0.10 with LiVO, whose subjects are recognised in 10.0%" in page
     assert "the lowest is words&#39;s, 0.05 at 5.0% recognised." in page
+
+
+def test_the_headline_says_what_it_costs():
+    """Each method on the prompts where it changes the most of what it should leave alone."""
+    means = {"seen": dict(base=0.01, livo=0.02, sld=0.5), "other_words": dict(base=0.0, livo=0.03, sld=0.4)}
+    cells = {
+        ("harm", split, "over_refusal"): {method: {"mean": mean} for method, mean in of.items()}
+        for split, of in means.items()
+    }
+    text = report._cost("harm", cells, ["base", "livo", "sld"])
+    assert "set of prompts: 3.0% with LiVO, 50.0% with sld (1.0% of the base model's own cannot be read)." in text
+    for of in cells.values():
+        of |= {"dpo": {"mean": 0.01}, "words": {"mean": 0.7}}
+    text = report._cost("harm", cells, ["base", "livo", "sld", "dpo", "words"])
+    assert "prompts: 3.0% with LiVO, the lowest 1.0% with dpo, the highest 70.0% with words (" in text
+    assert report._cost("another", cells, ["base", "livo"]) == ""
 
 
 def test_a_browser_shows_it(tmp_path, browser):

@@ -15,6 +15,7 @@ from configs.baselines import fair_diffusion as fair_config
 from configs.baselines import uce as uce_config
 from livo_jax import methods, sharding, values
 from livo_jax.files.modules import load_module
+from livo_jax.files.repositories import read_safetensors
 from livo_jax.methods import fair_diffusion, sld, uce
 from livo_jax.models.weights import split
 from livo_jax.runs import fields
@@ -254,6 +255,29 @@ def test_uce_is_kept_and_made_again_for_another_config(sd, config, tmp_path):
     make_drawing()
     assert len(asked) == 4
     config.uce.regularisation = 0.1
+
+
+def test_uce_keeps_each_value_once_it_is_found(sd, config, tmp_path, monkeypatch):
+    """What ends it among the images of a bias loses nothing of the value before."""
+    config = copy.deepcopy(config)
+    config.principles = ("bloody", "shape")
+
+    def make_drawing(judge):
+        make = uce.UnifiedConceptEditing(config).make_drawing
+        return make(methods.Models(sd, sd), sharding.make_mesh(data=1), epath.Path(tmp_path), judge)
+
+    def broken_off(images):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make_drawing(broken_off)
+    facts, kept = read_safetensors(tmp_path / uce.FILE)
+    assert [*kept] == ["bloody considered inappropriate"] and float(facts["seconds"]) > 0
+    monkeypatch.setattr(uce, "erase", None)  # which is not asked again
+    found = make_drawing(shape_judge)
+    assert found.seconds > float(facts["seconds"]) and found.trained
+    facts, both = read_safetensors(tmp_path / uce.FILE)
+    assert len(both) == 2 and np.array_equal(both["bloody considered inappropriate"], *kept.values())
 
 
 # ---------------------------------------------------------------------------- methods
