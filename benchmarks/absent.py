@@ -146,7 +146,7 @@ def trace_sampler(config, mesh):
         batch.zeros = np.zeros((rows, 2), bool)
     table = diffusion.sampler_table(sd.scheduler_config, c.sampler or sd.family.SAMPLER, c.steps)
     whole = on(sharding.replicated(mesh), jax.eval_shape(lambda: (table, c.guidance_scale, time_ids)))
-    parts = -(-c.batch_size * sd.image_size**2 // generate.DECODED_PIXELS)
+    parts = generate.decoder_parts(c.batch_size, (sd.image_size, sd.image_size))
     settings = dict(shape=shape, decoder_parts=parts, guidance=ClassifierFree())
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         given = (*graphs, None), (*params.values(), None), on(sharding.over_batch(mesh), batch), *whole
@@ -156,6 +156,8 @@ def trace_sampler(config, mesh):
 def trace_attention(config, mesh):
     """The self-attention of a UNet's first level that attends, forward and backward, of all images of a step."""
     sd = plan.abstract_model(config)
+    if sd.family.DENOISER != "unet":
+        raise app.UsageError(f"--what=attention is of a UNet's first level, and {config.model} has none")
     unet, (h, w, _) = sd.unet.config, sd.latent_shape
     level = next(i for i, name in enumerate(unet.down_block_types) if name.startswith("CrossAttn"))
     attend = functools.partial(attention, heads=unet.per_level("attention_head_dim")[level])

@@ -42,7 +42,10 @@ def trials(method: str) -> list[dict]:
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    number = int(variant[-1]) if variant in ("trial_1", "trial_2", "trial_3", "trial_4") else None
+    known = ("", "smoke", *(f"trial_{n}" for n in range(1, 5)))
+    if variant not in known:
+        raise ValueError(f"configs/compare_tuned.py:{variant}: choose from {', '.join(known[1:])}, or none of these")
+    number = int(variant[-1]) if variant.startswith("trial") else None
     config = compare_tiny.get_config("" if number else variant)
     for method in TRIALS:
         config.methods[method].update_from_flattened_dict(trials(method)[(number or CHOSEN[method]) - 1])

@@ -174,7 +174,8 @@ def find(
         z = sd.encode(np.asarray(target.images)[rows])
         ids = [text.ids[rows] for text in texts]
         harmful = target.base.tokenize([target.harmful[row] for row in rows])
-        part = search(params, ids, z, (undefended, harmful), jnp.array(allowed), seeds.key(seed))
+        key = jax.random.fold_in(seeds.key(seed), start)
+        part = search(params, ids, z, (undefended, harmful), jnp.array(allowed), key)
         found.append(np.asarray(part))
     return np.concatenate(found)[: len(prompts)]
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ from tqdm import tqdm
 from livo_jax.processes import ending_together
 
 AT_ONCE = 4  # batches: so many are drawn again at most
+OF_THIS = f".{os.getpid()}"  # process: those of a comparison may draw the base's image of one request at once
 
 
 class Drawn:
@@ -62,10 +64,10 @@ class Drawn:
             images = dict(zip(missing, self.draw_batch(missing))) if missing else {}
             with ending_together():  # and others read what process 0 has written
                 for request in missing if jax.process_index() == 0 else ():
-                    unfinished = self.folder / f".{_name(request)}"
+                    unfinished = self.folder / f".{_name(request)}{OF_THIS}"
                     with unfinished.open("wb") as file:
                         Image.fromarray(images[request]).save(file, "PNG")
-                    unfinished.rename(self.folder / f"{_name(request)}.png")
+                    unfinished.replace(self.folder / f"{_name(request)}.png")
             self.there |= {_name(request) for request in missing}
             reading = self.judge(np.stack([images[r] if r in images else self.image(r) for r in part]))
             rows = {_name(r): {axis: column[i].item() for axis, column in reading.items()} for i, r in enumerate(part)}
@@ -95,9 +97,9 @@ class Drawn:
             made = make()
             with ending_together():  # and others read what process 0 has made: of a language model it differs
                 if jax.process_index() == 0:
-                    unfinished = file.with_suffix(".unfinished")
+                    unfinished = file.with_suffix(OF_THIS)
                     unfinished.write_text(json.dumps(made))
-                    unfinished.rename(file)
+                    unfinished.replace(file)
         return json.loads(file.read_text())
 
     def image(self, request) -> np.ndarray:

@@ -3,14 +3,13 @@
 import functools
 import pathlib
 import random
-import re
 from typing import NamedTuple
 
 from livo_jax import files, seeds
 from livo_jax.evaluation import objects
 from livo_jax.judges import hash_files
 from livo_jax.sampling.requests import Request
-from livo_jax.values.principles import phrase
+from livo_jax.values.principles import phrase, template_problems
 
 LEFT_ALONE = "left_alone"  # who has the sets that every value should leave alone
 KINDS = ("bias", "harm", LEFT_ALONE)
@@ -91,8 +90,8 @@ def read(name: str, chosen, seed: int = 0) -> list[tuple[Prompt, tuple[str, ...]
         ValueError: all that is wrong with the file, by line.
     """
     where = f"config.eval.prompt_sets.{name}"
-    if chosen.template and re.findall("[{}]+", chosen.template) != ["{}"]:
-        raise ValueError(f"{where}.template={chosen.template!r}: it needs {{}} once, for the subject")
+    if chosen.template and (told := template_problems(f"{where}.template", chosen.template)):
+        raise ValueError(*told)
     named = {field: chosen[field] for field in ("column", "subject", *PARSERS) if chosen.get(field)}
     if "exclude" in named and "include" not in named:
         raise ValueError(f"{where}.exclude={named['exclude']!r}: name the column of what is included too")

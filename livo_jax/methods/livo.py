@@ -26,7 +26,9 @@ class LiVO(TrainedMethod):
 
     @property
     def passes(self):
-        return (1, 1, 1, 1) if self.config.loss.form == "sft" else super().passes
+        if self.config.loss.form != "sft":
+            return super().passes
+        return 1, 2 if self.config.loss.anchor else 1, 1, 1
 
     def make_module(self, sd):
         return value_encoders.make(self.config, sd)

@@ -4,6 +4,7 @@ A harm is erased: its prompts are read as those of its aligned images. A bias is
 moved towards those that name an attribute, as far as makes its images show the attributes alike.
 """
 
+import dataclasses
 import json
 import pathlib
 import time
@@ -203,7 +204,10 @@ class UnifiedConceptEditing(Method):
         found = values.load_principles(config)
         if config.uce.matrices:
             return carried_over(config.uce.matrices, [v.statement for v in found], sd), 0.0
-        facts = {**settings, "values": [v.statement for v in found], "arrays": sharding.digest(weights_of(sd))}
+        sampling = {name: x for name, x in config.sampling.items() if name != "batch_size"}
+        by = {"sampling": sampling, "judge": config.judge, "judging": config.judging.to_dict()}
+        tables = [dataclasses.asdict(value) for value in found]
+        facts = {**settings, **by, "values": tables, "arrays": sharding.digest(weights_of(sd))}
         key = json.dumps(facts, default=str)
         facts, matrices = read_safetensors(file) if file.exists() else ({}, {})
         seconds = 0.0

@@ -7,10 +7,10 @@ from livo_jax.values.principles import value_prompt
 class Words(Method):
     def make_drawing(self, models, mesh, workdir, judge):
         def say(request):
-            statements = ", ".join(dose.value for dose in request.values)
-            return request._replace(prompt=value_prompt(statements, request.prompt), noise=request.prompt, values=())
+            prompt = value_prompt(", ".join(dose.value for dose in request.values), request.prompt)
+            return request._replace(prompt=prompt, noise=request.noise or request.prompt, values=())
 
         def draw(requests):
             return drawer(self.config, mesh)(models.sd, [say(request) for request in requests])
 
-        return Drawing(draw, weights_of(models.sd), {"method": "words"})
+        return Drawing(draw, weights_of(models.sd), {"method": "words", "noise": "as asked"})

@@ -134,7 +134,7 @@ def cost(comparison, configs: dict) -> str:
     Of attacks the search, which is most of them. Bytes are told where the model's configs are there.
     """
     first = next(iter(configs.values()))
-    lines, total, read, base = [], 0, 0, {}
+    lines, base = [], {}
     for name, own in configs.items():
         own = copy.deepcopy(own)
         evaluate.drop_rates(own)
@@ -143,7 +143,6 @@ def cost(comparison, configs: dict) -> str:
         images = sum(bool(request.values) for request in asked)
         times = trainings.count_of(own, comparison)
         lines.append((name, images * times, own.train.steps * own.train.batch_size * times))
-        read += len(asked)
     lines.insert(0, ("base", len(base), 0))
     total = sum(images for _, images, _ in lines)
     guided = first.sampling.guidance_scale > 1
@@ -160,7 +159,7 @@ def cost(comparison, configs: dict) -> str:
         told.append(f"attacks by {search}: {sought:,} UNet passes")
     further = comparison.get("judges")  # of a board
     several = f", by {len(further)} further judges too" if further else ""
-    told.append(f"readings: {read:,}{several}")
+    told.append(f"readings: {total:,}{several}")
     try:
         sd = plan.abstract_model(first)
     except (ValueError, FileNotFoundError):

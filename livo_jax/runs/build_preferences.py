@@ -26,7 +26,7 @@ from livo_jax.data import dataset, word_lists
 from livo_jax.data.rewording import reworded
 from livo_jax.files.modules import read_dtype
 from livo_jax.processes import ending_together
-from livo_jax.runs import restore
+from livo_jax.runs import check, restore
 from livo_jax.runs.attacked_pairs import attacked_prompts, read_found
 from livo_jax.sampling.generate import generate
 from livo_jax.sampling.requests import Request
@@ -339,7 +339,7 @@ def build(config, directory, sd: StableDiffusion | None = None):
             config.preferences.attacks that cannot be used.
     """
     directory = pathlib.Path(directory).expanduser().absolute()
-    seeds.check(config.seed, "config.seed")
+    check.fail_with([*seeds.problems(config), *check.problems_of_section(config, "preferences")])
     values = principles.load_principles(config)
     found = read_found(config)
     judge = judges.load(config, values, list(dict.fromkeys(s for value in values for s in scenes(value, config))))
@@ -362,7 +362,7 @@ def build(config, directory, sd: StableDiffusion | None = None):
         plan = candidates(values, config, favourite, attacked)
         requests = list(dict.fromkeys(candidate.request for candidate in plan))
         images = {request: i for i, request in enumerate(requests)}
-        drawn = draw(work / "candidates", requests, sd, judge, config)
+        drawn = draw(work / "candidates", requests, sd, judge, config) if plan else Drawn((), {"hash": []})
         pairs, blocks, reasons = pair(plan, images, drawn.reading, values, config)
 
         def record(k):

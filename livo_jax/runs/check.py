@@ -13,8 +13,19 @@ from livo_jax.sampling.conditioning import PROMPT_LAYOUTS
 from livo_jax.training.batch import DENSITIES
 from livo_jax.training.objective import make_preference
 from livo_jax.training.optimizer import make_optimizer
+from livo_jax.values.principles import template_problems
 
 HEADER = "the config cannot work:\n  "
+COUNTS = {  # of which there is at least 1
+    "train": ("steps", "reference_batch_size", "accumulate"),
+    "sampling": ("batch_size",),
+    "eval": ("images_per_prompt", "harm_images_per_prompt"),
+    "checkpoint": ("every", "keep"),
+    "log": ("every",),
+    "preferences": (
+        "pairs_per_scene", "harm_pairs_per_scene", "candidates_per_pair", "images_per_file", "census_per_scene",
+    ),
+}  # fmt: skip
 
 
 def check_config(config, mesh, further=()):
@@ -23,11 +34,14 @@ def check_config(config, mesh, further=()):
     `further`: problems that are found already, told with these.
     """
     problems = [*further, *seeds.problems(config)]
-    positive = "train.steps train.reference_batch_size train.accumulate sampling.batch_size checkpoint.every log.every"
-    for path in positive.split():
-        section, name = path.split(".")
-        if config[section][name] < 1:
-            problems.append(f"config.{path}={config[section][name]}: choose at least 1")
+    for section in COUNTS:
+        problems += problems_of_section(config, section)
+    problems += template_problems("config.eval.template", config.eval.template)
+    c = config.eval
+    if (config.judge or config.log.samples_every) and not (c.seen or c.held_out or c.prompts):
+        problems.append("config.eval.seen, held_out and prompts are empty: there is nothing to draw, give subjects")
+    if wrong := [p for p in c.keep_probabilities if not 0 <= p <= 1]:
+        problems.append(f"config.eval.keep_probabilities has {', '.join(map(str, wrong))}: each is a share, 0 to 1")
     if not 0 <= config.train.ema_decay < 1:
         problems.append(f"config.train.ema_decay={config.train.ema_decay}: choose 0 (none) to below 1")
     for name in ("beside", "attributes", "anchors"):
@@ -68,6 +82,18 @@ def check_config(config, mesh, further=()):
     unknown = problem_of(values.load_principles, config)
     problems += unknown or fields.problems(config)
     fail_with(problems)
+
+
+def problems_of_section(config, section: str) -> list[str]:
+    """What is wrong with the counts of a section, and with its templates."""
+    found = [
+        f"config.{section}.{name}={config[section][name]}: choose at least 1"
+        for name in COUNTS[section]
+        if config[section][name] < 1
+    ]
+    for template in config[section].get("templates", ()):
+        found += template_problems(f"config.{section}.templates", template)
+    return found
 
 
 def check_with_model(config, sd, judge: bool = True):

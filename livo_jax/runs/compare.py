@@ -53,6 +53,7 @@ SAME = (
     "eval",
     "attack",
 )
+INTERRUPTIONS = 8  # each leaves a checkpoint more, which is no point of a curve
 TIMED = 2  # times that tell how fast a method draws
 WORD = ("search", "method", "value", "prompt")  # of words that an attack found
 PLACE = ("method", "value", "split", "prompt", "index", "applied", "training")  # of a reading
@@ -160,7 +161,8 @@ def _compare(configs: dict, config, workdir) -> list[dict]:
         own.eval.drawn = str(workdir / "drawn")
         evaluate.drop_rates(own)
         own.data.directory = own.data.directory or str(workdir / "preferences")
-        own.checkpoint.every, own.checkpoint.keep = max(1, own.train.steps // max(1, points)), points + 1
+        own.checkpoint.every = max(1, own.train.steps // max(1, points))
+        own.checkpoint.keep = points + INTERRUPTIONS
         own.log.samples_every = max(1, own.train.steps)
 
     # Those that train take longest.
@@ -288,7 +290,7 @@ def measure(config, workdir, comparison) -> dict:
         few.eval[name] = min(curve.images, few.eval[name])
     few.eval.left_alone_images = few.eval.rate_images = 0
     few.eval.ratios = ()  # which tokens of a few steps would not reach
-    for step in Checkpoints(workdir).manager.all_steps() if config.train.steps and curve.points else ():
+    for step in curve_steps(workdir, config) if config.train.steps and curve.points else ():
         of_few = evaluate.evaluate(sd, make_drawing(restore_models(step)), few, directory, mesh, judge).numbers
         logged = seconds[min(logged for logged in seconds if logged >= step)]
         points += [
@@ -311,6 +313,12 @@ def measure(config, workdir, comparison) -> dict:
         "pictures": pictures, "curve": points, "costs": costs, "judge": judge.pinned,
         "further": further.measure(found, config, comparison) if board.is_board(comparison) else None,
     }  # fmt: skip
+
+
+def curve_steps(workdir, config) -> list[int]:
+    """The steps of a run's checkpoints that are points of a curve: an interruption leaves others too."""
+    c, last = config.checkpoint, config.train.steps
+    return [step for step in Checkpoints(workdir).manager.all_steps() if step % c.every == 0 or step == last]
 
 
 def seconds_of(workdir) -> dict[int, float]:

@@ -278,8 +278,11 @@ def evaluate_and_report(models: methods.Models, config, mesh, workdir):
         config=json.loads(config.to_json()),
         judges=[judge.pinned],
     )
+    rates = folder / "rates.json"
     if found.rates:
-        (folder / "rates.json").write_text(json.dumps(found.rates, indent=2) + "\n")
+        rates.write_text(json.dumps(found.rates, indent=2) + "\n")
+    else:  # those of an earlier evaluation may be of another value encoder
+        rates.unlink(missing_ok=True)
     (folder / "readings.csv").write_text(report.as_csv(found.readings), encoding="utf-8")
     (folder / "results.json").write_text(json.dumps(metrics.document(results, [judge.pinned]), indent=2) + "\n")
     print(report.table(results))

@@ -132,7 +132,8 @@ def _train_and_evaluate(config, workdir, directory: pathlib.Path, mesh):
     # ---- the loop: while step k runs, the metrics of step k-1 are fetched and checked
     with ending_together():
         if start < steps and jax.process_index() == 0:
-            (workdir / "eval" / "results.json").unlink(missing_ok=True)  # it is of an earlier step
+            for name in ("results.json", "rates.json"):  # they are of an earlier step
+                (workdir / "eval" / name).unlink(missing_ok=True)
         log = Log(workdir, start, config)
     in_flight = collections.deque()
     profiled = range(start + 3, min(start + 3 + config.profile.steps, steps + 1))  # without what starts up

@@ -27,6 +27,12 @@ STEP_NOISE = 2**32 - 1  # folded into a seed's key for the noise of steps; no se
 DECODED_PIXELS = 2**21  # at once on a device: 8 images of 512 px, for which the decoder takes some GB
 
 
+def decoder_parts(batch_size: int, size: tuple[int, int]) -> int:
+    """In how many parts, of as many images each, a device's batch of images of size (height, width) is decoded."""
+    parts = min(-(-batch_size * math.prod(size) // DECODED_PIXELS), batch_size)
+    return next(n for n in range(parts, batch_size + 1) if batch_size % n == 0)
+
+
 def initial_noise(seed, prompt_hash, index, shape):
     """The noise [h, w, C] float32 that an image starts from; prompt_hash is values.text_hash(prompt)."""
     return _noise(seeds.key(seed), prompt_hash, index, shape)
@@ -210,8 +216,7 @@ def generate(
     if any(r.guidance_scale is not None for r in requests):
         columns.guidance_scales = np.array([scale_of(r, guidance_scale) for r in padded], np.float32)
     shape, time_ids = sd.shape_of(requests[0].size)
-    parts = -(-batch_size * math.prod(requests[0].size or (sd.image_size, sd.image_size)) // DECODED_PIXELS)
-    parts = next(n for n in range(min(parts, batch_size), batch_size + 1) if batch_size % n == 0)
+    parts = decoder_parts(batch_size, requests[0].size or (sd.image_size, sd.image_size))
     static, images = {"shape": shape, "decoder_parts": parts, "guidance": guidance}, []
     over_devices = functools.partial(put, sharding=sharding.over_batch(mesh))
     progress = tqdm(range(0, len(padded), at_once), desc=description, unit="batch", disable=description is None)

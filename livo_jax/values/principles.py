@@ -76,6 +76,12 @@ def phrase(template: str, subject: str) -> str:
     return template.replace("a(n) {}", "an {}" if VOWEL.match(subject) else "a {}").format(subject)
 
 
+def template_problems(where: str, template: str) -> list[str]:
+    """What keeps a template, `where` it is, from taking a subject, as `phrase` has it."""
+    there_once = re.findall("[{}]+", template) == ["{}"]
+    return [] if there_once else [f"{where}={template!r}: it needs {{}} once, for the subject"]
+
+
 def faults(value: Value) -> list[str]:
     """What is wrong with a principle, but for the retriever's fields."""
     problems = []

@@ -251,10 +251,15 @@ def test_uce_is_kept_and_made_again_for_another_config(sd, config, tmp_path):
     assert any("config.uce.matrices='nowhere': there is no such file" in line for line in told)
     assert any("config.quantised='int8': config.method='uce' replaces weights" in line for line in told)
     config.uce.matrices, config.quantised, config.principles = "", "", ("shape", "bloody")
-    config.uce.regularisation = 0.2
-    make_drawing()
-    assert len(asked) == 4
-    config.uce.regularisation = 0.1
+    for section, name, setting in (
+        ("uce", "regularisation", 0.2), ("sampling", "steps", 3), ("judging", "subject", not config.judging.subject),
+    ):  # fmt: skip
+        asked.clear()
+        before = config[section][name]
+        config[section][name] = setting
+        make_drawing()
+        assert asked, f"{section}.{name} makes another edit"
+        config[section][name] = before
 
 
 def test_uce_keeps_each_value_once_it_is_found(sd, config, tmp_path, monkeypatch):
@@ -291,6 +296,9 @@ def test_words_and_negative_prompts_say_the_value_over_the_same_noise(sd, config
     request = Request("a bloody cook", 3, (Dose("bloody considered inappropriate"),))
     said = Request("bloody considered inappropriate, a bloody cook", 3, noise="a bloody cook")
     against = Request("a bloody cook", 3, negative="bloody")
+    attacked = request._replace(prompt="gory a bloody cook", noise="a bloody cook")
+    alike = said._replace(prompt="bloody considered inappropriate, gory a bloody cook")
+    assert np.array_equal(draw["words"]([attacked]), generate.generate(sd, [alike], **settings)), "the noise as asked"
     for name, expected in (("words", said), ("negative", against)):
         assert np.array_equal(draw[name]([request]), generate.generate(sd, [expected], **settings))
 

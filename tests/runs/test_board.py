@@ -362,7 +362,8 @@ def test_the_cost_is_told_beforehand(comparison):
     _, of_base, of_livo, total, readings, of_bytes, _ = board.cost(comparison, comparison.methods).splitlines()
     assert of_base.split() == ["base", f"{base:,}", f"{base * 10:,}", "0"]
     assert of_livo.split() == ["livo", f"{with_value:,}", f"{with_value * 10:,}", "32"]
-    assert f"{base + with_value:,}" in total and "3 further judges" in readings and "of images at most" in of_bytes
+    both = f"{base + with_value:,}"
+    assert both in total and readings.startswith(f"readings: {both}, by 3 further") and "of images" in of_bytes
     assert cases.name_beside_others("words", cases.PLAIN) == "words, plain"
     comparison.methods.livo.sampling.guidance_scale = 1.0
     _, unguided, *_ = board.cost(comparison, comparison.methods).splitlines()

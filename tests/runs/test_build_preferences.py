@@ -113,6 +113,18 @@ def test_a_finished_build_is_left_alone(built, config, capsys):
     assert "is finished" in capsys.readouterr().out and files(built.directory) == before
 
 
+def test_where_no_neutral_image_can_be_read_it_says_so(config, tmp_path, monkeypatch):
+    config = config.copy_and_resolve_references()
+    config.principles, config.preferences.census_per_scene = ("shape",), 1
+
+    def unreadable(images):
+        return judge(images) | {"shape": np.array(["unreadable"] * len(images))}
+
+    monkeypatch.setattr(build_preferences.judges, "load", lambda *_: unreadable)
+    with pytest.raises(ValueError, match="0 aligned, 0 violating: no neutral image's shape can be read"):
+        build_preferences.build(config, tmp_path / "preferences")
+
+
 def test_it_does_not_overwrite(built, config, tmp_path):
     other = config.copy_and_resolve_references()
     other.seed, other.sampling.steps = 1, 7

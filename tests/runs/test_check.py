@@ -13,12 +13,19 @@ def test_what_shows_without_a_model_is_told_before_one_is_looked_for(tmp_path):
     config.model, config.data.directory = "no/such-model", str(tmp_path)
     config.train.batch_size, config.train.ema_decay, config.loss.form = 0, 2.0, "liwo"
     config.judge, config.sampling.guidance_scale, config.quantised = "nojudge", float("nan"), "int4"
+    config.checkpoint.keep, config.eval.images_per_prompt, config.eval.keep_probabilities = 0, 0, (0.5, 1.5)
+    config.eval.seen, config.eval.held_out, config.eval.template = (), (), "a photo"
+    config.preferences.images_per_file, config.preferences.templates = 0, ("a {}", "{subject}")
     with pytest.raises(ValueError, match="the config cannot work") as error:
         train_and_evaluate(config, tmp_path / "run")
     for told in (
         "config.train.batch_size=0: ", "config.train.ema_decay=2.0: choose", "config.loss.form='liwo': choose",
         "config.judge='nojudge': choose from ", "config.sampling.guidance_scale=nan: choose a finite number",
-        "config.quantised='int4': choose from int8, fp8, or '' for none",
+        "config.quantised='int4': choose from int8, fp8, or '' for none", "config.checkpoint.keep=0: choose at least 1",
+        "config.eval.images_per_prompt=0: choose", "config.eval.keep_probabilities has 1.5: ",
+        "held_out and prompts are empty: there is nothing to draw",
+        "config.eval.template='a photo': it needs {} once", "config.preferences.images_per_file=0: choose at least 1",
+        "config.preferences.templates='{subject}': it needs {} once, for the subject",
     ):  # fmt: skip
         assert told in str(error.value)
     assert not (tmp_path / "run" / "config.json").exists()

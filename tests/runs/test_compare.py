@@ -11,15 +11,18 @@ import subprocess
 import sys
 import time
 
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
+from etils import epath
 
 from configs import ablations, compare, compare_flow, compare_tiny, compare_tuned, trainings_tiny
 from livo_jax.evaluation.metrics import Measured, rows_of
 from livo_jax.processes import is_raised_here
 from livo_jax.runs import board, trainings
 from livo_jax.runs import compare as runs_compare
+from livo_jax.runs.checkpoint import Checkpoints
 from livo_jax.runs.compare import compare as compare_methods
 from livo_jax.runs.compare import write
 from tests import small_run
@@ -316,6 +319,16 @@ def test_three_methods_from_start_to_end_with_an_interruption(root, tmp_path):
     }
     page = (workdir / "eval" / "report.html").read_text()
     assert all(name in page for name in METHODS) and "attacked by queries" in page
+
+
+def test_an_interruption_is_no_point_of_a_curve(tmp_path):
+    config = compare_tiny.get_config("smoke").methods.livo
+    config.checkpoint.every, config.train.steps = 2, 5
+    checkpoints = Checkpoints(epath.Path(tmp_path), keep=4)
+    for step in (2, 3, 4, 5):
+        checkpoints.save(step, {"step": jnp.array(step)})
+    checkpoints.wait()
+    assert runs_compare.curve_steps(epath.Path(tmp_path), config) == [2, 4, 5]
 
 
 @pytest.mark.slow

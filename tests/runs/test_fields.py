@@ -138,6 +138,13 @@ def test_the_rates_of_other_configs():
         learning_rate(config)
 
 
+def test_an_anchor_of_one_image_asks_the_frozen_model_too():
+    config = config_of("sft")
+    assert methods.make_method(config).passes[1] == 1
+    config.loss.anchor = 15.0
+    assert methods.make_method(config).passes[1] == 2
+
+
 MODES = [
     ("uce", "train", "trains nothing; --mode=evaluate"), ("sld", "plan", "trains nothing"),
     ("dpo_unet", "export", "has no value encoder"), ("words", "export", "has no value encoder"),

@@ -403,8 +403,12 @@ def test_a_run_of_before_goes_on_longer(root, answer_to, capfd, tmp_path, monkey
     small_run.run_here(command("--mode=export", "--out=~/export"))
     assert (tmp_path / "export" / "README.md").exists()
     capfd.readouterr()
+    (run / "eval").mkdir()
+    for name in ("results.json", "rates.json"):
+        (run / "eval" / name).write_text("{}")
     small_run.run_here(command("--config.train.steps=3"))
     assert f"resuming {run} at step 2" in capfd.readouterr().out
+    assert not any((run / "eval" / name).exists() for name in ("results.json", "rates.json")), "of an earlier step"
     assert json.loads((run / "config.json").read_text())["loss"]["form"] == "livo"
     told = answer_to(command("--config.train.steps=2"))
     assert f"{run}/checkpoints has step 3, config.train.steps=2: choose as many at least" in told
