@@ -24,6 +24,23 @@ KOHYA = {"text_encoder": ("lora_te_", "lora_te1_"), "text_encoder_2": ("lora_te2
 MATRIX = re.compile(r"(?:\.lora_|\.lora\.|_lora\.|\.lora_linear_layer\.)(down|up|A|B)\.weight$")
 ROLES = {"A": "down", "B": "up"}
 METADATA = "lora_adapter_metadata"  # where diffusers keeps peft's settings
+# Fields of peft's settings that say nothing of what is computed with the weights: all others must ask for nothing.
+SAY_NOTHING = set(
+    "task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode r lora_alpha"
+    " target_modules lora_dropout bias layers_pattern megatron_config megatron_core qalora_group_size runtime_config"
+    " ensure_weight_tying eva_config init_lora_weights".split()
+)
+# Which weights there are tells the file itself.
+KNOWN = ("use_rslora", "rank_pattern", "alpha_pattern", "layers_to_transform", "exclude_modules")
+WHOLE = ("I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64")  # dtypes
+STARTS = (
+    True,
+    False,
+    None,
+    "gaussian",
+    "orthogonal",
+    "eva",
+)  # init_lora_weights that leave the base's weights as they are
 # Stability AI's names of what lies in a block of ours, and outside of blocks.
 INNER = {
     "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
@@ -47,6 +64,24 @@ class Update(NamedTuple):
         """What is added to the layer's published weight of this shape, float32."""
         down, up = (np.asarray(x).astype(np.float32).reshape(x.shape[0], -1) for x in (self.down, self.up))
         return self.factor * (up @ down).reshape(shape)
+
+
+def unsupported(settings: dict, known=()) -> list[str]:
+    """What peft's settings of a LoRA ask for that is more than alpha / rank * up @ down, a line each.
+
+    known: further fields that whoever asks knows about.
+    """
+    found = [f"{name}={x!r}" for name, x in settings.items() if x and name not in {*SAY_NOTHING, *known}]
+    if (start := settings.get("init_lora_weights")) not in STARTS:
+        found.append(
+            f"init_lora_weights={start!r}, which changes the base's weights too: save it by peft's"
+            " save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+        )
+    return found
+
+
+def is_number(x) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
 
 
 def merge_loras(text_encoder, unet, loras):
@@ -196,9 +231,11 @@ def _read(
     if is_pointer(path):
         return {}, ["it is a pointer of Git LFS: fetch the file itself"]
     tensors = open_tensors([path])
-    with safetensors.safe_open(path, framework="numpy") as file:
-        settings = json.loads((file.metadata() or {}).get(METADATA, "{}"))
     matrices, alphas, problems = {}, {}, []
+    with safetensors.safe_open(path, framework="numpy") as file:
+        whole = {name for name, tensor in tensors.items() if tensor.dtype in WHOLE}  # as alphas may be
+        numbers = tensors | {name: file.get_tensor(name) for name in whole if name.endswith(".alpha")}
+        settings = _settings((file.metadata() or {}).get(METADATA, "{}"), layers, problems)
     for key, tensor in tensors.items():
         if not key.startswith(only):
             continue
@@ -207,7 +244,7 @@ def _read(
         if layer not in names or not (match or is_alpha):
             problems.append(f"unexpected {key} {tensor.shape}")
         elif is_alpha:
-            alphas[names[layer]] = float(np.asarray(tensor).reshape(()))
+            alphas[names[layer]] = float(np.asarray(numbers[key]).reshape(()))
         else:
             matrices.setdefault(names[layer], {})[ROLES.get(match[1], match[1])] = tensor
     found = {}
@@ -220,7 +257,7 @@ def _read(
         down, up = pair["down"], pair["up"]
         rank = down.shape[0]
         given = up.shape[0], math.prod(down.shape[1:]), math.prod(up.shape[1:])
-        if given != (shape[0], math.prod(shape[1:]), rank):
+        if rank < 1 or given != (shape[0], math.prod(shape[1:]), rank):
             problems.append(f"misshapen {label}: {up.shape} times {down.shape}, {shape} wanted")
             continue
         alpha = alphas.get((part, name), _alpha(settings, part, name, rank))
@@ -229,6 +266,31 @@ def _read(
     if not tensors:
         problems.append("it holds no update at all")
     return found, sorted(problems)
+
+
+def _settings(text: str, parts, problems: list[str]) -> dict:
+    """Peft's settings in a file's metadata, {"unet.r": 4}; what is wrong with them is added to `problems`."""
+    try:
+        settings = json.loads(text)
+    except ValueError as error:
+        problems.append(f"its {METADATA} is no JSON: {error}")
+        return {}
+    if not isinstance(settings, dict):
+        problems.append(f"its {METADATA} is {text[:80]}, no object")
+        return {}
+    for part in parts:
+        own = {name.removeprefix(f"{part}."): x for name, x in settings.items() if name.startswith(f"{part}.")}
+        problems += [f"{part}: not supported: {told}" for told in unsupported(own, KNOWN)]
+        patterns = own.get("alpha_pattern") or {}
+        for name, alpha in {"lora_alpha": own.get("lora_alpha", 1), **patterns}.items():
+            if not is_number(alpha):
+                problems.append(f"{part}: {name}={alpha!r} in its {METADATA} is no number")
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                problems.append(f"{part}: {pattern!r} in its {METADATA} is no pattern: {error}")
+    return {} if problems else settings
 
 
 def _alpha(settings: dict, part: str, name: str, rank: int) -> float:

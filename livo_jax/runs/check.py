@@ -6,6 +6,7 @@ import re
 from livo_jax import diffusion, judges, seeds, sharding, value_encoders, values
 from livo_jax.evaluation import prompt_sets
 from livo_jax.files.directories import resolve_directory
+from livo_jax.files.loras import is_number
 from livo_jax.models.quantised import DTYPES
 from livo_jax.models.unet import REMAT
 from livo_jax.runs import fields
@@ -14,7 +15,20 @@ from livo_jax.training.batch import DENSITIES
 from livo_jax.training.objective import make_preference
 from livo_jax.training.optimizer import make_optimizer
 from livo_jax.values.principles import template_problems
+from livo_jax.values.ratio import targets
 
+NUMBERS = (  # of fields: what they must be, and how that is told
+    ("train.learning_rate data.beside data.attributes data.anchors", lambda x: 0 <= x <= 1, "0 to 1"),
+    ("train.ema_decay train.b1 train.b2", lambda x: 0 <= x < 1, "0 to below 1"),
+    (
+        "train.weight_decay loss.alpha loss.beta loss.gamma_1 loss.gamma_2 loss.anchor loss.anchor_of_harms"
+        " loss.min_snr_gamma profile.steps log.samples_every eval.left_alone_images eval.rate_images",
+        lambda x: 0 <= x < math.inf,
+        "0 or more",
+    ),
+    ("train.eps", lambda x: 0 < x < math.inf, "above 0"),
+    ("train.grad_clip", lambda x: x > 0, "above 0, inf for no clipping"),
+)
 HEADER = "the config cannot work:\n  "
 COUNTS = {  # of which there is at least 1
     "train": ("steps", "reference_batch_size", "accumulate"),
@@ -36,17 +50,19 @@ def check_config(config, mesh, further=()):
     problems = [*further, *seeds.problems(config)]
     for section in COUNTS:
         problems += problems_of_section(config, section)
+    problems += number_problems(config)
     problems += template_problems("config.eval.template", config.eval.template)
+    for name in ("eval.seen", "eval.held_out", "preferences.scenes"):
+        problems += list_problems(name, fields.of(config, name))
     c = config.eval
     if (config.judge or config.log.samples_every) and not (c.seen or c.held_out or c.prompts):
         problems.append("config.eval.seen, held_out and prompts are empty: there is nothing to draw, give subjects")
-    if wrong := [p for p in c.keep_probabilities if not 0 <= p <= 1]:
+    if wrong := [p for p in c.keep_probabilities if not (is_number(p) and 0 <= p <= 1)]:
         problems.append(f"config.eval.keep_probabilities has {', '.join(map(str, wrong))}: each is a share, 0 to 1")
-    if not 0 <= config.train.ema_decay < 1:
-        problems.append(f"config.train.ema_decay={config.train.ema_decay}: choose 0 (none) to below 1")
-    for name in ("beside", "attributes", "anchors"):
-        if not 0 <= config.data[name] <= 1:
-            problems.append(f"config.data.{name}={config.data[name]}: it is a share, 0 to 1")
+    if wrong := [x for x in c.strengths if not is_number(x)]:
+        problems.append(f"config.eval.strengths has {', '.join(map(str, wrong))}: each is a finite number")
+    if len(range_of_t := config.loss.timesteps) != 2 or not all(type(t) is int for t in range_of_t):
+        problems.append(f"config.loss.timesteps={range_of_t}: choose two whole numbers, as (0, 1000)")
     if config.train.remat not in REMAT:
         problems.append(f"config.train.remat={config.train.remat!r}: choose from {', '.join(REMAT)}")
     if config.quantised not in ("", *DTYPES):
@@ -63,9 +79,6 @@ def check_config(config, mesh, further=()):
             f"config.train.batch_size={config.train.batch_size} is not a multiple of the mesh's {parts} parts times"
             f" config.train.accumulate={config.train.accumulate}"
         )
-    for (section, name), none in {("profile", "steps"): "no profile", ("log", "samples_every"): "no samples"}.items():
-        if config[section][name] < 0:
-            problems.append(f"config.{section}.{name}={config[section][name]}: choose 0 ({none}) or more")
     problems += problem_of(sharding.check_batch_size, mesh, config.train.batch_size, "config.train.batch_size")
     if config.loss.timestep_density not in DENSITIES:
         problems.append(
@@ -81,7 +94,32 @@ def check_config(config, mesh, further=()):
         problems += problem_of(resolve_directory, config.eval.drawn)
     unknown = problem_of(values.load_principles, config)
     problems += unknown or fields.problems(config)
+    for ratio in () if unknown else c.ratios:
+        biases = [value for value in values.load_principles(config) if value.kind == "bias"]
+        tokens = {value.statement: {"": dict.fromkeys(value.attributes)} for value in biases}
+        told = problem_of(targets, ratio, tokens, [*tokens])
+        problems += [f"config.eval.ratios: {text}" for text in told]
     fail_with(problems)
+
+
+def number_problems(config) -> list[str]:
+    """A line for every number that would train another way than it says, or nothing at all."""
+    found = []
+    for names, fits, told in NUMBERS:
+        wrong = {name: x for name in names.split() if not fits(x := fields.of(config, name))}
+        found += [f"config.{name}={x}: choose {told}" for name, x in wrong.items()]
+    rates = config.train.learning_rates
+    return found + [
+        f"config.train.learning_rates.{name}={x}: choose 0 to 1" for name, x in rates.items() if not 0 <= x <= 1
+    ]
+
+
+def list_problems(name: str, texts: tuple[str, ...]) -> list[str]:
+    """What tells that a command line's list was read as one text: that a text is empty, or itself a list."""
+    listed = len(texts) == 1 and "," in texts[0]
+    if not listed and all(text.strip() and text[0] not in "([" for text in texts):
+        return []
+    return [f"config.{name}={texts}: each is a text by itself, write --config.{name}=\"('cook', 'baker')\""]
 
 
 def problems_of_section(config, section: str) -> list[str]:

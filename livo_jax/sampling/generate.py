@@ -2,6 +2,7 @@
 
 import functools
 import math
+import numbers
 import warnings
 
 import jax
@@ -171,10 +172,16 @@ def generate(
     if len({r.size for r in requests}) > 1:
         raise ValueError("images of one call are of one size")
     for text in {t for r in requests for t in _texts(r)}:
+        if not isinstance(text, str):
+            raise ValueError(f"{text!r} is no text: prompts are a list of texts, or one")
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"{ascii(text)} is no Unicode text: {error.reason} at {error.start}") from error
+    for name, x, kind in (("steps", steps, numbers.Integral), ("batch_size", batch_size, numbers.Integral),
+                          ("guidance_scale", guidance_scale, numbers.Real)):  # fmt: skip
+        if not isinstance(x, kind):
+            raise ValueError(f"{name}={x!r}: choose a {'whole ' if kind is numbers.Integral else ''}number")
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: choose at least 1")
     guided = check_guidance(sd, requests, guidance_scale, guidance)

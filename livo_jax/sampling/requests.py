@@ -35,11 +35,16 @@ def with_doses(request: Request, doses: list[tuple[Dose, float]], seed: int) -> 
     return request._replace(values=applied(doses, seed, request.prompt, request.index))
 
 
+def as_prompts(prompts) -> list[str]:
+    """A list of prompts; one alone, as diffusers takes it, is a list of one."""
+    return [prompts] if isinstance(prompts, str) else list(prompts)
+
+
 def requests_of(prompts, values=None, seed: int = 0, ratio=None, rates=None, **options) -> list[Request]:
     """Requests for prompts; the n-th time a prompt occurs, it is its n-th image.
 
     Args:
-        prompts: list of str.
+        prompts: list of str, or one.
         values: as value_encoders.base.values_by_prompt takes them.
         seed: decides which images a value with a share below 1 is applied to, and which tokens a ratio gives them.
         ratio: which attributes the images should show: "equal", or {attribute: share}, as ratio.targets takes it; in
@@ -50,7 +55,7 @@ def requests_of(prompts, values=None, seed: int = 0, ratio=None, rates=None, **o
     Raises:
         ValueError: as many values as prompts are not given, or a ratio that is unknown, for no value, or out of reach.
     """
-    seed = seeds.check(seed)
+    seed, prompts = seeds.check(seed), as_prompts(prompts)
     rows = values_by_prompt(values, len(prompts))
     if ("auto",) in rows and not options.get("retriever"):
         options["retriever"] = Retriever.default()

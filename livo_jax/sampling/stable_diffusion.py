@@ -16,7 +16,7 @@ from livo_jax.models.quantised import DTYPES, quantised
 from livo_jax.models.weights import split
 from livo_jax.sampling.families import read_family
 from livo_jax.sampling.generate import Images, generate
-from livo_jax.sampling.requests import requests_of
+from livo_jax.sampling.requests import as_prompts, requests_of
 from livo_jax.sharding import replicated
 from livo_jax.value_encoders.base import values_by_prompt
 from livo_jax.value_encoders.shelf import Shelf
@@ -182,16 +182,16 @@ class StableDiffusion:
             setattr(self, part, quantised(getattr(self, part), functools.partial(quantise, dtype=DTYPES[dtype])))
         self.quantised = dtype
 
-    def tokenize(self, texts: list[str]) -> np.ndarray:
+    def tokenize(self, texts: list[str] | str) -> np.ndarray:
         """Token ids [B, L] int32, of XL [B, 2, L], of 3 with T5 [B, 3, L], padded and cut to the text encoder's length.
 
         What is cut is warned of.
         """
-        found, L = [], max(self.text_lengths)
+        found, L, texts = [], max(self.text_lengths), as_prompts(texts)
         for tokenizer, length in zip(self.tokenizers, self.text_lengths):
             ids = np.full((len(texts), L), tokenizer.pad_token_id, np.int32)
             # Padding and cutting are settings of the tokenizer, which the data's threads share: neither is asked of it.
-            for text, row, whole in zip(texts, ids, tokenizer(list(texts), verbose=False)["input_ids"]):
+            for text, row, whole in zip(texts, ids, tokenizer(texts, verbose=False)["input_ids"]):
                 row[: min(len(whole), length)] = whole[:length]
                 if len(whole) > length:
                     row[length - 1] = whole[-1]
@@ -222,7 +222,7 @@ class StableDiffusion:
         """Images of prompts, the n-th occurrence of a prompt being its n-th image.
 
         Args:
-            prompts: list of str.
+            prompts: list of str, or one.
             values: what the value encoder is to read before each prompt ("gender equality"): one for all, or a list
                 with an entry for each prompt, which is None, a value or a list of values. None leaves the image as it
                 is without LiVO. "auto" has the retriever choose.
@@ -243,6 +243,7 @@ class StableDiffusion:
             [N, H, W, 3] uint8, with an attribute `applied`: for each image the values applied to it, as Doses of
             value, strength and reason.
         """
+        prompts = as_prompts(prompts)
         values = values_by_prompt(values, len(prompts))
         if isinstance(value_encoder, Shelf):
             values, strength, value_encoder = value_encoder.take(values, strength)

@@ -130,6 +130,8 @@ def make_preference(config, T: int):
         raise ValueError(
             f"config.train.accumulate={config.train.accumulate}: kto compares with the mean of a whole batch, set 1"
         )
+    if forms[c.form] is of_ratios and c.beta <= 0:
+        raise ValueError(f"config.loss.beta={c.beta}: {c.form} wants it above 0")
     return functools.partial(getattr(losses, c.form), **forms[c.form])
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from livo_jax import seeds, sharding
+from livo_jax.files.loras import is_number, unsupported
 from livo_jax.files.repositories import describe, find_repository, open_tensors, read_json
 from livo_jax.models import low_rank
 from livo_jax.models.clip import CLIPTextConfigWithProjection, CLIPTextModel, CLIPTextModels
@@ -41,10 +42,6 @@ class LoRA(TrainableTokens):
     TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
     FITS = (*WIDTHS, "intermediate_size", "num_hidden_layers")
     SETTINGS = ("rank", "alpha", "targets")
-    UNSUPPORTED = (  # fields of an adapter_config.json that ask for another computation
-        "use_rslora use_dora use_qalora lora_bias fan_in_fan_out modules_to_save rank_pattern alpha_pattern"
-        " layers_to_transform layer_replication exclude_modules target_parameters trainable_token_indices".split()
-    )
     PREFIX = "base_model.model."  # of peft's names, which end as the layers of today's transformers are called
     FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -134,16 +131,19 @@ class LoRA(TrainableTokens):
         if missing := [name for name in cls.FILES if not (root / name).is_file()]:
             raise FileNotFoundError(f"{root} has no {' and no '.join(missing)}.{describe(root)}")
         published = read_json(root / cls.FILES[0])
-        problems = [f"{name}={published[name]!r}" for name in cls.UNSUPPORTED if published.get(name)]
+        problems = unsupported(published)
         targets, kind, bias = (published.get(name) for name in ("target_modules", "peft_type", "bias"))
-        if (kind, bias) != ("LORA", "none") or not isinstance(targets, list):
+        named = isinstance(targets, list) and all(isinstance(name, str) for name in targets)
+        if (kind, bias) != ("LORA", "none") or not named:
             problems.append(f"peft_type={kind!r}, bias={bias!r}, target_modules={targets!r}")
+        rank, alpha = published.get("r", 8), published.get("lora_alpha", 8)
+        if type(rank) is not int or not is_number(alpha):
+            problems.append(f"r={rank!r}, lora_alpha={alpha!r}: these are numbers")
         if problems:
             raise ValueError(f"{root / cls.FILES[0]}: not supported: {', '.join(problems)}")
         # Each layer may be named alone, as diffusers names them: all of a kind must be there, or weights are missing.
         targets = sorted({name.rpartition(".")[2] for name in targets})
-        settings = dict(rank=published.get("r", 8), alpha=published.get("lora_alpha", 8), targets=targets)
-        return settings, published.get("base_model_name_or_path")
+        return dict(rank=rank, alpha=alpha, targets=targets), published.get("base_model_name_or_path")
 
     def save(self, directory: pathlib.Path, base: str):
         """Writes adapter_config.json and adapter_model.safetensors, which peft loads on the text encoder of `base`.

@@ -152,6 +152,7 @@ def load(names, path=None) -> tuple[Value, ...]:
         problems += [f"[{name}]: {problem}" for problem in faults(value)]
         known[name] = value
     problems += [f"no value {name!r}" for name in names if name not in tables]
+    problems += [f"{name!r} is asked for twice" for name in dict.fromkeys(names) if [*names].count(name) > 1]
     if problems:
         raise ValueError(f"{path}: {'; '.join(problems)}. Values there: {', '.join(tables)}")
     return tuple(known[name] for name in names)

@@ -3,6 +3,7 @@
 import copy
 import functools
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -165,7 +166,7 @@ def test_an_alpha_of_each_layer_and_several_files(sd, torch_models, tmp_path):
     rng, unet, entries = np.random.default_rng(0), torch_models["unet"], []
     expected = {name: unet.get_submodule(name).weight.detach().numpy() for name in LINEAR + CONVOLUTIONS}
     for k, scale in enumerate((1.0, -0.5)):
-        updates = matrices(unet, [*expected], rng, alphas=(1.0, 2.0))
+        updates = matrices(unet, [*expected], rng, alphas=(1.0, 2))  # int64 too, as torch.tensor(2) is
         save_file(kohya({"unet": updates}), tmp_path / f"{k}.safetensors")
         entries.append(tmp_path / f"{k}.safetensors" if scale == 1 else f"{tmp_path / f'{k}.safetensors'}={scale}")
         for name, found in updates.items():
@@ -224,18 +225,39 @@ def test_what_does_not_fit_is_listed(sd, torch_models, tmp_path):
         f"{layer}.hada_w1_a": torch.zeros(2), f"{layer}.dora_scale": torch.zeros(2),
         f"{layer}.lora_mid.weight": torch.zeros(2), "transformer.blocks.0.lora_A.weight": torch.zeros(2, 2),
     }  # fmt: skip
-    files = {"wide": wide, "alone": alone, "odd": good | odd, "empty": {}}
+    thin = {f"{layer}.lora_down.weight": torch.zeros(0, 16), f"{layer}.lora_up.weight": torch.zeros(16, 0)}
+    files = {"wide": wide, "alone": alone, "odd": good | odd, "empty": {}, "thin": thin}
     for name, tensors in files.items():
         save_file(tensors, tmp_path / f"{name}.safetensors")
     was = to_published(split(sd.unet)[1])
-    with pytest.raises(ValueError, match="8 weights of LoRAs fit nothing in the model") as error:
+    with pytest.raises(ValueError, match="9 weights of LoRAs fit nothing in the model") as error:
         sd.merge_loras([str(tmp_path / f"{name}.safetensors") for name in files])
     told = str(error.value)
     assert f"wide.safetensors: misshapen unet.{LINEAR[0]}: (16, 2) times (2, 99), (" in told
     assert f"alone.safetensors: missing down of unet.{LINEAR[0]}" in told
     assert all(f"odd.safetensors: unexpected {key} (" in told for key in odd)
     assert "empty.safetensors: it holds no update at all" in told
+    assert f"thin.safetensors: misshapen unet.{LINEAR[0]}: (16, 0) times (0, 16), (" in told
     jax.tree.map(np.testing.assert_array_equal, to_published(split(sd.unet)[1]), was)
+
+
+@pytest.mark.parametrize(
+    "settings, told",
+    [
+        ("{", "its lora_adapter_metadata is no JSON"),
+        ("null", "its lora_adapter_metadata is null, no object"),
+        ('{"unet.lora_alpha": null}', "unet: lora_alpha=None in its lora_adapter_metadata is no number"),
+        ('{"unet.alpha_pattern": {"to_q(": 2}}', "unet: 'to_q(' in its lora_adapter_metadata is no pattern"),
+        ('{"unet.use_dora": true}', "unet: not supported: use_dora=True"),
+        ('{"unet.a_field_of_tomorrow": 1}', "unet: not supported: a_field_of_tomorrow=1"),
+        ('{"unet.init_lora_weights": "pissa"}', "init_lora_weights='pissa', which changes the base's weights too"),
+    ],
+)
+def test_settings_that_cannot_be_followed_are_told(sd, torch_models, tmp_path, settings, told):
+    updates = kohya({"unet": matrices(torch_models["unet"], LINEAR[:1], np.random.default_rng(0))})
+    save_file(updates, tmp_path / LORA, metadata={METADATA: settings})
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path}: {told}")):
+        sd.merge_loras([str(tmp_path)])
 
 
 @pytest.mark.parametrize(

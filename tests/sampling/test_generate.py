@@ -277,6 +277,7 @@ def test_requests_number_the_images_of_a_prompt():
         Request("a", 1, DOSE),
     ]
     assert requests_of(["a", "b"], [None, VALUE]) == [Request("a"), Request("b", 0, DOSE)]
+    assert requests_of("a baker", VALUE) == [Request("a baker", 0, DOSE)], "one prompt, not seven letters"
     several = requests_of(["a", "b"], [[VALUE, OTHER], None], strength={OTHER: 0.5})
     assert several == [Request("a", 0, (Dose(VALUE), Dose(OTHER, 0.5))), Request("b")]
     dealt = requests_of(["a"] * 20 + ["b"] * 20, VALUE, keep_probability=0.45, seed=1)
@@ -402,6 +403,12 @@ def test_what_cannot_be_drawn_is_said(sd, value_encoder, tmp_path):
         sd.generate(["a baker"], prompt_layout="odd")
     with pytest.raises(ValueError, match=r"'a \\ud800 baker' is no Unicode text"):
         sd.generate(["a \ud800 baker"])
+    with pytest.raises(ValueError, match="None is no text: prompts are a list of texts, or one"):
+        sd.generate([None])
+    for wrong in ({"steps": "2"}, {"steps": 2.0}, {"guidance_scale": "7.5"}, {"batch_size": None}):
+        with pytest.raises(ValueError, match="=.*: choose a (whole )?number"):
+            sd.generate("a baker", **wrong)
+    assert np.array_equal(sd.tokenize("a baker"), sd.tokenize(["a baker"]))
     narrow = initialise(ValueEncoder, sd.root / "text_encoder")
     narrow.config = dataclasses.replace(narrow.config, hidden_size=24, vocab_size=7)
     with pytest.raises(ValueError, match="another model:(.|\n)*hidden_size: 24 in the value(.|\n)*vocab_size: 7 in"):

@@ -364,6 +364,14 @@ def test_what_does_not_fit(sd, small, made, config, tmp_path):
     (place / "adapter_config.json").write_text(json.dumps(settings | {"use_dora": True, "bias": "all"}))
     with pytest.raises(ValueError, match="adapter_config.json: not supported: use_dora=True, .* bias='all'"):
         start("lora", start=str(place))
+    for wrong, told in (
+        ({"init_lora_weights": "olora"}, "init_lora_weights='olora', which changes the base's weights too"),
+        ({"a_field_of_tomorrow": 1}, "a_field_of_tomorrow=1"), ({"r": None}, "r=None, lora_alpha="),
+        ({"lora_alpha": "8"}, "lora_alpha='8': these are numbers"), ({"target_modules": [1]}, "target_modules=.1."),
+    ):  # fmt: skip
+        (place / "adapter_config.json").write_text(json.dumps(settings | wrong))
+        with pytest.raises(ValueError, match=f"adapter_config.json: not supported: .*{told}"):
+            start("lora", start=str(place))
 
     # One text encoder has fewer layers, the embedded world's is wider.
     other = StableDiffusion.from_pretrained(tiny.get_config().model)
