@@ -81,7 +81,7 @@ def read_sets(path, folder, names, with_persons: bool) -> list[tuple[dict, list[
     Raises ValueError with all that is wrong with them.
     """
     try:
-        tables = tomllib.loads(pathlib.Path(path).read_text()).get("set", [])
+        tables = tomllib.loads(pathlib.Path(path).read_text(encoding="utf-8-sig")).get("set", [])
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     problems, found = [], []

@@ -19,6 +19,7 @@ sources give equal bytes.
 A snapshot in a Hugging Face cache is made of links out of its folders, which are refused: download with --local-dir.
 """
 
+import functools
 import hashlib
 import itertools
 import json
@@ -103,7 +104,14 @@ def misplaced(folder: pathlib.Path, name: str) -> str:
         return "leaves its folder"
     if any(files.is_hidden(part) for part in path.parent.parts):
         return "is in a hidden folder"
-    return "" if os.path.isfile(folder / name) else "is missing"
+    if os.path.isfile(folder / name):
+        return ""
+    return "is missing" + files.spelled_otherwise(name, _below(folder))
+
+
+@functools.cache  # many may be missing
+def _below(folder: pathlib.Path) -> dict[str, str]:
+    return files.by_spelling(os.path.relpath(path, folder) for path in folder.rglob("*"))
 
 
 def walk(root: pathlib.Path) -> tuple[list[pathlib.Path], int, list[str], list[str]]:

@@ -126,7 +126,10 @@ def read(directory: str, unreadable: float = UNREADABLE) -> list[list[Picture]]:
     prompts = {}
     if (metadata := root / METADATA).is_file():
         prompts, names = read_prompts(metadata, problems), {path.name for path in paths}
-        problems += [f"{metadata}: there is no image {name!r}" for name in sorted(prompts.keys() - names)]
+        others = files.by_spelling(names - prompts.keys())
+        for name in sorted(prompts.keys() - names):
+            told = files.spelled_otherwise(name, others)
+            problems.append(f"{metadata}: there is no image {name!r}{told}")
         problems += [f"{metadata}: no line is about {name!r}" for name in sorted(names - prompts.keys())]
     sides, sizes = collections.defaultdict(list), collections.defaultdict(list)
     undecodable = {}  # path -> why

@@ -1,6 +1,18 @@
 """Files: directories, the hub, published modules, and every text and image that users give."""
 
 from livo_jax.files.images import read_image
-from livo_jax.files.texts import DELIMITERS, is_hidden, json_rows, read_texts, text_fault, tidy
+from livo_jax.files.texts import (
+    DELIMITERS,
+    by_spelling,
+    is_hidden,
+    json_rows,
+    read_texts,
+    spelled_otherwise,
+    text_fault,
+    tidy,
+)
 
-__all__ = ["DELIMITERS", "is_hidden", "json_rows", "read_image", "read_texts", "text_fault", "tidy"]
+__all__ = [
+    "DELIMITERS", "by_spelling", "is_hidden", "json_rows", "read_image", "read_texts", "spelled_otherwise",
+    "text_fault", "tidy",
+]  # fmt: skip

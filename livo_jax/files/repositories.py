@@ -198,8 +198,18 @@ def describe(root: pathlib.Path) -> str:
     return f"\n{from_one_file(whole[0])}" if whole else ""
 
 
+def check_links(paths):
+    """Raises FileNotFoundError for links to what is not there, as of a snapshot of the hub that was copied alone."""
+    if lost := [str(path) for path in paths if path.is_symlink() and not path.exists()]:
+        raise FileNotFoundError(
+            f"{', '.join(lost)} links to a file that is not there: copy what it links to, as cp -rL does, or fetch it"
+            " again"
+        )
+
+
 def read_json(path: pathlib.Path) -> dict:
     """A JSON object. Raises FileNotFoundError or ValueError that name the file."""
+    check_links([path])
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: a model directory has the diffusers layout")
     try:
@@ -232,13 +242,16 @@ def weight_files(directory: pathlib.Path, stem: str, variant: str | None) -> lis
     for dot in [f".{variant}"] if variant else ["", ".fp16"]:
         index = directory / f"{stem}.safetensors.index{dot}.json"
         if index.is_file():
-            shards = [directory / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
+            shards = [directory / name for name in sorted(set((read_json(index).get("weight_map") or {}).values()))]
+            if not shards:
+                raise ValueError(f"{index} lists no weights: fetch it again")
             if missing := [shard.name for shard in shards if not shard.is_file()]:
                 raise FileNotFoundError(f"{directory} lacks the shards {', '.join(missing)} that {index.name} lists")
             return shards
         if (whole := directory / f"{stem}{dot}.safetensors").is_file():
             return [whole]
     others = sorted(p.name for p in directory.glob("*") if p.suffix in (*ONE_FILE, ".msgpack"))
+    check_links(directory / name for name in others)
     safe = [name for name in others if name.endswith(".safetensors")]
     if safe:
         remedy = f"There are {', '.join(safe)}. Without a variant half precision is read where it lies alone"

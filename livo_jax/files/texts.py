@@ -16,6 +16,7 @@ import json
 import os
 import pathlib
 import types
+import unicodedata
 from collections.abc import Iterator, Sequence
 
 from absl import logging
@@ -28,6 +29,29 @@ DELIMITERS = {".csv": ",", ".tsv": "\t"}
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 
 LONGEST_FIELD = 2**31 - 1  # of a CSV, in characters; the csv module's own limit of 131,072 is less than some prompts
+
+
+MADE_BY_PROGRAMS = {  # what a file begins with that is no text -> what it is, and what to do
+    b"PK\x03\x04": "a zip archive, as .xlsx is: save the sheet as CSV in UTF-8, or unpack it",
+    b"\xd0\xcf\x11\xe0": "an old Office document: save it as CSV in UTF-8",
+    b"\x1f\x8b": "compressed by gzip: unpack it by gunzip",
+    b"PAR1": "Parquet: write it as CSV or JSON lines, as pandas does by to_csv and to_json",
+    b"{\\rtf": "a document of a word processor: save it as plain text in UTF-8",
+}
+
+
+def by_spelling(names) -> dict[str, str]:
+    """Names of files by what is equal in all their spellings.
+
+    Systems write é in one character or in two, and \\ for /; some programs write ./ first.
+    """
+    return {unicodedata.normalize("NFC", name).replace("\\", "/").removeprefix("./"): name for name in names}
+
+
+def spelled_otherwise(name: str, there: dict[str, str]) -> str:
+    """That one of `there`, as by_spelling has them, is this name, for a message that it is not; "" if none is."""
+    (spelling,) = by_spelling([name])
+    return f": it is {ascii(there[spelling])} there and {ascii(name)} here, rename one" if spelling in there else ""
 
 
 def is_hidden(name: str) -> bool:
@@ -44,6 +68,10 @@ def split_lines(data: bytes, name, problems: list[str]) -> list[str]:
     if data.startswith(POINTER):
         problems.append(f"{name}:1: {FETCH}")
         return []
+    for begin, told in MADE_BY_PROGRAMS.items():
+        if data.startswith(begin):
+            problems.append(f"{name}:1: {told}")
+            return []
     if data.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
         problems.append(f"{name}:1: UTF-32: {CONVERT.format('UTF-32')}")
         return []
@@ -86,8 +114,23 @@ def _no_constant(name: str):
     raise ValueError(f"{name} is no JSON: write null")
 
 
+def _is_one_document(data: bytes) -> bool:
+    """Whether it is a JSON list, or an object over several lines."""
+    if not data.removeprefix(codecs.BOM_UTF8).lstrip().startswith((b"[", b"{\n", b"{\r")):
+        return False
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError):
+        return False
+    of_objects = isinstance(content, list) and all(isinstance(row, dict) for row in content)
+    return of_objects or len(data.strip().splitlines()) > 1
+
+
 def json_rows(data: bytes, name, problems: list[str]) -> Iterator[tuple[int, dict]]:
     """Yields (line number, object) of JSON lines; lines of white space are passed over."""
+    if _is_one_document(data):
+        problems.append(f"{name}:1: one JSON document, not an object on each line: write these, as jq -c '.[]' does")
+        return
     for number, line in enumerate(split_lines(data, name, problems), start=1):
         if not line.strip():
             continue
@@ -190,6 +233,9 @@ def read_texts(
         if unknown := [column for column in columns if column not in row]:
             told = f"no column {', '.join(unknown)}; there are {', '.join(row)}"
             if suffix in DELIMITERS:
+                first = next(iter(row), "")
+                if first.startswith("sep=") or any(other in first for other in ";\t|"):
+                    told += f": columns of a {suffix} are separated by {DELIMITERS[suffix]!r}, save it so, without sep="
                 problems.append(f"{path}: its header has {told}")
                 break
             problems.append(f"{path}:{number}: {told}")

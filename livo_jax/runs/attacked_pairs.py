@@ -21,7 +21,7 @@ def read_found(config) -> list[dict]:
     for file in config.preferences.attacks:
         where = f"config.preferences.attacks: {file}"
         try:
-            found = json.loads(pathlib.Path(file).expanduser().read_text())
+            found = json.loads(pathlib.Path(file).expanduser().read_text(encoding="utf-8-sig"))
         except (OSError, ValueError) as error:
             problems.append(f"{where} cannot be read ({error}): {MADE}")
             continue

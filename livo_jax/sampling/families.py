@@ -9,7 +9,7 @@ import numpy as np
 
 from livo_jax.diffusion import FlowSchedule, NoiseSchedule, check_scheduler, for_latents
 from livo_jax.files.modules import PARTS, read_config
-from livo_jax.files.repositories import describe, read_json, read_t5_tokenizer, read_tokenizer
+from livo_jax.files.repositories import check_links, describe, read_json, read_t5_tokenizer, read_tokenizer
 from livo_jax.models.clip import CLIPTextConfigs, CLIPTextModels, CLIPTextModelWithProjection
 from livo_jax.models.sd3_text import SD3TextModels
 
@@ -40,6 +40,7 @@ class Family(abc.ABC):
         self.kinds = {part: PARTS[part][0] for part in self.list_parts()} | self.OTHER_KINDS
         self.scheduler_file = root / "scheduler" / "scheduler_config.json"
         needed = [self.scheduler_file, *(root / part / "config.json" for part in self.kinds)]
+        check_links(needed)
         if missing := [str(path.relative_to(root)) for path in needed if not path.is_file()]:
             what = f"\nIts model_index.json calls it a {index.get('_class_name')}" if index else describe(root)
             raise FileNotFoundError(

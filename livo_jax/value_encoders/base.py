@@ -193,8 +193,8 @@ def check_base(path, base: str | None, sd):
 
 def set_exported(value_encoder: ValueTokens, path: pathlib.Path) -> ValueTokens:
     """Has a value encoder do and know what an export's config.json says; nothing where there is none."""
-    livo = read_json(path).get("livo", {}) if path.is_file() else {}
-    known = livo.get("values", [])
+    livo = (read_json(path).get("livo") or {}) if path.is_file() else {}
+    known = livo.get("values") or []
     for name in READING:
         if livo.get(name, getattr(value_encoder, name)) != getattr(value_encoder, name):
             setattr(value_encoder, name, livo[name])

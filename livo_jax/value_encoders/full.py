@@ -74,7 +74,7 @@ class FullTokens(TrainableTokens):
         if place is None:
             raise FileNotFoundError(f"{root / places[0]} has no config.json of a text encoder.{describe(root)}")
         if sd:
-            check_base(root, read_json(root / place / "config.json").get("livo", {}).get("base"), sd)
+            check_base(root, (read_json(root / place / "config.json").get("livo") or {}).get("base"), sd)
         tower = functools.partial(load_module, dtype=dtype, variant=variant, sharding=sharding)
         if place and (root / f"{place}_2").is_dir():
             value_encoder = ValueEncoders(tower(CLIPTextModel, root / place), tower(CLIPTextModel, root / f"{place}_2"))

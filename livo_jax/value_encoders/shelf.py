@@ -91,7 +91,7 @@ class Shelf:
         if not (self.root / INDEX).is_file():
             raise FileNotFoundError(f"{path_or_hub_id} is no shelf: it has no {INDEX}")
         try:
-            index = json.loads((self.root / INDEX).read_text())
+            index = json.loads((self.root / INDEX).read_text(encoding="utf-8-sig"))
         except ValueError as error:
             raise ValueError(f"{self.root / INDEX} is no JSON: {error}") from error
         if problems := faults(index, pathlib.Path(path_or_hub_id)):

@@ -226,6 +226,7 @@ def test_everything_wrong_is_told_at_once_with_its_line(source, tmp_path):
         ({"label": None}, "unknown label None"),
         ({"label": 0, "prompt": 3, "value": 4, "file_name": "a.png"}, "prompt is 3", "value is 4", "a.png is missing"),
         ({"file_name": "nowhere.png"}, "nowhere.png is missing"),
+        ({"file_name": ".\\good.png"}, "good.png is missing: it is 'good.png' there"),
         ({"file_name": "."}, ". is missing"),
         ({"file_name": "a" * 5000}, "aaa is missing"),
         ({"file_name": str(outside)}, "outside.png leaves its folder"),

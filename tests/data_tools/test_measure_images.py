@@ -258,6 +258,7 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path):
     (folder / "03.png").write_bytes((folder / "03.png").read_bytes()[:100])
     Image.fromarray(np.zeros((40, 32, 3), np.uint8)).save(folder / "99.png")
     with open(folder / "metadata.jsonl", "a") as file:
+        file.write('\n{"file_name": "./99.png", "prompt": "a baker"}')
         file.write('\n{"file_name": "00.png", "text": "a photo of a baker"}\n{"file_name": "98.png", "prompt": "a"}\n')
     done = command(
         f"--images={folder}", "--judge=pixels", "--inception=none.safetensors", "--clip=none", "--target=0.5",
@@ -267,7 +268,8 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path):
     for problem in (
         "judge='pixels'", "none.safetensors: no such file", "no model at 'none'", "'0.5' is neither 'equal'",
         "1 of 14 images (7.1%) cannot be read, more than 5%: draw", "03.png cannot be decoded: OSError",
-        "several sizes", "metadata.jsonl:14: no prompt", "there is no image '98.png'",
+        "several sizes", "metadata.jsonl:15: no prompt",
+        "there is no image './99.png': it is '99.png' there", "there is no image '98.png'",
         "no line is about '99.png'", f"{tmp_path / 'none'}: there is no such folder",
     ):  # fmt: skip
         assert problem in done.stderr, (problem, done.stderr)

@@ -90,7 +90,15 @@ UTF16 = "a\nb\ud800".encode("utf-16", "surrogatepass")
     ("x.jsonl", b'{"prompt": 3}', "1: prompt is 3, not a text"),
     ("x.jsonl", b'{"prompt": null}', "1: prompt is None, not a text"),
     ("x.jsonl", b'["a"]', "1: not a JSON object"),
-    ("x.json", b'[\n{"prompt": "a"}\n]', "1: not JSON"),
+    ("x.json", b'[\n{"prompt": "a"}\n]', "1: one JSON document, not an object on each line"),
+    ("x.json", b'[{"prompt": "a"}]', "1: one JSON document"),
+    ("x.json", b'{\n "prompt": "a"\n}', "1: one JSON document"),
+    ("x.csv", b"PK\x03\x04\0", "1: a zip archive, as .xlsx is: save the sheet as CSV"),
+    ("x.txt", b"\x1f\x8b\x08", "1: compressed by gzip"),
+    ("x.txt", b"{\\rtf1\\ansi a baker}", "1: a document of a word processor"),
+    ("x.parquet", b"PAR1\x15", "1: Parquet: write it as CSV"),
+    ("x.csv", b"prompt;seed\na;1\n", " its header has no column prompt; there are prompt;seed: columns of a .csv"),
+    ("x.csv", b"sep=,\nprompt,seed\na,1\n", " its header has no column prompt; there are sep=, : columns of a .csv"),
     ("x.jsonl", b'{"text": "a", "n": 1}', "1: no column prompt; there are text, n"),
     ("x.csv", b"a cat\na dog\n", " its header has no column prompt; there are a cat"),
     ("x.csv", b"n,prompt\n1,a cat, on a mat\n", "2: 3 fields, and 2 in the header"),
@@ -104,6 +112,15 @@ def test_what_would_come_out_otherwise_is_refused_by_line(tmp_path, name, data, 
     (tmp_path / name).write_bytes(data)
     files.read_texts(tmp_path / name, ["prompt"], problems)
     assert any(problem.startswith(f"{tmp_path / name}:{said}") for problem in problems), problems
+
+
+def test_names_in_other_spellings_are_told():
+    there = files.by_spelling(["cafe\u0301.png", "img/a.png", "b.png"])
+    told = files.spelled_otherwise("caf\u00e9.png", there)
+    assert told == r": it is 'cafe\u0301.png' there and 'caf\xe9.png' here, rename one"
+    assert "'img/a.png' there" in files.spelled_otherwise("img\\a.png", there)
+    assert "'b.png' there" in files.spelled_otherwise("./b.png", there)
+    assert files.spelled_otherwise("c.png", there) == ""
 
 
 def test_hidden_names():

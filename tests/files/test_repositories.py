@@ -86,6 +86,18 @@ def test_a_damaged_config_is_told(copy):
         StableDiffusion.from_pretrained(copy)
 
 
+def test_links_to_nothing_are_told(copy, tmp_path):
+    """As of a snapshot of the hub's cache that was copied alone."""
+    told = "links to a file that is not there: copy what it links to, as cp -rL does"
+    for name in ("unet/diffusion_pytorch_model.safetensors", "vae/config.json"):
+        (copy / name).rename(tmp_path / "moved")
+        (copy / name).symlink_to("../blobs/0123")
+        with pytest.raises(FileNotFoundError, match=f"{copy / name} {told}"):
+            StableDiffusion.from_pretrained(copy)
+        (copy / name).unlink()
+        (tmp_path / "moved").rename(copy / name)
+
+
 def test_what_is_no_value_encoder_is_told(sd, published, tmp_path):
     for kind in (ValueEncoder, LoRA, SoftTokens):
         with pytest.raises(FileNotFoundError, match="is a whole StableDiffusionPipeline.*subfolder='text_encoder'"):
