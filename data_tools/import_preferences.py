@@ -28,6 +28,7 @@ import os
 import pathlib
 import shutil
 import tarfile
+import zipfile
 import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -226,6 +227,8 @@ def extract(archive: pathlib.Path, folder: pathlib.Path, max_gb: float, max_memb
     Raises:
         ValueError: it is damaged, or larger than it may be, or members are not plain files and folders inside it.
     """
+    if zipfile.is_zipfile(archive):
+        raise ValueError(f"{archive} is a zip archive, and tar is read: unpack it, and give its folder")
     scratch = folder.with_name(f".{folder.name}")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()

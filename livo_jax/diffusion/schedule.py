@@ -43,7 +43,7 @@ SOLVER = {
 
 def check_scheduler(name: str | None):
     """Raises ValueError unless a scheduler_config.json of this _class_name describes a noise schedule that we read."""
-    if name in SCHEDULERS:
+    if isinstance(name, str | None) and name in SCHEDULERS:
         return
     if "FlowMatch" in str(name) or "EDM" in str(name):
         raise ValueError(
@@ -104,9 +104,14 @@ class NoiseSchedule:
         for name, usual in (("timestep_type", "discrete"), ("use_flow_sigmas", False)):
             if config.get(name, usual) not in (usual, None):
                 raise ValueError(f"{name}={config[name]!r}: not Stable Diffusion's noise (only {usual!r})")
-        for name, number in (("beta_start", start), ("beta_end", end), ("num_train_timesteps", steps)):
+        given = {"beta_start": start, "beta_end": end}
+        given |= {name: config[name] for name in ("lambda_min_clipped", "timestep_scaling") if name in config}
+        for name, number in given.items():
             if not isinstance(number, int | float):
                 raise ValueError(f"{name}={number!r}: a number is wanted")
+        for name, number in {"num_train_timesteps": steps, "steps_offset": config.get("steps_offset", 0)}.items():
+            if not isinstance(number, int) or number < (name == "num_train_timesteps"):
+                raise ValueError(f"{name}={number!r}: a whole number is wanted")
         if config.get("trained_betas") is not None:
             betas = np.asarray(config["trained_betas"], np.float64)
         elif kind == "linear":

@@ -116,6 +116,10 @@ def read_tokenizer(place: pathlib.Path):
             f"{place}: a file of the tokenizer (tokenizer_config.json, vocab.json, merges.txt or others) is damaged, or"
             f" begins with a byte order mark: fetch them again: {error}"
         ) from error
+    if tokenizer.pad_token_id is None:
+        raise ValueError(
+            f"{place}: pad_token is null: write the published one, <|endoftext|> or !, as its vocab.json has"
+        )
     if len(tokenizer) < 256:
         return tokenizer
     words = {i: token[: -len("</w>")] for token, i in tokenizer.get_vocab().items() if token.endswith("</w>")}

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import zipfile
 
 import numpy as np
 import pytest
@@ -334,6 +335,10 @@ def test_a_tar_over_its_limits_or_cut_short_is_refused(source, tmp_path):
     for place in (last.offset, last.offset + 100, last.offset_data + 512, last.offset_data + 10):
         path.write_bytes(whole[:place])
         assert "at or after 'livo_data" in problems(path, tmp_path / "out")[0]
+    with zipfile.ZipFile(tmp_path / "livo_data.zip", "w") as archive:
+        archive.writestr("livo_data/metadata.jsonl", "")
+    with pytest.raises(ValueError, match="livo_data.zip is a zip archive, and tar is read: unpack it"):
+        build(tmp_path / "livo_data.zip", tmp_path / "out")
     packed = pack(source, tmp_path / "livo_data.tar.gz")
     packed.write_bytes(packed.read_bytes()[:-40])
     assert "at or after 'livo_data" in problems(packed, tmp_path / "out")[0]

@@ -214,6 +214,9 @@ def test_zero_terminal_snr(sampler):
         (dict(original_inference_steps=None, eta=1.5), "tcd", 5, "original_inference_steps=None: .*eta=1.5: choose 0"),
         (dict(rescale_betas_zero_snr=True), "lcm", 4, "rescale_betas_zero_snr: .*lcm cannot start there"),
         (dict(beta_end=None), "ddim", 10, "beta_end=None: a number is wanted"),
+        (dict(lambda_min_clipped=None), "ddim", 10, "lambda_min_clipped=None: a number is wanted"),
+        (dict(num_train_timesteps=1e3), "ddim", 10, "num_train_timesteps=1000.0: a whole number is wanted"),
+        (dict(steps_offset="1"), "ddim", 10, "steps_offset='1': a whole number is wanted"),
         (dict(beta_schedule="linear", beta_end=1.5), "ddim", 10, "betas from .* to 1.5: all must be between 0 and 1"),
         (
             dict(rescale_betas_zero_snr=True, timestep_spacing="trailing"),

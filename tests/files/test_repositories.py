@@ -294,6 +294,12 @@ def test_a_damaged_file_of_a_tokenizer_is_told(copy, name, content):
         StableDiffusion.from_pretrained(copy)
 
 
+def test_a_tokenizer_without_padding_is_told(copy):
+    rewrite_json(copy / "tokenizer" / "tokenizer_config.json", pad_token=None)
+    with pytest.raises(ValueError, match="model/tokenizer: pad_token is null: write the published one"):
+        StableDiffusion.from_pretrained(copy)
+
+
 def test_more_tokens_than_embeddings_are_refused(copy):
     rewrite_json(copy / "text_encoder" / "config.json", vocab_size=100)
     with pytest.raises(ValueError, match=r"tokenizer has \d+ tokens, its text encoder 100 embeddings"):
