@@ -33,14 +33,8 @@ SAY_NOTHING = set(
 # Which weights there are tells the file itself.
 KNOWN = ("use_rslora", "rank_pattern", "alpha_pattern", "layers_to_transform", "exclude_modules")
 WHOLE = ("I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64")  # dtypes
-STARTS = (
-    True,
-    False,
-    None,
-    "gaussian",
-    "orthogonal",
-    "eva",
-)  # init_lora_weights that leave the base's weights as they are
+# The values of init_lora_weights with which the base's weights stay as they are.
+STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 # Stability AI's names of what lies in a block of ours, and outside of blocks.
 INNER = {
     "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",

@@ -51,16 +51,8 @@ def check_config(config, mesh, further=()):
     for section in COUNTS:
         problems += problems_of_section(config, section)
     problems += number_problems(config)
-    problems += template_problems("config.eval.template", config.eval.template)
     for name in ("eval.seen", "eval.held_out", "preferences.scenes"):
         problems += list_problems(name, fields.of(config, name))
-    c = config.eval
-    if (config.judge or config.log.samples_every) and not (c.seen or c.held_out or c.prompts):
-        problems.append("config.eval.seen, held_out and prompts are empty: there is nothing to draw, give subjects")
-    if wrong := [p for p in c.keep_probabilities if not (is_number(p) and 0 <= p <= 1)]:
-        problems.append(f"config.eval.keep_probabilities has {', '.join(map(str, wrong))}: each is a share, 0 to 1")
-    if wrong := [x for x in c.strengths if not is_number(x)]:
-        problems.append(f"config.eval.strengths has {', '.join(map(str, wrong))}: each is a finite number")
     if len(range_of_t := config.loss.timesteps) != 2 or not all(type(t) is int for t in range_of_t):
         problems.append(f"config.loss.timesteps={range_of_t}: choose two whole numbers, as (0, 1000)")
     if config.train.remat not in REMAT:
@@ -93,13 +85,24 @@ def check_config(config, mesh, further=()):
     if config.eval.drawn:
         problems += problem_of(resolve_directory, config.eval.drawn)
     unknown = problem_of(values.load_principles, config)
-    problems += unknown or fields.problems(config)
-    for ratio in () if unknown else c.ratios:
-        biases = [value for value in values.load_principles(config) if value.kind == "bias"]
-        tokens = {value.statement: {"": dict.fromkeys(value.attributes)} for value in biases}
-        told = problem_of(targets, ratio, tokens, [*tokens])
-        problems += [f"config.eval.ratios: {text}" for text in told]
+    problems += unknown or [*fields.problems(config), *evaluation_problems(config)]
     fail_with(problems)
+
+
+def evaluation_problems(config) -> list[str]:
+    """What is wrong with config.eval, of values that there are."""
+    c, problems = config.eval, template_problems("config.eval.template", config.eval.template)
+    if (config.judge or config.log.samples_every) and not (c.seen or c.held_out or c.prompts):
+        problems.append("config.eval.seen, held_out and prompts are empty: there is nothing to draw, give subjects")
+    if wrong := [p for p in c.keep_probabilities if not (is_number(p) and 0 <= p <= 1)]:
+        problems.append(f"config.eval.keep_probabilities has {', '.join(map(str, wrong))}: each is a share, 0 to 1")
+    if wrong := [x for x in c.strengths if not is_number(x)]:
+        problems.append(f"config.eval.strengths has {', '.join(map(str, wrong))}: each is a finite number")
+    biases = [value for value in values.load_principles(config) if value.kind == "bias"]
+    tokens = {value.statement: {"": dict.fromkeys(value.attributes)} for value in biases}
+    for ratio in c.ratios:
+        problems += [f"config.eval.ratios: {told}" for told in problem_of(targets, ratio, tokens, [*tokens])]
+    return problems
 
 
 def number_problems(config) -> list[str]:
