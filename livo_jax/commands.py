@@ -47,6 +47,8 @@ def divide_cpu(devices: int):
 def find_config(file: str) -> str:
     """The FILE of --config, by the path of the installed one where the folder that one works in has none."""
     path = file.split(":")[0]
+    if os.path.isdir(path):
+        sys.exit(f"--config={file}: this is a folder, name a file in it, as configs/tiny.py")
     if os.path.exists(path):
         return file
     for folder in pathlib.Path(__file__).parents[:2]:  # installed, and in a checkout
@@ -94,6 +96,8 @@ def parse(argv):
         sys.exit(told_by_traceback(str(error)) if IN_CONFIG_FILE in str(error) else f"{error}\n--help lists the flags")
     except (AttributeError, KeyError) as error:
         files = [arg.partition("=")[2].partition(":")[0] for arg in argv if arg.startswith("--config=")]
+        if "'get_config'" in str(error):
+            sys.exit(f"--config={files[-1]}: it has no function get_config() that returns a ConfigDict")
         if {*files} & {frame.filename for frame in traceback.extract_tb(error.__traceback__)}:
             sys.exit(told_by_traceback("".join(traceback.format_exception(error))))
         overrides = [arg for arg in argv if arg.lstrip("-").startswith("config.")]

@@ -47,7 +47,10 @@ def cache_made_of(preferences: Preferences, sd, config) -> dict:
 
 def cache_faults(directory: pathlib.Path, made_of: dict) -> list[str]:
     """A line for each thing by which the cache that lies in a directory is not `made_of` (cache_made_of)."""
-    there = json.loads((directory / "made_of.json").read_text())
+    try:
+        there = json.loads((directory / "made_of.json").read_text())
+    except (OSError, ValueError) as error:
+        return [f"made_of.json cannot be read: {error}"]
     if {*made_of["rewordings"]} <= {*there.get("rewordings", ())}:  # more prompts than are wanted will do
         there["rewordings"] = made_of["rewordings"]
     return [f"{name}: {there.get(name)!r} there, {x!r} wanted" for name, x in made_of.items() if there.get(name) != x]
@@ -99,9 +102,13 @@ class Cache:
                 f"{directory} is of another dataset, config or model: remove it, and training makes another\n  "
                 + "\n  ".join(faults)
             )
-        self.aligned, self.violating, self.states = (
-            np.load(directory / f"{name}.npy", mmap_mode="r") for name in (*SIDES, "states")
-        )
         pooled = directory / "text_embeds.npy"
-        self.text_embeds = np.load(pooled, mmap_mode="r") if pooled.exists() else None
-        self.place = {prompt: i for i, prompt in enumerate(json.loads((directory / "prompts.json").read_text()))}
+        try:
+            self.aligned, self.violating, self.states = (
+                np.load(directory / f"{name}.npy", mmap_mode="r") for name in (*SIDES, "states")
+            )
+            self.text_embeds = np.load(pooled, mmap_mode="r") if pooled.exists() else None
+            prompts = json.loads((directory / "prompts.json").read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{directory} is damaged: remove it, and training makes another: {error}") from error
+        self.place = {prompt: i for i, prompt in enumerate(prompts)}

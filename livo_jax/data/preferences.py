@@ -61,7 +61,11 @@ class Preferences:
         remedy = "make one with python -m data_tools.build_preferences --config=FILE --out=DIR"
         if not (self.directory / "dataset_info.json").is_file():
             raise FileNotFoundError(f"{self.directory} holds no preference dataset (no dataset_info.json): {remedy}")
-        builder = tfds.builder_from_directory(self.directory)
+        try:
+            builder = tfds.builder_from_directory(self.directory)
+            metadata = builder.info.metadata or {}
+        except Exception as error:  # of what type depends on the file
+            raise ValueError(f"{self.directory}: a .json in it is damaged: {error}; {remedy}") from error
         split = builder.info.splits.get("train")
         if split is None or not split.num_examples:
             raise ValueError(f"{self.directory} is an empty dataset: {remedy}")
@@ -75,7 +79,6 @@ class Preferences:
             self.source[len(self.source) - 1]
         except Exception as error:  # array_record names no type of its own for a file that is cut short
             raise ValueError(f"{self.directory} is damaged: {error}; {remedy}") from error
-        metadata = builder.info.metadata or {}
         self.content_sha256 = metadata.get("content_sha256")
         self.blocks = [Block(**block) for block in metadata.get("blocks", [])]
         covered = [i for b in self.blocks for i in (b.start, b.start + b.count)]

@@ -103,9 +103,13 @@ class Drawn:
         return json.loads(file.read_text())
 
     def image(self, request) -> np.ndarray:
-        """[H, W, 3] uint8."""
-        with (self.folder / f"{_name(request)}.png").open("rb") as file:
-            return np.asarray(Image.open(file))
+        """[H, W, 3] uint8. Raises ValueError for a file that is damaged."""
+        path = self.folder / f"{_name(request)}.png"
+        try:
+            with path.open("rb") as file:
+                return np.asarray(Image.open(file))
+        except (OSError, SyntaxError) as error:
+            raise ValueError(f"{path} is damaged: remove it, and it is drawn again: {error}") from error
 
 
 class Sides:

@@ -109,6 +109,7 @@ def read_tokenizer(place: pathlib.Path):
     """
     from transformers import CLIPTokenizer
 
+    place = place.resolve()  # a relative one that is not there could be a repository of the hub
     try:
         tokenizer = CLIPTokenizer.from_pretrained(place)
     except Exception as error:  # of what type depends on the file
@@ -144,7 +145,7 @@ def read_t5_tokenizer(place: pathlib.Path):
             " sentencepiece"
         )
     try:
-        return T5TokenizerFast.from_pretrained(place)
+        return T5TokenizerFast.from_pretrained(place.resolve())
     except Exception as error:  # of what type depends on the file
         raise ValueError(f"{place}: a file of T5's tokenizer is damaged: fetch them again: {error}") from error
 

@@ -61,9 +61,11 @@ class Method(abc.ABC):
     """A way to follow values, of a config. This one draws with the model as it is; a TrainedMethod trains first.
 
     KINDS: of the values that it is for. UNREAD: sections and fields of a config that it does not read.
-    HAS_TOKENS: whether it draws with value tokens, of a value encoder in its Models.
+    HAS_TOKENS: whether it draws with value tokens, of a value encoder in its Models. SECTION: of a config, with
+    settings that configs/common.py has not; "" where it needs none.
     """
 
+    SECTION = ""
     KINDS: tuple[str, ...] = ("bias", "harm")
     HAS_TOKENS = False
     UNREAD: tuple[str, ...] = (*TRAINING, *TOKENS, "preferences")
@@ -177,8 +179,24 @@ def base(config, sd, mesh) -> Drawing:
 
 def concepts(config) -> dict[str, str]:
     """The harms by their statements, in words: the negative prompt, or else what calls for it first."""
-    harms = (value for value in values.load_principles(config) if value.kind == "harm")
-    return {value.statement: value.negative or value.keywords[0] for value in harms}
+    return {value.statement: concept(value) for value in harms(config)}
+
+
+def harms(config) -> list:
+    return [value for value in values.load_principles(config) if value.kind == "harm"]
+
+
+def concept(value) -> str:
+    return value.negative or next(iter(value.keywords), "")
+
+
+def concept_problems(config) -> list[str]:
+    """A line for each harm that no words name, as negative prompts and Safe Latent Diffusion want it."""
+    return [
+        f"config.method={config.method!r} needs negative or keywords of [{value.name}], which has neither"
+        for value in harms(config)
+        if not concept(value)
+    ]
 
 
 def by_group(requests, group, draw) -> np.ndarray:

@@ -60,6 +60,7 @@ class Update(nnx.Module):
 class ConceptAblation(UNetMethod):
     """The value_prompt_ids of its batches are of the concept, the prompt_ids of the anchor."""
 
+    SECTION = "concept_ablation"
     KINDS = ("harm",)
     Update = Update
     CONCEPTS = True

@@ -50,6 +50,7 @@ def directions(value, text: str, seed: int, prompt: str, index: int) -> tuple[tu
 class FairDiffusion(Method):
     """config.fair_diffusion has `edit`, the text of an attribute, and SemanticGuidance's fields."""
 
+    SECTION = "fair_diffusion"
     KINDS = ("bias",)
 
     def problems(self):

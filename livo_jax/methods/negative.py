@@ -1,10 +1,13 @@
 """Negative prompt: guidance away from the harm's words in the place of the empty prompt (Ho & Salimans 2022, eq. 6)."""
 
-from livo_jax.methods.base import Drawing, Method, concepts, drawer, weights_of
+from livo_jax.methods.base import Drawing, Method, concept_problems, concepts, drawer, weights_of
 
 
 class NegativePrompt(Method):
     KINDS = ("harm",)
+
+    def problems(self):
+        return concept_problems(self.config)
 
     def make_drawing(self, models, mesh, workdir, judge):
         texts = concepts(self.config)

@@ -4,7 +4,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from livo_jax.methods.base import Drawing, Method, concepts, drawer, guidance_problems, weights_of
+from livo_jax.methods.base import Drawing, Method, concept_problems, concepts, drawer, guidance_problems, weights_of
 from livo_jax.sampling.guidance import EditGuidance
 
 
@@ -31,12 +31,13 @@ PRESETS = {  # table 2, appendix
 class SafeLatentDiffusion(Method):
     """config.sld.preset is one of PRESETS; its warm-up is of STEPS steps, of fewer the same share."""
 
+    SECTION = "sld"
     KINDS = ("harm",)
 
     def problems(self):
         preset = self.config.sld.preset
         unknown = [] if preset in PRESETS else [f"config.sld.preset={preset!r}: choose from {', '.join(PRESETS)}"]
-        return unknown + guidance_problems(self.config)
+        return unknown + guidance_problems(self.config) + concept_problems(self.config)
 
     def make_drawing(self, models, mesh, workdir, judge):
         config, sd = self.config, models.sd

@@ -165,6 +165,7 @@ class UnifiedConceptEditing(Method):
     edit of another model, which is carried over as it is.
     """
 
+    SECTION = "uce"
     UNREAD = (*TRAINING, *TOKENS)
 
     def problems(self):

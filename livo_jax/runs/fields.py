@@ -75,6 +75,10 @@ def problems(config, changed=types.MappingProxyType({}), comparing: bool = False
             (OFF): a method's config keeps what it does not read as the config has it that it starts from.
         comparing: whether the method is one of several to be compared.
     """
+    method = methods.make_method(config)
+    if method.SECTION and method.SECTION not in config:
+        file = f"configs/baselines/{method.SECTION}.py"
+        return [f"config.method={config.method!r} has settings in config.{method.SECTION}: begin with --config={file}"]
     found, lines = ignored(config), []
     if (name := changed.get("method")) and ":" not in name and name not in (*methods.METHODS, *FORMS):
         known = ", ".join(methods.METHODS)
@@ -84,7 +88,6 @@ def problems(config, changed=types.MappingProxyType({}), comparing: bool = False
             continue
         if (by := unread(name, found)) and not (comparing and name.startswith(SHARED)):
             lines.append(f"config.{name}={value!r}: {by} does not read it, leave it out")
-    method = methods.make_method(config)
     trains = isinstance(method, methods.TrainedMethod)
     for name, off in OFF.items() if trains else ():
         if (by := unread(name, found)) and name not in changed and of(config, name) != off:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import pathlib
 import re
 import tomllib
@@ -97,8 +98,18 @@ def faults(value: Value) -> list[str]:
     bias = value.kind == "bias"
     if bias and len(value.attributes) < 2:
         problems.append("a bias needs two attributes or more")
-    if not bias and value.harmful_from <= 0:
-        problems.append(f"harmful_from={value.harmful_from}: a harm needs the least reading that is harmful, above 0")
+    if not bias and not 0 < value.harmful_from <= value.highest < math.inf:
+        problems.append(
+            f"harmful_from={value.harmful_from}, highest={value.highest}: a harm needs the least reading that is"
+            " harmful, above 0, and the highest that there is, as high at least"
+        )
+    for field, texts in ("statement", (value.statement,)), ("attributes", value.attributes):
+        if wrong := [text for text in texts if text != text.strip() or not text.isprintable() or not text]:
+            problems.append(f"{field}: {', '.join(map(repr, wrong))} is no text on one line without space around it")
+    if len({*value.attributes}) < len(value.attributes):
+        problems.append(f"attributes={list(value.attributes)}: one is there twice")
+    if "auto" in (value.name, value.statement):
+        problems.append("'auto' asks for the retriever: call it, and its statement, otherwise")
     if value.classes and len(value.classes) != (n := len(value.attributes) if bias else 2):
         problems.append(f"{len(value.classes)} classes for a {value.kind} that needs {n}")
     if not value.wordings:
@@ -153,9 +164,19 @@ def load(names, path=None) -> tuple[Value, ...]:
         known[name] = value
     problems += [f"no value {name!r}" for name in names if name not in tables]
     problems += [f"{name!r} is asked for twice" for name in dict.fromkeys(names) if [*names].count(name) > 1]
+    problems += same_texts([known[name] for name in dict.fromkeys(names) if name in known])
     if problems:
         raise ValueError(f"{path}: {'; '.join(problems)}. Values there: {', '.join(tables)}")
     return tuple(known[name] for name in names)
+
+
+def same_texts(values: list[Value]) -> list[str]:
+    """A line for each text that would be two things: results, tokens and --value go by statement and by name."""
+    of_texts = {}
+    for value in values:
+        for text in {value.name, value.statement, *(attributed(value.statement, a) for a in value.attributes)}:
+            of_texts.setdefault(text, []).append(f"[{value.name}]")
+    return [f"{text!r} is of {' and '.join(names)}: reword one" for text, names in of_texts.items() if len(names) > 1]
 
 
 def load_principles(config) -> tuple[Value, ...]:

@@ -284,6 +284,13 @@ def test_what_is_missing_or_half_written_is_said(copy, tmp_path):
         data.Preferences(copy)
 
 
+@pytest.mark.parametrize("name", ["dataset_info.json", "features.json", "metadata.json"])
+def test_a_json_that_is_cut_short_is_told(copy, name):
+    damage(copy / name, 0.5)
+    with pytest.raises(ValueError, match=f"{copy}: a .json in it is damaged: .*build_preferences"):
+        data.Preferences(copy)
+
+
 @pytest.mark.parametrize("splits", [[], [{"name": "train", "shardLengths": ["0"], "numBytes": "0"}]])
 def test_an_empty_dataset_is_refused(copy, splits):
     info = json.loads((copy / "dataset_info.json").read_text())

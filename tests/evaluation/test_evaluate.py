@@ -143,6 +143,15 @@ def test_images_of_several_sizes_are_drawn_apart_and_names_of_others_stay(tmp_pa
     assert len([*drawn.folder.glob("*.png")]) == 5, "own seeds and sizes are other images"
 
 
+def test_a_damaged_picture_is_told_by_its_file(tmp_path):
+    request = Request("a cook", 1)
+    drawn = draw_into(tmp_path, [request])
+    (file,) = drawn.folder.glob("*.png")
+    file.write_bytes(file.read_bytes()[:40])
+    with pytest.raises(ValueError, match=f"{file} is damaged: remove it, and it is drawn again"):
+        drawn.image(request)
+
+
 def test_pictures_are_shown_where_they_were_drawn(tmp_path):
     """Of a harm's prompts combinations draw more images than the harm alone does."""
     config, (bloody,) = tiny.get_config("smoke"), values.load(("bloody",))

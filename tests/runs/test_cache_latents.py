@@ -66,6 +66,13 @@ def test_a_stale_cache_is_refused(config, tmp_path, monkeypatch, caplog):
     with monkeypatch.context() as patch:
         patch.setattr(os, "access", lambda *_: False)
         assert place() == preferences.directory / "cache" and not warnings()
+    for name in ("states.npy", "prompts.json", "made_of.json"):
+        file = preferences.directory / "cache" / name
+        whole = file.read_bytes()
+        file.write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(ValueError, match="cache is (.|\n)*: remove it, and training makes another"):
+            Cache(preferences, sd, config)
+        file.write_bytes(whole)
     more = config.copy_and_resolve_references()
     more.data.anchors = 0.2
     with pytest.raises(ValueError, match=r"rewordings: \['beside'\] there, \['beside', 'anchors in the words of all"):

@@ -138,6 +138,23 @@ def test_the_rates_of_other_configs():
         learning_rate(config)
 
 
+@pytest.mark.parametrize("method", ["sld", "uce", "fair_diffusion", "concept_ablation"])
+def test_settings_that_a_config_has_not_are_told_with_the_file_that_has_them(method):
+    config = tiny.get_config()
+    config.method = method
+    assert fields.problems(config, {"method": method}) == [
+        f"config.method={method!r} has settings in config.{method}: begin with --config=configs/baselines/{method}.py"
+    ]
+
+
+@pytest.mark.parametrize("method", ["negative", "sld"])
+def test_a_harm_that_no_words_name_is_told(method, tmp_path):
+    config, file = config_of(method), tmp_path / "principles.toml"
+    file.write_text('[x]\nstatement="x"\nkind="harm"\naxis="red"\nwordings=["gory {subject}"]\nharmful_from=0.5\n')
+    config.principles_file, config.principles = str(file), ("x",)
+    assert f"config.method={method!r} needs negative or keywords of [x], which has neither" in fields.problems(config)
+
+
 def test_an_anchor_of_one_image_asks_the_frozen_model_too():
     config = config_of("sft")
     assert methods.make_method(config).passes[1] == 1

@@ -286,6 +286,8 @@ def test_mistakes_are_answered_before_work_is_done(given, answer, tmp_path):
     [
         ("--config.train.stepz=3", "no config.train.stepz; there is config.train.steps"),
         ("--config=configs/tinny.py", "--config=configs/tinny.py: there is no such file"),
+        ("--config=configs", "--config=configs: this is a folder, name a file in it"),
+        ("--config=tests/kinds.py", "--config=tests/kinds.py: it has no function get_config()"),
         ("--config=configs/tiny.py:tiny", "configs/tiny.py:tiny: there is configs/tiny.py and configs/tiny.py:smoke"),
         ("--config.train.batch_size=0", "the config cannot work:\n  config.train.batch_size=0: choose"),
     ],

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from livo_jax import values
@@ -26,6 +28,35 @@ def test_articles():
     assert values.phrase("a(n) {}", "nude person in an attic") == "a nude person in an attic"
 
 
+def test_what_would_be_read_as_another_value_is_refused(tmp_path):
+    """Results, tokens and commands go by texts; a reading that nothing reaches would be R = 0."""
+    file = tmp_path / "principles.toml"
+
+    def told(*tables: dict) -> str:
+        fields = dict(statement="x", kind="bias", axis="y", wordings=["{attribute} {subject}"], attributes=["p", "q"])
+        lines = []
+        for name, table in zip("ab", tables):
+            lines += [f"[{name}]", *(f"{field} = {json.dumps(x)}" for field, x in (fields | table).items())]
+        file.write_text("\n".join(lines).replace("NaN", "nan"))
+        with pytest.raises(ValueError) as error:
+            values.load(("a", "b")[: len(tables)], file)
+        return str(error.value)
+
+    harm = dict(kind="harm", wordings=["gory {subject}"], attributes=[])
+    for wrong in ({"harmful_from": float("nan")}, {"harmful_from": 2.0}, {"harmful_from": 0.5, "highest": 0.0}):
+        assert "a harm needs the least reading" in told(harm | wrong)
+    for statement in ("", " x", "x\ny"):
+        assert f"statement: {statement!r} is no text on one line" in told({"statement": statement})
+    assert "attributes: '' is no text" in told({"attributes": ["", "q"]})
+    assert "attributes=['p', 'p']: one is there twice" in told({"attributes": ["p", "p"]})
+    assert "'auto' asks for the retriever" in told({"statement": "auto"})
+    assert "'x' is of [a] and [b]: reword one" in told({}, {"axis": "z"})
+    assert "'x: p' is of [a] and [b]" in told({}, {"statement": "x: p"})
+    assert "'a' is of [a] and [b]" in told({}, {"statement": "a"})
+    with pytest.raises(ValueError, match="'shape' is asked for twice"):
+        values.load(("shape", "shape"))
+
+
 def test_unknown_and_malformed_values_are_all_named(tmp_path):
     with pytest.raises(
         ValueError, match="no value 'size'; no value 'age'. Values there: gender, .*shape, colour, bloody"
@@ -52,7 +83,7 @@ def test_unknown_and_malformed_values_are_all_named(tmp_path):
         "[a]: 2 classes for a bias that needs 3",
         "[a]: wordings: '{atribute} {subject}' has {atribute}, {subject}, " + needs,
         "[a]: wordings: 'a {attribute}' has {attribute}, " + needs,
-        "[b]: harmful_from=0: a harm needs",
+        "[b]: harmful_from=0, highest=1.0: a harm needs",
         "[b]: 1 classes for a harm that needs 2",
         "[b]: wordings is empty",
         "[b]: aligned: 'nothing' has no braces, it needs {subject}, each once",
