@@ -12,8 +12,6 @@ Written by livo_jax, whose images it gives from the same noise (`latents`). Impo
 
 import dataclasses
 import inspect
-import math
-import numbers
 import os
 import pathlib
 import warnings
@@ -27,6 +25,7 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedModel
 
+from .livo_arguments import drawing_problems, strength_problems, values_problems
 from .livo_dealing import Dose, applied, choose
 from .livo_ratio import deal
 from .livo_rules import Rules
@@ -40,35 +39,6 @@ class LiVOPipelineOutput(StableDiffusionPipelineOutput):
     """`applied` has for each image the Doses of the values applied to it."""
 
     applied: list[tuple[Dose, ...]]
-
-
-def is_number(x) -> bool:
-    return isinstance(x, numbers.Real) and math.isfinite(x)
-
-
-def argument_problems(prompts, values, strength, keep_probability, known) -> list[str]:
-    """What is wrong with the arguments of a call; `values` has an entry for each prompt."""
-    problems = [f"prompt {prompt!r} is no text" for prompt in prompts if not isinstance(prompt, str)]
-    if len(values) != len(prompts) or not prompts:
-        problems.append(
-            f"{len(values)} values for {len(prompts)} prompts: give one for all, or a list with an entry for each"
-            " prompt, which is None, a value or a list of values"
-        )
-    for entry in values:
-        texts = entry if isinstance(entry, list | tuple) else [] if entry is None else [entry]
-        problems += [f"value {text!r} is no text" for text in texts if not (isinstance(text, str) and text)]
-        if entry != "auto" and "auto" in texts:
-            problems.append(f"values={entry!r}: 'auto' stands alone, outside of lists")
-    if "auto" in values and not (known and all(value.keywords for value in known)):
-        problems.append(
-            "values='auto' goes by keywords alone, and needs values that have some in the value encoder's config, as"
-            " livo_jax exports it"
-        )
-    strengths = strength if isinstance(strength, dict) else {"all values": strength}
-    problems += [f"strength={x!r} of {text} is no number" for text, x in strengths.items() if not is_number(x)]
-    if not (keep_probability is None or is_number(keep_probability) and 0 <= keep_probability <= 1):
-        problems.append(f"keep_probability={keep_probability!r} is not 0 to 1")
-    return problems
 
 
 class SoftTokens(PreTrainedModel):
@@ -126,6 +96,8 @@ class LiVO:
         self.register_modules(scheduler=scheduler)
 
     def _tokenize(self, texts, tokenizer):
+        if hasattr(self, "maybe_convert_prompt"):  # a word of several vectors, of a textual inversion, is as many
+            texts = [self.maybe_convert_prompt(text, tokenizer) for text in texts]
         return tokenizer(
             texts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
         ).input_ids.to(self._execution_device)
@@ -138,7 +110,13 @@ class LiVO:
         """For each prompt its values, each with the share of the prompt's images that it is for."""
         livo = self._knows()
         known = sorted((SimpleNamespace(**value) for value in livo["values"]), key=lambda value: value.kind != "harm")
-        if problems := argument_problems(prompts, values, strength, keep_probability, known):
+        names = {value.name: value.statement for value in known}
+        rows = [entry if isinstance(entry, list | tuple) else [entry] for entry in values]
+        named = [tuple(names.get(text, text) for text in row if isinstance(text, str)) for row in rows]
+        if isinstance(strength, dict):
+            strength = {names.get(text, text): x for text, x in strength.items()}
+        problems = strength_problems(strength, named) + values_problems(prompts, values, keep_probability, known)
+        if problems:
             raise ValueError("; ".join(problems))
         rules = Rules(known, livo["lists"]) if "auto" in values else None
         others = {v.name: sorted(set(getattr(v, "auto", ())) - {"keywords"}) for v in known}
@@ -151,15 +129,7 @@ class LiVO:
             found = {name: f"keywords: {reason}" for name, (_, reason) in rules(prompt).items()}
             return [SimpleNamespace(**vars(v), reason=found[v.name]) for v in known if v.name in found]
 
-        statements = {value.name: value.statement for value in known}
-        if isinstance(strength, dict):
-            strength = {statements.get(text, text): x for text, x in strength.items()}
-        chosen = []
-        for prompt, entry in zip(prompts, values):
-            texts = [entry] if isinstance(entry, str) else entry or ()
-            named = tuple(statements.get(text, text) for text in texts)
-            chosen.append(choose(prompt, named, strength, keep_probability, retrieve))
-        return chosen
+        return [choose(*of, strength, keep_probability, retrieve) for of in zip(prompts, named)]
 
     def _condition(self, rows: list[tuple[str | None, tuple[Dose, ...]]]) -> tuple[torch.Tensor, torch.Tensor, dict]:
         """What the UNet reads for texts with values: [u; c], [R, V + L, D], the mask of what each row has, and more."""
@@ -194,7 +164,10 @@ class LiVO:
         reads_prompt, states = livo.get("reads_prompt", True), livo.get("states", 1)  # as config.value_encoder has them
         texts = [f"{s}, {prompt if reads_prompt and s.split(': ')[0] not in alone else ''}" for s, prompt in read]
         for value_encoder, tokenizer, text_encoder in self._value_encoders():
-            out = value_encoder(ids := self._tokenize(texts, tokenizer))
+            ids = self._tokenize(texts, tokenizer)
+            if (ids >= value_encoder.config.vocab_size).any():
+                raise ValueError("a prompt has a word of a textual inversion, which no value encoder can read with it")
+            out = value_encoder(ids)
             hidden = out.last_hidden_state
             if states:  # from the end of the text on, where the pooled output is; 0: all
                 ends = (ids == tokenizer.eos_token_id).int().argmax(dim=1)
@@ -242,7 +215,7 @@ class LiVO:
         strength: float | dict[str, float] = 1.0,
         keep_probability: float | None = None,
         ratio: str | dict[str, float] | None = None,
-        negative_prompt: str = "",
+        negative_prompt: str | list[str] = "",
         num_images_per_prompt: int = 1,
         num_inference_steps: int = SETTINGS["steps"],
         guidance_scale: float = SETTINGS["guidance_scale"],
@@ -267,6 +240,7 @@ class LiVO:
             ratio: which attributes the images of bias values should show, in the place of keep_probability: "equal", a
                 table as {"female": 0.7, "male": 0.3}, or a JSON file of one. Reached over all images of the call, and
                 over those of each prompt, as nearly as their number allows. It needs scipy.
+            negative_prompt: of all prompts, or one of each.
             seed: decides which images these are.
             guidance_scale: classifier-free, against the negative prompt; at most 1 is none, for half the evaluations.
             latents: [N, C, h, w] standard normal noise of all images; drawn from `generator` if None. Noise that the
@@ -277,13 +251,18 @@ class LiVO:
             images, and `applied`: for each image the values applied to it, with strength and reason.
 
         Raises:
-            ValueError: prompts, values, a strength or a keep_probability that cannot be, all listed; or a ratio that is
+            ValueError: prompts, values, a strength or other settings that cannot be, all listed; or a ratio that is
                 unknown, for no value, out of reach, or without rates.
         """
-        if isinstance(prompt, str):
+        if not isinstance(prompt, list | tuple):
             prompt, values = [prompt], [values]
         elif values is None or isinstance(values, str):
             values = [values] * len(prompt)
+        height, width = height or SETTINGS["size"], width or SETTINGS["size"]
+        how = num_inference_steps, guidance_scale, num_images_per_prompt, height, width
+        problems = drawing_problems(prompt, negative_prompt, *how, self.vae_scale_factor, output_type)
+        if problems:
+            raise ValueError("; ".join(problems))
         chosen = self._choose(prompt, values, strength, keep_probability)
         texts = [text for text in prompt for _ in range(num_images_per_prompt)]
         chosen = [doses for doses in chosen for _ in range(num_images_per_prompt)]
@@ -300,11 +279,12 @@ class LiVO:
         full = [(text, tuple(dose for dose in doses if dose.strength == 1)) for text, doses in images]
         dosed = [(n, dose) for n, (_, doses) in enumerate(images) for dose in doses if dose.strength != 1]
         extra = [(full[n][0], (*full[n][1], dose)) for n, dose in dosed]
-        negative = [(negative_prompt or self._empty(), ())] * N if guidance_scale > 1 else []
+        against = negative_prompt if isinstance(negative_prompt, list | tuple) else [negative_prompt] * len(prompt)
+        negative = [(text or self._empty(), ()) for text in against for _ in range(num_images_per_prompt)]
+        negative = negative if guidance_scale > 1 else []
         cond, mask, added = self._condition([*full, *negative, *extra])
         image_of = [*range(N), *range(len(negative)), *(n for n, _ in dosed)]
 
-        height, width = height or SETTINGS["size"], width or SETTINGS["size"]
         if SETTINGS["family"] == "sdxl":
             sizes = torch.tensor([height, width, 0, 0, height, width], dtype=cond.dtype, device=cond.device)
             added["time_ids"] = sizes.expand(len(cond), -1)

@@ -23,7 +23,7 @@ from livo_jax.values.principles import lists, load_principles
 
 PIPELINE = pathlib.Path(__file__).with_name("diffusers_pipeline.py")
 CARRIED = ("name", "statement", "kind", "keep_probability", "keywords", "exceptions", "stated", "auto")  # of a Value
-CARRIED_FILES = ("dealing", "ratio", "rules")  # of livo_jax/values
+CARRIED_FILES = ("arguments", "dealing", "ratio", "rules")  # of livo_jax/values
 SCHEDULERS = {  # of diffusers, for diffusion.SAMPLERS
     "ddim": ("DDIMScheduler", {"clip_sample": False, "thresholding": False}),
     "ddim_trailing": (
@@ -87,7 +87,8 @@ def export(directory: str | os.PathLike, sd, value_encoder, config, results: lis
         adapter/         low-rank updates alone, which peft loads on the model's text encoder
         tokenizer/       of the model that it belongs to
         ..._2/           for XL and 3 the same of the second tower
-        pipeline.py      a diffusers custom pipeline around both, with livo_dealing.py, livo_ratio.py, livo_rules.py
+        pipeline.py      a diffusers custom pipeline around both, with livo_arguments.py, livo_dealing.py,
+                         livo_ratio.py, livo_rules.py
         README.md        a model card: how to use it, its recipe, its results
 
     Args:

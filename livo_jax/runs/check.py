@@ -22,10 +22,12 @@ NUMBERS = (  # of fields: what they must be, and how that is told
     ("train.ema_decay train.b1 train.b2", lambda x: 0 <= x < 1, "0 to below 1"),
     (
         "train.weight_decay loss.alpha loss.beta loss.gamma_1 loss.gamma_2 loss.anchor loss.anchor_of_harms"
-        " loss.min_snr_gamma profile.steps log.samples_every eval.left_alone_images eval.rate_images",
+        " loss.min_snr_gamma eval.left_alone_images eval.rate_images",
         lambda x: 0 <= x < math.inf,
         "0 or more",
     ),
+    ("profile.steps", lambda x: x >= 0, "0 (no profile) or more"),
+    ("log.samples_every", lambda x: x >= 0, "0 (no samples) or more"),
     ("train.eps", lambda x: 0 < x < math.inf, "above 0"),
     ("train.grad_clip", lambda x: x > 0, "above 0, inf for no clipping"),
 )

@@ -7,6 +7,7 @@ from livo_jax import seeds
 from livo_jax.retrieval.retriever import Retriever
 from livo_jax.value_encoders.base import values_by_prompt
 from livo_jax.values import ratio as ratios
+from livo_jax.values.arguments import strength_problems
 from livo_jax.values.dealing import Dose, applied, choose
 from livo_jax.values.principles import Value
 
@@ -57,6 +58,8 @@ def requests_of(prompts, values=None, seed: int = 0, ratio=None, rates=None, **o
     """
     seed, prompts = seeds.check(seed), as_prompts(prompts)
     rows = values_by_prompt(values, len(prompts))
+    if problems := strength_problems(options.get("strength", 1.0), rows):
+        raise ValueError("; ".join(problems))
     if ("auto",) in rows and not options.get("retriever"):
         options["retriever"] = Retriever.default()
     keys = list(zip(prompts, rows))

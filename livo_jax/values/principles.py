@@ -164,13 +164,12 @@ def load(names, path=None) -> tuple[Value, ...]:
         known[name] = value
     problems += [f"no value {name!r}" for name in names if name not in tables]
     problems += [f"{name!r} is asked for twice" for name in dict.fromkeys(names) if [*names].count(name) > 1]
-    problems += same_texts([known[name] for name in dict.fromkeys(names) if name in known])
     if problems:
         raise ValueError(f"{path}: {'; '.join(problems)}. Values there: {', '.join(tables)}")
     return tuple(known[name] for name in names)
 
 
-def same_texts(values: list[Value]) -> list[str]:
+def same_texts(values: tuple[Value, ...]) -> list[str]:
     """A line for each text that would be two things: results, tokens and --value go by statement and by name."""
     of_texts = {}
     for value in values:
@@ -183,10 +182,13 @@ def load_principles(config) -> tuple[Value, ...]:
     """Those of config.principles, from config.principles_file or, where it names none, the package's principles.toml.
 
     Raises:
-        ValueError: as `load`. FileNotFoundError: there is no such file.
+        ValueError: as `load`, or two of them would be told apart by nothing. FileNotFoundError: there is no such file.
     """
     path = config.get("principles_file") or None
-    return load(config.principles, path and pathlib.Path(path).expanduser())
+    found = load(config.principles, path and pathlib.Path(path).expanduser())
+    if problems := same_texts(found):
+        raise ValueError(f"config.principles={tuple(config.principles)}: {'; '.join(problems)}")
+    return found
 
 
 def find(name: str, values: tuple[Value, ...]) -> Value:

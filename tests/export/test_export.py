@@ -295,11 +295,41 @@ def test_half_precision_draws_nearly_the_same(dtype, pipeline):
         (dict(values=VALUE, ratio={"oval": 1}), "'oval' is no attribute of shape equality"),
         (dict(values=VALUE, strength={VALUE: "much"}), "strength='much' of shape equality is no number"),
         (dict(values=VALUE, strength=float("nan"), keep_probability=2), "strength=nan .*; keep_probability=2 is not 0"),
+        (dict(values=VALUE, strength={"shape equalty": 0.5}), "strength of 'shape equalty', which is no value of the"),
+        (dict(values=[["shape", VALUE], None]), "value 'shape equality' is there twice: a strength doses it"),
+        (dict(negative_prompt=["blue"]), "1 negative prompts for 2 prompts"),
+        (dict(negative_prompt=[1, 2]), "negative_prompt 1 is no text; negative_prompt 2 is no text"),
+        (dict(num_inference_steps=0), "num_inference_steps=0: choose a whole number of at least 1"),
+        (dict(guidance_scale=float("nan"), height=33), "guidance_scale=nan: .*; height=33: choose a multiple of"),
+        (dict(output_type="latent"), "output_type='latent': choose from pil, np, pt"),
     ],
 )
 def test_bad_arguments_are_told(options, problem, pipeline):
     with pytest.raises(ValueError, match=problem):
         pipeline(PROMPTS[:2], **options)
+
+
+def test_each_prompt_has_its_own_negative_prompt(pipeline):
+    settings = dict(num_inference_steps=2, guidance_scale=5.0, output_type="np")
+    latents = noise(PROMPTS[:1], 1).repeat(2, 1, 1, 1)
+    both = pipeline([PROMPTS[0]] * 2, negative_prompt=["bloody", "blue"], latents=latents, **settings).images
+    for image, negative in zip(both, ("bloody", "blue")):
+        (alone,) = pipeline(PROMPTS[0], negative_prompt=negative, latents=latents[:1], **settings).images
+        np.testing.assert_allclose(image, alone, atol=1e-4)
+    assert np.abs(both[0] - both[1]).max() > 1e-3
+
+
+def test_words_of_textual_inversions_are_read_whole_or_refused(pipeline):
+    """Of several vectors all of them; a value encoder has none of these words."""
+    pipe, width = copy.copy(pipeline), pipeline.text_encoder.config.hidden_size
+    pipe.tokenizer, pipe.text_encoder = copy.deepcopy(pipeline.tokenizer), copy.deepcopy(pipeline.text_encoder)
+    pipe.load_textual_inversion({"<y>": torch.ones(3, width)})
+    last = len(pipe.tokenizer)
+    assert [i for i in pipe._tokenize(["a <y>"], pipe.tokenizer)[0].tolist() if last - 3 <= i < last] == [
+        last - 3, last - 2, last - 1
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="a prompt has a word of a textual inversion, which no value encoder can read"):
+        pipe("a <y>", VALUE, num_inference_steps=1)
 
 
 def test_what_is_not_finite_is_no_image(pipeline):

@@ -287,7 +287,6 @@ def test_mistakes_are_answered_before_work_is_done(given, answer, tmp_path):
         ("--config.train.stepz=3", "no config.train.stepz; there is config.train.steps"),
         ("--config=configs/tinny.py", "--config=configs/tinny.py: there is no such file"),
         ("--config=configs", "--config=configs: this is a folder, name a file in it"),
-        ("--config=tests/kinds.py", "--config=tests/kinds.py: it has no function get_config()"),
         ("--config=configs/tiny.py:tiny", "configs/tiny.py:tiny: there is configs/tiny.py and configs/tiny.py:smoke"),
         ("--config.train.batch_size=0", "the config cannot work:\n  config.train.batch_size=0: choose"),
     ],
@@ -296,6 +295,13 @@ def test_a_mistake_is_answered_by_the_command(given, told, tmp_path):
     process = run(tmp_path / "run", given)
     assert process.returncode != 0 and told in process.stdout + process.stderr, process.stdout + process.stderr
     assert "Traceback" not in process.stderr
+
+
+def test_a_file_that_makes_no_config_is_told():
+    command = [sys.executable, "run.py", "--config=tests/kinds.py", "--workdir=x"]
+    process = subprocess.run(command, cwd=ROOT, env=small_run.environment(), capture_output=True, text=True)
+    told = process.stderr.strip()
+    assert told.endswith("--config=tests/kinds.py: it has no function get_config() that returns a ConfigDict"), told
 
 
 def test_only_what_is_raised_on_purpose_is_told_without_a_traceback(monkeypatch):

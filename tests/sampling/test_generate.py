@@ -284,6 +284,10 @@ def test_requests_number_the_images_of_a_prompt():
     (shape,) = values.load(("shape",))
     assert [r.values == DOSE for r in dealt] == [shape.applies(1, r.prompt, r.index) for r in dealt]
     assert sum(r.values == DOSE for r in dealt) == 18
+    with pytest.raises(ValueError, match="strength of 'shape equalty', which is no value of the call"):
+        requests_of(["a"], VALUE, strength={"shape equalty": 0.5})
+    with pytest.raises(ValueError, match="value 'shape equality' is there twice"):
+        requests_of(["a"], [[VALUE, VALUE]])
     with pytest.raises(ValueError, match="3 values for 2 prompts"):
         requests_of(["a", "b"], [VALUE] * 3)
     with pytest.raises(ValueError, match="'auto' stands alone"):

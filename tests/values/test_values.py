@@ -1,6 +1,7 @@
 import json
 
 import pytest
+from ml_collections import ConfigDict
 
 from livo_jax import values
 from livo_jax.judges import vlm
@@ -39,7 +40,7 @@ def test_what_would_be_read_as_another_value_is_refused(tmp_path):
             lines += [f"[{name}]", *(f"{field} = {json.dumps(x)}" for field, x in (fields | table).items())]
         file.write_text("\n".join(lines).replace("NaN", "nan"))
         with pytest.raises(ValueError) as error:
-            values.load(("a", "b")[: len(tables)], file)
+            values.load_principles(ConfigDict({"principles": ("a", "b")[: len(tables)], "principles_file": str(file)}))
         return str(error.value)
 
     harm = dict(kind="harm", wordings=["gory {subject}"], attributes=[])
