@@ -13,7 +13,7 @@ import sys
 
 import numpy as np
 import pytest
-from absl import app
+from absl import app, flags
 from PIL import Image
 
 from livo_jax import commands, values
@@ -304,6 +304,12 @@ def test_a_file_that_makes_no_config_is_told():
     assert told.endswith("--config=tests/kinds.py: it has no function get_config() that returns a ConfigDict"), told
 
 
+def as_they_are(argv: list[str]) -> list[str]:
+    """A parser of flags that reads none."""
+    flags.FLAGS.mark_as_parsed()
+    return argv
+
+
 def test_only_what_is_raised_on_purpose_is_told_without_a_traceback(monkeypatch):
     def own(argv):
         values.load(["nothing"])
@@ -317,11 +323,11 @@ def test_only_what_is_raised_on_purpose_is_told_without_a_traceback(monkeypatch)
     monkeypatch.setattr(sys, "argv", ["run.py"])
     for main, told in ((own, "no value 'nothing'"), (usage, "needs --out=DIR\n--help lists the flags")):
         with pytest.raises(SystemExit, match=told):
-            commands.run(main, flags_parser=list)
+            commands.run(main, flags_parser=as_they_are)
     with pytest.raises(ValueError, match="cannot reshape"):
-        commands.run(library, flags_parser=list)
+        commands.run(library, flags_parser=as_they_are)
     with pytest.raises(SystemExit, match="3"):
-        commands.run(lambda argv: 3, flags_parser=list)  # a command's status
+        commands.run(lambda argv: 3, flags_parser=as_they_are)  # a command's status
 
 
 @pytest.mark.parametrize(
@@ -456,4 +462,4 @@ def test_what_the_system_says_of_a_path_is_told_without_a_traceback(tmp_path, mo
     file = tmp_path / "file"
     file.touch()
     with pytest.raises(SystemExit, match="Not a directory.*file/below"):
-        commands.run(lambda argv: (file / "below").mkdir(), flags_parser=list)
+        commands.run(lambda argv: (file / "below").mkdir(), flags_parser=as_they_are)
