@@ -428,3 +428,7 @@ else:
 
         def _check_safety(self, images):
             return self.run_safety_checker(images, images.device, images.dtype)
+
+
+# from_pipe takes over what is of the types that the base's pipeline says.
+LiVOPipeline.__init__.__annotations__ |= LiVOPipeline.__mro__[2].__init__.__annotations__

@@ -309,6 +309,18 @@ def test_bad_arguments_are_told(options, problem, pipeline):
         pipeline(PROMPTS[:2], **options)
 
 
+def test_a_loaded_pipeline_gets_a_value_encoder(pipeline, exported, published):
+    from diffusers import DiffusionPipeline, StableDiffusionPipeline
+
+    base = StableDiffusionPipeline.from_pretrained(published, safety_checker=None)
+    how = dict(custom_pipeline=str(exported), trust_remote_code=True, value_encoder=str(exported))
+    taken = DiffusionPipeline.from_pipe(base, **how)
+    taken.set_progress_bar_config(disable=True)
+    settings = dict(latents=noise(PROMPTS[:1], 1), num_inference_steps=1, output_type="np")
+    np.testing.assert_array_equal(*(pipe(PROMPTS[0], VALUE, **settings).images for pipe in (pipeline, taken)))
+    assert taken.unet is base.unet
+
+
 def test_each_prompt_has_its_own_negative_prompt(pipeline):
     settings = dict(num_inference_steps=2, guidance_scale=5.0, output_type="np")
     latents = noise(PROMPTS[:1], 1).repeat(2, 1, 1, 1)
