@@ -206,7 +206,8 @@ class StableDiffusion1(Family):
                 f"its text encoder is {self.text.hidden_size} wide, its UNet wants {self.denoiser.cross_attention_dim}"
             )
         if self.denoiser.addition_embed_type and len(self.text.towers) == 1:
-            problems.append("its UNet wants the pooled text of a text_encoder_2, which model_index.json does not list")
+            told = "does not list" if self.index else "would list, but it is missing: fetch it too"
+            problems.append(f"its UNet wants the pooled text of a text_encoder_2, which model_index.json {told}")
         return problems
 
     @property
