@@ -22,6 +22,11 @@ EFFECTS = {"D1": "imbalance", "R": "share of harmful images"}  # what a value is
 
 TOLD = (*EFFECTS, "recognised", "readable")  # differences that the page has
 
+WORST = (  # of the values, what a plot of settings shows beside their effects
+    ("subjects recognised, the lowest", "recognised", min),
+    ("over-refusal, the highest", "over_refusal", max),
+)
+
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what begins so a spreadsheet may take for a formula
 
 LOWER_IS_BETTER = ("D1", "D2", "TV", "R", "S", "Max", "Prob", "joint_TV", "joint_D1", "mutual_information")
@@ -128,7 +133,7 @@ def _cost(value: str, cells: dict, methods: list[str]) -> str:
 
 
 def _sweeps(results: list[dict], values: list[str], sweeps) -> dict[str, bytes]:
-    """A plot of each sweep, as `write` has them, on one split of each value: effects, and the worst quality."""
+    """A plot of each sweep, as `write` has them, on one split of each value: effects, and the worst of WORST."""
     cells = {(r["method"], r["value"], r["metric"]): r for r in _held_out_last(results)}
     plots, base = {}, results[0]["method"] if results else None
     for title, points in sweeps if values else ():
@@ -138,10 +143,11 @@ def _sweeps(results: list[dict], values: list[str], sweeps) -> dict[str, bytes]:
             for value in values
             for metric in EFFECTS
         }
-        lines["subjects recognised, the lowest"] = lowest = []
-        for _, method, suffix in settings:
-            rows = [cells[key] for value in values if (key := (method, value + suffix, "recognised")) in cells]
-            lowest.append(min(rows, key=lambda r: r["mean"], default=None))
+        for label, metric, worst in WORST:
+            lines[label] = []
+            for _, method, suffix in settings:
+                rows = [cells[key] for value in values if (key := (method, value + suffix, metric)) in cells]
+                lines[label].append(worst(rows, key=lambda r: r["mean"], default=None))
         of_base = {name: row["mean"] for name, (row, *_) in lines.items() if row}
         lines = {name: rows for name, (row, *rows) in lines.items() if row and any(rows)}
         if lines:
