@@ -48,14 +48,17 @@ def environment(devices: int = 1) -> dict:
 
 
 def arguments(root, workdir, *given) -> list[str]:
-    """The small run's command, of the model and pairs in `root`."""
-    return [
-        "run.py", "--config=configs/tiny.py:smoke", f"--workdir={workdir}", f"--config.model={root / 'model'}",
+    """The small run's command, of the model and pairs in `root`. What is given stands in the place of its own flags: of
+    a tuple that is there twice ml_collections makes one."""
+    own = [
+        "--config=configs/tiny.py:smoke", f"--workdir={workdir}", f"--config.model={root / 'model'}",
         "--config.random_weights=True", f"--config.data.directory={root / 'pairs'}",
         "--config.principles=('shape', 'colour')", "--config.judge=", "--config.eval.seen=('cook',)",
         "--config.eval.held_out=('baker',)", "--config.sampling.steps=2", "--config.log.samples_every=0",
-        "--config.log.every=1", "--config.data.cache=False", *given,
+        "--config.log.every=1", "--config.data.cache=False",
     ]  # fmt: skip
+    names = {flag.partition("=")[0] for flag in given}
+    return ["run.py", *(flag for flag in own if flag.partition("=")[0] not in names), *given]
 
 
 def start(root, workdir, *given, devices: int = 1, **more) -> subprocess.Popen:

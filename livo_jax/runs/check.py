@@ -18,11 +18,11 @@ from livo_jax.values.principles import template_problems
 from livo_jax.values.ratio import targets
 
 NUMBERS = (  # of fields: what they must be, and how that is told
-    ("train.learning_rate data.beside data.attributes data.anchors", lambda x: 0 <= x <= 1, "0 to 1"),
+    ("data.beside data.attributes data.anchors", lambda x: 0 <= x <= 1, "0 to 1"),
     ("train.ema_decay train.b1 train.b2", lambda x: 0 <= x < 1, "0 to below 1"),
     (
-        "train.weight_decay loss.alpha loss.beta loss.gamma_1 loss.gamma_2 loss.anchor loss.anchor_of_harms"
-        " loss.min_snr_gamma eval.left_alone_images eval.rate_images",
+        "train.learning_rate train.weight_decay loss.alpha loss.beta loss.gamma_1 loss.gamma_2 loss.anchor"
+        " loss.anchor_of_harms loss.min_snr_gamma eval.left_alone_images eval.rate_images",
         lambda x: 0 <= x < math.inf,
         "0 or more",
     ),
@@ -114,9 +114,8 @@ def number_problems(config) -> list[str]:
         wrong = {name: x for name in names.split() if not fits(x := fields.of(config, name))}
         found += [f"config.{name}={x}: choose {told}" for name, x in wrong.items()]
     rates = config.train.learning_rates
-    return found + [
-        f"config.train.learning_rates.{name}={x}: choose 0 to 1" for name, x in rates.items() if not 0 <= x <= 1
-    ]
+    wrong = {name: x for name, x in rates.items() if not 0 < x < math.inf}
+    return found + [f"config.train.learning_rates.{name}={x}: choose above 0" for name, x in wrong.items()]
 
 
 def list_problems(name: str, texts: tuple[str, ...]) -> list[str]:
