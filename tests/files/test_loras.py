@@ -250,7 +250,7 @@ def test_what_does_not_fit_is_listed(sd, torch_models, tmp_path):
         ('{"unet.alpha_pattern": {"to_q(": 2}}', "unet: 'to_q(' in its lora_adapter_metadata is no pattern"),
         ('{"unet.use_dora": true}', "unet: not supported: use_dora=True"),
         ('{"unet.a_field_of_tomorrow": 1}', "unet: not supported: a_field_of_tomorrow=1"),
-        ('{"unet.init_lora_weights": "pissa"}', "init_lora_weights='pissa', which changes the base's weights too"),
+        ('{"unet.init_lora_weights": "pissa"}', "unet: not supported: init_lora_weights='pissa', which changes the"),
     ],
 )
 def test_settings_that_cannot_be_followed_are_told(sd, torch_models, tmp_path, settings, told):
