@@ -109,8 +109,9 @@ class NoiseSchedule:
         for name, number in given.items():
             if not isinstance(number, int | float):
                 raise ValueError(f"{name}={number!r}: a number is wanted")
-        for name, number in {"num_train_timesteps": steps, "steps_offset": config.get("steps_offset", 0)}.items():
-            if not isinstance(number, int) or number < (name == "num_train_timesteps"):
+        offset = config.get("steps_offset", 0)
+        for name, number, least in (("num_train_timesteps", steps, 1), ("steps_offset", offset, 0)):
+            if not isinstance(number, int) or number < least:
                 raise ValueError(f"{name}={number!r}: a whole number is wanted")
         if config.get("trained_betas") is not None:
             betas = np.asarray(config["trained_betas"], np.float64)

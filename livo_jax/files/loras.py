@@ -227,8 +227,7 @@ def _read(
     tensors = open_tensors([path])
     matrices, alphas, problems = {}, {}, []
     with safetensors.safe_open(path, framework="numpy") as file:
-        whole = {name for name, tensor in tensors.items() if tensor.dtype in WHOLE}  # as alphas may be
-        numbers = tensors | {name: file.get_tensor(name) for name in whole if name.endswith(".alpha")}
+        whole = {key: file.get_tensor(key) for key, x in tensors.items() if key.endswith(".alpha") and x.dtype in WHOLE}
         settings = _settings((file.metadata() or {}).get(METADATA, "{}"), layers, problems)
     for key, tensor in tensors.items():
         if not key.startswith(only):
@@ -238,7 +237,7 @@ def _read(
         if layer not in names or not (match or is_alpha):
             problems.append(f"unexpected {key} {tensor.shape}")
         elif is_alpha:
-            alphas[names[layer]] = float(np.asarray(numbers[key]).reshape(()))
+            alphas[names[layer]] = float(np.asarray(whole.get(key, tensor)).reshape(()))
         else:
             matrices.setdefault(names[layer], {})[ROLES.get(match[1], match[1])] = tensor
     found = {}

@@ -6,7 +6,6 @@ import re
 from livo_jax import diffusion, judges, seeds, sharding, value_encoders, values
 from livo_jax.evaluation import prompt_sets
 from livo_jax.files.directories import resolve_directory
-from livo_jax.files.loras import is_number
 from livo_jax.models.quantised import DTYPES
 from livo_jax.models.unet import REMAT
 from livo_jax.runs import fields
@@ -14,6 +13,7 @@ from livo_jax.sampling.conditioning import PROMPT_LAYOUTS
 from livo_jax.training.batch import DENSITIES
 from livo_jax.training.objective import make_preference
 from livo_jax.training.optimizer import make_optimizer
+from livo_jax.values.arguments import is_number
 from livo_jax.values.principles import template_problems
 from livo_jax.values.ratio import targets
 

@@ -178,10 +178,11 @@ def generate(
             text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"{ascii(text)} is no Unicode text: {error.reason} at {error.start}") from error
-    for name, x, kind in (("steps", steps, numbers.Integral), ("batch_size", batch_size, numbers.Integral),
-                          ("guidance_scale", guidance_scale, numbers.Real)):  # fmt: skip
-        if not isinstance(x, kind):
-            raise ValueError(f"{name}={x!r}: choose a {'whole ' if kind is numbers.Integral else ''}number")
+    for name, x in {"steps": steps, "batch_size": batch_size}.items():
+        if not isinstance(x, numbers.Integral):
+            raise ValueError(f"{name}={x!r}: choose a whole number")
+    if not isinstance(guidance_scale, numbers.Real):
+        raise ValueError(f"guidance_scale={guidance_scale!r}: choose a number")
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: choose at least 1")
     guided = check_guidance(sd, requests, guidance_scale, guidance)

@@ -1,6 +1,7 @@
-"""What is wrong with the arguments of a call that draws with values, told in the same words wherever it is called.
+"""What is wrong with the arguments of a call that draws with values.
 
-Exports carry this file as it is: it needs the standard library alone.
+Exports carry this file as it is, for their pipeline: it needs the standard library alone. livo_jax asks it of
+strengths; of the rest values_by_prompt and generate tell.
 """
 
 import math
