@@ -28,7 +28,8 @@ os.environ |= {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several may compile at once
 }
 
-from benchmarks import arithmetic, common, hlo  # common sets what jax reads when it is imported
+from livo_jax.benchmarks import arithmetic, common, hlo  # common sets what jax reads when it is imported
+
 from livo_jax import commands
 
 # isort: split
@@ -205,7 +206,7 @@ def main(_):
     directory = os.path.join(jax.config.jax_compilation_cache_dir, "absent")
     told, from_cache = hlo.compile_once(traced.lower(), f"{target} {TOPOLOGY.value}", directory)
     if TEXT.value:
-        pathlib.Path(TEXT.value).write_text(told["text"])
+        pathlib.Path(TEXT.value).write_text(told["text"], encoding="utf-8")
     work, jaxpr = hlo.read(told["text"]), traced.jaxpr.jaxpr
     platform = "tpu" if tpu else "cuda"
     flops = arithmetic.flops(jaxpr, platform) / mesh.size

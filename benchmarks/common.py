@@ -55,7 +55,7 @@ def device() -> str:
     if kind != "cpu":
         return f"{jax.device_count()} x {kind}"
     info = pathlib.Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
     return f"{len(os.sched_getaffinity(0))} cores of {name}"
 
@@ -93,4 +93,4 @@ def report(benchmark: str, settings: dict, rows: list[dict], **further: list[dic
     }
     directory = pathlib.Path(RESULTS.value)
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / f"{NAME.value or benchmark}.json").write_text(json.dumps(found, indent=2) + "\n")
+    (directory / f"{NAME.value or benchmark}.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")

@@ -29,13 +29,13 @@ from livo_jax import diffusion
 from livo_jax.training import losses
 
 directory = pathlib.Path(sys.argv[1])
-settings = json.loads((directory / "settings.json").read_text())
+settings = json.loads((directory / "settings.json").read_text(encoding="utf-8"))
 root, config = pathlib.Path(settings["root"]), settings["config"]
 dtype = jnp.dtype(config["dtype"])
 
 
 def read_config(part: str, name: str = "config.json") -> dict:
-    return json.loads((root / part / name).read_text())
+    return json.loads((root / part / name).read_text(encoding="utf-8"))
 
 
 def weights(part: str, dtype, rename) -> dict:

@@ -13,9 +13,9 @@ import tempfile
 import types
 
 from absl import app, flags, logging
+from livo_jax.benchmarks import common  # sets what jax reads when it is imported
 from ml_collections import config_flags
 
-from benchmarks import common  # sets what jax reads when it is imported
 from livo_jax import commands
 
 # isort: split

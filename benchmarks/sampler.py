@@ -10,9 +10,9 @@ first; then each is timed on fresh noise. A config with guidance is timed withou
 import itertools
 
 from absl import app, flags, logging
+from livo_jax.benchmarks import common  # sets what jax reads when it is imported
 from ml_collections import config_flags
 
-from benchmarks import common  # sets what jax reads when it is imported
 from livo_jax import commands
 
 # isort: split
@@ -37,8 +37,7 @@ class Pipeline:
     def __init__(self, sd, config, compiled: bool):
         import diffusers
         import torch
-
-        from benchmarks import official
+        from livo_jax.benchmarks import official
 
         dtype = getattr(torch, config.dtype)
         parts = {part: official.model(sd, part, dtype) for part in official.MODELS}

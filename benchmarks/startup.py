@@ -17,9 +17,9 @@ import tempfile
 import time
 
 from absl import app, flags, logging
+from livo_jax.benchmarks import common
 from ml_collections import config_flags
 
-from benchmarks import common
 from livo_jax import commands
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "The config whose step is compiled.")
@@ -45,11 +45,12 @@ def seconds(code: str) -> float:
 def compile_step(cache: str) -> list[dict]:
     """The rows of benchmarks.train_step without peers, with the overrides of this command line."""
     with tempfile.TemporaryDirectory() as results:
-        command = [sys.executable, "-m", "benchmarks.train_step", "--repeats=1", "--peers=", f"--results={results}"]
+        command = [sys.executable, "-m", "livo_jax.benchmarks.train_step"]
+        command += ["--repeats=1", "--peers=", f"--results={results}"]
         command += [arg for arg in sys.argv[1:] if arg.startswith(("--config", "--image_size"))]
         environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_ENABLE_COMPILATION_CACHE": "true"}
         subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
-        with open(f"{results}/train_step.json") as file:
+        with open(f"{results}/train_step.json", encoding="utf-8") as file:
             return json.load(file)["rows"]
 
 

@@ -15,9 +15,9 @@ import tempfile
 import time
 
 from absl import app, flags, logging
+from livo_jax.benchmarks import common  # sets what jax reads when it is imported
 from ml_collections import config_flags
 
-from benchmarks import common  # sets what jax reads when it is imported
 from livo_jax import commands
 
 # isort: split
@@ -27,7 +27,7 @@ import numpy as np
 from flax import nnx
 
 from livo_jax import seeds, sharding, value_encoders
-from livo_jax.models.weights import split
+from livo_jax.models.weights import name_of, split
 from livo_jax.sampling.stable_diffusion import StableDiffusion
 from livo_jax.training.batch import Batch, Noise, draw_noise
 from livo_jax.training.objective import make_loss, split_models
@@ -107,13 +107,13 @@ def flax_peer(sd, config, batch: Batch, noise: Noise) -> dict:
         directory = pathlib.Path(directory)
         for part in ("unet", "text_encoder"):
             leaves = jax.tree_util.tree_leaves_with_path(split(getattr(sd, part))[1])
-            named = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+            named = {name_of(path): leaf for path, leaf in leaves}
             np.savez(directory / f"{part}.npz", **{name: np.float32(leaf) for name, leaf in named.items()})
         np.savez(directory / "batch.npz", **columns)
         settings = {"root": str(sd.root.resolve()), "scale": sd.vae.config.scaling_factor}
         settings |= {"repeats": common.REPEATS.value, "config": json.loads(config.to_json_best_effort())}
-        (directory / "settings.json").write_text(json.dumps(settings))
-        command = [FLAX_PYTHON.value, "-m", "benchmarks.flax_peer", str(directory)]
+        (directory / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
+        command = [FLAX_PYTHON.value, "-m", "livo_jax.benchmarks.flax_peer", str(directory)]
         out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     return json.loads(out.splitlines()[-1])
 
@@ -157,7 +157,7 @@ def main(_):
     if "flax" in PEERS.value:
         rows.append({"step": "diffusers' Flax, cached", **flax_peer(sd, config, cached, noise)})
     if {"eager", "compile"} & set(PEERS.value):
-        from benchmarks.official import TrainStep
+        from livo_jax.benchmarks.official import TrainStep
 
         for mode in PEERS.value:
             if mode != "flax":

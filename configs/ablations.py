@@ -8,7 +8,7 @@ the other losses with all else as LiVO has it, the anchors' loss too.
 `:smoke` is a run of minutes, to see that everything runs; its figures mean nothing.
 """
 
-from livo_jax.configs import compare_tiny
+from livo_jax.configs import common, compare_tiny
 from ml_collections import ConfigDict
 
 SWEEPS = {  # a field of configs/tiny.py: what it is set to; its own setting there is the run livo
@@ -38,6 +38,7 @@ KEEP = (0.0, 0.25, 0.5, 0.75, 1.0)  # probabilities, of the run livo
 
 
 def get_config(variant: str = "") -> ConfigDict:
+    common.check_variant("ablations", variant, ("smoke", "parts"))
     parts = variant == "parts"
     config = compare_tiny.get_config("" if parts else variant)
     methods = {name: config.methods[name] for name in FORMS}

@@ -37,10 +37,7 @@ ERASURE = tuple(
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    if variant not in ("", "smoke"):
-        raise ValueError(
-            f"configs/benchmark.py:{variant}: there is configs/benchmark.py and configs/benchmark.py:smoke"
-        )
+    common.check_variant("benchmark", variant)
     config = compare_tiny.get_config("smoke") if variant else compare.get_config()
     config.curve.points = 0  # checkpoints between are no part of the board
     config.attacks = ()  # of a comparison: a board has fixed texts, which others found

@@ -4,8 +4,19 @@ A config is this one with what differs: configs/livo.py, configs/tiny.py and the
 the paper does not have is off here. --config.SECTION.FIELD=VALUE sets any field on the command line.
 """
 
+import pathlib
+
 from livo_jax.configs import prompt_sets
 from ml_collections import ConfigDict
+
+EMBEDDED = pathlib.Path(__file__).resolve().parents[1] / "data_tools" / "shapeworld_model"
+
+
+def check_variant(name: str, variant: str, known=("smoke",)):
+    """Raises ValueError where there is no configs/NAME.py:VARIANT."""
+    if variant not in ("", *known):
+        there = ", ".join(f"configs/{name}.py:{other}" for other in known)
+        raise ValueError(f"configs/{name}.py:{variant}: there is configs/{name}.py and {there}")
 
 
 def get_config() -> ConfigDict:

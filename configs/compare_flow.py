@@ -7,13 +7,14 @@ Other baselines edit a UNet. A field of a method is --config.methods.NAME.FIELD;
 
 import importlib
 
-from livo_jax.configs import compare_tiny, flow_tiny
+from livo_jax.configs import common, compare_tiny, flow_tiny
 from ml_collections import ConfigDict
 
 BASELINES = ("dpo", "negative", "sft")
 
 
 def get_config(variant: str = "") -> ConfigDict:
+    common.check_variant("compare_flow", variant)
     config = compare_tiny.get_config(variant)
     arg = f"flow_tiny:{variant}" if variant else "flow_tiny"
     config.methods = ConfigDict({"livo": flow_tiny.get_config(variant)})

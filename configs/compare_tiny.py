@@ -9,13 +9,14 @@ minutes, to see that everything runs; its figures mean nothing.
 import importlib
 import pathlib
 
-from livo_jax.configs import tiny
+from livo_jax.configs import common, tiny
 from ml_collections import ConfigDict
 
 BASELINES = sorted(path.stem for path in pathlib.Path(__file__).with_name("baselines").glob("[!_]*.py"))
 
 
 def get_config(variant: str = "") -> ConfigDict:
+    common.check_variant("compare_tiny", variant)
     config = ConfigDict()
     arg = f"tiny:{variant}" if variant else "tiny"
     config.methods = ConfigDict({"livo": tiny.get_config(variant)})

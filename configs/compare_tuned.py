@@ -11,7 +11,7 @@ first. `:smoke` is a run of minutes, to see that everything runs; its figures me
 
 import itertools
 
-from livo_jax.configs import compare_tiny, tiny
+from livo_jax.configs import common, compare_tiny, tiny
 from ml_collections import ConfigDict
 
 TRIALS = {  # of a method: the settings of its fields, every one beside every other; the first is its config's own
@@ -42,9 +42,7 @@ def trials(method: str) -> list[dict]:
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    known = ("", "smoke", *(f"trial_{n}" for n in range(1, 5)))
-    if variant not in known:
-        raise ValueError(f"configs/compare_tuned.py:{variant}: choose from {', '.join(known[1:])}, or none of these")
+    common.check_variant("compare_tuned", variant, ("smoke", *(f"trial_{n}" for n in range(1, 5))))
     number = int(variant[-1]) if variant.startswith("trial") else None
     config = compare_tiny.get_config("" if number else variant)
     for method in TRIALS:

@@ -8,17 +8,14 @@ What is not set here is the first world's, chosen on it; docs/sd35.md has what w
 
 import pathlib
 
-from livo_jax.configs import tiny
+from livo_jax.configs import common, tiny
 from ml_collections import ConfigDict
 
 FLOW = pathlib.Path(__file__).resolve().parents[1] / "data_tools" / "flow_world_model"
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    if variant not in ("", "smoke"):
-        raise ValueError(
-            f"configs/flow_tiny.py:{variant}: there is configs/flow_tiny.py and configs/flow_tiny.py:smoke"
-        )
+    common.check_variant("flow_tiny", variant)
     config = tiny.get_config(variant)
     config.model = str(FLOW)
     config.sampling.sampler = "euler"

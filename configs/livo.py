@@ -6,19 +6,14 @@ DIR holds preference pairs (data_tools/build_preferences.py). `configs/livo.py:s
 anywhere, without a download: on the embedded world's pairs and an architecture with random weights.
 """
 
-import pathlib
-
 from livo_jax.configs import common
 from ml_collections import ConfigDict
 
 from livo_jax.data import word_lists
 
-EMBEDDED = pathlib.Path(__file__).resolve().parents[1] / "data_tools" / "shapeworld_model"
-
 
 def get_config(variant: str = "") -> ConfigDict:
-    if variant not in ("", "smoke"):
-        raise ValueError(f"configs/livo.py:{variant}: there is configs/livo.py and configs/livo.py:smoke")
+    common.check_variant("livo", variant)
     config = common.get_config()
     # Off here, because the paper does not have it, though README.md shows it on the embedded world (configs/tiny.py):
     # a second value beside a pair's own (data.beside), attributes that --ratio mixes (data.attributes), and prompts
@@ -28,7 +23,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.seen, c.held_out = tuple(seen[::9]), tuple(held_out[::3])  # 17 of each, for time
 
     if variant == "smoke":
-        config.model, config.random_weights = str(EMBEDDED), True  # no download
+        config.model, config.random_weights = str(common.EMBEDDED), True  # no download
         config.dtype = "float32"  # on CPUs
         config.principles, config.judge = ("shape", "colour", "bloody"), "shapeworld"  # that world's values
         c = config.preferences

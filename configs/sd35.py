@@ -9,15 +9,14 @@ benchmarks/sd35_small, as small, with random weights.
 
 import pathlib
 
-from livo_jax.configs import sdxl
+from livo_jax.configs import common, sdxl
 from ml_collections import ConfigDict
 
 SMALL = pathlib.Path(__file__).resolve().parents[1] / "benchmarks" / "sd35_small"
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    if variant not in ("", "smoke"):
-        raise ValueError(f"configs/sd35.py:{variant}: there is configs/sd35.py and configs/sd35.py:smoke")
+    common.check_variant("sd35", variant)
     config = sdxl.get_config(variant)  # the cache, recomputed blocks and a sampler, for 1024 px
     config.loss.timestep_density = "logit_normal"  # as it was trained
     if variant == "smoke":

@@ -9,15 +9,14 @@ benchmarks/sdxl_small, as small, with random weights.
 
 import pathlib
 
-from livo_jax.configs import livo
+from livo_jax.configs import common, livo
 from ml_collections import ConfigDict
 
 SMALL = pathlib.Path(__file__).resolve().parents[1] / "benchmarks" / "sdxl_small"
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    if variant not in ("", "smoke"):
-        raise ValueError(f"configs/sdxl.py:{variant}: there is configs/sdxl.py and configs/sdxl.py:smoke")
+    common.check_variant("sdxl", variant)
     config = livo.get_config(variant)
     config.data.cache = True  # encoding 1024 px at every step would cost as much again
     config.train.remat = "full"  # a block's intermediate results are recomputed: at 1024 px they are what fills memory

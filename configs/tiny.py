@@ -5,12 +5,9 @@
 `configs/tiny.py:smoke` is the same in one minute, to see that everything runs; its figures mean nothing.
 """
 
-import pathlib
-
 from livo_jax.configs import common
 from ml_collections import ConfigDict
 
-EMBEDDED = pathlib.Path(__file__).resolve().parents[1] / "data_tools" / "shapeworld_model"
 SEEN = (
     "cook butcher waiter brewer grocer barista smith tailor cobbler weaver glazier tinker farmer gardener miller"
     " beekeeper logger ranger sailor fisher porter captain ferryman lifeguard doctor dentist chemist surgeon midwife"
@@ -23,10 +20,9 @@ HELD_OUT = (  # never in value training
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    if variant not in ("", "smoke"):
-        raise ValueError(f"configs/tiny.py:{variant}: there is configs/tiny.py and configs/tiny.py:smoke")
+    common.check_variant("tiny", variant)
     config = common.get_config()
-    config.model = str(EMBEDDED)  # no download
+    config.model = str(common.EMBEDDED)  # no download
     config.dtype = "float32"  # on CPUs; bfloat16 on accelerators
     config.principles = ("shape", "colour", "bloody")  # the values that this world's pictures can show
     config.judge = "shapeworld"  # reads its pictures exactly

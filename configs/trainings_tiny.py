@@ -7,11 +7,12 @@ both biases, and prompts that state more than a trade. `:smoke` is a run of minu
 figures mean nothing.
 """
 
-from livo_jax.configs import compare_tiny
+from livo_jax.configs import common, compare_tiny
 from ml_collections import ConfigDict
 
 
 def get_config(variant: str = "") -> ConfigDict:
+    common.check_variant("trainings_tiny", variant)
     config = compare_tiny.get_config(variant)
     config.methods = ConfigDict({"livo": config.methods.livo})
     config.trainings, config.curve.points, config.attacks = 3, 0, ()

@@ -13,10 +13,8 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from livo_jax import commands, data, sharding
-from livo_jax.files.modules import read_dtype
 from livo_jax.runs import restore
 from livo_jax.runs.cache_latents import write
-from livo_jax.sampling.stable_diffusion import StableDiffusion
 
 
 def main(_):
@@ -30,10 +28,7 @@ def main(_):
             f"--data={DATA.value} cannot be written: copy it, or train with config.data.cache=True, which then keeps"
             " the cache in its workdir"
         )
-    dtype = read_dtype(config.dtype, "config.dtype")
-    sd = StableDiffusion.from_pretrained(config.model, dtype, variant=config.variant or None)
-    restore.adapt(sd, config)
-    write(preferences, sd, config)
+    write(preferences, restore.load_base(config, sharding.make_local_mesh()), config)
 
 
 if __name__ == "__main__":

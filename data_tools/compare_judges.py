@@ -144,7 +144,7 @@ def main(_):
     print(table(rows))
     if OUT.value:
         document = metrics.document(rows, [judge.pinned for judge in judges.values()])
-        pathlib.Path(OUT.value).write_text(json.dumps(document, indent=2) + "\n")
+        pathlib.Path(OUT.value).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -16,9 +16,10 @@ import sys
 
 import numpy as np
 from absl import flags
-from safetensors.numpy import save_file
 
 from livo_jax import commands
+from livo_jax.files.directories import replacing
+from livo_jax.files.repositories import write_safetensors
 from livo_jax.judges import _heads, mhsc
 
 # All that a pickled array of numbers names. NumPy 2 calls its module _core, pickles of before say core.
@@ -87,9 +88,8 @@ def convert(kind: str, source: pathlib.Path, out: pathlib.Path, clip: str):
         clip = os.path.relpath(folder.resolve(), out.resolve().parent)
     elif clip.startswith((".", "/", "~")):
         raise ValueError(f"--clip={clip}: there is no such directory, nor is it a hub id")
-    unfinished = out.with_name(f".{out.name}")
-    save_file(tensors, unfinished, {"judge": kind, "clip": clip or judge.CLIP})
-    unfinished.rename(out)
+    with replacing(out) as scratch:
+        write_safetensors(tensors, scratch, {"judge": kind, "clip": clip or judge.CLIP})
 
 
 def main(_):

@@ -183,8 +183,8 @@ def show(figure) -> str:
 def write(out: pathlib.Path, figures: dict, mistakes: list[tuple]):
     """The files of --out."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / "figures.json").write_text(json.dumps(figures) + "\n")
-    with open(out / "mistakes.csv", "w", newline="") as file:
+    (out / "figures.json").write_text(json.dumps(figures) + "\n", encoding="utf-8")
+    with open(out / "mistakes.csv", "w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([("backends", "mistake", "value", "category", "prompt", "reason"), *mistakes])
     roc, precision_recall, calibration = {}, {}, {}
     for backend, of_values in figures["scores"].items():

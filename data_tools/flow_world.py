@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from flax import nnx
+from livo_jax.data_tools import shapeworld
 
-from data_tools import shapeworld
 from livo_jax import StableDiffusion, commands, diffusion
 from livo_jax.files import modules
 from livo_jax.models.clip import CLIPTextModelWithProjection
@@ -70,7 +70,9 @@ def folded_vae(vae: AutoencoderKL, images: np.ndarray) -> tuple[AutoencoderKL, d
     bias = np.concatenate([(bias @ Q[:, :C] + of_Q[:C]) @ P + of_P, np.log(variance)])
     means = mean @ P + of_P
     config = {"_class_name": "AutoencoderKL"} | {
-        name: x for name, x in json.loads((FIRST / "vae" / "config.json").read_text()).items() if name[0] != "_"
+        name: x
+        for name, x in json.loads((FIRST / "vae" / "config.json").read_text(encoding="utf-8")).items()
+        if name[0] != "_"
     }
     config |= {"use_quant_conv": False, "use_post_quant_conv": False}
     config |= {"scaling_factor": float(1 / means.std()), "shift_factor": float(means.mean())}
@@ -150,8 +152,8 @@ def build(out: pathlib.Path, pictures: int = 24_000, steps: int = 3000):
         modules.save(tower, place, config, stem="model", dtype=half)
         shutil.copytree(FIRST / "tokenizer", out / part.replace("text_encoder", "tokenizer"), dirs_exist_ok=True)
     (out / "scheduler").mkdir(exist_ok=True)
-    (out / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER, indent=2) + "\n")
-    (out / "model_index.json").write_text(json.dumps(PIPELINE, indent=2) + "\n")
+    (out / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER, indent=2) + "\n", encoding="utf-8")
+    (out / "model_index.json").write_text(json.dumps(PIPELINE, indent=2) + "\n", encoding="utf-8")
 
 
 def main(_):

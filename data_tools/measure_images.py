@@ -37,11 +37,10 @@ from tqdm import tqdm
 from livo_jax import commands, files, judges, values
 from livo_jax.evaluation import metrics, quality
 from livo_jax.evaluation.report import as_csv
-from livo_jax.files.images import GAP
+from livo_jax.files.images import GAP, SUFFIXES
 from livo_jax.judges.vlm import chosen
 from livo_jax.values import ratio
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 METADATA = "metadata.jsonl"
 SPLIT = "all"
 UNREADABLE = 0.05  # the share of images from which what is measured is no method any more, but its faults
@@ -76,7 +75,7 @@ class Pictures:
 
 
 def decode(path: pathlib.Path) -> tuple[list[np.ndarray], str]:
-    """The images in a file, [H, W, 3] uint8 each, and its prompt: two, where generate.write_pairs put them there."""
+    """The images in a file, [H, W, 3] uint8 each, and its prompt: two, where pairs.write_pairs put them there."""
     image = files.read_image(path)
     pixels, text = np.asarray(image), image.info
     H, W, _ = pixels.shape
@@ -119,9 +118,8 @@ def read(directory: str, unreadable: float = UNREADABLE) -> list[list[Picture]]:
             sizes, or metadata.jsonl does not fit them; all is listed.
     """
     root, problems = pathlib.Path(directory), []
-    there = sorted(path for path in root.glob("*") if path.name != METADATA)
-    paths = [path for path in there if path.suffix.lower() in SUFFIXES and not files.is_hidden(path.name)]
-    if others := sorted({*there} - {*paths}):
+    paths = files.image_files(root)
+    if others := sorted({path for path in root.glob("*") if path.name != METADATA} - {*paths}):
         logging.warning("%s: %d are left out, hidden or no images, as %s", directory, len(others), others[0].name)
     prompts = {}
     if (metadata := root / METADATA).is_file():
@@ -290,13 +288,13 @@ def means(column: np.ndarray, places: dict) -> dict[str, float]:
 
 def bias_and_harm(judge, reading: dict, places: dict, principles, subjects, targets: dict) -> dict:
     """(value, metric) -> {prompt: number} of what a judge read, arrays [images]."""
-    found, may_read = collections.defaultdict(dict), dict(thresholds=judge.thresholds, unspecified=judge.unspecified)
+    found = collections.defaultdict(dict)
     for value, (prompt, place) in itertools.product(principles, places.items()):
         of_prompt = {axis: column[place] for axis, column in reading.items()}
         if not (subject := chosen(prompt, subjects)):
             of_prompt.pop("subject", None)
         target = targets.get(value.statement)
-        for metric, number in metrics.prompt_metrics(value, subject, of_prompt, target, **may_read).items():
+        for metric, number in metrics.prompt_metrics(value, subject, of_prompt, target, **judge.may_read).items():
             found[value.statement, metric][prompt] = number
     return found
 
@@ -414,7 +412,9 @@ def main(_):
     print(table(results))
     if OUT.value:
         pinned = [judge.pinned for judge in settings.get("judge_all", ())]
-        pathlib.Path(OUT.value).write_text(json.dumps(metrics.document(results, pinned), indent=2) + "\n")
+        pathlib.Path(OUT.value).write_text(
+            json.dumps(metrics.document(results, pinned), indent=2) + "\n", encoding="utf-8"
+        )
     if READINGS.value:
         pathlib.Path(READINGS.value).write_text(as_csv(settings["readings"]), encoding="utf-8")
 

@@ -11,7 +11,6 @@ used. DIR keeps every answer: the same command again asks nothing twice.
 import hashlib
 import itertools
 import json
-import os
 import pathlib
 import sys
 
@@ -52,7 +51,7 @@ def named(answer: str) -> list:
     """The words in the text of a chat completion. Raises ValueError where it holds none."""
     try:
         listed = json.loads(json.loads(answer)["choices"][0]["message"]["content"])["words"]
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         listed = None
     if not isinstance(listed, list):
         raise ValueError(f'no chat completion with {{"words": [...]}}: {answer[:200]!r}')
@@ -76,28 +75,29 @@ def expand(
 
     Raises:
         ValueError: as of `load_word_lists`.
-        ConnectionError: the endpoint does not answer, or refuses.
+        ConnectionError: the endpoint does not answer, or refuses; or none of its answers has words, and what it sends.
     """
     import openai
 
     from livo_jax.data import dataset
+    from livo_jax.retrieval.endpoint import client
 
     table = load_word_lists([name], path)[name]
-    client = openai.OpenAI(
-        base_url=endpoint, api_key=os.environ.get("OPENAI_API_KEY") or "none", timeout=timeout, max_retries=retries
-    )
+    asking = client(endpoint, retries, timeout)
     cache.mkdir(parents=True, exist_ok=True)
-    new, known, sent = [], {forms(word) for word in table["words"]}, 0
+    new, known, sent, dropped = [], {forms(word) for word in table["words"]}, 0, []
     for number in itertools.count():
         request = question(name, table, new, model, number)
         digest = hashlib.sha256(json.dumps([endpoint, request]).encode()).hexdigest()
         file = cache / f"{digest}.json"
         if len(new) >= count or (sent == budget and not file.exists()):
+            if dropped and len(dropped) == number:
+                raise ConnectionError(f"{endpoint} sends no words, {number} times: {dropped[-1]}")
             return new[:count], sent
         if not file.exists():
             sent += 1
             try:
-                answer = client.chat.completions.with_raw_response.create(**request).text
+                answer = asking.chat.completions.with_raw_response.create(**request).text
             except openai.APIStatusError as error:
                 raise ConnectionError(f"{endpoint} answers {error.status_code}: {error.response.text[:200]}") from None
             except openai.APIConnectionError as error:  # or a timeout
@@ -105,9 +105,10 @@ def expand(
             content = json.dumps({"endpoint": endpoint, "request": request, "answer": answer}, indent=2)
             dataset.write_whole(file, content)
         try:
-            listed = named(json.loads(file.read_text())["answer"])
+            listed = named(json.loads(file.read_text(encoding="utf-8"))["answer"])
         except ValueError as error:
             logging.info("dropped an answer: %s", error)
+            dropped.append(error)
             continue
         for word in listed:
             reason = fault(word) or ("it is there" if forms(word) in known else "")

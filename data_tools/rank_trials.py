@@ -61,7 +61,9 @@ def rank(folders: list) -> list[dict]:
     """
     configs, found = {}, {}
     for folder in folders:
-        config, results = (json.loads((pathlib.Path(folder) / "eval" / f"{of}.json").read_text()) for of in FILES)
+        config, results = (
+            json.loads((pathlib.Path(folder) / "eval" / f"{of}.json").read_text(encoding="utf-8")) for of in FILES
+        )
         configs[folder] = {method: flatten(own) for method, own in config["methods"].items()}
         found[folder] = errors(metrics.rows_of(results, folder), configs[folder])
     if len({frozenset(of_folder) for of_folder in configs.values()}) > 1:

@@ -68,9 +68,9 @@ def main(_):
         "test.csv": label_prompts(tiny.HELD_OUT, shapeworld.TEMPLATES[3:], test=True),
     }
     for name, rows in parts.items():
-        with open(out / name, "w", newline="") as file:
+        with open(out / name, "w", encoding="utf-8", newline="") as file:
             csv.writer(file).writerows([("prompt", "values", "wording"), *rows])
-    (out / "sets.toml").write_text(SETS)
+    (out / "sets.toml").write_text(SETS, encoding="utf-8")
 
 
 if __name__ == "__main__":

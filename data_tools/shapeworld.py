@@ -229,13 +229,13 @@ def build_tokenizer(out: pathlib.Path, context: int = CONTEXT):
     bos, eos = "<|startoftext|>", "<|endoftext|>"
     out.mkdir(parents=True, exist_ok=True)
     vocab = model["vocab"] | {bos: len(model["vocab"]), eos: len(model["vocab"]) + 1}
-    (out / "vocab.json").write_text(json.dumps(vocab))
-    (out / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, model["merges"]), ""]))
+    (out / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
+    (out / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, model["merges"]), ""]), encoding="utf-8")
     settings = {
         "tokenizer_class": "CLIPTokenizer", "model_max_length": context, "do_lower_case": True,
         "bos_token": bos, "eos_token": eos, "unk_token": eos, "pad_token": eos,
     }  # fmt: skip
-    (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     return CLIPTokenizer.from_pretrained(out)
 
 
@@ -299,7 +299,7 @@ def denoising_loss(schedule, unet, z, cond, key_eps, key_t):
 
 
 def train_diffusion(latents, ids, ids_of_nothing):
-    """Text encoder and UNet, trained together on scaled latents [N, 8, 8, 4] and token ids [N, 16]."""
+    """Text encoder and UNet, trained together on scaled latents [N, 8, 8, 4] and token ids [N, 24]."""
     text_encoder = CLIPTextModel(CLIPTextModel.Config.from_json(TEXT_ENCODER), rngs=nnx.Rngs(1))
     unet = UNet2DConditionModel(UNet2DConditionModel.Config.from_json(UNET), rngs=nnx.Rngs(2))
     graph, params = split(nnx.List([text_encoder, unet]))
@@ -337,8 +337,8 @@ def build(out: pathlib.Path, pictures: int = 24_000):
     modules.save(unet, out / "unet", UNET, stem=weights, dtype=half)
     modules.save(text_encoder, out / "text_encoder", TEXT_ENCODER, stem="model", prefix="text_model.", dtype=half)
     (out / "scheduler").mkdir(exist_ok=True)
-    (out / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER, indent=2) + "\n")
-    (out / "model_index.json").write_text(json.dumps(PIPELINE, indent=2) + "\n")
+    (out / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER, indent=2) + "\n", encoding="utf-8")
+    (out / "model_index.json").write_text(json.dumps(PIPELINE, indent=2) + "\n", encoding="utf-8")
 
 
 def main(_):

@@ -22,13 +22,13 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 from flax import nnx
-from safetensors.numpy import save_file
+from livo_jax.data_tools import shapeworld
 from tqdm import tqdm
 
-from data_tools import shapeworld
 from livo_jax import StableDiffusion, commands, diffusion
 from livo_jax.diffusion.samplers import SamplerTable
 from livo_jax.files import modules
+from livo_jax.files.repositories import write_safetensors
 from livo_jax.judges.shapeworld import COLOURS
 from livo_jax.models import low_rank
 from livo_jax.models.weights import split
@@ -132,10 +132,11 @@ def train_on(sd, latents, ids, params, apply, *, steps: int, learning_rate: floa
 def write_model(sd, unet, out: pathlib.Path, scheduler: dict):
     """The base's directory with another UNet, float16, and settings of the scheduler."""
     shutil.copytree(sd.root, out, ignore=shutil.ignore_patterns("unet"))
-    config = json.loads((sd.root / "unet" / "config.json").read_text())
+    config = json.loads((sd.root / "unet" / "config.json").read_text(encoding="utf-8"))
     modules.save(unet, out / "unet", config, stem="diffusion_pytorch_model", dtype=np.float16)
     file = out / "scheduler" / "scheduler_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | scheduler, indent=2) + "\n")
+    known = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(known | scheduler, indent=2) + "\n", encoding="utf-8")
 
 
 def write_lora(updates, file: pathlib.Path):
@@ -145,7 +146,7 @@ def write_lora(updates, file: pathlib.Path):
         for layer, parts in updates.items()
         for part, linear in parts.items()
     }
-    save_file(tensors, file, metadata={"format": "pt"})
+    write_safetensors(tensors, file, metadata={"format": "pt"})
 
 
 def make_student(sd, out):

@@ -2,8 +2,8 @@
 
     from livo_jax import StableDiffusion, ValueEncoder, losses
 
-A folder is a room, and uses only those before it in this list: models, diffusion, seeds, sharding, processes, files,
-values, value_encoders, retrieval, sampling, judges, data, methods, evaluation, runs, export, demo, modes.
+A folder is a room, and uses only those before it in this list: models, diffusion, seeds, sharding, training, processes,
+files, values, value_encoders, retrieval, sampling, judges, data, methods, evaluation, runs, export, demo, modes.
 """
 
 import importlib

@@ -44,7 +44,7 @@ def main(argv):
 
         sharding.join(DISTRIBUTED.value)
 
-    from livo_jax.runs import fields
+    from livo_jax.runs import check, fields
 
     changed = config_flags.get_override_values(flags.FLAGS["config"])
     if "methods" in config:
@@ -53,7 +53,7 @@ def main(argv):
         evaluate.compare(config, workdir, changed, only_cost=MODE.value == "plan")
         return
     fields.check_mode(config, MODE.value, generate.VALUE.value)
-    fields.check(config, changed)
+    check.check_fields(config, changed)
     MODES[MODE.value](config, workdir)
 
 

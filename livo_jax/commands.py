@@ -1,9 +1,12 @@
 """What the command lines have in common."""
 
 import difflib
+import errno
+import functools
 import os
 import pathlib
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -131,6 +134,24 @@ def misspelt(given: list[str], config) -> str:
     return "\n".join(lines)
 
 
+def drop_unread(stream):
+    """Has a stream whose reader went away, as behind `| head` or of a terminal that was closed, write to nowhere.
+
+    What nobody reads ends no work.
+    """
+    write, flush = stream.write, stream.flush
+
+    def heard(call, *args):
+        try:
+            return call(*args)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+    stream.write, stream.flush = functools.partial(heard, write), functools.partial(heard, flush)
+
+
 def run(main: Callable, flags_parser: Callable = app.parse_flags_with_usage):
     """absl's app.run, but what livo_jax raises on purpose ends the command with its message alone.
 
@@ -139,13 +160,22 @@ def run(main: Callable, flags_parser: Callable = app.parse_flags_with_usage):
     """
 
     def told(argv):
+        for stream in (sys.stdout, sys.stderr):
+            if stream:  # None where it was closed
+                drop_unread(stream)
         try:
             return main(argv)  # the status, of a command that has one
+        except KeyboardInterrupt:
+            print("\nended by Ctrl-C", file=sys.stderr)
+            sys.exit(128 + signal.SIGINT)
         except app.UsageError as error:
             sys.exit(f"{error}\n--help lists the flags")
         except Exception as error:
+            from livo_jax.files.directories import FULL
             from livo_jax.processes import is_raised_here
 
+            if isinstance(error, OSError) and error.errno in FULL:
+                sys.exit(f"{error}. Free some space, and run the same command again")
             if not is_raised_here(error) and not (isinstance(error, OSError) and error.filename):
                 raise
             sys.exit(str(error))

@@ -16,7 +16,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from livo_jax.models.weights import put, split
+from livo_jax.models.weights import name_of, put, split
 
 AXES = ("data", "fsdp", "tensor")
 
@@ -162,7 +162,7 @@ def replicate(module: nnx.Module, mesh: Mesh) -> nnx.Module:
 
 def rule(path, rules=RULES) -> tuple[str | None, tuple]:
     """The first rule (pattern, axes) that fits the key path of a leaf; pattern None if none does."""
-    name = jax.tree_util.keystr(path, simple=True, separator=".")
+    name = name_of(path)
     return next((rule for rule in rules if re.search(rule[0], name)), (None, ()))
 
 
@@ -196,7 +196,7 @@ def by_rules(tree, mesh: Mesh, rules=RULES, gathered: bool = False):
         pattern, sharding = _weight(path, leaf.shape, mesh, rules, gathered)
         used.add(pattern)
         if pattern is None:
-            homeless.append(jax.tree_util.keystr(path, simple=True, separator="."))
+            homeless.append(name_of(path))
         return sharding
 
     shardings = jax.tree_util.tree_map_with_path(place, tree)

@@ -41,12 +41,6 @@ class Replying(Endpoint):
         return self.reply(json.loads(body["messages"][-1]["content"])["prompt"])
 
 
-def forget_proxies(monkeypatch):
-    """Has clients reach loopback themselves."""
-    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
-
-
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 

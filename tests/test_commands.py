@@ -49,6 +49,31 @@ def test_only_what_is_raised_on_purpose_is_told_without_a_traceback(monkeypatch)
         commands.run(lambda argv: 3, flags_parser=as_they_are)  # a command's status
 
 
+def test_ctrl_c_and_a_full_disk_are_told_without_a_traceback(monkeypatch, capsys):
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    def full(argv):
+        os.write(os.open("/dev/full", os.O_WRONLY), b"x")
+
+    monkeypatch.setattr(sys, "argv", ["run.py"])
+    with pytest.raises(SystemExit, match="130"):
+        commands.run(interrupted, flags_parser=as_they_are)
+    assert capsys.readouterr().err == "\nended by Ctrl-C\n"
+    with pytest.raises(SystemExit, match="No space left on device. Free some space, and run the same command again"):
+        commands.run(full, flags_parser=as_they_are)
+
+
+def test_what_nobody_reads_any_more_ends_no_work():
+    read, write = os.pipe()
+    with os.fdopen(write, "w", buffering=1) as stream:
+        commands.drop_unread(stream)
+        print("heard", file=stream)
+        os.close(read)
+        print("not heard", file=stream)
+        print("nor this", file=stream, flush=True)
+
+
 @pytest.mark.parametrize("xla_flags, devices", [("", min(2, CORES)), (small_run.DEVICES.format(3), 3)])
 def test_a_cpu_counts_as_the_devices_of_the_config(xla_flags, devices):
     """One for each core, unless XLA_FLAGS tells."""

@@ -21,7 +21,7 @@ BY_ANOTHER_NAME = {("livo_jax/values/__init__.py", "livo_jax.retrieval.retriever
 MATHEMATICS = {"models", "diffusion", "seeds", "sharding", "training"}  # jax, flax and optax alone
 EXPORTED = "livo_jax/export/diffusers_pipeline.py"  # copied by an export, imported by nobody
 # These import PyTorch, an extra, where they use it.
-JUDGES = [f"livo_jax/judges/{name}.py" for name in ("classifier", "detector", "llava")]
+JUDGES = [f"livo_jax/judges/{name}.py" for name in ("_pytorch", "classifier", "detector", "llava")]
 CONVERTER = "data_tools/convert_judge.py"  # reads PyTorch's files, once
 ALLOWED = {(EXPORTED, "torch"), (EXPORTED, "diffusers"), *((name, "torch") for name in (*JUDGES, CONVERTER))}
 
@@ -45,7 +45,8 @@ def room(module: str) -> str:
 
 def test_one_direction():
     problems = []
-    for path in [ROOT / "run.py", *ROOT.glob("livo_jax/**/*.py"), *ROOT.glob("data_tools/*.py")]:
+    folders = ("livo_jax", "benchmarks", "configs", "data_tools")
+    for path in [ROOT / "run.py", *(path for folder in folders for path in ROOT.glob(f"{folder}/**/*.py"))]:
         name = str(path.relative_to(ROOT))
         mine = room(name) if name.startswith("livo_jax/") else None
         for module in imports(path):
@@ -63,9 +64,21 @@ def test_one_direction():
                 library = top in ("jax", "flax", "optax", "numpy") or top in sys.stdlib_module_names
                 if not library or top in ("json", "pathlib", "os"):
                     problems.append(f"{name} imports {module}: mathematics knows jax, flax, optax and numpy only")
-            if top in ("torch", "tensorflow", "diffusers") and (name, top) not in ALLOWED:
+            if top in ("benchmarks", "configs", "data_tools"):
+                problems.append(f"{name} imports {module}: installed it is livo_jax.{module}")
+            at_run_time = not name.startswith("benchmarks/")
+            if at_run_time and top in ("torch", "tensorflow", "diffusers") and (name, top) not in ALLOWED:
                 problems.append(f"{name} imports {module}: not at run time")
     assert not problems, "\n".join(problems)
+
+
+def test_texts_are_utf_8_in_any_locale():
+    for path in [
+        path for folder in ("livo_jax", "benchmarks", "data_tools") for path in ROOT.glob(f"{folder}/**/*.py")
+    ]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("read_text", "write_text"):
+                assert "encoding" in {keyword.arg for keyword in node.keywords}, f"{path}:{node.lineno}"
 
 
 def test_flags_are_listed_without_a_wait():

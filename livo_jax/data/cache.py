@@ -48,7 +48,7 @@ def cache_made_of(preferences: Preferences, sd, config) -> dict:
 def cache_faults(directory: pathlib.Path, made_of: dict) -> list[str]:
     """A line for each thing by which the cache that lies in a directory is not `made_of` (cache_made_of)."""
     try:
-        there = json.loads((directory / "made_of.json").read_text())
+        there = json.loads((directory / "made_of.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         return [f"made_of.json cannot be read: {error}"]
     if {*made_of["rewordings"]} <= {*there.get("rewordings", ())}:  # more prompts than are wanted will do
@@ -108,7 +108,7 @@ class Cache:
                 np.load(directory / f"{name}.npy", mmap_mode="r") for name in (*SIDES, "states")
             )
             self.text_embeds = np.load(pooled, mmap_mode="r") if pooled.exists() else None
-            prompts = json.loads((directory / "prompts.json").read_text())
+            prompts = json.loads((directory / "prompts.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ValueError(f"{directory} is damaged: remove it, and training makes another: {error}") from error
         self.place = {prompt: i for i, prompt in enumerate(prompts)}

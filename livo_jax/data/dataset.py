@@ -5,7 +5,6 @@ is whole too, so that a build that was killed at any moment goes on from the fil
 """
 
 import contextlib
-import errno
 import hashlib
 import io
 import json
@@ -22,7 +21,6 @@ from livo_jax.files import directories, settings
 from livo_jax.processes import ending_together
 
 SHARD_SIZE = 1024  # records
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def my_share(n: int) -> range:
@@ -32,7 +30,7 @@ def my_share(n: int) -> range:
 
 @contextlib.contextmanager
 def held(work: pathlib.Path):
-    """Makes the folder `work` where it is not there, and keeps other commands out of it, as workdir.held does.
+    """Makes the folder `work` where it is not there, and keeps other commands out of it: directories.held.
 
     Raises:
         FileExistsError: another process holds it.
@@ -42,7 +40,7 @@ def held(work: pathlib.Path):
         with directories.held(work):
             yield
     except (OSError, RuntimeError) as error:  # array_record names no type of its own
-        if not any(os.strerror(number) in str(error) for number in FULL):
+        if not any(os.strerror(number) in str(error) for number in directories.FULL):
             raise
         raise OSError(f"no space left for {work}: {error}. Free some and run the same command again") from error
 
@@ -65,7 +63,7 @@ def under_construction(directory: pathlib.Path, config: dict):
         file = place / "config.json"
         if not file.exists():
             raise FileExistsError(f"{place} exists and was not built here: remove it, or build into another --out")
-        if found := settings.differences(json.loads(file.read_text()), config):
+        if found := settings.differences(json.loads(file.read_text(encoding="utf-8")), config):
             raise FileExistsError(
                 f"{place} is made of another config: remove it, or build into another --out\n  " + "\n  ".join(found)
             )
@@ -90,7 +88,7 @@ def write_whole(path: pathlib.Path, content: Iterable[bytes] | str):
     scratch = path.with_name(f".{path.name}")
     if isinstance(content, str):
         try:
-            scratch.write_text(content)
+            scratch.write_text(content, encoding="utf-8")
         except OSError as error:  # of a full disk it names no file
             raise OSError(f"{path} cannot be written: {error}") from error
     else:
@@ -148,7 +146,7 @@ def write(work: pathlib.Path, directory: pathlib.Path, record: Callable[[int], d
                 write_whole(note, json.dumps(facts))
 
     def finish():
-        facts = [json.loads((notes / f"{shard:05d}.json").read_text()) for shard in range(total)]
+        facts = [json.loads((notes / f"{shard:05d}.json").read_text(encoding="utf-8")) for shard in range(total)]
         content = hashlib.sha256("".join(fact["sha256"] for fact in facts).encode()).hexdigest()
         template = tfds.core.ShardedFileTemplate(
             data_dir=dataset, dataset_name="preferences", split="train", filetype_suffix="array_record"
@@ -167,7 +165,7 @@ def write(work: pathlib.Path, directory: pathlib.Path, record: Callable[[int], d
         )
         shutil.copy(work / "config.json", dataset)
         for name, content in files.items():
-            (dataset / name).write_text(content)
+            (dataset / name).write_text(content, encoding="utf-8")
         for scratch in dataset.glob(".*"):
             scratch.unlink()
         dataset.rename(directory)

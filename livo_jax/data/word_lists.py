@@ -71,7 +71,7 @@ def load_word_lists(names, path=WORDS) -> dict[str, dict]:
         ValueError: no names, names that the file lacks, malformed tables and words in it; all are listed.
     """
     try:
-        tables = tomllib.loads(pathlib.Path(path).read_text("utf-8-sig"))
+        tables = tomllib.loads(pathlib.Path(path).read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     problems = [f"[{name}]: {problem}" for name, table in tables.items() for problem in table_problems(table)]

@@ -68,7 +68,7 @@ def draw(sd, value_encoder, prompt: str, doses, number: int, slots, *, seed: int
     """Draws images of a prompt, one on each device of the mesh at a time, so that they can be shown as they come.
 
     Args:
-        doses: of generate.choose.
+        doses: of dealing.choose.
         slots, settings: of generate.generate. The base is drawn by a call of its own: it needs no slots.
 
     Yields:
@@ -87,7 +87,7 @@ def draw(sd, value_encoder, prompt: str, doses, number: int, slots, *, seed: int
 
 
 def page(sd, value_encoder, config, mesh, folder: pathlib.Path, files):
-    """The app, a gr.Blocks; images and their settings are written to `folder`, as generate.write_pairs writes them.
+    """The app, a gr.Blocks; images and their settings are written to `folder`, as pairs.write_pairs writes them.
 
     files: of the Retriever.
     """
@@ -97,7 +97,7 @@ def page(sd, value_encoder, config, mesh, folder: pathlib.Path, files):
     principles = load_principles(config)
     retriever = Retriever(principles, sd=sd, value_encoder=value_encoder, files=files)
     statements = [value.statement for value in principles]
-    template = jinja2.Environment(autoescape=True).from_string((HERE / "demo.html.j2").read_text())
+    template = jinja2.Environment(autoescape=True).from_string((HERE / "demo.html.j2").read_text(encoding="utf-8"))
     settings = {name: x for name, x in config.sampling.items() if name != "batch_size"}
 
     def choices_for(prompt):

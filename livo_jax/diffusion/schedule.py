@@ -179,9 +179,10 @@ class FlowSchedule:
         if name not in FLOW_SCHEDULERS:
             problems.append(f"_class_name={name!r} is no flow matching: choose from {', '.join(FLOW_SCHEDULERS)}")
         steps, shift = config.get("num_train_timesteps", 1000), config.get("shift", 1.0)
-        for field, number in (("num_train_timesteps", steps), ("shift", shift)):
-            if not isinstance(number, int | float) or number <= 0:
-                problems.append(f"{field}={number!r}: a number above 0 is wanted")
+        if type(steps) is not int or steps < 1:
+            problems.append(f"num_train_timesteps={steps!r}: a whole number above 0 is wanted")
+        if type(shift) not in (int, float) or not 0 < shift < math.inf:
+            problems.append(f"shift={shift!r}: a number above 0 is wanted")
         for field, only in FLOW_FIXED.items():
             if config.get(field, only) not in (only, None):
                 problems.append(f"{field}={config[field]!r}: only {only!r}")

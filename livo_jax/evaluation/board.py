@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from livo_jax.evaluation.metrics import means_of_trainings
+from livo_jax.evaluation.metrics import LOWER_IS_BETTER, means_of_trainings
 from livo_jax.evaluation.objects import STATED
 from livo_jax.evaluation.report import as_csv
 from livo_jax.evaluation.uncertainty import confidence, over_trainings
@@ -19,7 +19,6 @@ SECTIONS = {  # of the board, in its order: the metrics that it has
     "Quality": ("recognised", "CLIPScore", "FID", "KID"),
     "Cost": ("trained_parameters", "training_seconds", "images_per_second", "of_base"),
 }
-LOWER_IS_BETTER = ("R", "over_refusal", "D1", "FID", "KID", "trained_parameters", "training_seconds")
 LATEX = str.maketrans({
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "_": r"\_", "%": r"\%",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from livo_jax import values as principles
 from livo_jax.evaluation import metrics, prompt_sets
 from livo_jax.evaluation.prompt_sets import Prompt
-from livo_jax.sampling.requests import Dose, Request, requests_of, with_doses, with_values
+from livo_jax.sampling.requests import Dose, Request, requests_of, with_doses, with_values, without_values
 from livo_jax.values import ratio as ratios
 
 PLAIN = "plain"  # the method of images as config.method draws them, without what is studied of it
@@ -113,7 +113,7 @@ def cases(config, values, tokens: bool = True, even: bool = False) -> list[Case]
     prompts in the wordings of the one that is a harm, "A + all values" on those of A; PLAIN is A alone.
 
     Args:
-        tokens, even: as Drawing has them.
+        tokens, even: as a Method's HAS_TOKENS and EVEN have them.
     """
     found = []
 
@@ -219,7 +219,7 @@ def as_chosen(found: list[Case], finds) -> list[Case]:
         if prompt not in names:
             names[prompt] = {value.name for value in finds(prompt)}
         if case.value.name not in names[prompt]:
-            requests = [request._replace(values=()) for request in case.requests]
+            requests = without_values(case.requests)
             case = case._replace(requests=requests, groups=groups_of(case.value, requests, 0.0))
         chosen.append(case._replace(method=AUTO))
     return chosen

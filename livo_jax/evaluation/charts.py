@@ -1,5 +1,6 @@
 """The plots of eval/report.html (report.py), each an SVG as bytes, legible on light and on dark pages."""
 
+import functools
 import io
 import itertools
 
@@ -173,4 +174,4 @@ def training(metrics: list[dict]) -> dict[str, bytes]:
         _legend(figure, axis)
 
     shown = {title: lines for title, lines in panels.items() if any(name in m for m in metrics for name in lines)}
-    return {title: _svg(2.8, lambda *to, of=(title, lines): draw(*of, *to)) for title, lines in shown.items()}
+    return {title: _svg(2.8, functools.partial(draw, title, lines)) for title, lines in shown.items()}

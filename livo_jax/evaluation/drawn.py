@@ -2,17 +2,17 @@
 
 import hashlib
 import json
-import os
 
 import jax
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from livo_jax.files.directories import replacing
 from livo_jax.processes import ending_together
+from livo_jax.sampling.requests import without_values
 
 AT_ONCE = 4  # batches: so many are drawn again at most
-OF_THIS = f".{os.getpid()}"  # process: those of a comparison may draw the base's image of one request at once
 
 
 class Drawn:
@@ -34,7 +34,7 @@ class Drawn:
         self.settings = settings
         for file in self.readings.glob("read_*.json"):
             try:
-                self.read |= json.loads(file.read_text())
+                self.read |= json.loads(file.read_text(encoding="utf-8"))
             except ValueError:  # cut short: its images are read again
                 pass
         self.there = {file.stem for file in self.folder.glob("*.png")}  # of every process the same: none draws yet
@@ -42,7 +42,7 @@ class Drawn:
             if jax.process_index() == 0:
                 self.readings.mkdir(parents=True, exist_ok=True)
                 for folder, what in (self.folder, settings), (self.readings, reading):
-                    (folder / "settings.json").write_text(_text(what) + "\n")
+                    (folder / "settings.json").write_text(_text(what) + "\n", encoding="utf-8")
 
     def read_by(self, judge, reading: dict) -> "Drawn":
         """The same images, read by another judge. Arguments as those of the class."""
@@ -64,17 +64,15 @@ class Drawn:
             images = dict(zip(missing, self.draw_batch(missing))) if missing else {}
             with ending_together():  # and others read what process 0 has written
                 for request in missing if jax.process_index() == 0 else ():
-                    unfinished = self.folder / f".{_name(request)}{OF_THIS}"
-                    with unfinished.open("wb") as file:
+                    with replacing(self.folder / f"{_name(request)}.png") as scratch, scratch.open("wb") as file:
                         Image.fromarray(images[request]).save(file, "PNG")
-                    unfinished.replace(self.folder / f"{_name(request)}.png")
             self.there |= {_name(request) for request in missing}
             reading = self.judge(np.stack([images[r] if r in images else self.image(r) for r in part]))
             rows = {_name(r): {axis: column[i].item() for axis, column in reading.items()} for i, r in enumerate(part)}
             self.read |= rows
             with ending_together():
                 if jax.process_index() == 0:
-                    (self.readings / f"read_{_name(part[0])}.json").write_text(json.dumps(rows))
+                    (self.readings / f"read_{_name(part[0])}.json").write_text(json.dumps(rows), encoding="utf-8")
             progress.update(len(part))
 
     def __getitem__(self, request) -> dict:
@@ -97,10 +95,9 @@ class Drawn:
             made = make()
             with ending_together():  # and others read what process 0 has made: of a language model it differs
                 if jax.process_index() == 0:
-                    unfinished = file.with_suffix(OF_THIS)
-                    unfinished.write_text(json.dumps(made))
-                    unfinished.replace(file)
-        return json.loads(file.read_text())
+                    with replacing(file) as scratch:
+                        scratch.write_text(json.dumps(made), encoding="utf-8")
+        return json.loads(file.read_text(encoding="utf-8"))
 
     def image(self, request) -> np.ndarray:
         """[H, W, 3] uint8. Raises ValueError for a file that is damaged."""
@@ -144,11 +141,6 @@ class Sides:
         pairs = zip(requests, plain or without_values(requests))
         differences = [np.abs(self.of(r).image(r).astype(int) - self.base.image(own)).mean() for r, own in pairs]
         return float(np.mean(differences) / 255)
-
-
-def without_values(requests) -> list:
-    """The requests for the base's images of the same noise."""
-    return [request._replace(values=()) for request in requests]
 
 
 def _text(settings: dict) -> str:

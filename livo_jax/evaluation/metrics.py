@@ -17,6 +17,10 @@ from livo_jax.evaluation.uncertainty import (
 from livo_jax.judges import UNSPECIFIED
 from livo_jax.values.principles import Value
 
+LOWER_IS_BETTER = (
+    "D1", "D2", "TV", "R", "S", "Max", "Prob", "joint_TV", "joint_D1", "mutual_information", "over_refusal",
+    "FID", "KID", "trained_parameters", "training_seconds",
+)  # fmt: skip
 GROUP = 5  # images that Max and Prob look at together
 RESAMPLES = 9999  # of kappa's bootstrap
 DRAWS = 20_000  # whose mean is a floor: its error is below 0.002
@@ -213,9 +217,12 @@ def floor(groups: tuple, target: tuple | None) -> dict[str, float]:
     """What a prompt's D1, D2, entropy and TV are in the mean where a generator shows the target, but for chance.
 
     Args:
-        groups: ((how many images, shares [K] of which each is drawn on its own), ...), of `dealt` or `quotas`.
+        groups: ((how many images, shares [K] of which each is drawn on its own), ...), of `dealt` or `quotas`; of none
+            there is no floor.
         target: [K] the shares that TV compares with; None for equal ones.
     """
+    if not groups:
+        return {}
     rng = np.random.default_rng(0)
     counts = sum(rng.multinomial(n, shares, DRAWS) for n, shares in groups)  # [DRAWS, K]
     d1, d2 = discrepancy(counts)
@@ -398,13 +405,13 @@ def kappa(confusion) -> np.ndarray:
     return np.where(chance < 1, beyond / np.where(chance < 1, 1 - chance, 1), 1.0)
 
 
-def agreement(per_prompt, seed: int = 0) -> tuple[float, list[float] | None]:
+def agreement(per_prompt) -> tuple[float, list[float] | None]:
     """Cohen's kappa of all images, and its 95% percentile bootstrap interval over prompts, None of one.
 
     Args:
         per_prompt: [prompts, K, K] confusion matrices.
     """
-    per_prompt, rng = np.asarray(per_prompt), np.random.default_rng(seed)
+    per_prompt, rng = np.asarray(per_prompt), np.random.default_rng(0)
     P, found = len(per_prompt), float(kappa(per_prompt.sum(0)))
     if P < 2:
         return found, None

@@ -78,7 +78,7 @@ def read(answer: str) -> list[str]:
     """The texts of an answer that can be prompts, each once: of one line, and not longer than LONGEST."""
     try:
         listed = json.loads(answer)["prompts"]
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         return []
     texts = (
         [" ".join(text.split()) for text in listed if not files.text_fault(text)] if isinstance(listed, list) else []

@@ -1,4 +1,4 @@
-"""eval/report.html: one self-contained page; and the picture sheets of a run."""
+"""eval/report.html: one self-contained page."""
 
 import csv
 import io
@@ -10,8 +10,8 @@ import numpy as np
 
 from livo_jax.evaluation import charts
 from livo_jax.evaluation.cases import AUTO, PLAIN
-from livo_jax.evaluation.metrics import document
-from livo_jax.files.images import _uri, png_uri, sheet
+from livo_jax.evaluation.metrics import LOWER_IS_BETTER, document
+from livo_jax.files.images import data_uri, png_uri, sheet
 
 TEMPLATE = pathlib.Path(__file__).with_name("report.html.j2")
 
@@ -28,8 +28,6 @@ WORST = (  # of the values, what a plot of settings shows beside their effects
 )
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what begins so a spreadsheet may take for a formula
-
-LOWER_IS_BETTER = ("D1", "D2", "TV", "R", "S", "Max", "Prob", "joint_TV", "joint_D1", "mutual_information")
 
 
 def table(results: list[dict]) -> str:
@@ -277,19 +275,19 @@ def write(
         "training.json": metrics,
         "config.json": config,
     }
-    files = {"results.csv": _uri("text/csv", _csv(results))}
+    files = {"results.csv": data_uri("text/csv", _csv(results))}
     files |= {
-        name: _uri("application/json", json.dumps(content, indent=2).encode())
+        name: data_uri("application/json", json.dumps(content, indent=2).encode())
         for name, content in documents.items()
         if content
     }
     kinds = {"csv": "text/csv", "json": "application/json"}
     for name, content in board["files"].items() if board else ():
-        files[name] = _uri(kinds.get(name.rpartition(".")[2], "text/plain"), content.encode())
+        files[name] = data_uri(kinds.get(name.rpartition(".")[2], "text/plain"), content.encode())
     plots = _plots(results, values, curves, metrics, sweeps)
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["label"] = _label
-    page = environment.from_string(TEMPLATE.read_text()).render(
+    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=title,
         methods=methods,
         lower_is_better=LOWER_IS_BETTER,
@@ -299,7 +297,7 @@ def write(
         trainings=max((len(r.get("trainings", ())) for r in results), default=0),
         pictures=shown,
         plots={
-            heading: {name.replace("\n", ": "): _uri("image/svg+xml", svg) for name, svg in of.items()}
+            heading: {name.replace("\n", ": "): data_uri("image/svg+xml", svg) for name, svg in of.items()}
             for heading, of in plots.items()
         },
         costs=costs,
@@ -310,4 +308,4 @@ def write(
         card=json.dumps(board["card"], indent=2) if board else "",
         config=json.dumps(config, indent=2),
     )
-    path.write_text(page)
+    path.write_text(page, encoding="utf-8")

@@ -150,16 +150,18 @@ def export(directory: str | os.PathLike, sd, value_encoder, config, results: lis
                 save(value_encoder.towers[k], place, published, stem="model", prefix=prefix)
             elif not k:
                 value_encoder.save(out / "value_encoder", base)
-                (out / "value_encoder" / "config.json").write_text(json.dumps(published, indent=2) + "\n")
+                (out / "value_encoder" / "config.json").write_text(
+                    json.dumps(published, indent=2) + "\n", encoding="utf-8"
+                )
             shutil.copytree(sd.root / f"tokenizer{second}", out / f"tokenizer{second}")
-        lines = PIPELINE.read_text().splitlines(keepends=True)
+        lines = PIPELINE.read_text(encoding="utf-8").splitlines(keepends=True)
         (place,) = (i for i, line in enumerate(lines) if line.startswith("SETTINGS = "))
         lines[place] = f"SETTINGS = {settings!r}\n"
-        (out / "pipeline.py").write_text("".join(lines))
+        (out / "pipeline.py").write_text("".join(lines), encoding="utf-8")
         for name in CARRIED_FILES:
-            text = pathlib.Path(dealing.__file__).with_name(f"{name}.py").read_text()
-            (out / f"livo_{name}.py").write_text(text.replace("from livo_jax.values.", "from .livo_"))
-        (out / "README.md").write_text(card(config, results, recipe))
+            text = pathlib.Path(dealing.__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
+            (out / f"livo_{name}.py").write_text(text.replace("from livo_jax.values.", "from .livo_"), encoding="utf-8")
+        (out / "README.md").write_text(card(config, results, recipe), encoding="utf-8")
 
 
 def name_base(model: str) -> str:

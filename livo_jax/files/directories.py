@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import errno
 import filecmp
 import os
 import pathlib
@@ -12,6 +13,8 @@ from absl import logging
 from etils import epath
 
 from livo_jax.processes import ending_together
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what the system says of a full disk
 
 
 def resolve_directory(path: str | os.PathLike) -> epath.Path:
@@ -32,6 +35,29 @@ def resolve_directory(path: str | os.PathLike) -> epath.Path:
 
 def is_remote(path: str | os.PathLike) -> bool:
     return "://" in os.fspath(path)
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Gives a path beside this one to write to; what is written takes the place of `path`, whole or not at all.
+
+    Raises OSError, which names `path`, where the disk is full.
+    """
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")  # of processes that write the same each has its own
+    try:
+        yield scratch
+        scratch.replace(path)
+    except OSError as error:
+        if error.errno in FULL and not error.filename:  # of a write, which does not say to what
+            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+        raise
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is one that a system or an editor keeps for itself, as .ipynb_checkpoints or ._1.png."""
+    return name.startswith(".") or name == "__MACOSX"
 
 
 def is_moved(theirs: str, ours: str) -> bool:
@@ -77,11 +103,11 @@ def held(directory, does: str = "writes to"):
                 if is_remote(directory):
                     if file.exists():
                         told = "a process that has not ended, or was killed, %s: never run two"
-                        logging.warning(told, file.read_text())
-                    file.write_text(holder)
+                        logging.warning(told, file.read_text(encoding="utf-8"))
+                    file.write_text(holder, encoding="utf-8")
                     stack.callback(file.unlink, missing_ok=True)
                 else:
-                    lock = stack.enter_context(open(file, "a+"))
+                    lock = stack.enter_context(open(file, "a+", encoding="utf-8"))
                     if not locked(lock):
                         lock.seek(0)
                         other = lock.read() or f"{does} {directory}"

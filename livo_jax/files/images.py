@@ -1,19 +1,23 @@
-"""Images that users give, read in one way; and how images are shown."""
+"""Images that users give, read in one way; and how images are shown.
+
+They are PNG, JPEG and WebP: other formats are rarer, and some are programs.
+"""
 
 import base64
 import io
 import os
+import pathlib
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageFilter, ImageOps, UnidentifiedImageError
 
+from livo_jax.files.directories import is_hidden
 from livo_jax.files.repositories import POINTER
 
 FETCH = "a pointer of Git LFS, not the file itself: fetch it with git lfs pull"
 
-CONVERT = "convert the file to UTF-8, as with iconv -f {} -t UTF-8"
-
 FORMATS = ("PNG", "JPEG", "WEBP")  # as Pillow calls them
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 BIT_DEPTH = 24  # where a PNG has its bits for each channel
 
@@ -21,6 +25,12 @@ BIT_DEPTH = 24  # where a PNG has its bits for each channel
 SRGB = (1 / 2.2, 0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)
 
 CICP, CICP_SRGB = b"\0\0\0\4cICP", b"\1\x0d\0\1"  # the chunk that goes before all others, as it begins and as it is
+
+
+def image_files(folder: str | os.PathLike) -> list[pathlib.Path]:
+    """The images of a folder by their suffixes, of SUFFIXES, in order; none that is hidden."""
+    there = sorted(pathlib.Path(folder).expanduser().glob("*"))
+    return [p for p in there if p.suffix.lower() in SUFFIXES and not is_hidden(p.name) and p.is_file()]
 
 
 def read_image(source: bytes | str | os.PathLike) -> Image.Image:
@@ -121,32 +131,28 @@ GAP = 2  # pixels between the images of a sheet
 
 def blurred(images) -> list[np.ndarray]:
     """Images [H, W, 3] uint8 in which no harm can be made out."""
-    from PIL import Image, ImageFilter
-
     blur = ImageFilter.GaussianBlur(images[0].shape[0] / 6)
     return [np.asarray(Image.fromarray(image).filter(blur)) for image in images]
 
 
-def sheet(rows, scale: int = 1, gap: int = GAP):
-    """Rows of images (lists of [H, W, 3] uint8, None leaves a gap) as one PIL image."""
-    from PIL import Image
-
+def sheet(rows, scale: int = 1) -> Image.Image:
+    """Rows of images (lists of [H, W, 3] uint8, None leaves a gap) as one image."""
     H, W, _ = next(image for row in rows for image in row if image is not None).shape
     columns = max(map(len, rows))
-    canvas = np.full((len(rows) * (H + gap) - gap, columns * (W + gap) - gap, 3), 255, np.uint8)
+    canvas = np.full((len(rows) * (H + GAP) - GAP, columns * (W + GAP) - GAP, 3), 255, np.uint8)
     for r, row in enumerate(rows):
         for c, image in enumerate(row):
             if image is not None:
-                canvas[r * (H + gap) : r * (H + gap) + H, c * (W + gap) : c * (W + gap) + W] = image
+                canvas[r * (H + GAP) : r * (H + GAP) + H, c * (W + GAP) : c * (W + GAP) + W] = image
     picture = Image.fromarray(canvas)
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
 
 
-def _uri(kind: str, content: bytes) -> str:
+def data_uri(kind: str, content: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def png_uri(picture) -> str:
     stream = io.BytesIO()
     picture.save(stream, "PNG")
-    return _uri("image/png", stream.getvalue())
+    return data_uri("image/png", stream.getvalue())

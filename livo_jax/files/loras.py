@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from livo_jax.files.repositories import LORA, Tensor, find_repository, is_pointer, open_tensors
-from livo_jax.models.weights import TO_OURS, published_name, put, split
+from livo_jax.models.weights import TO_OURS, TO_PUBLISHED, published_name, put, split
 
 KOHYA = {"text_encoder": ("lora_te_", "lora_te1_"), "text_encoder_2": ("lora_te2_",), "unet": ("lora_unet_",)}
 # What follows a layer's name.
@@ -138,8 +138,8 @@ def find_lora(entry: str | os.PathLike) -> tuple[pathlib.Path, float]:
         scale = float(scale)
     except ValueError:
         scale = math.nan
-    if not math.isfinite(scale):
-        raise ValueError(f"config.loras: {entry!r}: what follows the last = is the scale, a number")
+    if not abs(scale) <= float(np.finfo(np.float32).max):
+        raise ValueError(f"config.loras: {entry!r}: what follows the last = is the scale, a number that float32 holds")
     path = pathlib.Path(name).expanduser()
     if path.is_dir():
         path = path / LORA
@@ -158,7 +158,7 @@ def _layers(module) -> dict[str, tuple]:
     found = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(split(module)[1]):
         if path[-1].key == "kernel":
-            order = np.argsort(TO_OURS[leaf.ndim])
+            order = TO_PUBLISHED[leaf.ndim]
             found[published_name(path).removesuffix(".weight")] = tuple(leaf.shape[i] for i in order)
     return found
 
@@ -237,9 +237,16 @@ def _read(
         if layer not in names or not (match or is_alpha):
             problems.append(f"unexpected {key} {tensor.shape}")
         elif is_alpha:
-            alphas[names[layer]] = float(np.asarray(whole.get(key, tensor)).reshape(()))
+            alpha = np.asarray(whole.get(key, tensor))
+            if alpha.size != 1 or names[layer] in alphas:
+                problems.append(f"{key} {alpha.shape} is no number, or there twice")
+            else:
+                alphas[names[layer]] = float(alpha.reshape(()))
         else:
-            matrices.setdefault(names[layer], {})[ROLES.get(match[1], match[1])] = tensor
+            pair, role = matrices.setdefault(names[layer], {}), ROLES.get(match[1], match[1])
+            if role in pair:
+                problems.append(f"{key} is there twice, by two names of a layer")
+            pair[role] = tensor
     found = {}
     for part, name in matrices.keys() | alphas.keys():
         pair = matrices.get((part, name), {})
@@ -248,9 +255,10 @@ def _read(
             problems.append(f"missing {' and '.join(sorted(missing))} of {label}")
             continue
         down, up = pair["down"], pair["up"]
-        rank = down.shape[0]
-        given = up.shape[0], math.prod(down.shape[1:]), math.prod(up.shape[1:])
-        if rank < 1 or given != (shape[0], math.prod(shape[1:]), rank):
+        rank = down.shape[0] if down.shape and up.shape else 0
+        if rank < 1 or (up.shape[0], math.prod(down.shape[1:]), math.prod(up.shape[1:])) != (
+            shape[0], math.prod(shape[1:]), rank,
+        ):  # fmt: skip
             problems.append(f"misshapen {label}: {up.shape} times {down.shape}, {shape} wanted")
             continue
         alpha = alphas.get((part, name), _alpha(settings, part, name, rank))

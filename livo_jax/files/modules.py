@@ -15,6 +15,7 @@ from livo_jax.files.repositories import (
     open_tensors,
     read_json,
     weight_files,
+    write_safetensors,
 )
 from livo_jax.models.clip import CLIPTextModel, CLIPTextModelWithProjection
 from livo_jax.models.mmdit import SD3Transformer2DModel
@@ -161,9 +162,7 @@ def initialise(model_class, directory: pathlib.Path, dtype=jnp.float32, *, seed:
 
 def save(module, directory: pathlib.Path, config: dict, *, stem: str, prefix: str = "", dtype=np.float32):
     """Writes a component directory: config.json and {stem}.safetensors, names after `prefix`."""
-    from safetensors.numpy import save_file
-
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     tensors = {name: array.astype(dtype) for name, array in to_published(split(module)[1], prefix).items()}
-    save_file(tensors, directory / f"{stem}.safetensors", metadata={"format": "pt"})
+    write_safetensors(tensors, directory / f"{stem}.safetensors", metadata={"format": "pt"})

@@ -77,6 +77,11 @@ def find_repository(path_or_hub_id: str | os.PathLike, patterns: list[str]) -> p
             f" reachable ({type(error).__name__}). Fetch it where there is a network, with\n"
             f"  hf download {name}\n  or give the path of a copy, a directory."
         ) from error
+    except ImportError as error:  # which says how to install what a SOCKS proxy wants
+        raise FileNotFoundError(
+            f"no model at {name!r}: it is no directory here, and the hub is not reached: {error} Or unset the proxy in"
+            " the environment"
+        ) from error
     except OSError as error:
         if error.errno not in (errno.EROFS, errno.EACCES):
             raise
@@ -154,7 +159,7 @@ def from_one_file(file: pathlib.Path) -> str:
     """How to make a model's directory of a file that web interfaces use."""
     return (
         "One file of a whole Stable Diffusion, as web interfaces use it, is converted by diffusers"
-        " (StableDiffusionXLPipeline of an XL):\n"
+        " (StableDiffusionXLPipeline of an XL, StableDiffusion3Pipeline of a 3 or 3.5):\n"
         f'  python -c "from diffusers import StableDiffusionPipeline as P;'
         f" P.from_single_file('{file}').save_pretrained('DIR')\""
     )
@@ -311,6 +316,20 @@ def read_safetensors(file: str | os.PathLike) -> tuple[dict[str, str], dict[str,
             return opened.metadata() or {}, {name: opened.get_tensor(name) for name in opened.keys()}
     except safetensors.SafetensorError as error:
         raise ValueError(f"{file} {_another_kind(file) or 'is damaged'}: {error}") from error
+
+
+def write_safetensors(tensors: dict[str, np.ndarray], file: str | os.PathLike, metadata: dict[str, str] | None = None):
+    """Writes a safetensors file, readable for whom the umask lets read. Raises OSError where the disk is full."""
+    import safetensors
+    from safetensors.numpy import save_file
+
+    try:
+        save_file(tensors, file, metadata)
+    except safetensors.SafetensorError as error:
+        raise OSError(f"{file} cannot be written: {error}. Free some space, and run the same command again") from error
+    mask = os.umask(0)
+    os.umask(mask)
+    os.chmod(file, 0o666 & ~mask)  # safetensors' own are for their owner alone
 
 
 def _another_kind(file: str | os.PathLike) -> str:

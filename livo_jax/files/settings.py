@@ -4,11 +4,13 @@ import importlib
 
 import jax
 
+from livo_jax.models.weights import name_of
+
 
 def flatten(config: dict) -> dict:
     """Nested dicts as one: {"train.steps": 1200, ...}."""
     leaves = jax.tree_util.tree_leaves_with_path(config, is_leaf=lambda x: not isinstance(x, dict))
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+    return {name_of(path): leaf for path, leaf in leaves}
 
 
 def differences(theirs: dict, ours: dict) -> list[str]:

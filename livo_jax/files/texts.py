@@ -1,11 +1,9 @@
-"""Texts and images that users give, each read in one way wherever it is read.
+"""Texts that users give, read in one way wherever they are read.
 
 Texts are UTF-8, with or without a byte order mark, or UTF-16 with one. A line ends where \\n, \\r\\n or \\r stands and
 nowhere else: U+2028, U+0085 and form feeds belong to the text. Texts are taken as they are, no character is replaced,
 but for what `tidy` does: a prompt's noise depends on its text. What cannot be read as it was written is refused by file
 and line.
-
-Images are PNG, JPEG and WebP: other formats are rarer, and some are programs.
 """
 
 import codecs
@@ -21,8 +19,10 @@ from collections.abc import Iterator, Sequence
 
 from absl import logging
 
-from livo_jax.files.images import CONVERT, FETCH
+from livo_jax.files.images import FETCH
 from livo_jax.files.repositories import POINTER
+
+CONVERT = "convert the file to UTF-8, as with iconv -f {} -t UTF-8"
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
@@ -52,11 +52,6 @@ def spelled_otherwise(name: str, there: dict[str, str]) -> str:
     """That one of `there`, as by_spelling has them, is this name, for a message that it is not; "" if none is."""
     (spelling,) = by_spelling([name])
     return f": it is {ascii(there[spelling])} there and {ascii(name)} here, rename one" if spelling in there else ""
-
-
-def is_hidden(name: str) -> bool:
-    """Whether a file or folder is one that a system or an editor keeps for itself, as .ipynb_checkpoints or ._1.png."""
-    return name.startswith(".") or name == "__MACOSX"
 
 
 def split_lines(data: bytes, name, problems: list[str]) -> list[str]:

@@ -45,6 +45,11 @@ class Judge:
     colours: tuple[str, ...] = ()
     axes: tuple[str, ...] = ()
 
+    @property
+    def may_read(self) -> dict:
+        """What metrics.prompt_metrics wants to know of it."""
+        return {"thresholds": self.thresholds, "unspecified": self.unspecified}
+
     def __call__(self, images) -> Reading:
         blank, reading = uniform(images), {axis: np.asarray(x) for axis, x in self.read(images).items()}
         if missing := [axis for axis in self.axes if axis not in reading]:

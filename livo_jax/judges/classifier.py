@@ -4,7 +4,7 @@ import functools
 
 from livo_jax.files.repositories import find_repository, weight_patterns
 from livo_jax.judges import Judge, _labels
-from livo_jax.judges.llava import load_pytorch, pin_pytorch, pytorch_problems
+from livo_jax.judges._pytorch import load_pytorch, pin_pytorch, pytorch_problems
 
 BATCH = 16  # images at once
 FILES = ["*config.json", *weight_patterns("model", None)]

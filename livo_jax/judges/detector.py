@@ -14,7 +14,7 @@ from flax import nnx
 
 from livo_jax.files.repositories import find_repository, read_json, weight_files, weight_patterns
 from livo_jax.judges import COLOURS, Judge, _labels, clip, hash_files
-from livo_jax.judges.llava import load_pytorch, pin_pytorch, pytorch_problems
+from livo_jax.judges._pytorch import load_pytorch, pin_pytorch, pytorch_problems
 from livo_jax.models.clip import unit
 from livo_jax.models.weights import split
 from livo_jax.values.principles import phrase

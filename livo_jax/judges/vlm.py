@@ -97,7 +97,7 @@ def make(config, values, subjects) -> Judge:
         if now and len(garbage) == len(now):  # some of it is a drop, nothing else is no judge
             raise ConnectionError(
                 f"{c.endpoint} (config.judging.endpoint) answers none of {len(now)} questions with a chat completion:"
-                f" is it the base URL of an OpenAI-compatible server? It sends {garbage[0][:200]!r}"
+                f" is it the base URL of an OpenAI-compatible server? It sends {garbage[0]}"
             )
         if len(now) < len(missing):
             raise RuntimeError(

@@ -12,6 +12,7 @@ from flax import nnx
 from livo_jax import values
 from livo_jax.models.weights import split
 from livo_jax.sampling.generate import generate
+from livo_jax.sampling.requests import without_values
 
 TRAINING = ("train", "loss", "data", "value_encoder", "checkpoint", "log", "profile")
 TOKENS = (  # of the methods that have value tokens
@@ -27,10 +28,6 @@ class Drawing(NamedTuple):
     draw: draw(requests) -> [N, H, W, 3] uint8, from each request's noise; its values are those to follow.
     state: a tree of all arrays that it draws with, settings: what else its images depend on, for JSON: where these are
         equal, so are the images.
-    tokens: whether it has a token of each value, which is for the value's keep_probability's share of a prompt's
-        images. Otherwise a value is followed in all of them.
-    together: whether it follows several values in one image.
-    even: whether it deals a bias's attributes themselves to a prompt's images, each to as many.
     trained: how many parameters it sets.
     seconds: that this took, where no training did it.
     """
@@ -38,9 +35,6 @@ class Drawing(NamedTuple):
     draw: Callable[[list], np.ndarray]
     state: Any
     settings: dict
-    tokens: bool = False
-    together: bool = True
-    even: bool = False
     trained: int = 0
     seconds: float = 0.0
 
@@ -61,13 +55,15 @@ class Method(abc.ABC):
     """A way to follow values, of a config. This one draws with the model as it is; a TrainedMethod trains first.
 
     KINDS: of the values that it is for. UNREAD: sections and fields of a config that it does not read.
-    HAS_TOKENS: whether it draws with value tokens, of a value encoder in its Models. SECTION: of a config, with
-    settings that configs/common.py has not; "" where it needs none.
+    HAS_TOKENS: whether it draws with value tokens, of a value encoder in its Models; each is for its value's
+    keep_probability's share of a prompt's images, where any other method follows a value in all of them. TOGETHER:
+    whether it follows several values in one image. EVEN: whether it deals a bias's attributes themselves to a prompt's
+    images, each to as many. SECTION: of a config, with settings that configs/common.py has not; "" where it needs none.
     """
 
     SECTION = ""
     KINDS: tuple[str, ...] = ("bias", "harm")
-    HAS_TOKENS = False
+    HAS_TOKENS, TOGETHER, EVEN = False, True, False
     UNREAD: tuple[str, ...] = (*TRAINING, *TOKENS, "preferences")
 
     def __init__(self, config):
@@ -167,7 +163,7 @@ def draw_plain(config, sd, mesh, settings: dict, **facts) -> Drawing:
     """The Drawing of a StableDiffusion as it is, whatever is asked of it."""
 
     def draw(requests):
-        return drawer(config, mesh)(sd, [request._replace(values=()) for request in requests])
+        return drawer(config, mesh)(sd, without_values(requests))
 
     return Drawing(draw, weights_of(sd), settings, **facts)
 

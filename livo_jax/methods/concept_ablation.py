@@ -17,8 +17,7 @@ from flax import nnx
 from livo_jax import sharding
 from livo_jax.methods.base import check_cross_attention, quantised_problems
 from livo_jax.methods.of_unet import UNetMethod
-from livo_jax.models import low_rank
-from livo_jax.models.weights import replaced, split
+from livo_jax.models.weights import name_of, replaced, split
 from livo_jax.training import losses
 from livo_jax.training.batch import Batch
 from livo_jax.training.objective import add_noise, prompt_states
@@ -49,7 +48,7 @@ class Update(nnx.Module):
     def __init__(self, config, sd, rngs):
         check_cross_attention(config, sd)
         leaves = jax.tree_util.tree_leaves_with_path(split(sd.unet)[1])
-        kernels = {low_rank.name_of(layer): x for (*layer, _), x in leaves}
+        kernels = {name_of(layer): x for (*layer, _), x in leaves}
         self.kernels = nnx.Dict({k: nnx.Param(x.astype("float32")) for k, x in kernels.items() if k.endswith(TARGETS)})
 
     def applied(self, unet):

@@ -51,7 +51,7 @@ class FairDiffusion(Method):
     """config.fair_diffusion has `edit`, the text of an attribute, and SemanticGuidance's fields."""
 
     SECTION = "fair_diffusion"
-    KINDS = ("bias",)
+    KINDS, EVEN = ("bias",), True
 
     def problems(self):
         return guidance_problems(self.config)
@@ -75,4 +75,4 @@ class FairDiffusion(Method):
         settings = {
             "method": "fair_diffusion", "edit": text, "dealt": "evenly", "guidance": dataclasses.asdict(guidance),
         }  # fmt: skip
-        return Drawing(draw, weights_of(models.sd), settings, even=True)
+        return Drawing(draw, weights_of(models.sd), settings)

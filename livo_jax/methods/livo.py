@@ -52,7 +52,7 @@ class LiVO(TrainedMethod):
         own = {name: getattr(value_encoder, name) for name in (*READING, "alone")}
         own = {name: x for name, x in own.items() if x != getattr(type(value_encoder), name)}
         settings = {"method": "value tokens"} | own
-        return Drawing(draw, [weights_of(models.sd), params], settings, tokens=True, trained=self.count_trained(params))
+        return Drawing(draw, [weights_of(models.sd), params], settings, trained=self.count_trained(params))
 
     def count_trained(self, params) -> int:
         """How many parameters training moves."""

@@ -15,7 +15,8 @@ from flax import nnx
 from tqdm import tqdm
 
 from livo_jax import seeds, sharding, values
-from livo_jax.files.repositories import read_safetensors
+from livo_jax.files.directories import replacing
+from livo_jax.files.repositories import read_safetensors, write_safetensors
 from livo_jax.methods.base import (
     TOKENS,
     TRAINING,
@@ -29,9 +30,9 @@ from livo_jax.methods.base import (
     with_unet,
 )
 from livo_jax.models.clip import first_ids
-from livo_jax.models.weights import put, split
+from livo_jax.models.weights import name_of, put, split
 from livo_jax.processes import ending_together
-from livo_jax.sampling.requests import Request
+from livo_jax.sampling.requests import Request, without_values
 from livo_jax.values.principles import phrase
 
 FILE = "uce.safetensors"
@@ -76,7 +77,7 @@ class Texts:
 
 
 def _reads_text(path) -> bool:
-    return jax.tree_util.keystr(path, simple=True, separator=".").endswith(("attn2.to_k.kernel", "attn2.to_v.kernel"))
+    return name_of(path).endswith(("attn2.to_k.kernel", "attn2.to_v.kernel"))
 
 
 def edited(sd, M):
@@ -166,7 +167,7 @@ class UnifiedConceptEditing(Method):
     """
 
     SECTION = "uce"
-    UNREAD = (*TRAINING, *TOKENS)
+    UNREAD, TOGETHER = (*TRAINING, *TOKENS), False
 
     def problems(self):
         file, found = self.config.uce.matrices, quantised_problems(self.config)
@@ -185,8 +186,7 @@ class UnifiedConceptEditing(Method):
         edited_by_value = {statement: edited(sd, M) for statement, M in matrices.items()}
 
         def draw_edited(statement, requests):
-            plain = [request._replace(values=()) for request in requests]
-            return drawer(config, mesh)(edited_by_value[statement], plain)
+            return drawer(config, mesh)(edited_by_value[statement], without_values(requests))
 
         def draw(requests):
             return by_group(requests, lambda request: request.values[0].value, draw_edited)
@@ -194,13 +194,11 @@ class UnifiedConceptEditing(Method):
         unet = jax.tree_util.tree_leaves_with_path(split(sd.unet)[1])
         trained = len(matrices) * sum(leaf.size for path, leaf in unet if _reads_text(path))
         state = [weights_of(sd), matrices]
-        return Drawing(draw, state, settings, together=False, trained=trained, seconds=seconds)
+        return Drawing(draw, state, settings, trained=trained, seconds=seconds)
 
     def find_matrices(self, settings: dict, sd, mesh, workdir, judge) -> tuple[dict[str, np.ndarray], float]:
         """M by the values' statements, and the seconds that they took. Each is kept in `workdir` once it is found, for
         the same config and arrays, wherever the model lies."""
-        from safetensors.numpy import save_file
-
         config, file = self.config, workdir / FILE
         found = values.load_principles(config)
         if config.uce.matrices:
@@ -223,7 +221,6 @@ class UnifiedConceptEditing(Method):
             with ending_together():
                 if jax.process_index() == 0:
                     workdir.mkdir(parents=True, exist_ok=True)
-                    unfinished = workdir / f"{FILE}.unfinished"
-                    save_file(matrices, unfinished, metadata={"settings": key, "seconds": str(seconds)})
-                    unfinished.replace(file)
+                    with replacing(file) as scratch:
+                        write_safetensors(matrices, scratch, metadata={"settings": key, "seconds": str(seconds)})
         return {v.statement: matrices[v.statement] for v in found}, seconds

@@ -8,14 +8,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from livo_jax.models.attention import attention
-from livo_jax.models.layers import ACTIVATIONS, PublishedConfig, all_but_gathered, gathered, layer_norm, once
+from livo_jax.models.layers import ACTIVATIONS, PublishedConfig, layer_norm, runner
 
 IGNORED = frozenset(  # published fields that do not change the computation
     "architectures attention_dropout bos_token_id dropout dtype initializer_factor initializer_range"
     " pad_token_id projection_dim torch_dtype transformers_version chunk_size_feed_forward id2label label2id"
     " max_length min_length num_beams num_beam_groups num_return_sequences output_scores problem_type"
     " repetition_penalty length_penalty temperature top_k top_p typical_p tie_word_embeddings"
-    " diversity_penalty return_dict use_bfloat16 livo".split()
+    " diversity_penalty return_dict use_bfloat16 output_attentions output_hidden_states attn_implementation"
+    " livo".split()
 )
 
 
@@ -209,9 +210,7 @@ class CLIPEncoder(nnx.Module):
 
     def __call__(self, x):
         """The states after the last layer, and before it."""
-        run = once
-        if self.gather:
-            run = nnx.remat(gathered(self.gather), policy=all_but_gathered)
+        run = runner(self.gather)
         for layer in self.layers:
             before, x = x, run(layer, x)
         return x, before

@@ -53,7 +53,7 @@ class PublishedConfig:
                 if not isinstance(supported[name], kind):
                     unsupported.append(f"{name}={value!r} (only {getattr(kind, '__name__', kind)})")
             elif name in cls.FIXED:
-                if value != cls.FIXED[name]:
+                if value != cls.FIXED[name] and (value, cls.FIXED[name]) != ("swish", "silu"):  # one by two names
                     unsupported.append(f"{name}={value!r} (only {cls.FIXED[name]!r})")
             elif not name.startswith("_") and name not in cls.IGNORED:
                 if any(value) if isinstance(value, list) else value:
@@ -101,6 +101,33 @@ def all_but_gathered(primitive, *_, **__):
     return primitive.name not in ("sharding_constraint", "optimization_barrier")
 
 
+def is_convolution(primitive, *_, **__) -> bool:
+    return primitive is jax.lax.conv_general_dilated_p
+
+
+# What a block keeps of its forward pass for the backward pass, which computes the rest again.
+REMAT = {
+    "none": None,  # everything
+    # The results of products with weights: those of attention, which have a batch, would be all probabilities.
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, is_convolution
+    ),
+    "full": jax.checkpoint_policies.nothing_saveable,  # its input alone
+}
+
+
+def runner(gather, remat: str = "none", plain=once):
+    """How a stack runs its blocks: run(block, x, *args).
+
+    Args:
+        gather: as `gathered` takes it, or None. remat: of REMAT; none keeps gathered weights. plain: how, without both.
+    """
+    run = gathered(gather) if gather else plain
+    if remat != "none":
+        return nnx.remat(run, policy=REMAT[remat])
+    return nnx.remat(run, policy=all_but_gathered) if gather else run
+
+
 def conv3x3(in_channels: int, out_channels: int, strides=1, padding=1, *, rngs):
     return nnx.Conv(in_channels, out_channels, (3, 3), strides, padding=padding, rngs=rngs)
 
@@ -112,6 +139,15 @@ def group_norm(channels: int, groups: int, eps: float, *, rngs):
 
 def layer_norm(channels: int, eps: float = 1e-5, *, rngs):
     return nnx.LayerNorm(channels, epsilon=eps, use_fast_variance=False, rngs=rngs)
+
+
+class TimestepEmbedding(nnx.Module):
+    def __init__(self, in_dim: int, out_dim: int, *, rngs):
+        self.linear_1 = nnx.Linear(in_dim, out_dim, rngs=rngs)
+        self.linear_2 = nnx.Linear(out_dim, out_dim, rngs=rngs)
+
+    def __call__(self, x):
+        return self.linear_2(jax.nn.silu(self.linear_1(x)))
 
 
 class ResnetBlock2D(nnx.Module):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from livo_jax.models.quantised import weight_of, whole
-from livo_jax.models.weights import replaced, split
+from livo_jax.models.weights import name_of, replaced, split
 
 
 class Updated(nnx.Module):
@@ -29,11 +29,6 @@ class Updated(nnx.Module):
             y += self.bias[...].astype(jnp.float32)
         y += self.scale * self.lora_B(self.lora_A(x.astype(jnp.float32)))
         return y.astype(jnp.result_type(x, kernel))
-
-
-def name_of(layer) -> str:
-    """The name, "down_blocks.0.attentions.0", of the key path of a layer."""
-    return jax.tree_util.keystr(layer, simple=True, separator=".")
 
 
 def updates(module, targets, rank: int, rngs) -> nnx.Dict:

@@ -8,8 +8,7 @@ import numpy as np
 from flax import nnx
 
 from livo_jax.models.attention import attention
-from livo_jax.models.layers import PublishedConfig, all_but_gathered, gathered, once, timestep_embedding
-from livo_jax.models.unet import REMAT, TimestepEmbedding
+from livo_jax.models.layers import PublishedConfig, TimestepEmbedding, runner, timestep_embedding
 
 EPS = 1e-6  # of every norm in it
 TIME_DIM = 256  # of the sinusoidal embedding of a timestep
@@ -254,11 +253,7 @@ class SD3Transformer2DModel(nnx.Module):
         vector = self.time_text_embed(t, text_embeds.astype(dtype))
         if mask is not None:
             mask = jnp.concatenate([jnp.ones(x.shape[:2], bool), mask], axis=1)
-        run = gathered(self.gather) if self.gather else once
-        if self.remat != "none":
-            run = nnx.remat(run, policy=REMAT[self.remat])
-        elif self.gather:
-            run = nnx.remat(run, policy=all_but_gathered)
+        run = runner(self.gather, self.remat)
         for block in self.transformer_blocks:
             x, text = run(block, x, text, vector, mask)
         scale, shift = self.norm_out(vector)

@@ -10,7 +10,7 @@ from flax import nnx
 
 from livo_jax.models.attention import attention
 from livo_jax.models.clip import IGNORED
-from livo_jax.models.layers import PublishedConfig, all_but_gathered, gathered, once
+from livo_jax.models.layers import PublishedConfig, runner
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,9 +115,7 @@ class T5Stack(nnx.Module):
 
     def __call__(self, x):
         bias = self.block[0].layer[0].SelfAttention.bias(x.shape[1])
-        run = once
-        if self.gather:
-            run = nnx.remat(gathered(self.gather), policy=all_but_gathered)
+        run = runner(self.gather)
         for block in self.block:
             x = run(block, x, bias)
         return self.final_layer_norm(x)

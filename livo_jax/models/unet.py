@@ -12,30 +12,15 @@ from livo_jax.models.layers import (
     Downsample2D,
     PublishedConfig,
     ResnetBlock2D,
+    TimestepEmbedding,
     Upsample2D,
-    all_but_gathered,
     conv3x3,
-    gathered,
     group_norm,
     layer_norm,
     once,
+    runner,
     timestep_embedding,
 )
-
-
-def is_convolution(primitive, *_, **__) -> bool:
-    return primitive is jax.lax.conv_general_dilated_p
-
-
-# What a block keeps of its forward pass for the backward pass, which computes the rest again.
-REMAT = {
-    "none": None,  # everything
-    # The results of products with weights: those of attention, which have a batch, would be all probabilities.
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, is_convolution
-    ),
-    "full": jax.checkpoint_policies.nothing_saveable,  # its input alone
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,15 +92,6 @@ class UNetConfig(PublishedConfig):
         """A field that is one number or one for each level, as one for each level."""
         value = getattr(self, name)
         return value if isinstance(value, tuple) else (value,) * len(self.block_out_channels)
-
-
-class TimestepEmbedding(nnx.Module):
-    def __init__(self, in_dim: int, out_dim: int, *, rngs):
-        self.linear_1 = nnx.Linear(in_dim, out_dim, rngs=rngs)
-        self.linear_2 = nnx.Linear(out_dim, out_dim, rngs=rngs)
-
-    def __call__(self, x):
-        return self.linear_2(jax.nn.silu(self.linear_1(x)))
 
 
 class GEGLU(nnx.Module):
@@ -260,7 +236,7 @@ class UNet2DConditionModel(nnx.Module):
 
     def __init__(self, config: UNetConfig, *, rngs):
         self.config = config
-        self.remat = "none"  # of REMAT; a choice of who takes gradients through the UNet
+        self.remat = "none"  # of layers.REMAT; a choice of who takes gradients through the UNet
         self.gather = None  # of who shards it: makes a block's weights whole while it computes (sharding.gather)
         channels = config.block_out_channels
         layers = config.per_level("layers_per_block")
@@ -319,11 +295,7 @@ class UNet2DConditionModel(nnx.Module):
                 self.config.addition_time_embed_dim, self.config.flip_sin_to_cos, self.config.freq_shift,
             ).reshape(len(z_t), -1)  # fmt: skip
             time += self.add_embedding(jnp.concatenate([text_embeds.astype(dtype), sizes.astype(dtype)], axis=-1))
-        run = gathered(self.gather) if self.gather else lambda block, x, *args: block(x, *args)
-        if self.remat != "none":
-            run = nnx.remat(run, policy=REMAT[self.remat])  # which keeps no gathered weights either
-        elif self.gather:
-            run = nnx.remat(run, policy=all_but_gathered)
+        run = runner(self.gather, self.remat, lambda block, x, *args: block(x, *args))
         x = self.conv_in(z_t)
         skips = [x]
         for block in self.down_blocks:

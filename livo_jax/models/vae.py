@@ -1,6 +1,7 @@
 """The image autoencoder of Stable Diffusion (AutoencoderKL, Rombach et al. 2022), of 4 channels or, in 3, 16."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +55,9 @@ class VAEConfig(PublishedConfig):
         for name, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
             if set(getattr(self, name)) != {kind}:
                 raise ValueError(f"{name}={getattr(self, name)!r}: only {kind}")
+        if not 0 < self.scaling_factor < math.inf or not math.isfinite(self.shift_factor or 0):
+            found = f"scaling_factor={self.scaling_factor}, shift_factor={self.shift_factor}"
+            raise ValueError(f"{found}: finite numbers are wanted, the first above 0")
 
     def scale(self, z):
         """Latents as the network that denoises has them, of those that the VAE has."""

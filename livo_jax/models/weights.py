@@ -44,6 +44,11 @@ def split(module: nnx.Module) -> tuple[nnx.GraphDef, dict]:
     return graph, nnx.to_pure_dict(state)
 
 
+def name_of(path) -> str:
+    """The name of a key path in a tree, "down_blocks.0.attentions.0"."""
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
 @functools.partial(jax.jit, static_argnames=("graph", "method"))
 def apply(graph: nnx.GraphDef, params, *args, method: str = "__call__"):
     """What a method of a module that was split returns.
@@ -89,7 +94,7 @@ def one_key() -> types.SimpleNamespace:
 
 def published_name(path) -> str:
     """`down_blocks.0.resnets.0.conv1.weight` for the key path of a leaf, as jax.tree_util gives it."""
-    name = jax.tree_util.keystr(path, simple=True, separator=".")
+    name = name_of(path)
     return re.sub(r"\.(kernel|scale|embedding)$", ".weight", name)
 
 

@@ -4,6 +4,8 @@ import json
 import os
 import pathlib
 
+from livo_jax.files.directories import replacing
+
 
 def client(url: str, retries: int, timeout: float):
     """The client of the endpoint with this base URL; the environment's OPENAI_API_KEY is its key, if it wants one.
@@ -11,11 +13,25 @@ def client(url: str, retries: int, timeout: float):
     Args:
         retries: after 429, 5xx and timeouts: it waits 0.5 s, 1 s, 2 s ..., or as it is told.
         timeout: seconds for an answer.
+
+    Raises:
+        ValueError: the URL, the key, or a proxy that the environment names is of no use. The key is not told.
     """
+    import httpx
     import openai
 
-    key = os.environ.get("OPENAI_API_KEY") or "none"  # endpoints at home want none, but the client does
-    return openai.OpenAI(base_url=url, api_key=key, max_retries=retries, timeout=timeout)
+    key = os.environ.get("OPENAI_API_KEY", "").strip() or "none"  # endpoints at home want none, but the client does
+    if not (key.isascii() and key.isprintable()):
+        raise ValueError("OPENAI_API_KEY has a character that no header can have: set it again")
+    try:
+        host = httpx.URL(url).host
+        here = host in ("localhost", "::1") or host.startswith("127.")  # where no proxy is asked
+        http = openai.DefaultHttpxClient(trust_env=False) if here else None
+        return openai.OpenAI(base_url=url, api_key=key, max_retries=retries, timeout=timeout, http_client=http)
+    except httpx.InvalidURL as error:
+        raise ValueError(f"endpoint={url!r} is no URL, where an IPv6 address stands in brackets: {error}") from error
+    except ImportError as error:  # which says how to install what a SOCKS proxy wants
+        raise ValueError(f"{error} Or unset the proxy in the environment") from error
 
 
 def kept(file: pathlib.Path | None) -> str | None:
@@ -23,7 +39,7 @@ def kept(file: pathlib.Path | None) -> str | None:
     if not file or not file.exists():
         return None
     try:
-        return json.loads(file.read_text())["answer"]
+        return json.loads(file.read_text(encoding="utf-8"))["answer"]
     except (ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{file} is damaged: {error}") from error
 
@@ -37,7 +53,7 @@ def ask(client, url: str, request: dict, file: pathlib.Path | None, about: dict,
 
     Raises:
         ConnectionError: the endpoint does not answer, or refuses.
-        ValueError: what comes is no chat completion; the message is what comes.
+        ValueError: what comes is no chat completion, and how it begins.
         OSError: the answer cannot be kept.
     """
     import openai
@@ -52,16 +68,15 @@ def ask(client, url: str, request: dict, file: pathlib.Path | None, about: dict,
         raise ConnectionError(f"{url} ({settings}endpoint) does not answer: {error.__cause__ or error}") from error
     try:
         answer = json.loads(text)["choices"][0]["message"]["content"]
-    except (ValueError, LookupError, TypeError):
-        raise ValueError(text) from None
+    except (ValueError, LookupError, TypeError, RecursionError):
+        raise ValueError(f"no chat completion: {text[:200]!r}") from None
     if not isinstance(answer, str):
         return ""
     if file:
-        scratch = file.with_name(f".{file.name}.{os.getpid()}")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            scratch.write_text(json.dumps({**about, "answer": answer}) + "\n")
-            os.replace(scratch, file)
+            with replacing(file) as scratch:
+                scratch.write_text(json.dumps({**about, "answer": answer}) + "\n", encoding="utf-8")
         except OSError as error:
             raise OSError(f"{file} ({settings}cache) cannot be written: {error}") from error
     return answer

@@ -141,12 +141,9 @@ class FirstSteps(LinearClassifier):
         if value_encoder is None:
             del fitted.known[KNOWN[1]]
         check_known(path, fitted, dict(zip(KNOWN, (effects, movements))))
-        self.look = functools.lru_cache(KEPT)(self.look)
+        self.products = functools.lru_cache(KEPT)(self.products)
         self.evaluations = count_evaluations(0 if value_encoder is None else len(values))
 
-    def look(self, prompt):
+    def products(self, prompt):
         effects, movements = self.read(prompt)
         return effects @ self.weights[:-1] + movements * self.weights[-1]
-
-    def products(self, prompt):
-        return self.look(prompt)

@@ -84,7 +84,7 @@ class LanguageModel:
         """What an answer says. Raises ValueError where it is not in the schema, or names what is no value."""
         try:
             found = {row["name"]: (row["score"], row["reason"]) for row in json.loads(answer)["values"]}
-        except (ValueError, LookupError, TypeError):
+        except (ValueError, LookupError, TypeError, RecursionError):
             raise ValueError(f"its answer is not in the schema: {answer[:200]!r}") from None
         if unknown := found.keys() - {value.name for value in self.values}:
             raise ValueError(f"its answer names what is no value: {str(unknown)[:200]}")

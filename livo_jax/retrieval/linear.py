@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from livo_jax.files.repositories import read_safetensors
+from livo_jax.files.repositories import read_safetensors, write_safetensors
 
 NUMBERS = ("weights", "bias", "thresholds")
 LIKE = 0.1  # how far, relatively, a model's features may be from those that a file was fitted with: rounding is less
@@ -43,8 +43,6 @@ def digest(arrays: dict[str, np.ndarray]) -> str:
 
 def save(path: str | os.PathLike, kind: str, fitted: Fitted):
     """Writes a classifier whose features are of this kind, with its card as JSON beside the numbers."""
-    from safetensors.numpy import save_file
-
     arrays = {
         "weights": np.ascontiguousarray(fitted.weights),
         "bias": np.asarray(fitted.bias, np.float32),
@@ -55,7 +53,7 @@ def save(path: str | os.PathLike, kind: str, fitted: Fitted):
         "format": kind, "values": json.dumps(list(fitted.names)), "sha256": digest(arrays),
         "card": json.dumps(fitted.card),
     }  # fmt: skip
-    save_file(arrays, path, about)
+    write_safetensors(arrays, path, about)
 
 
 def load(path: str | os.PathLike, kind: str, command: str, known: tuple[str, ...] = ()) -> Fitted:

@@ -7,8 +7,7 @@ import tomllib
 import warnings
 
 from livo_jax.retrieval import first_steps, language_model, ngrams, similarity, states
-from livo_jax.values.principles import BACKENDS, Value, lists, load
-from livo_jax.values.rules import Rules
+from livo_jax.values.principles import BACKENDS, Value, keyword_rules, load
 
 LABELLED = pathlib.Path(__file__).with_name("retriever_prompts.toml")
 
@@ -57,11 +56,6 @@ def labelled(part: str) -> dict[str, dict[str, set[str]]]:
 def _calibration() -> dict[str, set[str]]:
     """The prompts that thresholds of likeness are calibrated on, as `labelled` has them, of all categories."""
     return {prompt: wanted for rows in labelled("calibration").values() for prompt, wanted in rows.items()}
-
-
-@functools.lru_cache(16)  # a call with values="auto" makes a retriever, and reading the keywords takes a while
-def keyword_rules(values: tuple) -> Rules:
-    return Rules(values, lists())
 
 
 class Always:

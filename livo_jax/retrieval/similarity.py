@@ -4,8 +4,7 @@ import logging
 
 import numpy as np
 
-from livo_jax.values.principles import lists
-from livo_jax.values.rules import Rules
+from livo_jax.values.principles import keyword_rules
 
 
 def bm25(documents: list[str]):
@@ -91,7 +90,7 @@ class Similar:
     """
 
     def __init__(self, values, measure, labelled: dict[str, set[str]]):
-        self.values, self.rules = values, Rules(values, lists())
+        self.values, self.rules = values, keyword_rules(tuple(values))
         self.measure = measure([text for value in values for text in value.descriptions])
         self.ends = np.cumsum([len(value.descriptions) for value in values])[:-1]
         wanted = [[value.statement in statements for value in values] for statements in labelled.values()]

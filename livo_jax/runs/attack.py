@@ -26,7 +26,6 @@ from livo_jax.evaluation.cases import (  # fmt: skip
 from livo_jax.evaluation.drawn import Drawn, Sides
 from livo_jax.evaluation.prompt_sets import Prompt
 from livo_jax.processes import ending_together
-from livo_jax.retrieval.retriever import keyword_rules
 from livo_jax.runs.check import fail_with
 from livo_jax.runs.evaluate import (  # fmt: skip
     Evaluated,
@@ -39,6 +38,7 @@ from livo_jax.runs.evaluate import (  # fmt: skip
     subjects,
 )
 from livo_jax.sampling.requests import Request, with_values
+from livo_jax.values.principles import keyword_rules, phrase
 
 LOOKED_AT = {"harm": 4, "bias": 20}  # images of the base by which it is decided what is sought
 NEUTRAL, HARMFUL = "neutral", "harm said"
@@ -138,9 +138,9 @@ def attack(models: methods.Models, config, mesh, workdir) -> list[dict]:
 
 def write(folder, results: list[dict], found: list[dict], budget, pinned: list):
     """Writes attacks.json and attacks_found.json; `budget`: config.attack. Others as `measure` gives them."""
-    (folder / "attacks_found.json").write_text(json.dumps(found, indent=2) + "\n")
+    (folder / "attacks_found.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     document = metrics.document(results, pinned) | {"attack": spent(budget)}
-    (folder / "attacks.json").write_text(json.dumps(document, indent=2) + "\n")
+    (folder / "attacks.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
 def spent(budget) -> dict:
@@ -155,7 +155,7 @@ def is_attacked(config) -> bool:
 
 def passes(config) -> int:
     """Of the UNet, to find the words on one model, for all values; a step back counts as two."""
-    c, n = config.attack, config.attack.prompts * len(attacked_values(config))
+    c, n = config.attack, len(attacked_subjects(config)) * len(attacked_values(config))
     if c.search not in attacks.WHITE:
         images = c.queries if c.search == "queries" else c.paraphrases * c.noises
         return n * images * config.sampling.steps * (2 if config.sampling.guidance_scale > 1 else 1)
@@ -201,7 +201,7 @@ def measure(models: methods.Models, make_drawing, config, directory, mesh, judge
         sides = make_sides(models.base, make_drawing(models), config, principles, judge, directory, mesh)
     cases, found = [], []
     for value, words in of_values.items():
-        cases += make_cases(config, value, words, drawing)
+        cases += make_cases(config, value, words)
         found += [
             dict(search=config.attack.search, value=value.statement, method=name, subject=prompt.subject)
             | {"prompt": prompt.text, "tokens": tokens_of(models.base, text)}
@@ -314,8 +314,9 @@ def harmless_words(sd, config, value) -> list[str]:
     if value.kind == "harm":
         return words
     rules = keyword_rules((value,))
-    texts = worded(config, [("", f"{word} {neutral_prompts(config)[0].subject}") for word in words], ("{subject}",))
-    return [word for word, prompt in zip(words, texts) if value.name not in rules.rest(prompt.text)[1]]
+    subject = attacked_subjects(config)[0]
+    texts = [phrase(config.eval.template, f"{word} {subject}") for word in words]
+    return [word for word, text in zip(words, texts) if value.name not in rules.rest(text)[1]]
 
 
 def read_sought(drawn: Drawn, config, value, sought: dict, applied, prompts: list[str]) -> np.ndarray:
@@ -340,7 +341,7 @@ def tokens_of(sd, text: str) -> list[int]:
 # ---------------------------------------------------------------------------- what is measured
 
 
-def make_cases(config, value, words: dict[str, list[str]], drawing: methods.Drawing) -> list[Case]:
+def make_cases(config, value, words: dict[str, list[str]]) -> list[Case]:
     """Those of the base and of the method, by what the prompt is; a harm's value is on every image."""
     found, neutral = [], neutral_prompts(config)
     splits = {NEUTRAL: neutral} | ({HARMFUL: harmful_prompts(config, value)} if value.kind == "harm" else {})
@@ -348,7 +349,8 @@ def make_cases(config, value, words: dict[str, list[str]], drawing: methods.Draw
     seeks_words = value.kind == "harm" and config.attack.search != "continuous"
     for prompt in prompt_sets.rows(config, value) + further_prompts(config, value) if seeks_words else ():
         known.setdefault(prompt.split, []).append(prompt)
-    tokens = drawing.tokens and value.kind == "bias"  # dealt out to its share of the images, as users get it
+    method = methods.make_method(config)
+    tokens = method.HAS_TOKENS and value.kind == "bias"  # dealt out to its share of the images, as users get it
     for name, texts in words.items():
         whole = config.attack.search == "paraphrases"
         attacked = [own._replace(text=text if whole else f"{text} {own.text}") for text, own in zip(texts, neutral)]
@@ -361,7 +363,7 @@ def make_cases(config, value, words: dict[str, list[str]], drawing: methods.Draw
                 if name != "base":
                     deal = functools.partial(with_values, seed=config.eval.seed) if tokens else everywhere
                     requests = deal(requests, [value])
-                    groups = groups_of(value, requests, dealt_to(value, drawing.tokens, drawing.even))
+                    groups = groups_of(value, requests, dealt_to(value, method.HAS_TOKENS, method.EVEN))
                 found.append(Case(value.statement, name, value, split, own.subject, requests, groups=groups))
     return found
 
@@ -375,14 +377,13 @@ def numbers_of(sides, principles, judge, cases: list[Case], alone: list[Case]) -
     """Numbers as metrics.rows takes them."""
     found = Evaluated(sides)
     for case in cases:
-        may_read = dict(thresholds=judge.thresholds, unspecified=judge.unspecified)
-        of_case = metrics.prompt_metrics(case.value, case.subject, sides.reading(case.requests), **may_read)
+        of_case = metrics.prompt_metrics(case.value, case.subject, sides.reading(case.requests), **judge.may_read)
         of_case["distance"] = sides.distance(case.requests, plain_of(case))
         if case.value.kind == "harm":
             of_case["any"] = float(of_case["R"] > 0)
         if case.method == AUTO:
             of_case["chosen"] = float(is_applied(case))
-        found.add(case, of_case, metrics.floor(case.groups, None) if case.groups else {})
+        found.add(case, of_case, metrics.floor(case.groups, None))
     for case in alone:
         found.add_over_refusal(case, principles)
     return found.numbers

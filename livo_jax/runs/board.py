@@ -15,11 +15,11 @@ import numpy as np
 
 from livo_jax import judges, methods, sharding, values
 from livo_jax.evaluation import board, cases, metrics, objects, prompt_sets
-from livo_jax.evaluation.drawn import without_values
 from livo_jax.files.settings import flatten
 from livo_jax.judges import hash_files
 from livo_jax.runs import attack, check, evaluate, plan, trainings
 from livo_jax.runs.further import Further, load_networks, load_readers
+from livo_jax.sampling.requests import without_values
 
 FIELDS = ("judges", "quality")  # of a comparison, that make it a board
 PACKAGES = (  # whose versions the card has
@@ -100,7 +100,7 @@ def stand_in(config, folder) -> dict[str, int]:
         missing[entry] = chosen.limit if chosen else 0
         if missing[entry]:
             file = folder / f"{name}.txt"
-            file.write_text("".join(f"{name} {k}\n" for k in range(chosen.limit)))
+            file.write_text("".join(f"{name} {k}\n" for k in range(chosen.limit)), encoding="utf-8")
             empty = dict.fromkeys(("repo", "sha256", "template", "subject", *prompt_sets.PARSERS), "")
             chosen.update(empty | {"file": str(file), "column": "prompt"})
     config.eval.prompts = tuple(entry for entry in config.eval.prompts if missing.get(entry, 1))
@@ -138,7 +138,7 @@ def cost(comparison, configs: dict) -> str:
     for name, own in configs.items():
         own = copy.deepcopy(own)
         evaluate.drop_rates(own)
-        asked = evaluate.requests_asked(*evaluate.ask(own, methods.make_method(own).HAS_TOKENS))
+        asked = evaluate.requests_asked(*evaluate.ask(own))
         base |= dict.fromkeys(without_values(asked))
         images = sum(bool(request.values) for request in asked)
         times = trainings.count_of(own, comparison)
@@ -248,7 +248,7 @@ def versions() -> dict[str, str]:
             continue
     root = pathlib.Path(__file__).parents[2]
     if (root / "pyproject.toml").is_file():
-        found["livo_jax"] = tomllib.loads((root / "pyproject.toml").read_text())["project"]["version"]
+        found["livo_jax"] = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
     if (root / ".git").exists() and shutil.which("git"):
         describe = ["git", "-C", root, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         found["commit"] = subprocess.run(describe, capture_output=True, text=True).stdout.strip()

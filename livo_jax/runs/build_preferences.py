@@ -180,7 +180,7 @@ def draw(folder: pathlib.Path, requests: list[Request], sd, judge, config) -> Dr
             dataset.write_whole(images_of[k], map(png, images))
             dataset.write_whole(reading_of[k], json.dumps(reading))
             progress.update(len(images))
-    parts = [json.loads(file.read_text()) for file in reading_of]
+    parts = [json.loads(file.read_text(encoding="utf-8")) for file in reading_of]
     reading = {axis: np.concatenate([part[axis] for part in parts]) for axis in parts[0]}
     return Drawn(ArrayRecordDataSource([str(file) for file in images_of]), reading)
 

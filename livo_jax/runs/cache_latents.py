@@ -82,7 +82,7 @@ def write(preferences: data.Preferences, sd: StableDiffusion, config, directory:
                     for i in range(block.start, block.start + block.count):
                         prompts |= data.prompts_of(source[i]["prompt"].decode(), block, config, principles)
                 prompts = sorted(prompts)
-                (work / "prompts.json").write_text(json.dumps(prompts))
+                (work / "prompts.json").write_text(json.dumps(prompts), encoding="utf-8")
                 h, w, channels = sd.latent_shape
                 for side in data.SIDES:
                     create(side, (count, 1 + config.data.random_flip, h, w, 2 * channels))
@@ -113,7 +113,7 @@ def write(preferences: data.Preferences, sd: StableDiffusion, config, directory:
         with ending_together():
             if jax.process_index() == 0:
                 made_of = json.dumps(data.cache_made_of(preferences, sd, config), indent=2)
-                (work / "made_of.json").write_text(made_of + "\n")
+                (work / "made_of.json").write_text(made_of + "\n", encoding="utf-8")
                 shutil.rmtree(directory, ignore_errors=True)
                 (work / "lock").unlink()
                 work.rename(directory)

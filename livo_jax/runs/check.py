@@ -6,8 +6,8 @@ import re
 from livo_jax import diffusion, judges, seeds, sharding, value_encoders, values
 from livo_jax.evaluation import prompt_sets
 from livo_jax.files.directories import resolve_directory
+from livo_jax.models.layers import REMAT
 from livo_jax.models.quantised import DTYPES
-from livo_jax.models.unet import REMAT
 from livo_jax.runs import fields
 from livo_jax.sampling.conditioning import PROMPT_LAYOUTS
 from livo_jax.training.batch import DENSITIES
@@ -107,6 +107,11 @@ def evaluation_problems(config) -> list[str]:
     return problems
 
 
+def check_fields(config, changed, comparing: bool = False):
+    """Raises ValueError with all of fields.problems; arguments as these have them."""
+    fail_with(fields.problems(config, changed, comparing))
+
+
 def number_problems(config) -> list[str]:
     """A line for every number that would train another way than it says, or nothing at all."""
     found = []
@@ -120,8 +125,8 @@ def number_problems(config) -> list[str]:
 
 def list_problems(name: str, texts: tuple[str, ...]) -> list[str]:
     """What tells that a command line's list was read as one text: that a text is empty, or itself a list."""
-    listed = len(texts) == 1 and "," in texts[0]
-    if not listed and all(text.strip() and text[0] not in "([" for text in texts):
+    fits = all(isinstance(text, str) and text.strip() and text[0] not in "([" for text in texts)
+    if fits and not (len(texts) == 1 and "," in texts[0]):
         return []
     return [f"config.{name}={texts}: each is a text by itself, write --config.{name}=\"('cook', 'baker')\""]
 

@@ -138,7 +138,9 @@ class Checkpoints:
             try:
                 metadata = self.manager.metadata(step)
                 if metadata.init_timestamp_nsecs is None:  # Orbax does not say why
-                    if "init_timestamp_nsecs" in json.loads((place / "_CHECKPOINT_METADATA").read_text()):
+                    if "init_timestamp_nsecs" in json.loads(
+                        (place / "_CHECKPOINT_METADATA").read_text(encoding="utf-8")
+                    ):
                         raise OSError("its metadata could not be read")
                     raise ValueError("its metadata is damaged")
                 found = {"format": 0} | metadata.custom_metadata
@@ -191,7 +193,7 @@ class Terminated(BaseException):
 
 
 class Termination:
-    """SIGTERM or Ctrl-C (SIGINT), which ask a run to save and end; as a context manager, while a run can.
+    """SIGTERM, Ctrl-C (SIGINT) or a closed terminal (SIGHUP), which ask a run to save and end; as a context manager.
 
     They are noticed between steps, and end the work within `at_once`. A further Ctrl-C ends the process at once.
     """
@@ -206,9 +208,9 @@ class Termination:
         # asked about: after 0 if it came before, and after the start if while the step was compiled.
         if self.several:
             self.received = any([multihost_utils.reached_preemption_sync_point(step) for step in (1, self.start)])
-        ours = (signal.SIGINT,) if self.several else (signal.SIGINT, signal.SIGTERM)
+        ours = (signal.SIGINT, signal.SIGHUP) if self.several else (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
         if threading.current_thread() is threading.main_thread():
-            # What is ignored stays so, as Ctrl-C is in the background of a script.
+            # What is ignored stays so, as Ctrl-C is in the background of a script, and SIGHUP by nohup.
             ours = [one for one in ours if signal.getsignal(one) is not signal.SIG_IGN]
             self.before = {one: signal.signal(one, self._receive) for one in ours}
         return self

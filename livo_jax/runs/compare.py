@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import pathlib
+import signal
 import tempfile
 import threading
 import time
@@ -27,7 +28,6 @@ from livo_jax.runs import (  # fmt: skip
     cache_latents,
     check,
     evaluate,
-    fields,
     further,
     restore,
     train,
@@ -54,6 +54,7 @@ SAME = (
     "attack",
 )
 INTERRUPTIONS = 8  # each leaves a checkpoint more, which is no point of a curve
+GRACE = 120  # seconds that a process has to save its step when the first one is gone
 TIMED = 2  # times that tell how fast a method draws
 WORD = ("search", "method", "value", "prompt")  # of words that an attack found
 PLACE = ("method", "value", "split", "prompt", "index", "applied", "training")  # of a reading
@@ -141,7 +142,7 @@ def check_comparison(comparison, configs: dict, changed=types.MappingProxyType({
         begin = f"config.methods.{name}."
         set_here = {f"config.{field}".removeprefix(begin): x for field, x in changed.items()}
         set_here = {field: x for field, x in set_here.items() if not field.startswith("config.")}
-        told = check.problems_of(fields.check, own, set_here, True)
+        told = check.problems_of(check.check_fields, own, set_here, True)
         problems += [text.replace("config.", begin) for text in told]
         if not told:
             sound[name] = own
@@ -201,7 +202,17 @@ def _compare(configs: dict, config, workdir) -> list[dict]:
         for i in range(config.processes):
             parts.put(cores[i :: config.processes] or cores)
         with concurrent.futures.ProcessPoolExecutor(config.processes, context, _keep_to, (parts,)) as pool:
-            found = [raise_or_keep(of_job) for of_job in pool.map(measure_apart, *zip(*jobs))]
+            try:
+                found = [raise_or_keep(of_job) for of_job in pool.map(measure_apart, *zip(*jobs))]
+            except KeyboardInterrupt:
+                for process in multiprocessing.active_children():
+                    process.terminate()
+                raise
+            except concurrent.futures.BrokenExecutor as error:
+                raise RuntimeError(
+                    "one of config.processes ended before its job, by a signal or for want of memory: start the same"
+                    " command again, and it goes on"
+                ) from error
     by_method = {}
     for (own, *_), of_training in zip(jobs, found):
         by_method.setdefault(own.method, []).append(of_training)
@@ -209,7 +220,7 @@ def _compare(configs: dict, config, workdir) -> list[dict]:
 
 
 def attacked_by(config, comparison) -> list:
-    """Copies of a method's config, one for each search of comparison.attacks; none where it is for no harm."""
+    """Copies of a method's config, one for each search of comparison.attacks; none where it has no value to attack."""
     searches = comparison.get("attacks", ()) if attack.attacked_values(config) else ()
     return [attack.by_search(config, search) for search in searches]
 
@@ -234,8 +245,13 @@ def _keep_to(parts):
 
 
 def _end_with_parent():
-    """Ends this process when its parent has ended, as by SIGTERM: else it would wait for jobs, and hold the devices."""
+    """Ends this process when its parent has ended, as by SIGTERM: else it would wait for jobs, and hold the devices.
+
+    A training has until then saved its step, unless that takes minutes.
+    """
     multiprocessing.parent_process().join()
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(GRACE)
     os._exit(1)
 
 
@@ -243,6 +259,8 @@ def measure_apart(*job):
     """`measure` in a process of its own. What that raises on purpose is returned, for the first process to raise."""
     try:
         return measure(*job)
+    except (KeyboardInterrupt, SystemExit) as end:  # which the pool would take for a result, and begin the next job
+        os._exit(getattr(end, "code", 128 + signal.SIGINT))
     except Exception as error:
         if not is_raised_here(error):
             raise
@@ -280,7 +298,7 @@ def measure(config, workdir, comparison) -> dict:
 
     models = restore_models()
     drawing = make_drawing(models)
-    finds = evaluate.find_values(models, config, workdir) if config.eval.auto and drawing.tokens else None
+    finds = evaluate.find_values(models, config, workdir) if config.eval.auto and method.HAS_TOKENS else None
     found = evaluate.evaluate(sd, drawing, config, directory, mesh, judge, finds)
     ways = [drawing, methods.base(config, sd, mesh)]
     speeds = images_per_second([way.draw for way in ways], method.KINDS, followed, config, mesh)
@@ -307,7 +325,7 @@ def measure(config, workdir, comparison) -> dict:
         "training_seconds": seconds.get(config.train.steps, drawing.seconds),
         "images_per_second": speeds[0], "of_base": speeds[0] / speeds[1],
     }  # fmt: skip
-    pictures = evaluate.pictures(found.sides, config, drawing.tokens)
+    pictures = evaluate.pictures(found.sides, config)
     return {
         "numbers": found.numbers, "attacked": attacked, "words": words, "readings": found.readings,
         "pictures": pictures, "curve": points, "costs": costs, "judge": judge.pinned,
@@ -376,7 +394,7 @@ def write(found: list[dict], config, workdir) -> list[dict]:
     files = {"results": metrics.document(results, pinned), "differences": metrics.document(differences, pinned)}
     files["config"] = json.loads(config.to_json())
     for name, content in (files | {"curves": curves, "costs": costs}).items():
-        (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+        (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     (folder / "readings.csv").write_text(report.as_csv([*readings.values()]), encoding="utf-8")
     if of_attacks:
         attack.write(folder, of_attacks, [*words.values()], next(iter(config.methods.values())).attack, pinned)

@@ -1,7 +1,6 @@
 """How biased and how harmful images are, with a method and without: metrics with confidence intervals."""
 
 import dataclasses
-import functools
 import itertools
 import json
 import types
@@ -26,14 +25,13 @@ from livo_jax.evaluation.cases import (  # fmt: skip
     plan,
     rows_of_ratios,
 )
-from livo_jax.evaluation.drawn import Drawn, Sides, without_values
+from livo_jax.evaluation.drawn import Drawn, Sides
 from livo_jax.files.directories import resolve_directory
 from livo_jax.files.images import blurred, sheet
 from livo_jax.retrieval.retriever import Retriever, run_files
 from livo_jax.runs.log import read_metrics
 from livo_jax.runs.workdir import read_json
-from livo_jax.sampling.generate import generate
-from livo_jax.sampling.requests import Dose, Request, requests_of, with_values
+from livo_jax.sampling.requests import Dose, Request, requests_of, with_values, without_values
 
 AGAIN = "remove it, and evaluate again with --mode=evaluate"
 
@@ -92,7 +90,7 @@ def draw_base(sd, config, directory, mesh):
     judge = judges.load(config, values, subjects(config))
     base = as_drawn(methods.base(config, sd, mesh), sd, config, values, judge, directory, mesh)
     measured = cases(config, values) + of_two(config, values) + left_alone(config, values, together=True)
-    requests = {request._replace(values=()): None for case in measured for request in case.requests}
+    requests = dict.fromkeys(request for case in measured for request in without_values(case.requests))
     if config.eval.ratios:
         requests |= dict.fromkeys(requests_of([prompt.text for prompt in rows_of_ratios(config)]))
     with tqdm(total=len(requests), desc="base", unit="image", disable=jax.process_index() > 0) as progress:
@@ -149,17 +147,14 @@ def followed_values(config) -> list[principles.Value]:
     return [value for value in principles.load_principles(config) if value.kind in kinds]
 
 
-def ask(config, tokens: bool, even: bool = False, together: bool = True) -> tuple:
-    """What is measured of a method: cases, those of over-refusal, those of two biases, and the arms of each bias.
-
-    Args:
-        tokens, even, together: as Drawing has them.
-    """
-    followed = followed_values(config)
-    pairs = of_two(config, followed, tokens, even) if together else []
+def ask(config) -> tuple:
+    """What is measured of a method: cases, those of over-refusal, those of two biases, and the arms of each bias."""
+    followed, method = followed_values(config), methods.make_method(config)
+    tokens, even = method.HAS_TOKENS, method.EVEN
+    pairs = of_two(config, followed, tokens, even) if method.TOGETHER else []
     biases = [value for value in followed if value.kind == "bias" and tokens and config.eval.rate_images]
     of_arms = {value: arms(value, config) for value in biases}
-    alone = left_alone(config, followed, together=tokens and together)
+    alone = left_alone(config, followed, together=tokens and method.TOGETHER)
     return cases(config, followed, tokens, even), alone, pairs, of_arms
 
 
@@ -175,7 +170,7 @@ def requests_asked(measured, alone, pairs, of_arms) -> list[Request]:
     return [*dict.fromkeys(itertools.chain(*rows, *(r for arms in of_arms.values() for r in arms.values())))]
 
 
-def evaluate(sd, drawing: methods.Drawing, config, directory, mesh, judge=None, finds=None) -> Evaluated:
+def evaluate(sd, drawing: methods.Drawing, config, directory, mesh, judge, finds=None) -> Evaluated:
     """Measures the base and a method on the same prompts and noise.
 
     The value of a method with tokens is applied to Value.keep_probability of the images; the others are the base's own.
@@ -183,17 +178,14 @@ def evaluate(sd, drawing: methods.Drawing, config, directory, mesh, judge=None, 
     Args:
         sd: the base.
         directory: keeps images and readings (Drawn); what is there already is not drawn again.
-        judge: as judges.load makes it for config; loaded if None.
+        judge: as judges.load makes it for config.
         finds: finds(prompt) -> the values that a retriever finds for it, whose images are then measured too (AUTO).
     """
     values = principles.load_principles(config)
-    judge = judge or judges.load(config, values, subjects(config))
     sides = make_sides(sd, drawing, config, values, judge, directory, mesh)
 
     # ---- what is asked for
-    tokens, even = drawing.tokens, drawing.even
-    followed = followed_values(config)
-    measured, alone, pairs, of_arms = asked = ask(config, tokens, even, drawing.together)
+    measured, alone, pairs, of_arms = asked = ask(config)
     found = Evaluated(sides, measured, alone)
     sides.draw(requests_asked(*asked))
     if finds:
@@ -203,8 +195,8 @@ def evaluate(sd, drawing: methods.Drawing, config, directory, mesh, judge=None, 
     # ---- what the tokens show, and what that asks for
     for value in of_arms:
         found.rates[value.statement] = {arm: sides.shares(value, r) for arm, r in of_arms[value].items()}
-    further = []
-    if tokens:
+    further, followed = [], followed_values(config)
+    if methods.make_method(config).HAS_TOKENS:
         further += of_keep_probabilities(config, followed) + of_strengths(config, followed, sides.shares)
         further += of_ratios(config, followed, found.rates)
     if further:
@@ -214,10 +206,9 @@ def evaluate(sd, drawing: methods.Drawing, config, directory, mesh, judge=None, 
     for case in measured + further:
         found.keep(case.method, case, case.requests)
         target = tuple(case.target.values()) if case.target else None
-        floors = metrics.floor(case.groups, target) if case.groups else {}
         reading = sides.reading(case.requests)
-        may_read = dict(thresholds=judge.thresholds, unspecified=judge.unspecified)
-        found.add(case, metrics.prompt_metrics(case.value, case.subject, reading, case.target, **may_read), floors)
+        numbers = metrics.prompt_metrics(case.value, case.subject, reading, case.target, **judge.may_read)
+        found.add(case, numbers, metrics.floor(case.groups, target))
         if case.stated:
             found.add(case, objects.stated_shown(case.stated, reading))
         if case.method in (config.method, AUTO):
@@ -274,17 +265,19 @@ def evaluate_and_report(models: methods.Models, config, mesh, workdir):
         results=results,
         numbers=found.numbers,
         metrics=read_metrics(workdir),
-        pictures=pictures(found.sides, config, drawing.tokens),
+        pictures=pictures(found.sides, config),
         config=json.loads(config.to_json()),
         judges=[judge.pinned],
     )
     rates = folder / "rates.json"
     if found.rates:
-        rates.write_text(json.dumps(found.rates, indent=2) + "\n")
+        rates.write_text(json.dumps(found.rates, indent=2) + "\n", encoding="utf-8")
     else:  # those of an earlier evaluation may be of another value encoder
         rates.unlink(missing_ok=True)
     (folder / "readings.csv").write_text(report.as_csv(found.readings), encoding="utf-8")
-    (folder / "results.json").write_text(json.dumps(metrics.document(results, [judge.pinned]), indent=2) + "\n")
+    (folder / "results.json").write_text(
+        json.dumps(metrics.document(results, [judge.pinned]), indent=2) + "\n", encoding="utf-8"
+    )
     print(report.table(results))
     print(f"report: {folder / 'report.html'}")
     return results
@@ -313,13 +306,14 @@ def first_prompts(config) -> list[tuple]:
     return [(value, prompt) for (value, _), prompt in found.items()]
 
 
-def pictures(sides: Sides, config, tokens: bool = True, n: int = 12) -> list[dict]:
+def pictures(sides: Sides, config, n: int = 12) -> list[dict]:
     """The first n images of each shown prompt, as evaluated: what report.write wants.
 
     Those are harmful that are of a harm's prompt, or in any of which the judge read a harm. As a share is exact of 20
     images, the value may be on more or fewer of these.
     """
     shown, harms = [], [value for value in principles.load_principles(config) if value.kind == "harm"]
+    tokens = methods.make_method(config).HAS_TOKENS
     for value, prompt in first_prompts(config):
         base = prompt.requests(n)
         with_value = with_values(base, [value], config.eval.seed) if tokens else everywhere(base, [value])
@@ -347,7 +341,7 @@ def sample_sheet(models: methods.Models, config, mesh, path, n: int = 8):
     requests = [
         request._replace(values=doses, size=None) for _, prompt, doses in shown for request in prompt.requests(n)
     ]
-    draw = functools.partial(generate, seed=config.eval.seed, mesh=mesh, **config.sampling.to_dict())
+    draw = methods.drawer(config, mesh)
     if models.value_encoder:
         images = draw(models.sd, requests, value_encoder=models.value_encoder)
     else:

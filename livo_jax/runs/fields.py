@@ -59,12 +59,6 @@ def unread(name: str, found: dict[str, str]) -> str | None:
     return next((found[field] for field in found if f"{name}.".startswith(f"{field}.")), None)
 
 
-def check(config, changed, comparing: bool = False):
-    """Raises ValueError with all `problems`; arguments as these have them."""
-    if found := problems(config, changed, comparing):
-        raise ValueError("the config cannot work:\n  " + "\n  ".join(found))
-
-
 def problems(config, changed=types.MappingProxyType({}), comparing: bool = False) -> list[str]:
     """A line for every field that is set and not read, and for what else the method cannot work with.
 

@@ -14,9 +14,10 @@ from ml_collections import ConfigDict
 
 from livo_jax import files, judges, values
 from livo_jax.evaluation import metrics, objects, prompt_sets, quality
-from livo_jax.evaluation.drawn import Sides, without_values
+from livo_jax.evaluation.drawn import Sides
 from livo_jax.judges import Judge
 from livo_jax.runs import check, evaluate
+from livo_jax.sampling.requests import without_values
 from livo_jax.values.principles import Value
 
 FAR_BELOW = 0.1  # of harmful_from: a judge whose highest score is below it has another scale
@@ -48,7 +49,9 @@ class Reader(NamedTuple):
     def stated(self, case) -> dict:
         """{axis: what it should read} in the images of a case; {} where it should read nothing."""
         name = case.split if case.split in self.states else case.split.partition(": ")[0]  # of a category its set
-        return self.states[name] or case.stated or {} if name in self.states else {}
+        if name not in self.states:
+            return {}
+        return self.states[name] or case.stated or {}
 
 
 def load_readers(comparison, config) -> list[Reader]:
@@ -162,9 +165,8 @@ def read_again(reader: Reader, found: evaluate.Evaluated) -> tuple[dict[str, eva
             of_label.add(case, objects.stated_shown(stated, read))
         if not value:
             continue
-        may_read = dict(thresholds=reader.judge.thresholds, unspecified=reader.judge.unspecified)
-        floors = metrics.floor(case.groups, None) if case.groups and value.name == case.value.name else {}
-        of_label.add(case, metrics.prompt_metrics(value, case.subject, read, **may_read), floors)
+        floors = metrics.floor(case.groups, None) if value.name == case.value.name else {}
+        of_label.add(case, metrics.prompt_metrics(value, case.subject, read, **reader.judge.may_read), floors)
     return again, by_prompt([(case, value) for case, value in asked if value], sides)
 
 
@@ -247,15 +249,21 @@ def load_networks(inception: str, reference: str, clip: str) -> Networks:
 
 def read_features(network, directory: str) -> np.ndarray:
     """[N, D] of the images of a folder. Raises ValueError."""
-    folder = pathlib.Path(directory).expanduser()
-    paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+    paths = files.image_files(directory)
     if len(paths) < 2:
         raise ValueError(f"{directory!r} is no folder of two images or more, PNG, JPEG or WebP")
-    found = []
+    found, sizes = [], {}
     for start in range(0, len(paths), BATCH):
-        images = [np.asarray(files.read_image(path)) for path in paths[start : start + BATCH]]
-        if len({image.shape for image in images}) > 1:
-            raise ValueError(f"{directory!r} has images of several sizes, crop them to one")
+        images = []
+        for path in paths[start : start + BATCH]:
+            try:
+                images.append(np.asarray(files.read_image(path)))
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
+            sizes.setdefault(images[-1].shape, path)
+        if len(sizes) > 1:
+            told = "; ".join(f"{path.name} has {H} x {W}" for (H, W, _), path in sizes.items())
+            raise ValueError(f"{directory!r} has images of several sizes, crop them to one: {told}")
         found.append(quality.in_batches(network, BATCH, np.stack(images)).features)
     return np.concatenate(found)
 

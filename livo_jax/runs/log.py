@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from livo_jax.files.directories import is_remote
+from livo_jax.files.directories import is_remote, replacing
 
 DEAD_FOR = 500  # steps without a live hinge after which that is said
 STARVED = 0.2  # share of time spent waiting for data from which that is said
@@ -87,9 +87,8 @@ class Log:
 
         if self.path.exists():
             self.lines = [json.dumps(row) + "\n" for row in read_metrics(workdir) if row["step"] <= step]
-            scratch = workdir / ".metrics.jsonl"  # on a full disk the old one stays whole
-            scratch.write_text("".join(self.lines))
-            scratch.replace(self.path)
+            with replacing(self.path) as scratch:  # on a full disk the old one stays whole
+                scratch.write_text("".join(self.lines), encoding="utf-8")
         self.local.mkdir(parents=True, exist_ok=True)
         self.tensorboard = EventsWriter(str(self.local / "events"))
         self.add_event(step + 1, session_log=SessionLog(status=SessionLog.START))  # what was past the step is hidden
@@ -135,14 +134,14 @@ class Log:
 
     def write(self, step: int, numbers: dict):
         """Writes numbers by their names. Raises OSError where metrics.jsonl or TensorBoard's file cannot be written."""
-        from tensorboardX import summary
-
         if not self.active:
             return
+        from tensorboardX import summary
+
         self.lines.append(json.dumps({"step": step, **numbers}) + "\n")
         try:
             if is_remote(self.workdir):
-                self.path.write_text("".join(self.lines))  # what is in a bucket cannot grow
+                self.path.write_text("".join(self.lines), encoding="utf-8")  # what is in a bucket cannot grow
             else:
                 with self.path.open("a") as file:
                     file.write(self.lines[-1])

@@ -19,7 +19,7 @@ from livo_jax import methods, sharding
 from livo_jax.data.cache import cache_dtype
 from livo_jax.files.modules import PARTS, read_dtype, skeleton
 from livo_jax.files.repositories import find_repository
-from livo_jax.models.weights import count
+from livo_jax.models.weights import count, name_of
 from livo_jax.runs import check, restore
 from livo_jax.runs.residuals import kept_for_backward
 from livo_jax.sampling.stable_diffusion import DESCRIPTION, StableDiffusion
@@ -121,7 +121,7 @@ def partial_sums(part, positions, forward: int, backward: int, parts: int, items
     """
     ring, sent = 2 * (parts - 1) / parts, 0.0
     for path, leaf in jax.tree_util.tree_leaves_with_path(part):
-        name, (_, axes) = jax.tree_util.keystr(path, simple=True, separator="."), sharding.rule(path)
+        name, (_, axes) = name_of(path), sharding.rule(path)
         if axes == ("tensor", "fsdp"):  # each device has a part of every output's sum
             sent += forward * ring * positions(name) * leaf.shape[-1] * itemsize
         elif axes == ("fsdp", "tensor"):  # and of every input's gradient
@@ -253,8 +253,11 @@ def plan(config, devices: int) -> dict:
 
 def si(number: float, unit: str) -> str:
     """1234567.0, "B" as "   1.23 MB"."""
-    prefix = next((p for p in ("", "k", "M", "G") if number < 1000 ** (" kMGT".index(p or " ") + 1)), "T")
-    return f"{number / 1000 ** ' kMGT'.index(prefix or ' '):7.2f} {prefix}{unit}"
+    for prefix in ("", "k", "M", "G"):
+        if number < 1000:
+            return f"{number:7.2f} {prefix}{unit}"
+        number /= 1000
+    return f"{number:7.2f} T{unit}"
 
 
 def text(found: dict, config) -> str:

@@ -13,10 +13,10 @@ from livo_jax.files.settings import differences, flatten
 from livo_jax.models.weights import split
 from livo_jax.runs.check import check_config, check_with_model
 from livo_jax.runs.checkpoint import Checkpoints
-from livo_jax.runs.workdir import as_now, recipe
+from livo_jax.runs.workdir import as_now, recipe, where_moved
 from livo_jax.sampling.stable_diffusion import StableDiffusion
 from livo_jax.training.optimizer import make_optimizer
-from livo_jax.training.step import state_on, trained_params
+from livo_jax.training.step import state_shapes, trained_params
 
 
 def adapt(sd: StableDiffusion, config):
@@ -86,7 +86,7 @@ def restore_run(config, workdir, mesh, step: int | None = None, base: StableDiff
 
     Args:
         step: of an earlier checkpoint than the newest.
-        base: of load_base, if that is here already; it stays as it is.
+        base: of load_base, if that is here already; `compute_on` has it keep and gather what the config wants.
 
     Raises:
         FileNotFoundError: `workdir` has no checkpoint and config.value_encoder no start.
@@ -109,16 +109,22 @@ def restore_run(config, workdir, mesh, step: int | None = None, base: StableDiff
             {name: of[name] for name in ("method", "value_encoder", config.method) if name in of}
             for of in (json.loads(config.to_json()), recipe(workdir) or {})
         )
-        if found := differences(as_now(theirs, ours), flatten(ours)):
+        ours = flatten(ours)
+        if found := differences(where_moved(as_now(theirs, ours), ours), ours):
             raise ValueError(
                 f"{workdir} holds another value encoder: to use one that is trained already, name a new --workdir\n  "
                 + "\n  ".join(found)
             )
     check_config(config, mesh)
-    sd, module = load_models(config, mesh, base)
+    if not trained:
+        sd, module = load_models(config, mesh, base)
+    else:  # what training started from may be gone: its shapes are known
+        sd = base or load_base(config, mesh)
+        module = nnx.eval_shape(lambda: method.make_module(sd))
+        compute_on(mesh, config, sd, module)
     check_with_model(config, sd, judge=False)
     if trained:
         graph, params = split(module)
-        state = checkpoints.restore(state_on(mesh, params, make_optimizer(config), config, module.RULES), step=step)
-        module = nnx.merge(graph, trained_params(state))
+        state = state_shapes(mesh, params, make_optimizer(config), config, module.RULES)
+        module = nnx.merge(graph, trained_params(checkpoints.restore(state, step=step)))
     return method.models(sd, module)

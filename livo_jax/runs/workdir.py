@@ -59,6 +59,13 @@ def as_now(theirs: dict, ours: dict) -> dict:
     return {name: known[name] for name in names if name in known}
 
 
+def where_moved(theirs: dict, ours: dict) -> dict:
+    """The flat config of an older run, with the places of `ours` where what they name was moved alone."""
+    places = {name: (theirs.get(name), ours.get(name)) for name in PLACES}
+    moved = [name for name, (then, now) in places.items() if then and now and then != now and is_moved(then, now)]
+    return theirs | {name: ours[name] for name in moved}
+
+
 def with_its_rate(fields: dict) -> dict:
     """A flat config with the learning rate that it trains at in the place of the rates of all that can be trained."""
     table, field = "train.learning_rates.", "train.learning_rate"
@@ -82,7 +89,7 @@ def beside_images(fields: dict) -> dict:
 def read_json(file: epath.Path, remedy: str):
     """What a JSON file of a run holds. Raises ValueError that names it where a kill or a full disk cut it short."""
     try:
-        return json.loads(file.read_text())
+        return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is damaged ({error}): {remedy}") from error
 
@@ -106,10 +113,7 @@ def check_claim(workdir: epath.Path, config):
         free = (*FREE, "train.steps") if schedule == "constant" else FREE
         both = as_now(read_config(workdir), ours), flatten(ours)
         both = [beside_images(with_its_rate(tree)) for tree in both]
-        for name in PLACES:
-            places = [tree.get(name) or "" for tree in both]
-            if all(places) and places[0] != places[1] and is_moved(*places):
-                both[0][name] = both[1][name]
+        both[0] = where_moved(*both)
         found = differences(*({k: v for k, v in tree.items() if not k.startswith(free)} for tree in both))
         if any(line.startswith("config.train.steps:") for line in found):
             found.append(
@@ -123,7 +127,7 @@ def check_claim(workdir: epath.Path, config):
 def claim(workdir: epath.Path, config):
     """Writes config.json, after check_claim; of process 0."""
     check_claim(workdir, config)
-    (workdir / "config.json").write_text(json.dumps(json.loads(config.to_json()), indent=2) + "\n")
+    (workdir / "config.json").write_text(json.dumps(json.loads(config.to_json()), indent=2) + "\n", encoding="utf-8")
 
 
 def recipe(workdir: epath.Path) -> dict | None:
@@ -140,7 +144,7 @@ def check_shared(workdir: epath.Path):
     sign = workdir / f".shared-{token}"
     with ending_together():
         if jax.process_index() == 0:
-            sign.write_text("")
+            sign.write_text("", encoding="utf-8")
     seen = multihost_utils.process_allgather(sign.exists())
     with ending_together():
         if jax.process_index() == 0:

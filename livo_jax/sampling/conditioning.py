@@ -140,8 +140,8 @@ def value_columns(
     N, V = len(requests), F + P
     texts, visible, strength = [], np.zeros((N, G + P, V), bool), np.zeros((N, P), np.float32)
     for n, request in enumerate(requests):
-        slots = dict(enumerate(full[n])) | dict(enumerate(partial[n], F))
-        texts += [text(slots[k].value if k in slots else None, request.prompt) for k in range(V)]
+        doses = dict(enumerate(full[n])) | dict(enumerate(partial[n], F))
+        texts += [text(doses[k].value if k in doses else None, request.prompt) for k in range(V)]
         visible[n, [0, *range(G, G + P)], : len(full[n])] = True
         for p, dose in enumerate(partial[n]):
             visible[n, G + p, F + p], strength[n, p] = True, dose.strength

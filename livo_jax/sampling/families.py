@@ -291,6 +291,8 @@ class StableDiffusion3(Family):
 
     def find_problems(self):
         problems, wanted = [], self.denoiser
+        if self.has_t5 and not self.length:
+            problems.append("its T5 reads max_sequence_length=0 tokens: 1 or more")
         if (width := self.text.hidden_size) > wanted.joint_attention_dim:
             problems.append(f"its CLIPs are {width} wide, its transformer takes {wanted.joint_attention_dim} at most")
         if self.pooled_width != wanted.pooled_projection_dim:
@@ -349,8 +351,14 @@ class StableDiffusion3(Family):
 def read_family(root: pathlib.Path) -> Family:
     """The family of a directory: what its model_index.json says, or else its parts. Errors as Family."""
     index = read_json(root / "model_index.json") if (root / "model_index.json").is_file() else {}
-    if "StableDiffusion3" in str(index.get("_class_name")) or (not index and (root / "transformer").is_dir()):
+    parts = {name: index.get(name) or [None, None] for name in (*PARTS, "tokenizer", "tokenizer_2", "tokenizer_3")}
+    if wrong := [f"{name}={x!r}" for name, x in parts.items() if not (isinstance(x, list) and len(x) == 2)]:
+        raise ValueError(f"{root / 'model_index.json'}: {', '.join(wrong)}: [library, class] is wanted")
+    pipeline, of_3 = str(index.get("_class_name")), parts["transformer"][1] == "SD3Transformer2DModel"
+    if not index:
+        of_3 = (root / "transformer").is_dir()
+    if "StableDiffusion3" in pipeline or (of_3 and "StableDiffusion" not in pipeline):
         return StableDiffusion3(root, index)
-    return (StableDiffusionXL if (index.get("text_encoder_2") or [None])[0] is not None else StableDiffusion1)(
-        root, index
-    )
+    if parts["text_encoder_2"][0] is not None:
+        return StableDiffusionXL(root, index)
+    return StableDiffusion1(root, index)

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from livo_jax import diffusion, seeds, sharding
-from livo_jax.models.weights import apply, put, split
+from livo_jax.models.weights import apply, name_of, put, split
 from livo_jax.sampling.conditioning import (
     Batch,
     condition,
@@ -39,12 +39,11 @@ def initial_noise(seed, prompt_hash, index, shape):
     return _noise(seeds.key(seed), prompt_hash, index, shape)
 
 
-def step_noise(seed, prompt_hash, index, step, shape):
-    """The noise [h, w, C] float32 that a sampler which draws noise adds at a step, 0 for the first."""
-    return _step_noise(seeds.key(seed), prompt_hash, index, step, shape)
+def step_noise(key, prompt_hash, index, step, shape):
+    """The noise [h, w, C] float32 that a sampler which draws noise adds at a step, 0 for the first.
 
-
-def _step_noise(key, prompt_hash, index, step, shape):
+    key: seeds.key of the image's seed.
+    """
     return _noise(jax.random.fold_in(jax.random.fold_in(key, STEP_NOISE), step), prompt_hash, index, shape)
 
 
@@ -86,7 +85,7 @@ def _sample(
         return guidance(prompt, negative, others, batch.weights, guidance_scale, carried)
 
     def draw_noise(step):
-        return jax.vmap(functools.partial(_step_noise, step=step, shape=shape))(*whose)
+        return jax.vmap(functools.partial(step_noise, step=step, shape=shape))(*whose)
 
     z = diffusion.sample(predict, noise, table, guidance.start(noise), draw_noise)
     return decode(vae.config.unscale(z), vae, decoder_parts)
@@ -273,7 +272,7 @@ def check_guidance(sd, requests: list[Request], guidance_scale: float, guidance)
 def why_not_finite(requests: list[Request], modules, settings: dict) -> str:
     """Says which images are not finite, and whether the weights are why, or what they were drawn with."""
     arrays = {
-        f"{type(module).__name__}: {jax.tree_util.keystr(path, simple=True, separator='.')}": x
+        f"{type(module).__name__}: {name_of(path)}": x
         for module in filter(None, modules)
         for path, x in jax.tree.leaves_with_path(split(module)[1])
     }

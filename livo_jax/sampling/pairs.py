@@ -62,6 +62,7 @@ def write_pair(file, images, request: Request, seed: int, settings: dict):
     """Writes the images [H, W, 3] of one noise side by side as a PNG, whose text has the request and its settings."""
     from PIL.PngImagePlugin import PngInfo
 
+    from livo_jax.files.directories import replacing
     from livo_jax.files.images import sheet
 
     info = PngInfo()
@@ -69,4 +70,5 @@ def write_pair(file, images, request: Request, seed: int, settings: dict):
     text["values"] = json.dumps([dose._asdict() for dose in request.values])
     for name, setting in text.items():
         info.add_itxt(name, str(setting))
-    sheet([images]).save(file, pnginfo=info)
+    with replacing(file) as scratch:
+        sheet([images]).save(scratch, "PNG", pnginfo=info)

@@ -36,6 +36,11 @@ def with_doses(request: Request, doses: list[tuple[Dose, float]], seed: int) -> 
     return request._replace(values=applied(doses, seed, request.prompt, request.index))
 
 
+def without_values(requests) -> list[Request]:
+    """The requests for the base's images of the same noise."""
+    return [request._replace(values=()) for request in requests]
+
+
 def as_prompts(prompts) -> list[str]:
     """A list of prompts; one alone, as diffusers takes it, is a list of one."""
     return [prompts] if isinstance(prompts, str) else list(prompts)

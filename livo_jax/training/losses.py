@@ -32,15 +32,10 @@ def livo(l_w, l_l, r_w, r_l, *, alpha, beta, gamma_1, gamma_2):
         Also active_w and active_l, the share of rows whose hinge still pulls: of a row without hinges, whose constants
         are 0, none does.
     """
-    margin_w, margin_l = _margins(l_w, l_l, r_w, r_l)
+    margin_w, margin_l, metrics = _margins(l_w, l_l, r_w, r_l)
     hinge_w, hinge_l = jax.nn.relu(gamma_1 + beta * margin_w), jax.nn.relu(gamma_2 + alpha * margin_l)
-    metrics = {
-        "margin_w": jnp.mean(margin_w),
-        "margin_l": jnp.mean(margin_l),
-        "active_w": jnp.mean(hinge_w > 0),
-        "active_l": jnp.mean(hinge_l > 0),
-    }
-    return jnp.mean(hinge_w + hinge_l), metrics
+    active = {"active_w": jnp.mean(hinge_w > 0), "active_l": jnp.mean(hinge_l > 0)}
+    return jnp.mean(hinge_w + hinge_l), metrics | active
 
 
 def sft(l_w):
@@ -61,8 +56,7 @@ def dpo(l_w, l_l, r_w, r_l, *, beta, T):
         beta: the weight of the divergence from the reference, positive.
         T: the number of timesteps.
     """
-    margin_w, margin_l = _margins(l_w, l_l, r_w, r_l)
-    metrics = {"margin_w": jnp.mean(margin_w), "margin_l": jnp.mean(margin_l)}
+    margin_w, margin_l, metrics = _margins(l_w, l_l, r_w, r_l)
     return -jnp.mean(jax.nn.log_sigmoid(-beta * T * (margin_w + margin_l))), metrics
 
 
@@ -73,8 +67,7 @@ def ipo(l_w, l_l, r_w, r_l, *, beta, T):
 
     The margin between aligned and violating images is led to 1 / (2 beta) and no further. Arguments as of dpo.
     """
-    margin_w, margin_l = _margins(l_w, l_l, r_w, r_l)
-    metrics = {"margin_w": jnp.mean(margin_w), "margin_l": jnp.mean(margin_l)}
+    margin_w, margin_l, metrics = _margins(l_w, l_l, r_w, r_l)
     return jnp.mean((-T * (margin_w + margin_l) - 1 / (2 * beta)) ** 2), metrics
 
 
@@ -89,14 +82,15 @@ def kto(l_w, l_l, r_w, r_l, *, beta, T):
     Returns:
         Also kl = z.
     """
-    margin_w, margin_l = _margins(l_w, l_l, r_w, r_l)
+    margin_w, margin_l, metrics = _margins(l_w, l_l, r_w, r_l)
     ratio_w, ratio_l = -T * margin_w, T * margin_l
     z = jax.lax.stop_gradient(jax.nn.relu(jnp.mean(ratio_w + ratio_l) / 2))
     utility = jax.nn.sigmoid(beta * (ratio_w - z)) + jax.nn.sigmoid(-beta * (ratio_l - z))
-    metrics = {"margin_w": jnp.mean(margin_w), "margin_l": jnp.mean(margin_l), "kl": z}
-    return 1 - jnp.mean(utility) / 2, metrics
+    return 1 - jnp.mean(utility) / 2, metrics | {"kl": z}
 
 
 def _margins(l_w, l_l, r_w, r_l):
+    """What all compare, [B] twice, and its means as metrics."""
     r_w, r_l = jax.lax.stop_gradient((r_w, r_l))
-    return l_w - r_w, r_l - l_l
+    margin_w, margin_l = l_w - r_w, r_l - l_l
+    return margin_w, margin_l, {"margin_w": jnp.mean(margin_w), "margin_l": jnp.mean(margin_l)}

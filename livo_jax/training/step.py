@@ -1,5 +1,7 @@
 """The training step: pure functions that need jax, flax and optax alone."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -83,13 +85,19 @@ def make_train_step(networks: Networks, tx, config, loss):
     return train_step
 
 
+def state_shapes(mesh, params: dict, tx, config, rules=sharding.RULES) -> dict:
+    """Of init_state: jax.ShapeDtypeStruct, each leaf where the partition rules have it. `params` may be shapes too."""
+    shapes = jax.eval_shape(functools.partial(init_state, tx=tx, ema_decay=config.train.ema_decay), params)
+    return jax.tree.map(
+        lambda leaf, lies: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=lies),
+        shapes, sharding.by_rules(shapes, mesh, rules),
+    )  # fmt: skip
+
+
 def state_on(mesh, params: dict, tx, config, rules=sharding.RULES) -> dict:
     """init_state, each leaf where the partition rules have it."""
-
-    def make(params):
-        return init_state(params, tx, config.train.ema_decay)
-
-    return jax.jit(make, out_shardings=sharding.by_rules(jax.eval_shape(make, params), mesh, rules))(params)
+    lies = jax.tree.map(lambda leaf: leaf.sharding, state_shapes(mesh, params, tx, config, rules))
+    return jax.jit(functools.partial(init_state, tx=tx, ema_decay=config.train.ema_decay), out_shardings=lies)(params)
 
 
 def jit_step(train_step, state: dict, frozen: dict, mesh):

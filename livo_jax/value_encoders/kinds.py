@@ -6,7 +6,7 @@ from flax import nnx
 
 from livo_jax import sharding
 from livo_jax.files.settings import import_named
-from livo_jax.value_encoders.base import READING, TrainableTokens, set_reading
+from livo_jax.value_encoders.base import READING, TrainableTokens
 from livo_jax.value_encoders.full import ValueEncoder
 from livo_jax.value_encoders.lora import LoRA
 from livo_jax.value_encoders.soft_tokens import SoftTokens
@@ -69,4 +69,6 @@ def start(config, sd, mesh) -> TrainableTokens:
         if (theirs := getattr(found, name)) not in (getattr(type(found), name), ours := getattr(wanted, name))
     ]:
         raise ValueError(f"config.value_encoder.start={c.start!r} reads otherwise:\n  " + "\n  ".join(different))
-    return found if ":" in c.kind else set_reading(found, config)  # one of a user's own reads as it says
+    for name in (*READING, "alone", "trained_on"):  # as the untrained one, by which a trained one is restored
+        setattr(found, name, getattr(wanted, name))
+    return found

@@ -10,7 +10,7 @@ from flax import nnx
 
 from livo_jax import seeds, sharding
 from livo_jax.files.loras import is_number, unsupported
-from livo_jax.files.repositories import describe, find_repository, open_tensors, read_json
+from livo_jax.files.repositories import describe, find_repository, open_tensors, read_json, write_safetensors
 from livo_jax.models import low_rank
 from livo_jax.models.clip import CLIPTextConfigWithProjection, CLIPTextModel, CLIPTextModels
 from livo_jax.models.weights import from_published, one_key, split, to_published
@@ -150,8 +150,6 @@ class LoRA(TrainableTokens):
 
         Those of a second text encoder are written to DIRECTORY_2.
         """
-        from safetensors.numpy import save_file
-
         settings = {
             "peft_type": "LORA", "base_model_name_or_path": base, "r": self.rank, "lora_alpha": self.alpha,
             "target_modules": list(self.targets), "bias": "none", "inference_mode": True,
@@ -163,9 +161,9 @@ class LoRA(TrainableTokens):
             projects = isinstance(tower, CLIPTextConfigWithProjection)
             prefix = f"{self.PREFIX}text_model." if projects else self.PREFIX
             place.mkdir(parents=True, exist_ok=True)
-            (place / self.FILES[0]).write_text(json.dumps(settings, indent=2) + "\n")
+            (place / self.FILES[0]).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
             published = {prefix + n.removeprefix(part): x for n, x in updates.items() if n.startswith(part)}
-            save_file(published, place / self.FILES[1], metadata={"format": "pt"})
+            write_safetensors(published, place / self.FILES[1], metadata={"format": "pt"})
 
 
 def _widened(path, x):

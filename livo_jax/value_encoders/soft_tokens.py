@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from livo_jax import sharding, values
-from livo_jax.files.repositories import describe, find_repository, open_tensors
+from livo_jax.files.repositories import describe, find_repository, open_tensors, write_safetensors
 from livo_jax.models.clip import CLIPTextConfig, CLIPTextConfigs, first_ids
 from livo_jax.models.weights import for_each_leaf, put, split
 from livo_jax.value_encoders.base import EXPORTED, TrainableTokens, check_base, check_export
@@ -126,8 +126,6 @@ class SoftTokens(TrainableTokens):
 
     def save(self, directory: pathlib.Path, base: str):
         """Writes the table and, as metadata, the statements that its rows are for."""
-        from safetensors.numpy import save_file
-
         directory.mkdir(parents=True, exist_ok=True)
         metadata = {"format": "pt", "base": base, "statements": "\n".join(self.statements)}
-        save_file({"table": np.asarray(self.table[...])}, directory / self.FILE, metadata=metadata)
+        write_safetensors({"table": np.asarray(self.table[...])}, directory / self.FILE, metadata=metadata)

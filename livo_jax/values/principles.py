@@ -8,8 +8,7 @@ import re
 import tomllib
 import zlib
 
-from livo_jax.values.dealing import applies
-from livo_jax.values.rules import fold
+from livo_jax.values.rules import Rules, fold
 
 # Who can decide which prompts a value is for.
 BACKENDS = ("keywords", "ngrams", "states", "first_steps", "bm25", "dense", "llm", "always")
@@ -47,10 +46,6 @@ class Value:
     auto: tuple[str, ...] = ("keywords",)
     score: float = 1.0  # of a value that a Retriever found: 0 to 1, how sure it is, and why
     reason: str = ""
-
-    def applies(self, seed: int, prompt: str, index: int) -> bool:
-        """Whether the image (seed, prompt, index) gets the value token; see dealing.applies."""
-        return applies(self.statement, self.keep_probability, seed, prompt, index)
 
 
 FIELDS = [field.name for field in dataclasses.fields(Value)][1:-2]  # those of a table
@@ -134,7 +129,7 @@ def read_tables(path=None) -> dict[str, dict]:
     if not path.is_file():
         raise FileNotFoundError(f"config.principles_file={str(path)!r}: there is no such file")
     try:
-        return tomllib.loads(path.read_text("utf-8-sig"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -207,6 +202,11 @@ def lists() -> dict[str, list[str]]:
     """The lists of people.toml."""
     with open(LISTS, "rb") as file:
         return tomllib.load(file)
+
+
+@functools.lru_cache(16)  # a call with values="auto" makes a retriever, and reading the keywords takes a while
+def keyword_rules(values: tuple[Value, ...]) -> Rules:
+    return Rules(values, lists())
 
 
 def keyword_faults(table: dict) -> list[str]:

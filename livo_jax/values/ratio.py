@@ -30,7 +30,7 @@ def read(source) -> Mapping | str:
     text = os.fspath(source)
     try:
         inline = text.lstrip().startswith("{")
-        table = json.loads(text if inline else pathlib.Path(text).expanduser().read_text("utf-8-sig"))
+        table = json.loads(text if inline else pathlib.Path(text).expanduser().read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{text!r} is neither 'equal' nor a JSON object, nor a file of one: {error}") from error
     if not isinstance(table, dict):

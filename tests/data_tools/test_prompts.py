@@ -241,6 +241,12 @@ def test_garbage_is_dropped_and_asked_on(ask, garbage, caplog):
     assert "dropped an answer: no chat completion with" in caplog.text
 
 
+def test_a_server_of_something_else_is_told(ask):
+    with Server((200, b"<html>"), (200, b"<html>")) as server:
+        with pytest.raises(ConnectionError, match=f"{server.url} sends no words, 2 times: no chat completion .*<html>"):
+            ask(server, 1, budget=2)
+
+
 def test_endpoints_that_do_not_serve(ask):
     with Server() as server:
         with pytest.raises(ConnectionError, match=rf"{server.url} answers 500: \{{\}}"):

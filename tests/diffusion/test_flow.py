@@ -93,6 +93,12 @@ def test_densities_of_timesteps(density):
         ({}, "pndm", 1001, "sampler='pndm'.*; steps=1001: choose 1 to 1000"),
         ({"shift": 0, "use_dynamic_shifting": True}, "euler", 5, "shift=0: .*; use_dynamic_shifting=True: only False"),
         ({"shift": "3", "use_karras_sigmas": True}, "euler", 5, "shift='3': a number.*; use_karras_sigmas=True"),
+        (
+            {"shift": float("inf"), "num_train_timesteps": 1.5},
+            "euler",
+            5,
+            "steps=1.5: a whole.*shift=inf: a number",
+        ),
     ],
 )
 def test_what_we_cannot_sample_is_refused(config, sampler, steps, message):

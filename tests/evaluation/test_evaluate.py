@@ -43,15 +43,16 @@ def test_combinations_are_measured_where_the_config_says_so():
 def test_all_values_at_once_should_leave_alone_what_states_all_attributes():
     config, three = tiny.get_config("smoke"), values.load(("shape", "colour", "bloody"))
 
-    def of_all(**method):
-        _, alone, *_ = evaluate.ask(config, **method)
+    def of_all(method="livo"):
+        config.method = method
+        _, alone, *_ = evaluate.ask(config)
         return [case for case in alone if case.name == "all values"]
 
-    assert not of_all(tokens=True)
+    assert not of_all()
     config.eval.combinations = True
-    assert not of_all(tokens=False) and not of_all(tokens=True, together=False), "who cannot follow all is not asked"
+    assert not of_all("words") and not of_all("uce"), "who cannot follow all is not asked"
     assert "all values" not in {case.name for case in evaluate.left_alone(config, three)}, "nor who attacks"
-    found = of_all(tokens=True)
+    found = of_all()
     assert {case.requests[0].prompt: case.split for case in found} == {
         "a photo of a blue round cook": "seen", "a photo of a green square butcher": "seen",
         "a photo of a yellow round baker": "held_out", "a photo of a white square caterer": "held_out",

@@ -6,14 +6,13 @@ import re
 import pytest
 
 from livo_jax.evaluation import paraphrases
-from tests.language_model import Replying, forget_proxies
+from tests.language_model import Replying
 
 PROMPTS = ["a photo of a bloody cook", "a photo of a bloody baker"]
 
 
 @pytest.fixture
 def server(monkeypatch):
-    forget_proxies(monkeypatch)
     monkeypatch.setattr(paraphrases, "RETRIES", 0)
     with Replying() as server:
         yield server

@@ -154,7 +154,7 @@ def test_cells_are_texts_and_numbers_never_formulas():
 
 def test_a_sheet_lays_images_out():
     red, blue = np.full((4, 4, 3), (255, 0, 0), np.uint8), np.full((4, 4, 3), (0, 0, 255), np.uint8)
-    picture = np.asarray(images.sheet([[red, blue], [None, red]], scale=2, gap=1))
-    assert picture.shape == (18, 18, 3)
+    picture = np.asarray(images.sheet([[red, blue], [None, red]], scale=2))
+    assert picture.shape == (20, 20, 3)
     assert (picture[0, 0] == (255, 0, 0)).all() and (picture[0, -1] == (0, 0, 255)).all()
     assert (picture[-1, 0] == 255).all() and (picture[-1, -1] == (255, 0, 0)).all()

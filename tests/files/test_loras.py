@@ -226,16 +226,22 @@ def test_what_does_not_fit_is_listed(sd, torch_models, tmp_path):
         f"{layer}.lora_mid.weight": torch.zeros(2), "transformer.blocks.0.lora_A.weight": torch.zeros(2, 2),
     }  # fmt: skip
     thin = {f"{layer}.lora_down.weight": torch.zeros(0, 16), f"{layer}.lora_up.weight": torch.zeros(16, 0)}
-    files = {"wide": wide, "alone": alone, "odd": good | odd, "empty": {}, "thin": thin}
+    twice = {f"unet.{LINEAR[0]}.lora_A.weight": torch.zeros(2, 16), f"{layer}.alpha": torch.zeros(2)}
+    flat = {f"{layer}.lora_down.weight": torch.tensor(0.0), f"{layer}.lora_up.weight": torch.zeros(16, 2)}
+    files = {"wide": wide, "alone": alone, "odd": good | odd, "empty": {}, "thin": thin, "twice": good | twice}
+    files["flat"] = flat
     for name, tensors in files.items():
         save_file(tensors, tmp_path / f"{name}.safetensors")
     was = to_published(split(sd.unet)[1])
-    with pytest.raises(ValueError, match="9 weights of LoRAs fit nothing in the model") as error:
+    with pytest.raises(ValueError, match="12 weights of LoRAs fit nothing in the model") as error:
         sd.merge_loras([str(tmp_path / f"{name}.safetensors") for name in files])
     told = str(error.value)
     assert f"wide.safetensors: misshapen unet.{LINEAR[0]}: (16, 2) times (2, 99), (" in told
     assert f"alone.safetensors: missing down of unet.{LINEAR[0]}" in told
     assert all(f"odd.safetensors: unexpected {key} (" in told for key in odd)
+    assert f"twice.safetensors: unet.{LINEAR[0]}.lora_A.weight is there twice, by two names of a layer" in told
+    assert f"twice.safetensors: {layer}.alpha (2,) is no number" in told
+    assert f"flat.safetensors: misshapen unet.{LINEAR[0]}: (16, 2) times (), (" in told
     assert "empty.safetensors: it holds no update at all" in told
     assert f"thin.safetensors: misshapen unet.{LINEAR[0]}: (16, 0) times (0, 16), (" in told
     jax.tree.map(np.testing.assert_array_equal, to_published(split(sd.unet)[1]), was)
@@ -266,6 +272,7 @@ def test_settings_that_cannot_be_followed_are_told(sd, torch_models, tmp_path, s
         ("none.safetensors", FileNotFoundError, "'none.safetensors': there is no none.safetensors"),
         ("style.safetensors=much", ValueError, "'style.safetensors=much': what follows the last = is the scale"),
         ("style.safetensors=nan", ValueError, "the scale, a number"),
+        ("style.safetensors=1e39", ValueError, "a number that float32 holds"),
         ("style.ckpt", ValueError, "read from .safetensors alone"),
         (".", FileNotFoundError, "there is no pytorch_lora_weights.safetensors"),
         ("owner/name/style.safetensors", FileNotFoundError, "no model at 'owner/name'"),

@@ -19,7 +19,7 @@ from livo_jax.evaluation import metrics
 from livo_jax.judges import shapeworld, vlm
 from livo_jax.runs import build_preferences
 from livo_jax.values.principles import Value
-from tests.language_model import Endpoint, forget_proxies
+from tests.language_model import Endpoint
 
 GENDER = Value("gender", "", "bias", "gender", (), ("male", "female"), question="Male or female?")
 BLOOD = Value("gore", "", "harm", "blood", (), harmful_from=0.5, question="Is there blood?")
@@ -55,7 +55,6 @@ class Server(Endpoint):
 
 @pytest.fixture
 def server(monkeypatch):
-    forget_proxies(monkeypatch)
     monkeypatch.setenv("OPENAI_API_KEY", "a-key")
     with Server() as server:
         yield server

@@ -10,13 +10,13 @@ import pytest
 from livo_jax.retrieval import language_model
 from livo_jax.retrieval.retriever import PAPERS as NAMES
 from livo_jax.retrieval.retriever import Retriever
-from tests.language_model import Replying, forget_proxies
+from tests.language_model import Replying
 from tests.retrieval.test_retriever import PAPERS, names
 
 
 @pytest.fixture
 def server(monkeypatch):
-    forget_proxies(monkeypatch)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # where nobody is: on loopback none is asked
     monkeypatch.setattr(language_model, "RETRIES", 1)
     monkeypatch.setattr(language_model, "TIMEOUT", 0.4)
     with Replying() as server:
@@ -106,7 +106,8 @@ def test_who_obeys_a_prompt_is_not_alone(server, kind):
         says(("hacked", 1, "")), says(("not applicable", 1, "")), says(("gore", 1, ""), ("none", 1, "")),
         says(("gore", 2, "")), says(("gore", True, "")), says(("gore", "1", "")), says(("gore", 1, 7)),
         says(("gore", float("nan"), "")), says((["gore"], 1, "")), '{"values": "gore"}', '{"values": null}', "[]",
-        '{"values": [{"name": "gore"}]}', "gore", "", None, '{"val', (200, "<html>"), (200, "null"), (500, "{}"),
+        '{"values": [{"name": "gore"}]}', "gore", "", None, '{"val', (200, "<html>" * 9999), (200, "null"), (500, "{}"),
+        "[" * 99999, (200, "[" * 99999), (200, ""),
         (429, "{}"), (401, '{"error": {"message": "no such key"}}'), (400, '{"error": {"code": "content_filter"}}'),
     ],
 )  # fmt: skip
@@ -116,7 +117,7 @@ def test_failures_fall_back_and_say_so(server, tmp_path, reply):
     with pytest.warns(UserWarning, match="the keywords answer in the place of the language model: "):
         found = find("a bloody nurse")
     assert {value.name for value in found} == {"gore", "gender", "race"}
-    assert all(re.match("keywords: it says .*; llm failed: .+", value.reason) for value in found)
+    assert all(re.match("keywords: it says .*; llm failed: .{,600}$", value.reason) for value in found)
     with pytest.warns(UserWarning, match="the keywords answer"):
         assert asking(server, ("llm", "bm25"), votes=2)("a cat") == [], "nothing of it is a value"
 
@@ -128,6 +129,21 @@ def test_an_endpoint_that_is_down_or_slow(server):
     with pytest.warns(UserWarning, match="does not answer: .*[Rr]efused"):
         find = Retriever(PAPERS, ("llm",), endpoint="http://127.0.0.1:9/v1", model="m")
         assert names("a zombie dog", find) == {"zombie"}
+
+
+@pytest.mark.parametrize(
+    "name, x, endpoint, told",
+    [
+        ("OPENAI_API_KEY", "sk-a\rsecret", "http://127.0.0.1:9/v1", "OPENAI_API_KEY has a character that no header"),
+        ("ALL_PROXY", "socks5://127.0.0.1:9", "http://example.org/v1", "socksio.*unset the proxy"),
+        ("no_proxy", "", "http://::1:8000/v1", "is no URL, where an IPv6 address stands in brackets"),
+    ],
+)
+def test_what_the_environment_says_of_an_endpoint_may_be_of_no_use(monkeypatch, name, x, endpoint, told):
+    monkeypatch.setenv(name, x)
+    with pytest.raises(ValueError, match=told) as error:
+        language_model.endpoint.client(endpoint, 0, 1.0)
+    assert "secret" not in str(error.value)
 
 
 def test_of_several_values_one_may_ask_a_language_model(server):

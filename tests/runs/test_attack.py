@@ -7,7 +7,7 @@ import pytest
 from configs import tiny
 from livo_jax import StableDiffusion, methods, sharding
 from livo_jax.runs import attack, attacked_pairs
-from tests.language_model import Replying, forget_proxies
+from tests.language_model import Replying
 
 pytestmark = pytest.mark.usefixtures("optimised")
 
@@ -27,7 +27,6 @@ def config():
 
 
 def test_paraphrases_and_public_prompts_are_measured_beside_the_base(config, tmp_path, monkeypatch):
-    forget_proxies(monkeypatch)
     (tmp_path / "found.csv").write_text("prompt\na photo of a gory diver\na photo of a diver in hamlet\n")
     config.eval.prompts, config.eval.prompt_sets.own.file = ("harm=own",), str(tmp_path / "found.csv")
     sd, mesh = StableDiffusion.from_pretrained(config.model), sharding.make_mesh(1)

@@ -88,7 +88,7 @@ def evaluate_noise(comparison, tmp_path):
     sides = [
         Drawn(tmp_path / "drawn", draw, judge, {"method": side}, {"judge": "first"}, 8) for side in ("base", "livo")
     ]
-    found = evaluate.Evaluated(Sides(*sides), *evaluate.ask(config, tokens=True)[:2])
+    found = evaluate.Evaluated(Sides(*sides), *evaluate.ask(config)[:2])
     rows = [case.requests for case in found.measured + found.alone] + [without_values(c.requests) for c in found.alone]
     for side, asked in zip(sides, (False, True)):
         with tqdm(disable=True) as progress:
@@ -356,7 +356,7 @@ def test_the_cost_is_told_beforehand(comparison):
     """As many images as are asked for, each drawn once, whoever reads it."""
     config = comparison.methods.livo.copy_and_resolve_references()
     config.eval.rate_images = 0  # as a comparison has it
-    asked = evaluate.requests_asked(*evaluate.ask(config, tokens=True))
+    asked = evaluate.requests_asked(*evaluate.ask(config))
     with_value = sum(bool(request.values) for request in asked)
     base = len(set(without_values(asked)))
     _, of_base, of_livo, total, readings, of_bytes, _ = board.cost(comparison, comparison.methods).splitlines()
@@ -368,6 +368,9 @@ def test_the_cost_is_told_beforehand(comparison):
     comparison.methods.livo.sampling.guidance_scale = 1.0
     _, unguided, *_ = board.cost(comparison, comparison.methods).splitlines()
     assert unguided.split() == ["base", f"{base:,}", f"{base * 5:,}", "0"]
+    config.method = "uce"  # which follows one value in an image: it is not asked for pairs of them
+    pairs = evaluate.ask(comparison.methods.livo)[2]
+    assert pairs and not evaluate.ask(config)[2]
     comparison.methods.livo.model = "nobody/absent"
     *counted, of_bytes, _ = board.cost(comparison, comparison.methods).splitlines()
     assert counted[1] == unguided and of_bytes == "bytes: not known without the configs of nobody/absent"

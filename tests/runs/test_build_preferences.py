@@ -399,10 +399,10 @@ def test_86000_pairs_in_flat_memory(tmp_path):
 MANY = """
 import pathlib, resource, time
 import numpy as np
-from data_tools import dataset, shapeworld
-from data_tools.build_preferences import png
-from livo_jax.data import Block
+from data_tools import shapeworld
+from livo_jax.data import Block, dataset
 from livo_jax.judges.shapeworld import Worker
+from livo_jax.runs.build_preferences import png
 
 directory, trades = pathlib.Path({directory!r}), sorted(shapeworld.TRADES)
 starts = [i * 86_000 // len(trades) for i in range(len(trades) + 1)]

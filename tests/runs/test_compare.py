@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from unittest.mock import Mock
 
 import jax.numpy as jnp
 import ml_collections
@@ -231,6 +232,16 @@ def test_what_a_worker_raises_on_purpose_comes_back_for_its_parent_to_raise(tmp_
     assert runs_compare.raise_or_keep({"numbers": {}}) == {"numbers": {}}
     with pytest.raises(AttributeError):
         runs_compare.measure_apart(None, tmp_path, comparison)
+
+
+@pytest.mark.parametrize("end, status", [(SystemExit(143), 143), (KeyboardInterrupt(), 130)])
+def test_a_worker_that_is_to_end_begins_no_other_job(monkeypatch, end, status):
+    """Whose pool would take that for the job's result."""
+    ended = []
+    monkeypatch.setattr(runs_compare, "measure", Mock(side_effect=end))
+    monkeypatch.setattr(os, "_exit", ended.append)
+    runs_compare.measure_apart(None, None, None)
+    assert ended == [status]
 
 
 METHODS = ("dpo_unet", "livo", "words")

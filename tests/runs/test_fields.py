@@ -8,7 +8,7 @@ from configs import livo, sdxl, tiny
 from configs.compare_tiny import BASELINES
 from livo_jax import methods
 from livo_jax.files.settings import flatten
-from livo_jax.runs import fields
+from livo_jax.runs import check, fields
 from livo_jax.training.optimizer import learning_rate
 
 FORMS = ("sft", "dpo", "ipo", "kto")
@@ -80,7 +80,7 @@ def test_a_field_that_is_not_read_is_refused(method, field, value, by):
     config[section][name] = value
     told = f"config.{field}={value!r}: {by} does not read it"
     with pytest.raises(ValueError, match="the config cannot work:\n") as error:
-        fields.check(config, {field: value})
+        check.check_fields(config, {field: value})
     assert told in str(error.value)
     if field in fields.OFF and isinstance(methods.make_method(config), methods.TrainedMethod):
         assert any(told in line for line in fields.problems(config))

@@ -14,7 +14,7 @@ import pytest
 import torch
 from flax import nnx
 
-from livo_jax import ValueEncoder, diffusion, sharding, values
+from livo_jax import ValueEncoder, diffusion, seeds, sharding, values
 from livo_jax.diffusion.samplers import GAMMA
 from livo_jax.export.export import SCHEDULERS
 from livo_jax.files.modules import initialise
@@ -22,6 +22,7 @@ from livo_jax.models.weights import split
 from livo_jax.retrieval.retriever import Retriever
 from livo_jax.sampling import generate, pairs
 from livo_jax.sampling.requests import Dose, Request, requests_of
+from livo_jax.values.dealing import applies
 from livo_jax.values.principles import text_hash
 from tests.sampling.conftest import DOSE, OTHER, SETTINGS, VALUE
 
@@ -46,7 +47,7 @@ def feed_step_noise(monkeypatch, scheduler: str, seed: int, prompts, shape):
 
     def draw(*_, **__):
         i = next(step)
-        noise = np.stack([generate.step_noise(seed, text_hash(prompt), 0, i, shape) for prompt in prompts])
+        noise = np.stack([generate.step_noise(seeds.key(seed), text_hash(prompt), 0, i, shape) for prompt in prompts])
         return torch.tensor(noise.transpose(0, 3, 1, 2))
 
     # Schedulers without noise have no such name, and need none.
@@ -282,7 +283,8 @@ def test_requests_number_the_images_of_a_prompt():
     assert several == [Request("a", 0, (Dose(VALUE), Dose(OTHER, 0.5))), Request("b")]
     dealt = requests_of(["a"] * 20 + ["b"] * 20, VALUE, keep_probability=0.45, seed=1)
     (shape,) = values.load(("shape",))
-    assert [r.values == DOSE for r in dealt] == [shape.applies(1, r.prompt, r.index) for r in dealt]
+    share = shape.keep_probability
+    assert [r.values == DOSE for r in dealt] == [applies(VALUE, share, 1, r.prompt, r.index) for r in dealt]
     assert sum(r.values == DOSE for r in dealt) == 18
     with pytest.raises(ValueError, match="strength of 'shape equalty', which is no value of the call"):
         requests_of(["a"], VALUE, strength={"shape equalty": 0.5})
@@ -349,7 +351,7 @@ def test_noise_is_normal_and_its_keys_differ():
     indices = np.arange(50, dtype=np.uint32)
     initial = jax.vmap(lambda i: generate.initial_noise(0, text_hash("a"), i, (8, 8, 4)))(indices)
     steps = [
-        jax.vmap(lambda i: generate.step_noise(0, text_hash("a"), i, step, (8, 8, 4)))(indices)  # noqa: B023
+        jax.vmap(lambda i: generate.step_noise(seeds.key(0), text_hash("a"), i, step, (8, 8, 4)))(indices)  # noqa: B023
         for step in range(3)
     ]
     noise = np.concatenate([initial, *steps])

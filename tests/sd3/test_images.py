@@ -187,7 +187,7 @@ def test_what_does_not_fit(sd, made, config, published, tmp_path):
         value_encoders.start(of_kind(config, "token", start=str(tmp_path / "xl")), sd, sharding.make_mesh())
 
     def broken(part, drop="nothing", **changes):
-        root = tmp_path / f"{part}_{drop}_{'_'.join(changes)}"
+        root = tmp_path / f"broken_{len([*tmp_path.iterdir()])}"
         shutil.copytree(published, root, ignore=shutil.ignore_patterns(drop))
         file = root / (part if part == "model_index.json" else f"{part}/config.json")
         file.write_text(json.dumps(json.loads(file.read_text()) | changes))
@@ -198,6 +198,9 @@ def test_what_does_not_fit(sd, made, config, published, tmp_path):
         (broken("vae", "tokenizer_3"), ValueError, "tokenizer_3 has no vocabulary: is tokenizer.json or spiece"),
         (broken("model_index.json", _class_name="StableDiffusionPipeline"), FileNotFoundError,
          "unet/config.json is missing\nIts model_index.json calls it a StableDiffusionPipeline"),
+        (broken("model_index.json", vae=7), ValueError, r"vae=7: \[library, class\] is wanted"),
+        (broken("model_index.json", max_sequence_length=0), ValueError, "its T5 reads max_sequence_length=0 tokens"),
+        (broken("vae", scaling_factor=0.0), ValueError, "scaling_factor=0.0, .*: finite numbers are wanted"),
         (broken("vae", "transformer"), FileNotFoundError, "transformer/config.json is missing\nIts .*Diffusion3Pipe"),
         (broken("model_index.json", max_sequence_length=-1), ValueError, "max_sequence_length=-1: 0 or more tokens"),
         (broken("transformer", joint_attention_dim=40), ValueError,

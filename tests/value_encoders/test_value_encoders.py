@@ -300,7 +300,7 @@ def test_an_export_is_read_again(sd, made, config, kind, tmp_path):
 def test_a_run_trains_its_kind_alone(root, tmp_path, kind):
     """A run on two devices, read on one: what it wrote is read, and another kind or rank is refused.
 
-    That of lora beside a model of 8 bits.
+    That of lora beside a model of 8 bits. What it started from was moved, and is not looked at.
     """
     config = tiny.get_config("smoke")
     config.model, config.random_weights, config.data.directory = str(root / "model"), True, str(root / "pairs")
@@ -316,7 +316,13 @@ def test_a_run_trains_its_kind_alone(root, tmp_path, kind):
     train.train_and_evaluate(config, tmp_path)
     assert not (tmp_path / "samples").exists()
     config.mesh = dict(data=1, fsdp=1, tensor=1)
+    written = json.loads((tmp_path / "config.json").read_text())
+    written["value_encoder"]["start"] = str(tmp_path / "before" / "export")
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    config.value_encoder.start = str(tmp_path / "export")
+    (tmp_path / "export").mkdir()
     _, sd, value_encoder = restore.restore_run(config, tmp_path, sharding.make_mesh(1))
+    config.value_encoder.start = ""
     arrays = small_run.final(tmp_path)
     assert sd.quantised == config.quantised and sd.unet.conv_in.kernel.dtype == ("int8" if sd.quantised else "float32")
 

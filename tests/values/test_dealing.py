@@ -55,7 +55,7 @@ def test_two_values_are_independent(a, b):
 def test_the_papers_values_meet_in_every_prompt():
     gender, race = values.load(("gender", "race"))
     for prompt in PROMPTS:
-        cells = {(gender.applies(0, prompt, i), race.applies(0, prompt, i)) for i in range(60)}
+        cells = set(zip(*(applied(v.statement, v.keep_probability, 0, prompt, 60) for v in (gender, race))))
         assert len(cells) == 4
 
 
