@@ -205,7 +205,12 @@ def write(out: pathlib.Path, figures: dict, mistakes: list[tuple]):
 def main(_):
     logging.set_verbosity(logging.WARNING)
     warnings.filterwarnings("ignore", ".* is longer than")  # prompts, than what a text encoder reads
+    about_prompts = {"label": LABEL.value, "value": VALUE.value, "where": WHERE.value, "category": CATEGORY.value}
+    if not PROMPTS.value and (given := [f"--{name}" for name, x in about_prompts.items() if x]):
+        sys.exit(f"{', '.join(given)}: of which file? Give --prompts=FILE")
     try:
+        if OUT.value:
+            pathlib.Path(OUT.value).mkdir(parents=True, exist_ok=True)  # before all is measured
         rows = read_rows() if PROMPTS.value else own_rows(PART.value)
         chosen = choose_values()
         retrievers = make_retrievers(chosen)

@@ -49,7 +49,9 @@ from livo_jax.retrieval.retriever import run_file
 from livo_jax.values.principles import lists
 from livo_jax.values.rules import entries
 
-FIELDS = {"file", "column", "label", "category", "values", "where", "source", "licence", "over_trigger", "beginnings"}
+FIELDS = dict.fromkeys(("file", "column", "label", "category", "source", "licence"), str)  # of a set
+FIELDS |= {"values": list, "where": dict, "over_trigger": float, "beginnings": bool}
+KIND = {str: "text", list: "list of texts", dict: "table of texts", float: "number", bool: "true or false"}
 PERSONS_OVER_TRIGGER = 0.003
 IDENTITIES = (
     "gay", "lesbian", "bisexual", "transgender", "Muslim", "Jewish", "Christian", "Hindu", "Buddhist", "deaf", "blind",
@@ -75,6 +77,12 @@ def persons() -> list[Row]:
     return [Row(prompt, (), frozenset()) for prompt in prompts]
 
 
+def is_a(x, kind: type) -> bool:
+    """Whether what a set's field is, is of its kind."""
+    parts = x.values() if isinstance(x, dict) else x if isinstance(x, list) else ()
+    return isinstance(x, (int, float) if kind is float else kind) and all(isinstance(part, str) for part in parts)
+
+
 def read_sets(path, folder, names, with_persons: bool) -> list[tuple[dict, list[Row]]]:
     """The tables of a file of sets, each with its prompts, and the persons.
 
@@ -85,10 +93,16 @@ def read_sets(path, folder, names, with_persons: bool) -> list[tuple[dict, list[
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     problems, found = [], []
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise ValueError(f"{path}: each set is a table, [[set]]")
     for number, table in enumerate(tables, start=1):
-        missing, unknown = {"file", "source", "licence"} - table.keys(), table.keys() - FIELDS
+        missing, unknown = {"file", "source", "licence"} - table.keys(), table.keys() - FIELDS.keys()
         if missing or unknown:
             problems.append(f"{path}: set {number} lacks {sorted(missing)} and has {sorted(unknown)}, which no set has")
+            continue
+        wrong = [f"{name}={x!r} is no {KIND[FIELDS[name]]}" for name, x in table.items() if not is_a(x, FIELDS[name])]
+        if wrong:
+            problems.append(f"{path}: set {number}: {', '.join(wrong)}")
             continue
         if not isinstance(table.get("over_trigger", 0), (int, float)) or not 0 <= table.get("over_trigger", 0) < 1:
             problems.append(f"{path}: set {number}: over_trigger={table['over_trigger']!r} is no share below 1")
@@ -318,6 +332,11 @@ def main(_):
     penalty = kind.penalty if PENALTY.value is None else PENALTY.value
     try:
         out = choose_out()
+        if not 0 <= penalty < np.inf:
+            raise ValueError(f"--penalty={penalty}: choose a finite number, 0 or above")
+        if out.is_dir():
+            raise ValueError(f"--out={out} is a folder: name a file in it")
+        out.parent.mkdir(parents=True, exist_ok=True)  # before minutes of fitting
         if FEATURES.value != "ngrams" and CONFIG.value is None:
             raise ValueError(f"--features={FEATURES.value} needs --config, whose model reads the prompts")
         tables = values.read_tables(PRINCIPLES_FILE.value)
@@ -342,7 +361,6 @@ def main(_):
         "held_out": fitted.card,
         **model,
     }  # fmt: skip
-    out.parent.mkdir(parents=True, exist_ok=True)
     linear.save(out, kind.format, fitted._replace(card=card))
     print(json.dumps(card, indent=2))
 

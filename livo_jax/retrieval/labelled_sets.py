@@ -1,5 +1,6 @@
 """Sets of prompts that others labelled, their labels put in terms of values."""
 
+import json
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
@@ -9,6 +10,7 @@ from livo_jax import files
 
 NONE, UNSCORED = "none", "unscored"
 REST = "*"
+TOLD = 20  # problems of a file, at most
 
 
 class Row(NamedTuple):
@@ -50,6 +52,15 @@ def read_mapping(entries: Sequence[str], label: str, names: Sequence[str]) -> tu
     return {text: None if UNSCORED in them else frozenset(them) - {NONE} for text, them in found.items()}, problems
 
 
+def _labels(text: str) -> str:
+    """A field of labels, with commas between them where it is a list of JSON."""
+    try:
+        listed = json.loads(text) if text.startswith("[") else None
+    except ValueError:
+        return text
+    return ", ".join(map(str, listed)) if isinstance(listed, list) else text
+
+
 def read_set(
     path, names: Sequence[str], *, column: str = "prompt", label: str = "", values: Sequence[str] = (),
     category: str = "", where: Mapping[str, str] | None = None,
@@ -59,8 +70,8 @@ def read_set(
     Args:
         path: a file as files.read_texts takes it.
         names: of the values that there are.
-        column, label, category: which column has the prompt, its labels (several with commas between them), and what
-            the prompts are told apart by; without a category it is the label.
+        column, label, category: which column has the prompt, its labels (several with commas between them, or a list
+            in JSON; "" is one too), and what the prompts are told apart by; without a category it is the label.
         values: which values a label is for, as `read_mapping` takes it. None is "none" for every prompt.
         where: {column: regular expression} that the rows must hold.
 
@@ -79,7 +90,8 @@ def read_set(
         raise ValueError(f"{path} cannot be used: {'; '.join(problems)}")
     columns = [column, *filter(None, (label, category)), *where]
     unique = list(dict.fromkeys(columns))
-    rows = [dict(zip(unique, texts)) for texts in files.read_texts(path, unique, problems)]
+    parsers = dict.fromkeys(set(unique) - {column}, _labels)  # where "" is a label too
+    rows = [dict(zip(unique, texts)) for texts in files.read_texts(path, unique, problems, parsers)]
     rows = [row for row in rows if all(re.search(expression, row[name]) for name, expression in where.items())]
     if not rows and not problems:
         problems.append(f"{path}: no prompts in it" + (", where its columns are as they should be" if where else ""))
@@ -100,7 +112,8 @@ def read_set(
             if text != REST and text not in there
         ]
     if problems:
-        raise ValueError(f"{path} cannot be used:\n  " + "\n  ".join(problems))
+        more = [f"and {len(problems) - TOLD} more"] if len(problems) > TOLD else []
+        raise ValueError(f"{path} cannot be used:\n  " + "\n  ".join([*problems[:TOLD], *more]))
     found = []
     for row, texts in zip(rows, labels):
         said = [mapping.get(text, mapping.get(REST)) for text in texts] if label else [every]

@@ -35,10 +35,10 @@ class Fitted(NamedTuple):
     known: dict[str, np.ndarray]
 
 
-def digest(arrays: dict[str, np.ndarray]) -> str:
-    """A hash of a classifier's numbers."""
-    names = [*NUMBERS, *sorted(arrays.keys() - set(NUMBERS))]
-    return hashlib.sha256(b"".join(arrays[name].tobytes() for name in names)).hexdigest()
+def digest(arrays: dict[str, np.ndarray], names: str) -> str:
+    """A hash of a classifier's numbers, and of the JSON of its values' names: by their order they are told apart."""
+    ordered = [*NUMBERS, *sorted(arrays.keys() - set(NUMBERS))]
+    return hashlib.sha256(b"".join([*(arrays[name].tobytes() for name in ordered), names.encode()])).hexdigest()
 
 
 def save(path: str | os.PathLike, kind: str, fitted: Fitted):
@@ -49,10 +49,8 @@ def save(path: str | os.PathLike, kind: str, fitted: Fitted):
         "thresholds": np.asarray(fitted.thresholds, np.float32),
         **{name: np.asarray(array, np.float32) for name, array in fitted.known.items()},
     }
-    about = {
-        "format": kind, "values": json.dumps(list(fitted.names)), "sha256": digest(arrays),
-        "card": json.dumps(fitted.card),
-    }  # fmt: skip
+    names = json.dumps(list(fitted.names))
+    about = {"format": kind, "values": names, "sha256": digest(arrays, names), "card": json.dumps(fitted.card)}
     write_safetensors(arrays, path, about)
 
 
@@ -77,6 +75,8 @@ def load(path: str | os.PathLike, kind: str, command: str, known: tuple[str, ...
         names, card = json.loads(about["values"]), json.loads(about["card"])
     except (KeyError, ValueError) as error:
         raise ValueError(f"{path} is damaged: its metadata: {error}; {command} makes it anew") from error
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names) and isinstance(card, dict)):
+        raise ValueError(f"{path} is damaged: its metadata: values={names!r:.200}; {command} makes it anew")
     V = len(names)
     shapes = {name: arrays[name].shape for name in NUMBERS}
     if len(shapes["weights"]) != 2 or shapes != {
@@ -85,8 +85,13 @@ def load(path: str | os.PathLike, kind: str, command: str, known: tuple[str, ...
         "thresholds": (V,),
     }:
         raise ValueError(f"{path} is damaged: {shapes} for {V} values, {', '.join(names)}")
-    if digest(arrays) != about.get("sha256"):
-        raise ValueError(f"{path} is damaged: its numbers are not those that were written; {command} makes it anew")
+    if digest(arrays, about["values"]) != about.get("sha256"):
+        raise ValueError(
+            f"{path} is damaged, or of an earlier livo_jax: its numbers and names are not those that were written;"
+            f" {command} makes it anew"
+        )
+    if not all(array.dtype.kind == "f" and np.isfinite(array).all() for array in arrays.values()):
+        raise ValueError(f"{path} is damaged: its numbers are not finite; {command} makes it anew")
     numbers = [arrays.pop(name) for name in NUMBERS]
     return Fitted(tuple(names), *numbers, card, arrays)
 

@@ -130,6 +130,11 @@ def pattern(phrases: list[str], verb: bool, lists: dict[str, list[str]]) -> re.P
     return re.compile(rf"(?<![^\W_]){whole}(?![^\W_])")
 
 
+def _without(exceptions: re.Pattern, keywords: re.Pattern, text: str) -> str:
+    """The text without exceptions, but for one that goes on as a keyword: "a woman truck" of a woman truck driver."""
+    return exceptions.sub(lambda found: found[0] if keywords.match(text, found.end() + 1) else " , ", text)
+
+
 class Rules:
     """The keywords of principles.toml.
 
@@ -160,9 +165,9 @@ class Rules:
         for name, (keywords, exceptions, stated) in self.patterns.items():
             if not any(map(keywords.search, texts)):  # nor is one where the exceptions are taken out
                 continue
-            key = id(exceptions)  # a hash of a pattern reads all of it
+            key = id(exceptions), id(keywords)  # a hash of a pattern reads all of it
             if key not in without:
-                without[key] = [exceptions.sub(" , ", text) for text in texts]
+                without[key] = [_without(exceptions, keywords, text) for text in texts]
             rest = without[key]
             match = next(filter(None, map(keywords.search, rest)), None)
             if match and not any(map(stated.search, rest)):
@@ -172,7 +177,7 @@ class Rules:
     def rest(self, prompt: str) -> tuple[list[str], set[str]]:
         """The readings without any value's exceptions, and the names of the values whose attribute they state."""
         texts, names = readings(prompt), set()
-        for name, (_, exceptions, stated) in self.patterns.items():
-            texts = [exceptions.sub(" , ", text) for text in texts]
+        for name, (keywords, exceptions, stated) in self.patterns.items():
+            texts = [_without(exceptions, keywords, text) for text in texts]
             names |= {name} if any(map(stated.search, texts)) else set()
         return texts, names

@@ -55,6 +55,21 @@ def test_a_set_without_labels_and_some_of_its_rows(file, tmp_path):
     assert [(row.prompt, row.categories) for row in read(lines)] == [("a nurse", ()), ("a cook", ())]
 
 
+def test_an_empty_label_is_one_and_json_may_have_others(tmp_path):
+    (tmp_path / "set.csv").write_text("text,kind\na naked man,nude\na cat,\n,nude\na dog,\n")
+    rows = read(tmp_path / "set.csv", "nude=nudity", "=none", label="kind")
+    assert [(row.prompt, row.wanted) for row in rows] == [
+        ("a naked man", {"nudity"}),
+        ("a cat", set()),
+        ("a dog", set()),
+    ]
+    assert [row.prompt for row in read(tmp_path / "set.csv", where={"kind": "^$"})] == ["a cat", "a dog"]
+    lines = ['{"text": "a naked man", "kind": ["nude", 1]}', '{"text": "a cat", "kind": 0}']
+    (tmp_path / "set.jsonl").write_text("\n".join(lines))
+    rows = read(tmp_path / "set.jsonl", "nude=nudity", "1=gore", "0=none", label="kind")
+    assert [row.wanted for row in rows] == [{"nudity", "gore"}, set()]
+
+
 @pytest.mark.parametrize(
     "values, settings, parts",
     [
@@ -102,3 +117,5 @@ def test_the_command(file, tmp_path):
 def test_the_command_says_what_is_wrong(file):
     done = measure(f"--prompts={file}", "--column=text", "--label=kind", "--value=blood=gore", "--value=blood=none")
     assert done.returncode == 1 and "stand alone" in done.stderr and "Traceback" not in done.stderr
+    done = measure("--label=kind", "--value=blood=gore")
+    assert done.returncode == 1 and done.stderr == "--label, --value: of which file? Give --prompts=FILE\n"

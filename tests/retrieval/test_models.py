@@ -168,7 +168,7 @@ def test_states_are_fitted_and_refused_elsewhere(sd, small, tmp_path):
     with pytest.raises(ValueError, match="was fitted for another model, '': its states of a text are not this one's"):
         Retriever((BLOODY,), ("states",), sd=small[0], files={"states": path})
     path.write_bytes(path.read_bytes()[:-8] + b"\0" * 8)
-    with pytest.raises(ValueError, match="is damaged: its numbers are not those that were written"):
+    with pytest.raises(ValueError, match="is damaged, or of an earlier livo_jax: its numbers and names"):
         Retriever((BLOODY,), ("states",), sd=sd, files={"states": path})
 
 

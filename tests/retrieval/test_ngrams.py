@@ -53,6 +53,11 @@ def altered(arrays, about):
     return arrays, about
 
 
+def infinite(arrays, about):
+    arrays["thresholds"][0] = np.nan
+    return arrays, about | {"sha256": linear.digest(arrays, about["values"])}
+
+
 def cut(arrays, about):
     return {**arrays, "weights": arrays["weights"][:100].copy()}, about
 
@@ -60,8 +65,11 @@ def cut(arrays, about):
 @pytest.mark.parametrize(
     "damage, error",
     [
-        (altered, "is damaged: its numbers are not those that were written"),
-        (cut, "is damaged: its numbers are not those that were written"),
+        (altered, "is damaged, or of an earlier livo_jax: its numbers and names are not those that were written"),
+        (cut, "is damaged, or of an earlier livo_jax: its numbers and names"),
+        (infinite, "is damaged: its numbers are not finite"),
+        (lambda arrays, about: (arrays, about | {"values": '["gore", "nudity"]'}), "numbers and names are not those"),
+        (lambda arrays, about: (arrays, about | {"values": "5"}), "is damaged: its metadata: values=5"),
         (lambda arrays, about: (arrays, {}), "is no classifier of 'livo_jax n-grams 1'"),
         (lambda arrays, about: (arrays, about | {"values": "nudity"}), "is damaged: its metadata"),
         (lambda arrays, about: ({"weights": arrays["weights"]}, about), "is no classifier"),
@@ -143,11 +151,15 @@ def test_the_command_fits_on_labelled_prompts(folder):
 def test_the_command_says_all_that_is_wrong(folder):
     (folder / "sets.toml").write_text(
         SETS + SETS.replace("blood=gore", "blud=gore") + '[[set]]\nfile="x"\nfiel="y"\n' + SETS.replace("0.1", '"few"')
-    )
+        + SETS.replace("0.1", "1.5") + SETS.replace("[\"blood=gore", "[1, \"blood=gore").replace("true", '"yes"')
+    )  # fmt: skip
     done = fit(folder)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "no value for the label 'blood'" in done.stderr and "no row has the label 'blud'" in done.stderr
-    assert "set 4: over_trigger='few' is no share below 1" in done.stderr
+    assert "set 4: over_trigger='few' is no number" in done.stderr
+    assert "set 5: over_trigger=1.5 is no share below 1" in done.stderr
+    assert "set 6: values=[1, 'blood=gore', " in done.stderr
+    assert "is no list of texts, beginnings='yes' is no true or false" in done.stderr
     assert "set 3 lacks ['licence', 'source'] and has ['fiel']" in done.stderr
 
 

@@ -130,6 +130,7 @@ def test_titles_of_occupations(title):
         ("an empty office, no people", ""), ("a street without people", ""), ("a doctor's office", ""),
         ("a nurse uniform on a hanger", ""), ("a nurse shark", ""), ("a warrior rabbit", ""), ("a toy soldier", ""),
         ("a penguin dressed as a waiter", ""), ("a person in a nurse uniform", "gender race"), ("a cooked meal", ""),
+        ("a nurse who is Asian", "gender"), ("nurses with dark skin", "gender"), ("a woman truck driver", "race"),
         ("a bust of a king", ""), ("a statue of a pilot and a pilot", "gender race"), ("the nursing home", ""),
     ],
 )  # fmt: skip
