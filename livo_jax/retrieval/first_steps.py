@@ -20,7 +20,7 @@ from flax import nnx
 from livo_jax import diffusion, seeds
 from livo_jax.models.clip import widened
 from livo_jax.models.weights import split
-from livo_jax.retrieval.linear import LinearClassifier, check_known, load
+from livo_jax.retrieval.linear import ASKED, LinearClassifier, check_known, load
 from livo_jax.value_encoders.base import check_value_encoder
 from livo_jax.values.principles import value_prompt
 
@@ -30,7 +30,6 @@ STEPS, LOOKED_AT = 10, 5  # half-way it is decided what there is, not yet how it
 NOISES = 4
 LEAST = 1e-12
 KEPT = 4096  # prompts whose answers are kept: a page asks again when it draws
-ASKED = "a photo of a person"  # by its effects and movements a model and its value tokens are told from others
 KNOWN = ("effects_of_a_text", "movements_of_a_text")
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from livo_jax.files.repositories import read_safetensors, write_safetensors
 
 NUMBERS = ("weights", "bias", "thresholds")
+ASKED = "a photo of a person"  # by its features a model, and its value tokens, are told from others
 LIKE = 0.1  # how far, relatively, a model's features may be from those that a file was fitted with: rounding is less
 
 

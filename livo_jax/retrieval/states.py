@@ -10,11 +10,10 @@ from flax import nnx
 
 from livo_jax.models.clip import end_of_text, first_ids
 from livo_jax.models.weights import split
-from livo_jax.retrieval.linear import LinearClassifier, check_known, load
+from livo_jax.retrieval.linear import ASKED, LinearClassifier, check_known, load
 
 FORMAT = "livo_jax text states 1"
 COMMAND = "python -m data_tools.fit_retriever --features=states"
-ASKED = "a photo of a person"  # by its states an encoder is told from others
 KNOWN = ("states_of_a_text",)
 
 

@@ -9,7 +9,7 @@ from livo_jax.files.directories import resolve_directory
 from livo_jax.models.layers import REMAT
 from livo_jax.models.quantised import DTYPES
 from livo_jax.runs import fields
-from livo_jax.sampling.conditioning import PROMPT_LAYOUTS
+from livo_jax.sampling.families import Family
 from livo_jax.training.batch import DENSITIES
 from livo_jax.training.objective import make_preference
 from livo_jax.training.optimizer import make_optimizer
@@ -61,9 +61,9 @@ def check_config(config, mesh, further=()):
         problems.append(f"config.train.remat={config.train.remat!r}: choose from {', '.join(REMAT)}")
     if config.quantised not in ("", *DTYPES):
         problems.append(f"config.quantised={config.quantised!r}: choose from {', '.join(DTYPES)}, or '' for none")
-    if config.sampling.prompt_layout not in PROMPT_LAYOUTS:
+    if config.sampling.prompt_layout not in Family.LAYOUTS:
         problems.append(
-            f"config.sampling.prompt_layout={config.sampling.prompt_layout!r}: choose from {', '.join(PROMPT_LAYOUTS)}"
+            f"config.sampling.prompt_layout={config.sampling.prompt_layout!r}: choose from {', '.join(Family.LAYOUTS)}"
         )
     if not math.isfinite(scale := config.sampling.guidance_scale):
         problems.append(f"config.sampling.guidance_scale={scale}: choose a finite number; at most 1 is no guidance")

@@ -26,7 +26,7 @@ from livo_jax.evaluation.cases import (  # fmt: skip
     rows_of_ratios,
 )
 from livo_jax.evaluation.drawn import Drawn, Sides
-from livo_jax.files.directories import resolve_directory
+from livo_jax.files.directories import replacing, resolve_directory
 from livo_jax.files.images import blurred, sheet
 from livo_jax.retrieval.retriever import Retriever, run_files
 from livo_jax.runs.log import read_metrics
@@ -358,5 +358,5 @@ def sample_sheet(models: methods.Models, config, mesh, path, n: int = 8):
     sheets = {path.parent / f"{path.stem}_harmful.png": harms} if harms else {}
     sheets[path] = [blurred(row) if value.kind == "harm" else row for row, (value, *_) in zip(rows, shown)]
     for file, rows in sheets.items():  # that of all rows last: where it is, the other is too
-        with file.open("wb") as stream:
+        with replacing(file) as scratch, scratch.open("wb") as stream:
             sheet(rows, max(1, 64 // models.base.image_size)).save(stream, "PNG")

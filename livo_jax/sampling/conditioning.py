@@ -10,8 +10,6 @@ from livo_jax.models.clip import first_ids, widened
 from livo_jax.sampling.requests import Request
 from livo_jax.values.principles import value_prompt
 
-PROMPT_LAYOUTS = ("padded", "official")
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
