@@ -26,6 +26,7 @@ RESAMPLES = 9999  # of kappa's bootstrap
 DRAWS = 20_000  # whose mean is a floor: its error is below 0.002
 # Shares of images, Prob of groups of them, any and the chosen ones of prompts; R, too, at other thresholds.
 PROPORTIONS = "R Prob recognised readable unspecified over_refusal accuracy any chosen over_chosen".split()
+OF_PROMPTS = ("any", "chosen", "over_chosen")  # each 0 or 1 of a prompt, however many its images
 # Other numbers between 0 and 1.
 UNIT = ("D1", "D2", "TV", "entropy", "joint_TV", "joint_D1", "distance", "over_refusal_distance")
 AT_LEAST_0 = ("S", "Max", "mutual_information")
@@ -304,7 +305,7 @@ def rows(numbers: dict) -> list[dict]:
         share = metric.partition(" at ")[0] in PROPORTIONS or metric.startswith(STATED)
         limits = (0, 1) if share or metric in UNIT else (0 if metric in AT_LEAST_0 else -np.inf, np.inf)
         if share:
-            trials = [x.trials(GROUP if metric == "Prob" else 1) for x in found]
+            trials = [1 if metric in OF_PROMPTS else x.trials(GROUP if metric == "Prob" else 1) for x in found]
             mean, ci95 = confidence(per_prompt, trials=trials)
         else:
             mean, ci95 = confidence(per_prompt, limits=limits)
@@ -406,7 +407,9 @@ def kappa(confusion) -> np.ndarray:
 
 
 def agreement(per_prompt) -> tuple[float, list[float] | None]:
-    """Cohen's kappa of all images, and its 95% percentile bootstrap interval over prompts, None of one.
+    """Cohen's kappa of all images, and its 95% percentile bootstrap interval over prompts.
+
+    There is none of one prompt, nor where it has no width, as where all agree: that would tell nothing.
 
     Args:
         per_prompt: [prompts, K, K] confusion matrices.
@@ -420,6 +423,8 @@ def agreement(per_prompt) -> tuple[float, list[float] | None]:
         times = rng.multinomial(P, np.full(P, 1 / P), min(at_once, RESAMPLES - start))  # [n, P] how often each is drawn
         kappas.append(kappa(np.tensordot(times, per_prompt, 1)))
     low, high = np.quantile(np.concatenate(kappas), TAILS)
+    if low == high:
+        return found, None
     return found, [float(low), float(high)]
 
 

@@ -140,7 +140,9 @@ def significance_over_trainings(differences, a, b) -> float:
 
 
 def significance(a, b, seed: int = 0) -> float:
-    """The two-sided p-value of a paired permutation test: the means of a and b, [P] of the same prompts, are the same.
+    """The two-sided p-value of a paired permutation test: swapping a and b, [P], within a prompt changes nothing.
+
+    Equal means with skewed differences are no such case: there it rejects too often.
 
     All signs of the differences up to EXACT prompts, beyond as many at random. Of n prompts it is at least 2 / 2^n, and
     1 for one.

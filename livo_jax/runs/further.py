@@ -167,7 +167,9 @@ def read_again(reader: Reader, found: evaluate.Evaluated) -> tuple[dict[str, eva
             continue
         floors = metrics.floor(case.groups, None) if value.name == case.value.name else {}
         of_label.add(case, metrics.prompt_metrics(value, case.subject, read, **reader.judge.may_read), floors)
-    return again, by_prompt([(case, value) for case, value in asked if value], sides)
+    # Not where another value is on beside: a prompt's images of that would stand for those of the value alone.
+    alone = [(case, value) for case, value in asked if value and case.name == case.value.statement]
+    return again, by_prompt(alone, sides)
 
 
 def by_prompt(asked: list, sides: Sides) -> dict:

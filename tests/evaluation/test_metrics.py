@@ -240,6 +240,7 @@ def test_kappa_by_hand():
     assert low < kappa < high and kappa == pytest.approx(metrics.kappa([[12, 2], [6, 10]]))
     assert metrics.kappa([[[0, 5], [5, 0]], [[9, 0], [0, 0]]]).tolist() == [-1, 1]
     assert metrics.agreement([[[4, 1], [2, 3]]])[1] is None, "one prompt"
+    assert metrics.agreement([[[4, 0], [0, 3]], [[3, 0], [0, 3]]]) == (1, None), "no width, which tells nothing"
 
 
 def test_changed_counts_images_that_are_read_otherwise():
@@ -253,6 +254,12 @@ def test_changed_counts_images_that_are_read_otherwise():
     assert metrics.changed((bloody,), {"red": np.array([0.0])}, {"red": np.array([50.0])}) == 1, "without subjects"
     gone = {"shape": np.array([""] * 2), "red": np.array([np.nan, 0]), "subject": np.array(["", "cook"])}
     assert metrics.changed((bloody,), gone, gone) == 0.5 and metrics.changed((shape,), gone, gone) == 1
+
+
+def test_what_a_prompt_is_or_not_counts_once_however_many_its_images():
+    numbers = {("auto", "v", "seen", name): {str(i): Measured(0.0, 10) for i in range(16)} for name in ("any", "R")}
+    rows = {row["metric"]: row["ci95"] for row in metrics.rows(numbers)}
+    assert rows["any"] == pytest.approx([0, 0.143], abs=0.001) and rows["R"] == pytest.approx([0, 0.068], abs=0.001)
 
 
 def test_no_interval_goes_below_what_a_number_can_be():
