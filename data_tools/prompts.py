@@ -83,40 +83,42 @@ def expand(
     from livo_jax.retrieval.endpoint import client
 
     table = load_word_lists([name], path)[name]
-    asking = client(endpoint, retries, timeout)
     cache.mkdir(parents=True, exist_ok=True)
     new, known, sent, dropped = [], {forms(word) for word in table["words"]}, 0, []
-    for number in itertools.count():
-        request = question(name, table, new, model, number)
-        digest = hashlib.sha256(json.dumps([endpoint, request]).encode()).hexdigest()
-        file = cache / f"{digest}.json"
-        if len(new) >= count or (sent == budget and not file.exists()):
-            if dropped and len(dropped) == number:
-                raise ConnectionError(f"{endpoint} sends no words, {number} times: {dropped[-1]}")
-            return new[:count], sent
-        if not file.exists():
-            sent += 1
+    with client(endpoint, retries, timeout) as asking:
+        for number in itertools.count():
+            request = question(name, table, new, model, number)
+            digest = hashlib.sha256(json.dumps([endpoint, request]).encode()).hexdigest()
+            file = cache / f"{digest}.json"
+            if len(new) >= count or (sent == budget and not file.exists()):
+                if dropped and len(dropped) == number:
+                    raise ConnectionError(f"{endpoint} sends no words, {number} times: {dropped[-1]}")
+                return new[:count], sent
+            if not file.exists():
+                sent += 1
+                try:
+                    answer = asking.chat.completions.with_raw_response.create(**request).text
+                except openai.APIStatusError as error:
+                    raise ConnectionError(
+                        f"{endpoint} answers {error.status_code}: {error.response.text[:200]}"
+                    ) from None
+                except openai.APIConnectionError as error:  # or a timeout
+                    raise ConnectionError(f"{endpoint} does not answer: {error.__cause__ or error}") from None
+                content = json.dumps({"endpoint": endpoint, "request": request, "answer": answer}, indent=2)
+                dataset.write_whole(file, content)
             try:
-                answer = asking.chat.completions.with_raw_response.create(**request).text
-            except openai.APIStatusError as error:
-                raise ConnectionError(f"{endpoint} answers {error.status_code}: {error.response.text[:200]}") from None
-            except openai.APIConnectionError as error:  # or a timeout
-                raise ConnectionError(f"{endpoint} does not answer: {error.__cause__ or error}") from None
-            content = json.dumps({"endpoint": endpoint, "request": request, "answer": answer}, indent=2)
-            dataset.write_whole(file, content)
-        try:
-            listed = named(json.loads(file.read_text(encoding="utf-8"))["answer"])
-        except ValueError as error:
-            logging.info("dropped an answer: %s", error)
-            dropped.append(error)
-            continue
-        for word in listed:
-            reason = fault(word) or ("it is there" if forms(word) in known else "")
-            if reason:
-                logging.info("dropped %r: %s", word, reason)
-            else:
-                known.add(forms(word))
-                new.append(word)
+                listed = named(json.loads(file.read_text(encoding="utf-8"))["answer"])
+            except ValueError as error:
+                logging.info("dropped an answer: %s", error)
+                dropped.append(error)
+                continue
+            for word in listed:
+                reason = fault(word) or ("it is there" if forms(word) in known else "")
+                if reason:
+                    logging.info("dropped %r: %s", word, reason)
+                else:
+                    known.add(forms(word))
+                    new.append(word)
 
 
 def toml(name: str, table: dict) -> str:
