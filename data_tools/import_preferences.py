@@ -41,6 +41,7 @@ from tqdm import tqdm
 from livo_jax import commands, data, files, judges
 from livo_jax import values as principles
 from livo_jax.data import dataset
+from livo_jax.files import directories
 
 LABELS = {  # to the authors 1 is aligned and every other number violating
     "aligned": ("positive", "pos", "aligned", "chosen", 1, True),
@@ -261,7 +262,7 @@ def extract(archive: pathlib.Path, folder: pathlib.Path, max_gb: float, max_memb
                 if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                     raise tarfile.ReadError("cut short or damaged")
     except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-        if getattr(error, "errno", None) in dataset.FULL:  # no fault of the tar
+        if getattr(error, "errno", None) in directories.FULL:  # no fault of the tar
             raise
         problems.append(f"{f'at or after {member.name!r}' if member else 'as a tar'}: {error}")
     if problems:

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from livo_jax.data_tools import shapeworld
 
-from data_tools import shapeworld, shapeworld_relatives
+from data_tools import shapeworld_relatives
 from livo_jax import StableDiffusion, diffusion
 from livo_jax.files.loras import merge_loras
 from livo_jax.models import low_rank

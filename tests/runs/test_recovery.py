@@ -254,9 +254,11 @@ def test_a_second_ctrl_c_ends_at_once():
         assert termination.asked(2) and termination.signal is signal.SIGINT
         assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
     assert signal.getsignal(signal.SIGINT) is before
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored
     with Termination(0) as termination:  # of a terminal that was closed
         signal.raise_signal(signal.SIGHUP)
         assert termination.asked(1) and termination.signal is signal.SIGHUP
+    signal.signal(signal.SIGHUP, before)
     with Termination(0) as termination, termination.at_once():
         signal.raise_signal(signal.SIGINT)
         raise AssertionError("what is drawn is left where it is")
