@@ -5,18 +5,13 @@
 Every file of configs/baselines/ is a method; a field of one is --config.methods.NAME.FIELD. All are judged by CLIP.
 """
 
-import importlib
-
-from livo_jax.configs import livo
-from livo_jax.configs.compare_tiny import BASELINES
+from livo_jax.configs import baselines
 from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
-    config.methods = ConfigDict({"livo": livo.get_config()})
-    for name in BASELINES:
-        config.methods[name] = importlib.import_module(f"livo_jax.configs.baselines.{name}").get_config("livo")
+    config.methods = baselines.beside_livo("livo")
     for own in config.methods.values():
         own.judge, own.judging.model = "clip", "openai/clip-vit-large-patch14"
     config.processes = 1  # methods at a time: they share the devices

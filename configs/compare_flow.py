@@ -5,9 +5,7 @@
 Other baselines edit a UNet. A field of a method is --config.methods.NAME.FIELD; `:smoke` is a run of minutes.
 """
 
-import importlib
-
-from livo_jax.configs import common, compare_tiny, flow_tiny
+from livo_jax.configs import baselines, common, compare_tiny
 from ml_collections import ConfigDict
 
 BASELINES = ("dpo", "negative", "sft")
@@ -16,9 +14,6 @@ BASELINES = ("dpo", "negative", "sft")
 def get_config(variant: str = "") -> ConfigDict:
     common.check_variant("compare_flow", variant)
     config = compare_tiny.get_config(variant)
-    arg = f"flow_tiny:{variant}" if variant else "flow_tiny"
-    config.methods = ConfigDict({"livo": flow_tiny.get_config(variant)})
-    for name in BASELINES:
-        config.methods[name] = importlib.import_module(f"livo_jax.configs.baselines.{name}").get_config(arg)
+    config.methods = baselines.beside_livo(f"flow_tiny:{variant}" if variant else "flow_tiny", BASELINES)
     config.attacks = ()  # for time: the search by queries could
     return config

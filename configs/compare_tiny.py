@@ -6,22 +6,14 @@ Every file of configs/baselines/ is a method; a field of one is --config.methods
 minutes, to see that everything runs; its figures mean nothing.
 """
 
-import importlib
-import pathlib
-
-from livo_jax.configs import common, tiny
+from livo_jax.configs import baselines, common
 from ml_collections import ConfigDict
-
-BASELINES = sorted(path.stem for path in pathlib.Path(__file__).with_name("baselines").glob("[!_]*.py"))
 
 
 def get_config(variant: str = "") -> ConfigDict:
     common.check_variant("compare_tiny", variant)
     config = ConfigDict()
-    arg = f"tiny:{variant}" if variant else "tiny"
-    config.methods = ConfigDict({"livo": tiny.get_config(variant)})
-    for name in BASELINES:
-        config.methods[name] = importlib.import_module(f"livo_jax.configs.baselines.{name}").get_config(arg)
+    config.methods = baselines.beside_livo(f"tiny:{variant}" if variant else "tiny")
     config.processes = 2  # methods at a time, each on its part of the cores
     config.curve = ConfigDict({"points": 4, "images": 20})  # checkpoints measured, on so many images of each prompt
     config.trainings = 1  # of each method that trains, of seeds from its own on; intervals are then over these too

@@ -3,10 +3,23 @@
 But for the rate: on the embedded world the constants of SFT, DPO, IPO and KTO were chosen at twice LiVO's.
 """
 
+import importlib
+import pathlib
+
 from livo_jax.configs import common, flow_tiny, livo, tiny
 from ml_collections import ConfigDict
 
+ALL = sorted(path.stem for path in pathlib.Path(__file__).parent.glob("[!_]*.py"))
 STARTS = {"tiny": tiny, "livo": livo, "flow_tiny": flow_tiny}
+
+
+def beside_livo(arg: str, names=ALL) -> ConfigDict:
+    """The methods of a comparison: LiVO, and these of configs/baselines/, with `arg` as `start` takes it."""
+    name, _, variant = arg.partition(":")
+    methods = {"livo": STARTS[name].get_config(variant)}
+    for each in names:
+        methods[each] = importlib.import_module(f"livo_jax.configs.baselines.{each}").get_config(arg)
+    return ConfigDict(methods)
 
 
 def start(arg: str, method: str, **section):

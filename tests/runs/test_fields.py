@@ -5,7 +5,7 @@ import importlib
 import pytest
 
 from configs import livo, sdxl, tiny
-from configs.compare_tiny import BASELINES
+from configs.baselines import ALL as BASELINES
 from livo_jax import methods
 from livo_jax.files.settings import flatten
 from livo_jax.runs import check, fields
