@@ -10,7 +10,6 @@ as shapeworld's, which are exact.
 """
 
 import itertools
-import json
 import pathlib
 import sys
 
@@ -22,6 +21,7 @@ from ml_collections import config_flags
 from livo_jax import commands, files, values
 from livo_jax.evaluation import metrics, quality
 from livo_jax.evaluation.uncertainty import confidence
+from livo_jax.files.directories import write_json
 
 
 def read_truth(directory: str, names: list[str], principles) -> dict[str, np.ndarray]:
@@ -144,7 +144,7 @@ def main(_):
     print(table(rows))
     if OUT.value:
         document = metrics.document(rows, [judge.pinned for judge in judges.values()])
-        pathlib.Path(OUT.value).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        write_json(pathlib.Path(OUT.value), document)
 
 
 if __name__ == "__main__":

@@ -181,8 +181,7 @@ def show(figure) -> str:
 
 
 def write(out: pathlib.Path, figures: dict, mistakes: list[tuple]):
-    """The files of --out."""
-    out.mkdir(parents=True, exist_ok=True)
+    """The files of --out, a folder that is there."""
     (out / "figures.json").write_text(json.dumps(figures) + "\n", encoding="utf-8")
     with open(out / "mistakes.csv", "w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([("backends", "mistake", "value", "category", "prompt", "reason"), *mistakes])

@@ -104,7 +104,7 @@ def read_sets(path, folder, names, with_persons: bool) -> list[tuple[dict, list[
         if wrong:
             problems.append(f"{path}: set {number}: {', '.join(wrong)}")
             continue
-        if not isinstance(table.get("over_trigger", 0), (int, float)) or not 0 <= table.get("over_trigger", 0) < 1:
+        if not 0 <= table.get("over_trigger", 0) < 1:
             problems.append(f"{path}: set {number}: over_trigger={table['over_trigger']!r} is no share below 1")
         settings = {key: table[key] for key in ("column", "label", "category", "values", "where") if key in table}
         try:

@@ -7,7 +7,6 @@ are trained together by flow matching (Esser et al. 2024), 3 steps a second on a
 world's with its quant convolutions folded away, as Stable Diffusion 3 has none: its means are the same pictures.
 """
 
-import json
 import pathlib
 import shutil
 
@@ -20,6 +19,8 @@ from livo_jax.data_tools import shapeworld
 
 from livo_jax import StableDiffusion, commands, diffusion
 from livo_jax.files import modules
+from livo_jax.files.directories import write_json
+from livo_jax.files.repositories import read_json
 from livo_jax.models.clip import CLIPTextModelWithProjection
 from livo_jax.models.mmdit import SD3Transformer2DModel
 from livo_jax.models.sd3_text import SD3TextModels
@@ -69,11 +70,8 @@ def folded_vae(vae: AutoencoderKL, images: np.ndarray) -> tuple[AutoencoderKL, d
     kernel = np.concatenate([kernel @ Q[:, :C] @ P, np.zeros((*kernel.shape[:3], C))], axis=-1)
     bias = np.concatenate([(bias @ Q[:, :C] + of_Q[:C]) @ P + of_P, np.log(variance)])
     means = mean @ P + of_P
-    config = {"_class_name": "AutoencoderKL"} | {
-        name: x
-        for name, x in json.loads((FIRST / "vae" / "config.json").read_text(encoding="utf-8")).items()
-        if name[0] != "_"
-    }
+    first = read_json(FIRST / "vae" / "config.json")
+    config = {"_class_name": "AutoencoderKL"} | {name: x for name, x in first.items() if name[0] != "_"}
     config |= {"use_quant_conv": False, "use_post_quant_conv": False}
     config |= {"scaling_factor": float(1 / means.std()), "shift_factor": float(means.mean())}
     new = {name: params[name] for name in ("encoder", "decoder")}
@@ -152,8 +150,8 @@ def build(out: pathlib.Path, pictures: int = 24_000, steps: int = 3000):
         modules.save(tower, place, config, stem="model", dtype=half)
         shutil.copytree(FIRST / "tokenizer", out / part.replace("text_encoder", "tokenizer"), dirs_exist_ok=True)
     (out / "scheduler").mkdir(exist_ok=True)
-    (out / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER, indent=2) + "\n", encoding="utf-8")
-    (out / "model_index.json").write_text(json.dumps(PIPELINE, indent=2) + "\n", encoding="utf-8")
+    write_json(out / "scheduler" / "scheduler_config.json", SCHEDULER)
+    write_json(out / "model_index.json", PIPELINE)
 
 
 def main(_):

@@ -24,7 +24,6 @@ import collections
 import copy
 import hashlib
 import itertools
-import json
 import pathlib
 import sys
 from typing import NamedTuple
@@ -37,6 +36,7 @@ from tqdm import tqdm
 from livo_jax import commands, files, judges, values
 from livo_jax.evaluation import metrics, quality
 from livo_jax.evaluation.report import as_csv
+from livo_jax.files.directories import write_json
 from livo_jax.files.images import GAP, SUFFIXES
 from livo_jax.judges.vlm import chosen
 from livo_jax.values import ratio
@@ -412,9 +412,7 @@ def main(_):
     print(table(results))
     if OUT.value:
         pinned = [judge.pinned for judge in settings.get("judge_all", ())]
-        pathlib.Path(OUT.value).write_text(
-            json.dumps(metrics.document(results, pinned), indent=2) + "\n", encoding="utf-8"
-        )
+        write_json(pathlib.Path(OUT.value), metrics.document(results, pinned))
     if READINGS.value:
         pathlib.Path(READINGS.value).write_text(as_csv(settings["readings"]), encoding="utf-8")
 

@@ -20,6 +20,7 @@ from tqdm import trange
 
 from livo_jax import diffusion
 from livo_jax.files import modules
+from livo_jax.files.directories import write_json
 from livo_jax.judges.shapeworld import (
     COLOURS,
     DARK,
@@ -235,7 +236,7 @@ def build_tokenizer(out: pathlib.Path, context: int = CONTEXT):
         "tokenizer_class": "CLIPTokenizer", "model_max_length": context, "do_lower_case": True,
         "bos_token": bos, "eos_token": eos, "unk_token": eos, "pad_token": eos,
     }  # fmt: skip
-    (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    write_json(out / "tokenizer_config.json", settings)
     return CLIPTokenizer.from_pretrained(out)
 
 
@@ -337,8 +338,8 @@ def build(out: pathlib.Path, pictures: int = 24_000):
     modules.save(unet, out / "unet", UNET, stem=weights, dtype=half)
     modules.save(text_encoder, out / "text_encoder", TEXT_ENCODER, stem="model", prefix="text_model.", dtype=half)
     (out / "scheduler").mkdir(exist_ok=True)
-    (out / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER, indent=2) + "\n", encoding="utf-8")
-    (out / "model_index.json").write_text(json.dumps(PIPELINE, indent=2) + "\n", encoding="utf-8")
+    write_json(out / "scheduler" / "scheduler_config.json", SCHEDULER)
+    write_json(out / "model_index.json", PIPELINE)
 
 
 def main(_):

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from livo_jax import StableDiffusion, commands, diffusion
 from livo_jax.diffusion.samplers import SamplerTable
 from livo_jax.files import modules
+from livo_jax.files.directories import write_json
 from livo_jax.files.repositories import write_safetensors
 from livo_jax.judges.shapeworld import COLOURS
 from livo_jax.models import low_rank
@@ -136,7 +137,7 @@ def write_model(sd, unet, out: pathlib.Path, scheduler: dict):
     modules.save(unet, out / "unet", config, stem="diffusion_pytorch_model", dtype=np.float16)
     file = out / "scheduler" / "scheduler_config.json"
     known = json.loads(file.read_text(encoding="utf-8"))
-    file.write_text(json.dumps(known | scheduler, indent=2) + "\n", encoding="utf-8")
+    write_json(file, known | scheduler)
 
 
 def write_lora(updates, file: pathlib.Path):

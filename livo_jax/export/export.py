@@ -10,6 +10,7 @@ import tempfile
 
 from livo_jax.diffusion.samplers import GAMMA
 from livo_jax.diffusion.schedule import SOLVER
+from livo_jax.files.directories import write_json
 from livo_jax.files.loras import find_lora, merge_loras
 from livo_jax.files.modules import read_dtype, save
 from livo_jax.files.repositories import read_json
@@ -150,9 +151,7 @@ def export(directory: str | os.PathLike, sd, value_encoder, config, results: lis
                 save(value_encoder.towers[k], place, published, stem="model", prefix=prefix)
             elif not k:
                 value_encoder.save(out / "value_encoder", base)
-                (out / "value_encoder" / "config.json").write_text(
-                    json.dumps(published, indent=2) + "\n", encoding="utf-8"
-                )
+                write_json(out / "value_encoder" / "config.json", published)
             shutil.copytree(sd.root / f"tokenizer{second}", out / f"tokenizer{second}")
         lines = PIPELINE.read_text(encoding="utf-8").splitlines(keepends=True)
         (place,) = (i for i, line in enumerate(lines) if line.startswith("SETTINGS = "))

@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import errno
 import filecmp
+import json
 import os
 import pathlib
 import socket
@@ -53,6 +54,11 @@ def replacing(path):
         raise
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def write_json(file, content):
+    """Writes JSON that people read too, indented."""
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def is_hidden(name: str) -> bool:

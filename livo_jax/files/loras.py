@@ -255,10 +255,9 @@ def _read(
             problems.append(f"missing {' and '.join(sorted(missing))} of {label}")
             continue
         down, up = pair["down"], pair["up"]
-        rank = down.shape[0] if down.shape and up.shape else 0
-        if rank < 1 or (up.shape[0], math.prod(down.shape[1:]), math.prod(up.shape[1:])) != (
-            shape[0], math.prod(shape[1:]), rank,
-        ):  # fmt: skip
+        rank = down.shape[0] if down.shape else 0
+        given = *up.shape[:1], math.prod(down.shape[1:]), math.prod(up.shape[1:])
+        if rank < 1 or given != (shape[0], math.prod(shape[1:]), rank):
             problems.append(f"misshapen {label}: {up.shape} times {down.shape}, {shape} wanted")
             continue
         alpha = alphas.get((part, name), _alpha(settings, part, name, rank))

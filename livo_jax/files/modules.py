@@ -1,7 +1,6 @@
 """Modules of published directories: read, made at random, written."""
 
 import functools
-import json
 import pathlib
 import re
 import warnings
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from livo_jax.files.directories import write_json
 from livo_jax.files.repositories import (
     open_tensors,
     read_json,
@@ -163,6 +163,6 @@ def initialise(model_class, directory: pathlib.Path, dtype=jnp.float32, *, seed:
 def save(module, directory: pathlib.Path, config: dict, *, stem: str, prefix: str = "", dtype=np.float32):
     """Writes a component directory: config.json and {stem}.safetensors, names after `prefix`."""
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(directory / "config.json", config)
     tensors = {name: array.astype(dtype) for name, array in to_published(split(module)[1], prefix).items()}
     write_safetensors(tensors, directory / f"{stem}.safetensors", metadata={"format": "pt"})

@@ -319,14 +319,14 @@ def read_safetensors(file: str | os.PathLike) -> tuple[dict[str, str], dict[str,
 
 
 def write_safetensors(tensors: dict[str, np.ndarray], file: str | os.PathLike, metadata: dict[str, str] | None = None):
-    """Writes a safetensors file, readable for whom the umask lets read. Raises OSError where the disk is full."""
+    """Writes a safetensors file, readable for whom the umask lets read. Raises OSError, with the reason."""
     import safetensors
     from safetensors.numpy import save_file
 
     try:
         save_file(tensors, file, metadata)
     except safetensors.SafetensorError as error:
-        raise OSError(f"{file} cannot be written: {error}. Free some space, and run the same command again") from error
+        raise OSError(f"{file} cannot be written: {error}") from error
     mask = os.umask(0)
     os.umask(mask)
     os.chmod(file, 0o666 & ~mask)  # safetensors' own are for their owner alone

@@ -56,7 +56,7 @@ def _labels(text: str) -> str:
     """A field of labels, with commas between them where it is a list of JSON."""
     try:
         listed = json.loads(text) if text.startswith("[") else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
     return ", ".join(map(str, listed)) if isinstance(listed, list) else text
 

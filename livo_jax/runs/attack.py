@@ -4,7 +4,6 @@ import copy
 import functools
 import hashlib
 import itertools
-import json
 
 import jax
 import numpy as np
@@ -25,6 +24,7 @@ from livo_jax.evaluation.cases import (  # fmt: skip
 )
 from livo_jax.evaluation.drawn import Drawn, Sides
 from livo_jax.evaluation.prompt_sets import Prompt
+from livo_jax.files.directories import write_json
 from livo_jax.processes import ending_together
 from livo_jax.runs.check import fail_with
 from livo_jax.runs.evaluate import (  # fmt: skip
@@ -138,9 +138,9 @@ def attack(models: methods.Models, config, mesh, workdir) -> list[dict]:
 
 def write(folder, results: list[dict], found: list[dict], budget, pinned: list):
     """Writes attacks.json and attacks_found.json; `budget`: config.attack. Others as `measure` gives them."""
-    (folder / "attacks_found.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "attacks_found.json", found)
     document = metrics.document(results, pinned) | {"attack": spent(budget)}
-    (folder / "attacks.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "attacks.json", document)
 
 
 def spent(budget) -> dict:

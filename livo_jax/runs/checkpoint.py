@@ -138,9 +138,8 @@ class Checkpoints:
             try:
                 metadata = self.manager.metadata(step)
                 if metadata.init_timestamp_nsecs is None:  # Orbax does not say why
-                    if "init_timestamp_nsecs" in json.loads(
-                        (place / "_CHECKPOINT_METADATA").read_text(encoding="utf-8")
-                    ):
+                    written = (place / "_CHECKPOINT_METADATA").read_text(encoding="utf-8")
+                    if "init_timestamp_nsecs" in json.loads(written):
                         raise OSError("its metadata could not be read")
                     raise ValueError("its metadata is damaged")
                 found = {"format": 0} | metadata.custom_metadata

@@ -19,7 +19,7 @@ from livo_jax import judges, methods, sharding, values
 from livo_jax.data.cache import cache_directory
 from livo_jax.data.preferences import Preferences
 from livo_jax.evaluation import cases, metrics, report
-from livo_jax.files.directories import held, resolve_directory
+from livo_jax.files.directories import held, resolve_directory, write_json
 from livo_jax.processes import is_raised_here
 from livo_jax.runs import (  # fmt: skip
     attack,
@@ -394,7 +394,7 @@ def write(found: list[dict], config, workdir) -> list[dict]:
     files = {"results": metrics.document(results, pinned), "differences": metrics.document(differences, pinned)}
     files["config"] = json.loads(config.to_json())
     for name, content in (files | {"curves": curves, "costs": costs}).items():
-        (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / f"{name}.json", content)
     (folder / "readings.csv").write_text(report.as_csv([*readings.values()]), encoding="utf-8")
     if of_attacks:
         attack.write(folder, of_attacks, [*words.values()], next(iter(config.methods.values())).attack, pinned)

@@ -26,7 +26,7 @@ from livo_jax.evaluation.cases import (  # fmt: skip
     rows_of_ratios,
 )
 from livo_jax.evaluation.drawn import Drawn, Sides
-from livo_jax.files.directories import replacing, resolve_directory
+from livo_jax.files.directories import replacing, resolve_directory, write_json
 from livo_jax.files.images import blurred, sheet
 from livo_jax.retrieval.retriever import Retriever, run_files
 from livo_jax.runs.log import read_metrics
@@ -271,13 +271,11 @@ def evaluate_and_report(models: methods.Models, config, mesh, workdir):
     )
     rates = folder / "rates.json"
     if found.rates:
-        rates.write_text(json.dumps(found.rates, indent=2) + "\n", encoding="utf-8")
+        write_json(rates, found.rates)
     else:  # those of an earlier evaluation may be of another value encoder
         rates.unlink(missing_ok=True)
     (folder / "readings.csv").write_text(report.as_csv(found.readings), encoding="utf-8")
-    (folder / "results.json").write_text(
-        json.dumps(metrics.document(results, [judge.pinned]), indent=2) + "\n", encoding="utf-8"
-    )
+    write_json(folder / "results.json", metrics.document(results, [judge.pinned]))
     print(report.table(results))
     print(f"report: {folder / 'report.html'}")
     return results

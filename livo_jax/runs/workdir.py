@@ -9,7 +9,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from livo_jax.files.directories import is_moved
+from livo_jax.files.directories import is_moved, write_json
 from livo_jax.files.settings import differences, flatten
 from livo_jax.processes import ending_together
 
@@ -127,7 +127,7 @@ def check_claim(workdir: epath.Path, config):
 def claim(workdir: epath.Path, config):
     """Writes config.json, after check_claim; of process 0."""
     check_claim(workdir, config)
-    (workdir / "config.json").write_text(json.dumps(json.loads(config.to_json()), indent=2) + "\n", encoding="utf-8")
+    write_json(workdir / "config.json", json.loads(config.to_json()))
 
 
 def recipe(workdir: epath.Path) -> dict | None:

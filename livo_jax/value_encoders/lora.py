@@ -1,6 +1,5 @@
 """A value encoder that is a low-rank update of the frozen text encoder."""
 
-import json
 import os
 import pathlib
 
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from livo_jax import seeds, sharding
+from livo_jax.files.directories import write_json
 from livo_jax.files.loras import is_number, unsupported
 from livo_jax.files.repositories import describe, find_repository, open_tensors, read_json, write_safetensors
 from livo_jax.models import low_rank
@@ -161,7 +161,7 @@ class LoRA(TrainableTokens):
             projects = isinstance(tower, CLIPTextConfigWithProjection)
             prefix = f"{self.PREFIX}text_model." if projects else self.PREFIX
             place.mkdir(parents=True, exist_ok=True)
-            (place / self.FILES[0]).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+            write_json(place / self.FILES[0], settings)
             published = {prefix + n.removeprefix(part): x for n, x in updates.items() if n.startswith(part)}
             write_safetensors(published, place / self.FILES[1], metadata={"format": "pt"})
 
