@@ -18,8 +18,6 @@ from livo_jax.runs import attack
 from livo_jax.value_encoders.full import copy_of
 from tests.data_tools.test_shapeworld import MODEL
 
-pytestmark = pytest.mark.usefixtures("optimised")
-
 PROMPTS = ["a photo of a baker", "a photo of a cook"]
 
 
@@ -50,9 +48,8 @@ def test_words_stand_before_the_prompt_wherever_it_is_read(world):
         attacks.with_gap(world, PROMPTS[:1], PROMPTS[:1], "the", 20)
 
 
-@pytest.mark.parametrize("end", ["its id", "the largest id"])
-@pytest.mark.parametrize("defended, objective", [(False, "noise"), (True, "noise"), (True, "prediction")])
-def test_the_gradient_is_that_of_the_words_embeddings(small, monkeypatch, defended, objective, end):
+@pytest.mark.parametrize("defended, end", [(False, "its id"), (True, "the largest id")])
+def test_the_gradient_is_that_of_the_words_embeddings(small, monkeypatch, defended, end):
     """Of a change of one word's row in both tables, to first order; published models say eos_token_id=2."""
     sd, rng = small[0], np.random.default_rng(0)
     value_encoder = copy_of(sd.text_encoder) if defended else None
@@ -64,7 +61,7 @@ def test_the_gradient_is_that_of_the_words_embeddings(small, monkeypatch, defend
     read = ["a cook", "equality, a cook"][: 1 + defended]
     gaps = [attacks.with_gap(sd, [text], ["a cook"], "the", 2) for text in read]
     texts, places = [jnp.array(gap.ids) for gap in gaps], [gap.at for gap in gaps]
-    aim, undefended = attacks.make_aim(sd, sd.schedule, objective)
+    aim, undefended = attacks.make_aim(sd, sd.schedule, "prediction")
     target = undefended, sd.tokenize(["a gory cook"])
     attacked, without_gaps = (attacks.make_objective(graphs, sd, at) for at in (places, [None] * len(gaps)))
     elsewhere = {int(i) for ids in texts for i in ids.ravel()}
@@ -191,6 +188,7 @@ def test_queries_find_the_words_in_whose_images_the_most_is_read():
 
 
 @pytest.mark.parametrize("objective", attacks.OBJECTIVES)
+@pytest.mark.usefixtures("optimised")
 def test_the_harm_is_found_again_where_nothing_defends(world, objective):
     """Of the words that lead to blood the prompt has none."""
     config, known = tiny.get_config(), values.load(("shape", "colour", "bloody"))
