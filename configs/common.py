@@ -129,6 +129,7 @@ def get_config() -> ConfigDict:
     c.steps = 25
     c.guidance_scale = 7.5  # at most 1: none, for half the UNet evaluations
     c.prompt_layout = "padded"  # or "official": the value token and the prompt's own tokens alone
+    c.gated = False  # whether values take effect only where they move the prediction as far as on what they are for
     c.batch_size = 8  # images at once on each device
 
     config.eval = c = ConfigDict()

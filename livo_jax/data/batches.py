@@ -35,6 +35,7 @@ def batches(
     anchors: float = 0.0,
     concepts: bool = False,
     paired: bool = False,
+    only: str | None = None,
     address=value_prompt,
 ):
     """An endless, deterministic iterator over this process's share of each batch.
@@ -61,6 +62,7 @@ def batches(
             being those of its aligned images (methods/concept_ablation.py).
         paired: whether the violating partner is of the aligned image's own prompt, as a loss wants it that compares
             the two. The record's own violating image always is.
+        only: the statement of a value, whose records alone are read; None for all.
         address: (statement, prompt) -> what the value encoder reads.
 
     Returns:
@@ -70,6 +72,7 @@ def batches(
 
     source, blocks = preferences.source, preferences.blocks
     starts = np.array([b.start for b in blocks])
+    records = [i for b in blocks if only in (None, b.value) for i in range(b.start, b.start + b.count)]
     texts = PairTexts(principles, beside, attributes, anchors, concepts, address)
 
     @functools.cache
@@ -100,7 +103,8 @@ def batches(
         }
         return decoded | {"prompt_ids": ids_of(prompt)}
 
-    def read_pair(index: int, rng: np.random.Generator) -> Batch:
+    def read_pair(place: int, rng: np.random.Generator) -> Batch:
+        index = records[place]
         block = blocks[np.searchsorted(starts, index, side="right") - 1]
         record_of = functools.cache(source.__getitem__)
         partner = draw_partner(rng, block, record_of(index)["prompt"])
@@ -122,7 +126,7 @@ def batches(
             **columns,
         )
 
-    dataset = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat().random_map(read_pair)
+    dataset = grain.MapDataset.range(len(records)).seed(seed).shuffle().repeat().random_map(read_pair)
     # Process p takes rows p*b .. (p+1)*b - 1 of each batch, so that rows do not depend on their number.
     mine, processes = jax.process_index(), jax.process_count()
     dataset = dataset.batch(batch_size // processes)[start * processes + mine :: processes]

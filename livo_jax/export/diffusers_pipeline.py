@@ -19,6 +19,7 @@ from collections import Counter
 from types import SimpleNamespace
 
 import diffusers
+import numpy
 import torch
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from huggingface_hub import snapshot_download
@@ -180,6 +181,15 @@ class LiVO:
                 shifts.append(project(out.pooler_output.to(project.weight.dtype)) - text_encoder(ids).text_embeds)
         return torch.cat(tokens, dim=-1), torch.cat(shifts, dim=-1) if shifts else None
 
+    def _find_gates(self, values: list[str]) -> list[tuple[list[float], list[float]]]:
+        """The gate of each value or attribute: timesteps, and the least effect at each."""
+        gates = self._knows().get("gates") or {}
+        names = [value.split(": ")[0] for value in values]
+        if missing := sorted({*names} - {*gates}):
+            told = "export a run that was trained with config.sampling.gated=True"
+            raise ValueError(f"gated=True: the value encoder has no gate for {', '.join(missing)}: {told}")
+        return [(gates[name]["timesteps"], gates[name]["least_effects"]) for name in names]
+
     def _value_encoders(self):
         """Each with its tokenizer, and the text encoder that it stands beside."""
         first = (self.value_encoder, self.tokenizer, self.text_encoder)
@@ -215,6 +225,7 @@ class LiVO:
         strength: float | dict[str, float] = 1.0,
         keep_probability: float | None = None,
         ratio: str | dict[str, float] | None = None,
+        gated: bool = False,
         negative_prompt: str | list[str] = "",
         num_images_per_prompt: int = 1,
         num_inference_steps: int = SETTINGS["steps"],
@@ -240,6 +251,8 @@ class LiVO:
             ratio: which attributes the images of bias values should show, in the place of keep_probability: "equal", a
                 table as {"female": 0.7, "male": 0.3}, or a JSON file of one. Reached over all images of the call, and
                 over those of each prompt, as nearly as their number allows. It needs scipy.
+            gated: whether a value takes effect only where it moves the prediction as far as on what it is for, so that
+                other images stay the base's own. It costs one UNet evaluation more a value.
             negative_prompt: of all prompts, or one of each.
             seed: decides which images these are.
             guidance_scale: classifier-free, against the negative prompt; at most 1 is none, for half the evaluations.
@@ -252,7 +265,7 @@ class LiVO:
 
         Raises:
             ValueError: prompts, values, a strength or other settings that cannot be, all listed; or a ratio that is
-                unknown, for no value, out of reach, or without rates.
+                unknown, for no value, out of reach, or without rates; or gated values without a gate.
         """
         if not isinstance(prompt, list | tuple):
             prompt, values = [prompt], [values]
@@ -275,9 +288,10 @@ class LiVO:
 
         # The UNet's rows: prompts with the values of full strength, with guidance negative prompts, and the first once
         # more with each of the other values.
-        N = len(images)
-        full = [(text, tuple(dose for dose in doses if dose.strength == 1)) for text, doses in images]
-        dosed = [(n, dose) for n, (_, doses) in enumerate(images) for dose in doses if dose.strength != 1]
+        N, shared = len(images), () if gated else (1,)  # the strengths at which values share the prompt's row
+        full = [(text, tuple(dose for dose in doses if dose.strength in shared)) for text, doses in images]
+        dosed = [(n, dose) for n, (_, doses) in enumerate(images) for dose in doses if dose.strength not in shared]
+        gates = self._find_gates([dose.value for _, dose in dosed]) if gated else None
         extra = [(full[n][0], (*full[n][1], dose)) for n, dose in dosed]
         against = negative_prompt if isinstance(negative_prompt, list | tuple) else [negative_prompt] * len(prompt)
         negative = [(text or self._empty(), ()) for text in against for _ in range(num_images_per_prompt)]
@@ -298,8 +312,10 @@ class LiVO:
             guided = with_prompt.clone()
             if negative:
                 guided = with_negative + guidance_scale * (with_prompt - with_negative)
-            for (n, dose), eps_v in zip(dosed, with_value):
-                guided[n] += dose.strength * max(guidance_scale, 1.0) * (eps_v - with_prompt[n])
+            effects = [eps_v - with_prompt[n] for (n, _), eps_v in zip(dosed, with_value)]
+            for k, ((n, dose), effect) in enumerate(zip(dosed, effects)):
+                if not gated or effect.square().mean().sqrt() >= numpy.interp(float(t), *gates[k]):
+                    guided[n] += dose.strength * max(guidance_scale, 1.0) * effect
             z = self.scheduler.step(guided, t, z, **extra).prev_sample
         decoded = self._decode(z)
         if not (torch.isfinite(z).all() and torch.isfinite(decoded).all()):

@@ -14,7 +14,7 @@ from livo_jax.files.directories import write_json
 from livo_jax.files.loras import find_lora, merge_loras
 from livo_jax.files.modules import read_dtype, save
 from livo_jax.files.repositories import read_json
-from livo_jax.value_encoders import KINDS, copy_of
+from livo_jax.value_encoders import KINDS, copy_of, gates
 from livo_jax.value_encoders.base import READING
 from livo_jax.value_encoders.full import ValueEncoder
 from livo_jax.value_encoders.lora import LoRA
@@ -136,6 +136,7 @@ def export(directory: str | os.PathLike, sd, value_encoder, config, results: lis
             value["alone"] = value["statement"] in value_encoder.alone
         base = name_base(config.model)
         knows = {"base": base, "family": sd.family.KEY, "values": known, "lists": lists(), "rates": rates}
+        knows["gates"] = gates.as_json(value_encoder.gates)
         knows |= {"dealing": dealing.BLOCK} | {name: getattr(value_encoder, name) for name in READING}
         if isinstance(value_encoder, LoRA):
             value_encoder.save(out / "adapter", base)

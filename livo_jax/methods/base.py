@@ -17,8 +17,8 @@ from livo_jax.sampling.requests import without_values
 TRAINING = ("train", "loss", "data", "value_encoder", "checkpoint", "log", "profile")
 TOKENS = (  # of the methods that have value tokens
     "value_encoder", "train.train_embeddings", "data.beside", "data.attributes", "data.anchors",
-    "sampling.prompt_layout", "eval.rate_images", "eval.auto", "eval.combinations", "eval.keep_probabilities",
-    "eval.strengths", "eval.ratios",
+    "sampling.prompt_layout", "sampling.gated", "eval.rate_images", "eval.auto", "eval.combinations",
+    "eval.keep_probabilities", "eval.strengths", "eval.ratios",
 )  # fmt: skip
 
 

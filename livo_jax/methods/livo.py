@@ -12,6 +12,7 @@ from livo_jax.methods.base import Drawing, Models, TrainedMethod, drawer, weight
 from livo_jax.models.weights import count, split
 from livo_jax.training.objective import make_loss
 from livo_jax.training.optimizer import but_embeddings
+from livo_jax.value_encoders import gates
 from livo_jax.value_encoders.base import READING, check_value_encoder
 
 
@@ -19,6 +20,12 @@ class LiVO(TrainedMethod):
     """Value tokens of a value encoder."""
 
     HAS_TOKENS = True
+
+    def problems(self):
+        c = self.config
+        if not (c.sampling.gated and c.train.steps and not c.data.anchors):
+            return []
+        return ["config.sampling.gated=True: gates are measured beside anchors, set config.data.anchors above 0"]
 
     @property
     def compares_pairs(self):
@@ -52,6 +59,8 @@ class LiVO(TrainedMethod):
         own = {name: getattr(value_encoder, name) for name in (*READING, "alone")}
         own = {name: x for name, x in own.items() if x != getattr(type(value_encoder), name)}
         settings = {"method": "value tokens"} | own
+        if self.config.sampling.gated:
+            settings["gates"] = gates.as_json(value_encoder.gates)
         return Drawing(draw, [weights_of(models.sd), params], settings, trained=self.count_trained(params))
 
     def count_trained(self, params) -> int:

@@ -41,7 +41,7 @@ def as_drawn(drawing: methods.Drawing, sd, config, values, judge, directory, mes
     settings = drawing.settings | {
         "arrays": sharding.digest(drawing.state),
         "scheduler": sd.scheduler_config,
-        "sampling": {name: x for name, x in config.sampling.to_dict().items() if name != "batch_size"},
+        "sampling": {name: x for name, x in config.sampling.to_dict().items() if name not in ("batch_size", "gated")},
         "seed": config.eval.seed,
     }
     trains = isinstance(methods.make_method(config), methods.TrainedMethod)

@@ -13,7 +13,7 @@ from livo_jax.files.settings import differences, flatten
 from livo_jax.models.weights import split
 from livo_jax.runs.check import check_config, check_with_model
 from livo_jax.runs.checkpoint import Checkpoints
-from livo_jax.runs.workdir import as_now, recipe, where_moved
+from livo_jax.runs.workdir import as_now, read_gates, recipe, where_moved
 from livo_jax.sampling.stable_diffusion import StableDiffusion
 from livo_jax.training.optimizer import make_optimizer
 from livo_jax.training.step import state_shapes, trained_params
@@ -127,4 +127,7 @@ def restore_run(config, workdir, mesh, step: int | None = None, base: StableDiff
         graph, params = split(module)
         state = state_shapes(mesh, params, make_optimizer(config), config, module.RULES)
         module = nnx.merge(graph, trained_params(checkpoints.restore(state, step=step)))
-    return method.models(sd, module)
+    models = method.models(sd, module)
+    if trained and models.value_encoder is not None:
+        models.value_encoder.gates = read_gates(workdir)
+    return models

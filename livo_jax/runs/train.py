@@ -14,7 +14,7 @@ from livo_jax.data.batches import batches
 from livo_jax.data.cache import Cache, cache_directory
 from livo_jax.data.preferences import Preferences
 from livo_jax.evaluation.report import table
-from livo_jax.files.directories import held, is_remote, resolve_directory
+from livo_jax.files.directories import held, is_remote, resolve_directory, write_json
 from livo_jax.files.modules import read_dtype
 from livo_jax.processes import ending_together, say
 from livo_jax.retrieval.retriever import run_files
@@ -23,12 +23,14 @@ from livo_jax.runs.attacked_pairs import read_found
 from livo_jax.runs.check import check_config, check_with_model, problem_of
 from livo_jax.runs.checkpoint import Checkpoints, Termination
 from livo_jax.runs.evaluate import evaluate_and_report, read_results, sample_sheet
+from livo_jax.runs.gates import measure
 from livo_jax.runs.log import Log, check_wandb
 from livo_jax.runs.restore import load_base, load_models
-from livo_jax.runs.workdir import check_shared, claim
+from livo_jax.runs.workdir import check_shared, claim, read_gates
 from livo_jax.training.objective import split_models
 from livo_jax.training.optimizer import learning_rate, make_optimizer
 from livo_jax.training.step import jit_step, make_train_step, norms, state_on, trained_params
+from livo_jax.value_encoders.gates import as_json
 
 
 def train_and_evaluate(config, workdir):
@@ -112,17 +114,30 @@ def _train_and_evaluate(config, workdir, directory: pathlib.Path, mesh):
         state = checkpoints.restore(state, set_aside=True)
         say(f"resuming {workdir} at step {int(state['step'])}")
     start = int(state["step"])  # of a checkpoint that can be read
-    iterator = batches(
-        preferences, sd.tokenize, cache, batch_size=config.train.batch_size, image_size=sd.image_size,
-        random_flip=config.data.random_flip, seed=config.seed, start=start, principles=values.load_principles(config),
-        **{name: config.data[name] for name in ("beside", "attributes", "anchors")},
-        concepts=method.CONCEPTS, paired=method.compares_pairs,
+    reading = dict(
+        batch_size=config.train.batch_size, image_size=sd.image_size, random_flip=config.data.random_flip,
+        seed=config.seed, principles=values.load_principles(config),
         address=getattr(module, "text", values.principles.value_prompt),
+    )  # fmt: skip
+    iterator = batches(
+        preferences, sd.tokenize, cache, **reading, start=start, concepts=method.CONCEPTS, paired=method.compares_pairs,
+        **{name: config.data[name] for name in ("beside", "attributes", "anchors")},
     )  # fmt: skip
 
     def models() -> methods.Models:
         """As they are trained now."""
         return method.models(sd, networks.merge("trained", trained_params(state)))
+
+    def gates() -> tuple:
+        """Of the value encoder as it is trained now: measured, and kept, where they were not."""
+        if not (found := read_gates(workdir)):
+            params = trained_params(state)
+            found = measure(networks, params, frozen, mesh, preferences, sd.tokenize, cache, **reading)
+            with ending_together():
+                if jax.process_index() == 0:
+                    (workdir / "eval").mkdir(exist_ok=True)
+                    write_json(workdir / "eval" / "gates.json", as_json(found))
+        return found
 
     # ---- the step, compiled once
     step_fn = make_train_step(networks, tx, config, method.make_loss(networks))
@@ -132,7 +147,7 @@ def _train_and_evaluate(config, workdir, directory: pathlib.Path, mesh):
     # ---- the loop: while step k runs, the metrics of step k-1 are fetched and checked
     with ending_together():
         if start < steps and jax.process_index() == 0:
-            for name in ("results.json", "rates.json"):  # they are of an earlier step
+            for name in ("results.json", "rates.json", "gates.json"):  # they are of an earlier step
                 (workdir / "eval" / name).unlink(missing_ok=True)
         log = Log(workdir, start, config)
     in_flight = collections.deque()
@@ -195,14 +210,18 @@ def _train_and_evaluate(config, workdir, directory: pathlib.Path, mesh):
         checkpoints.close()
 
         # ---- the evaluation
+        trained, gated = models(), config.sampling.gated
+        new_gates = gated and not read_gates(workdir)
+        if gated:
+            trained.value_encoder.gates = gates()
         if not config.judge:
             say(f"{workdir} is trained; config.judge is empty: nothing is evaluated")
-        elif start == steps and (results := read_results(workdir)):
+        elif start == steps and (results := read_results(workdir)) and not new_gates:
             say(f"{workdir} is finished: its {steps} steps are trained and evaluated")
             say(table(results))
         else:
             with held(workdir / "eval", "evaluates in"):
-                results = evaluate_and_report(models(), config, mesh, workdir)
+                results = evaluate_and_report(trained, config, mesh, workdir)
             log.write(steps, {metric_name(row): row["mean"] for row in results})
 
 

@@ -12,12 +12,13 @@ from jax.experimental import multihost_utils
 from livo_jax.files.directories import is_moved, write_json
 from livo_jax.files.settings import differences, flatten
 from livo_jax.processes import ending_together
+from livo_jax.value_encoders.gates import from_json
 
 # Fields that may change between the starts of a run: no parameter depends on them, but for rounding.
 FREE = (
     "checkpoint", "eval", "attack", "log", "profile", "mesh", "shard_frozen", "cpu_devices", "data.cache",
     "judging.endpoint", "judging.cache", "judging.budget", "judging.thresholds", "judging.colours",
-    "judging.counted_from",
+    "judging.counted_from", "sampling.gated",
     "preferences.images_per_file",
 )  # fmt: skip
 
@@ -92,6 +93,12 @@ def read_json(file: epath.Path, remedy: str):
         return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is damaged ({error}): {remedy}") from error
+
+
+def read_gates(workdir: epath.Path) -> tuple:
+    """The gates of a run's value encoder; none where they were not measured."""
+    file = workdir / "eval" / "gates.json"
+    return from_json(read_json(file, "remove it, and measure again with --mode=train") if file.exists() else None)
 
 
 def read_config(workdir: epath.Path) -> dict:

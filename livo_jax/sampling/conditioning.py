@@ -8,6 +8,7 @@ import numpy as np
 
 from livo_jax.models.clip import first_ids, widened
 from livo_jax.sampling.requests import Request
+from livo_jax.value_encoders.gates import gates_table
 from livo_jax.values.principles import value_prompt
 
 
@@ -36,6 +37,7 @@ class Batch:
     zeros: [N, 2 + E] bool, the texts whose states are zeros; of models that have such.
     weights: [N, E] float32, of the further rows: strengths of values, or weights of edits.
     guidance_scales: [N] float32, in the place of the call's; None where no request has its own.
+    gates: [N, E, 2, K] float32, as value_encoders.gates.shut has them; None where values have none.
     """
 
     seed_low: np.ndarray
@@ -49,6 +51,7 @@ class Batch:
     edit_ids: np.ndarray | None = None
     values: ValueColumns | None = None
     guidance_scales: np.ndarray | None = None
+    gates: np.ndarray | None = None
 
     def take_rows(self, start: int, stop: int) -> "Batch":
         return jax.tree.map(lambda column: column[start:stop], self)
@@ -124,16 +127,19 @@ def condition(batch: Batch, text_encoder, value_encoder=None) -> Conditioning:
 
 
 def value_columns(
-    sd, requests: list[Request], slots: tuple[int, int] = (0, 0), text=value_prompt, guided: bool = True
-) -> tuple[ValueColumns, np.ndarray]:
-    """The values of N requests, and the strengths [N, E] float32 of those that have a row of their own.
+    sd, requests: list[Request], slots: tuple[int, int] = (0, 0), text=value_prompt, guided: bool = True, gates=None
+) -> tuple[ValueColumns, np.ndarray, np.ndarray | None]:
+    """The values of N requests, and the strengths [N, E] float32 and gates of those that have a row of their own.
 
     There are at least `slots`: of values of full strength, and of others, which have a row of their own too.
     text: (statement, prompt) -> what the value encoder reads. guided: whether there is a row for the negative prompt.
+    gates: {statement: Gate} of all values, each of which has a row of its own then; None for none.
     """
     G = 2 if guided else 1
-    full = [[dose for dose in r.values if dose.strength == 1] for r in requests]
-    partial = [[dose for dose in r.values if dose.strength not in (0, 1)] for r in requests]
+    shared = () if gates else (1,)  # the strengths at which values share the prompt's row
+    slots = (0, sum(slots)) if gates else slots
+    full = [[dose for dose in r.values if dose.strength in shared] for r in requests]
+    partial = [[dose for dose in r.values if dose.strength not in (0, *shared)] for r in requests]
     F, P = (max(least, *map(len, doses)) for least, doses in zip(slots, (full, partial)))
     N, V = len(requests), F + P
     texts, visible, strength = [], np.zeros((N, G + P, V), bool), np.zeros((N, P), np.float32)
@@ -145,7 +151,8 @@ def value_columns(
             visible[n, G + p, F + p], strength[n, p] = True, dose.strength
     ids = sd.tokenize(texts)
     length = np.full((N, G + P), sd.family.states_shape[0])
-    return ValueColumns(ids.reshape(N, V, *ids.shape[1:]), visible, length), strength
+    gates = gates and gates_table([[dose.value for dose in doses] for doses in partial], gates, P)
+    return ValueColumns(ids.reshape(N, V, *ids.shape[1:]), visible, length), strength, gates
 
 
 def cut_to_official_layout(batch: Batch, tokenizer):

@@ -22,6 +22,7 @@ from livo_jax.sampling.conditioning import (
 from livo_jax.sampling.guidance import ClassifierFree, Dosed, Guidance
 from livo_jax.sampling.requests import Dose, Request
 from livo_jax.value_encoders.base import check_value_encoder, strip_unread
+from livo_jax.value_encoders.gates import Gate, shut
 from livo_jax.values.principles import text_hash
 
 STEP_NOISE = 2**32 - 1  # folded into a seed's key for the noise of steps; no seed has it as its upper word
@@ -76,13 +77,16 @@ def _sample(
     noise = jax.vmap(functools.partial(_noise, shape=shape))(*whose)
     given = condition(batch, text_encoder, value_encoder)
 
-    def predict(z, t, carried):
-        z_t, t = jnp.repeat(z, given.rows, axis=0), jnp.full(given.rows * len(z), t)
+    def predict(z, told, carried):
+        z_t, t = jnp.repeat(z, given.rows, axis=0), jnp.full(given.rows * len(z), told)
         eps = apply(graphs[1], params[1], z_t, t, given.cond, given.mask, given.text_embeds, time_ids)
         eps = eps.astype(jnp.float32)
         prompt, *others = jnp.unstack(eps.reshape(-1, given.rows, *z.shape[1:]), axis=1)
         negative = None if batch.negative_ids is None else others.pop(0)
-        return guidance(prompt, negative, others, batch.weights, guidance_scale, carried)
+        weights = batch.weights
+        if batch.gates is not None:
+            weights = shut(weights, prompt, others, batch.gates, told)
+        return guidance(prompt, negative, others, weights, guidance_scale, carried)
 
     def draw_noise(step):
         return jax.vmap(functools.partial(step_noise, step=step, shape=shape))(*whose)
@@ -118,6 +122,7 @@ def generate(
     mesh=None,
     slots: tuple[int, int] = (0, 0),
     guidance=None,
+    gated: bool = False,
     description: str | None = None,
 ) -> np.ndarray:
     """Draws one image for each request.
@@ -141,6 +146,8 @@ def generate(
             slots share one compiled program.
         guidance: a Guidance of requests with edits, all with as many and without values. Requests without edits have
             classifier-free guidance, dosed where a value's strength asks for it.
+        gated: whether a value takes effect only where it moves the prediction as far as on what it is for (the value
+            encoder's `gates`), so that other images stay the base's own. It costs one UNet evaluation more a value.
         description: of a progress bar; None for none.
 
     Returns:
@@ -161,6 +168,7 @@ def generate(
     if value_encoder is not None:
         check_value_encoder(sd, value_encoder, {dose.value for r in requests for dose in r.values})
         value_encoder = value_encoder if any(r.values for r in requests) else None
+    gates = find_gates(requests, value_encoder, prompt_layout) if gated and value_encoder is not None else None
     if len({len(r.edits) for r in requests}) > 1 or bool(guidance) != bool(requests[0].edits):
         raise ValueError("edits are for a guidance, as many in each request")
     if guidance and value_encoder is not None:
@@ -212,7 +220,8 @@ def generate(
     if sd.zeros_for_empty_prompt and guided:
         columns.zeros = np.array([[False, not r.negative] + [False] * len(r.edits) for r in padded])
     if value_encoder is not None:
-        columns.values, columns.weights = value_columns(sd, padded, slots, value_encoder.text, guided)
+        rows = value_columns(sd, padded, slots, value_encoder.text, guided, gates)
+        columns.values, columns.weights, columns.gates = rows
         if prompt_layout == "official":
             cut_to_official_layout(columns, sd.tokenizer)
     if guidance:
@@ -238,6 +247,22 @@ def generate(
             raise FloatingPointError(why_not_finite([*dict.fromkeys(spoilt)], modules, settings))
         images.append(drawn)
     return np.concatenate(images)[: len(requests)]
+
+
+def find_gates(requests: list[Request], value_encoder, prompt_layout: str) -> dict[str, Gate]:
+    """The gates of a value encoder.
+
+    Raises ValueError where a value of the requests has none, or the layout is not that of the base's images.
+    """
+    if prompt_layout != "padded":
+        raise ValueError(f"prompt_layout={prompt_layout!r}: the base's images, which a gate leaves, are of 'padded'")
+    gates = dict(value_encoder.gates)
+    if missing := sorted({d.value for r in requests for d in r.values if d.value.split(": ")[0] not in gates}):
+        raise ValueError(
+            f"gated=True: the value encoder has no gate for {', '.join(map(repr, missing))}: train it with"
+            " config.sampling.gated=True, which measures them at the end, of a finished run too"
+        )
+    return gates
 
 
 def scale_of(request: Request, guidance_scale: float) -> float:

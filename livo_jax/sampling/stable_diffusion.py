@@ -236,8 +236,8 @@ class StableDiffusion:
             rates: what the value encoder's tokens show, which a ratio needs: the path of a run's eval/rates.json.
             retriever: a values.Retriever; the default one if None.
             seed: of the noise, and of which images these are; 0 to 2**63 - 1.
-            settings: steps, guidance_scale, sampler, prompt_layout, batch_size, mesh: as
-                generate.generate has them.
+            settings: steps, guidance_scale, sampler, prompt_layout, batch_size, mesh, gated: as generate.generate has
+                them.
 
         Returns:
             [N, H, W, 3] uint8, with an attribute `applied`: for each image the values applied to it, as Doses of

@@ -11,6 +11,8 @@ from livo_jax import sharding
 from livo_jax.files.repositories import read_json
 from livo_jax.models.clip import CLIPTextModel, CLIPTextModels, end_of_text, first_ids, outputs_of
 from livo_jax.models.weights import split
+from livo_jax.value_encoders import gates
+from livo_jax.value_encoders.gates import Gate
 from livo_jax.values.principles import load_principles, value_prompt
 
 WIDTHS = ("hidden_size", "vocab_size", "max_position_embeddings")
@@ -27,7 +29,7 @@ class ValueTokens(nnx.Module):
     reads_prompt: whether its ids are of "value, prompt", or of the value alone. alone: the statements of values that
         it reads without the prompt in either case. states: how many tokens it gives, as text_tokens has them, where it
         reads a text. moves_pooled: whether it moves the pooled text of XL and 3 too. trained_on: the statements of the
-        values that it was trained with; None where nobody says.
+        values that it was trained with; None where nobody says. gates: of statements, where they were measured.
     RULES: by which its parameters are divided over a mesh.
     """
 
@@ -36,6 +38,7 @@ class ValueTokens(nnx.Module):
     statements: tuple[str, ...] | None = None
     states, reads_prompt, alone, moves_pooled = 1, True, (), False
     trained_on: tuple[str, ...] | None = None
+    gates: tuple[tuple[str, Gate], ...] = ()
 
     def text(self, statement: str | None, prompt: str) -> str:
         """What it reads of a value or an attribute of it; of None, an empty place, the prompt."""
@@ -89,9 +92,9 @@ class TrainableTokens(ValueTokens):
 
 
 def strip_unread(value_encoder: ValueTokens) -> ValueTokens:
-    """The same without `alone` and `trained_on`, which no program reads: those that differ in them alone share one."""
+    """The same without what no program reads: value encoders that differ in that alone share one."""
     # Where they are set, if only to (), they are in the graph.
-    there = [name for name in ("alone", "trained_on") if name in vars(value_encoder)]
+    there = [name for name in ("alone", "trained_on", "gates") if name in vars(value_encoder)]
     if not there:
         return value_encoder
     bare = nnx.merge(*split(value_encoder))
@@ -200,6 +203,7 @@ def set_exported(value_encoder: ValueTokens, path: pathlib.Path) -> ValueTokens:
             setattr(value_encoder, name, livo[name])
     value_encoder.alone = tuple(value["statement"] for value in known if value.get("alone"))
     value_encoder.trained_on = tuple(value["statement"] for value in known) or None
+    value_encoder.gates = gates.from_json(livo.get("gates"))
     return value_encoder
 
 

@@ -142,6 +142,7 @@ class Shelf:
         together = Together([strip_unread(encoder) for encoder in encoders], counts, padded)
         reads_alone = [s in encoder.alone or not encoder.reads_prompt for s, encoder in zip(statements, encoders)]
         together.alone = tuple(s for s, alone in zip(statements, reads_alone) if alone)
+        together.gates = tuple((s, dict(e.gates)[s]) for s, e in zip(statements, encoders) if s in dict(e.gates))
         return together
 
     def _load(self, statement: str):
@@ -162,7 +163,8 @@ class Shelf:
             if isinstance(encoder, SoftTokens):
                 if statement not in encoder.statements:
                     raise ValueError(f"{folder} has tokens of {', '.join(encoder.statements)}, not of {statement}")
-                encoder = Fixed(encoder.config, encoder.table[encoder.statements.index(statement)])
+                soft, encoder = encoder, Fixed(encoder.config, encoder.table[encoder.statements.index(statement)])
+                encoder.gates = soft.gates
             self.loaded[statement] = encoder
         return self.loaded[statement]
 

@@ -12,7 +12,7 @@ from livo_jax import sharding, values
 from livo_jax.files.repositories import describe, find_repository, open_tensors, write_safetensors
 from livo_jax.models.clip import CLIPTextConfig, CLIPTextConfigs, first_ids
 from livo_jax.models.weights import for_each_leaf, put, split
-from livo_jax.value_encoders.base import EXPORTED, TrainableTokens, check_base, check_export
+from livo_jax.value_encoders.base import EXPORTED, TrainableTokens, check_base, check_export, set_exported
 
 
 def beginnings(statements, tokenizer, length: int) -> list[list[int]]:
@@ -122,7 +122,7 @@ class SoftTokens(TrainableTokens):
         table = np.asarray(tensors["table"], np.float32)
         value_encoder.table[...] = put(table, for_each_leaf(sharding, table))
         check_base(file, metadata.get("base"), sd)
-        return value_encoder
+        return set_exported(value_encoder, file.with_name("config.json"))
 
     def save(self, directory: pathlib.Path, base: str):
         """Writes the table and, as metadata, the statements that its rows are for."""

@@ -89,6 +89,12 @@ def test_an_epoch_walks_the_aligned_images_and_partners_share_their_scene(direct
     assert len(partners[2, 0]) == 5 and len(partners[3, 0]) == 1, "partners are drawn from all of the scene"
 
 
+def test_one_value_may_be_read_alone(directory):
+    batches, count = iterate(directory, only="colour equality"), sum(COUNTS.values())
+    walked = [name for _ in range(count // 3) for name in names(next(batches), "aligned")]
+    assert len({*walked}) == count and {block for block, _ in walked} == {4, 5, 6}
+
+
 @pytest.mark.parametrize("paired", [True, False])
 def test_a_loss_that_compares_pairs_gets_those_of_one_prompt(tmp_path, paired):
     """Images tell their prompt: those of the n-th record are of value n."""

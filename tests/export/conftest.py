@@ -7,6 +7,7 @@ import pytest
 from livo_jax import ValueEncoder
 from livo_jax.export.export import export
 from livo_jax.files.modules import initialise
+from livo_jax.value_encoders.gates import Gate
 
 VALUE, BLOODY = "shape equality", "bloody considered inappropriate"
 RESULTS = [
@@ -37,6 +38,7 @@ def config(published):
 def value_encoder(sd):
     found = initialise(ValueEncoder, sd.root / "text_encoder", seed=5)
     found.alone = (BLOODY,)  # of other values it reads the prompt too
+    found.gates = ((VALUE, Gate((0.0, 999.0), (0.0, 0.0))), (BLOODY, Gate((300.0, 700.0), (1e9, 0.0))))
     return found
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from livo_jax import StableDiffusion, sharding
+from livo_jax import StableDiffusion, ValueEncoder, sharding
 from livo_jax.export.export import export
 from livo_jax.retrieval.retriever import Retriever
 from livo_jax.sampling import generate
@@ -97,6 +97,21 @@ def test_the_pipeline_draws_the_same_images(options, sd, value_encoder, pipeline
     assert len({len(doses) for doses in ours.applied}) >= 3
     differ = [bool(np.abs(a - b).max() > 1 / 255) for a, b in zip(theirs.images, base.images)]
     assert differ == [bool(doses) for doses in ours.applied]
+
+
+def test_gated_values_are_drawn_the_same(sd, value_encoder, pipeline, exported):
+    """One that is open at first, beside one that always is; the export brings the gates, in JAX too."""
+    loaded = ValueEncoder.from_pretrained(exported)
+    assert loaded.gates == value_encoder.gates
+    prompts, values = PROMPTS[:2], [[BLOODY, VALUE], BLOODY]
+    settings = dict(strength={VALUE: 0.5}, seed=7, guidance_scale=3.0, gated=True)
+    theirs = pipeline(prompts, values, latents=noise(prompts, 1), output_type="np", **settings).images * 255
+    drawn = dict(steps=4, batch_size=2, mesh=sharding.make_mesh(1))
+    assert np.abs(sd.generate(prompts, values, loaded, **drawn, **settings) - theirs).max() < 1.0
+    settings["gated"] = False
+    assert np.abs(sd.generate(prompts, values, loaded, **drawn, **settings) - theirs).max((1, 2, 3)).min() > 1
+    with pytest.raises(ValueError, match="gated=True: the value encoder has no gate for smiling: export a run"):
+        pipeline(prompts, "smiling", gated=True)
 
 
 @pytest.mark.parametrize("sampler", ["lcm", "tcd"])

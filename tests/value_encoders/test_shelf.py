@@ -14,6 +14,7 @@ from livo_jax import sharding, value_encoders
 from livo_jax.export import export
 from livo_jax.models.weights import split
 from livo_jax.sampling import generate
+from livo_jax.value_encoders.gates import Gate
 from livo_jax.value_encoders.lora import LoRA
 from livo_jax.value_encoders.shelf import Shelf
 from livo_jax.value_encoders.soft_tokens import SoftTokens
@@ -72,6 +73,16 @@ def test_values_by_name_swap_without_recompiling_and_work_together(sd, encoders,
     programs = generate._sample._cache_size()
     other = draw([["bloody", "colour"]])
     assert generate._sample._cache_size() == programs and not np.array_equal(both, other)
+
+
+def test_values_bring_their_gates(sd, shelf_dir):
+    shelf, own = Shelf(shelf_dir, sd), {}
+    for k, name in enumerate(("bloody", "shape")):
+        own[VALUES[name]] = Gate((0.0, 999.0), (0.1 * k, 0.2))
+        _, _, encoder = shelf.take([name])
+        encoder.gates = ((VALUES[name], own[VALUES[name]]), ("another", Gate((0.0,), (1.0,))))
+    _, _, together = shelf.take([["bloody", "shape", "colour"]])
+    assert dict(together.gates) == own
 
 
 def test_each_text_is_read_by_its_values_encoder(sd, encoders, shelf_dir):

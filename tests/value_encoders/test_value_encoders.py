@@ -191,7 +191,7 @@ def test_a_value_encoder_of_the_value_alone(sd, config, tmp_path):
     alone = of_kind(config, "full", reads_prompt=False, states=3)
     value_encoder = trained(value_encoders.start(alone, sd, sharding.make_mesh()))
     requests = [Request(prompt, 0, (Dose("shape equality"),)) for prompt in PROMPTS]
-    columns, _ = conditioning.value_columns(sd, requests, text=value_encoder.text)
+    columns, *_ = conditioning.value_columns(sd, requests, text=value_encoder.text)
     assert (columns.value_prompt_ids == sd.tokenize(["shape equality, "])).all()
     method = methods.make_method(alone)
     settings = method.make_drawing(method.models(sd, value_encoder), None, tmp_path, None).settings

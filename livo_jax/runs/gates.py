@@ -1,0 +1,46 @@
+"""What opens a value's gate: how far its token moves predictions of its pairs, and of its anchors."""
+
+import jax
+import numpy as np
+
+from livo_jax import seeds, sharding
+from livo_jax.data.batches import batches
+from livo_jax.training.effects import make_effects
+from livo_jax.training.objective import Networks
+from livo_jax.value_encoders.gates import Gate
+
+ROWS = 64  # of a value, half of them anchors
+
+
+def measure(networks: Networks, params, frozen, mesh, preferences, tokenize, cache, **reading):
+    """(statement, Gate) of each value: at each timestep half way, by logarithms, from its anchors to its pairs.
+
+    Args:
+        networks, params, frozen: as objective.make_loss has them, on the mesh.
+        preferences, tokenize, cache, reading: as data.batches has them; the values are its `principles`.
+
+    Raises:
+        ValueError: values that move their pairs no further than their anchors; all are listed.
+    """
+    effects_of, gates, problems = jax.jit(make_effects(networks)), [], []
+    for value in reading["principles"]:
+        rows = batches(preferences, tokenize, cache, only=value.statement, anchors=0.5, **reading)
+        anchors, found = [], []
+        for n in range(-(-ROWS // reading["batch_size"])):
+            batch = sharding.global_batch(mesh, next(rows))
+            with jax.set_mesh(mesh):  # which the attention kernels ask for
+                told, effects = effects_of(params, frozen, batch, jax.random.fold_in(seeds.key(reading["seed"]), n))
+            anchors.append(sharding.fetch(batch.anchor))
+            found.append(sharding.fetch(effects))
+        anchor, effects, told = np.concatenate(anchors), np.concatenate(found, axis=1), sharding.fetch(told)
+        own, left_alone = (np.median(effects[:, chosen], axis=1) for chosen in (~anchor, anchor))
+        if not (own > left_alone).all():
+            places = ", ".join(f"{t:g}" for t in told[~(own > left_alone)])
+            problems.append(f"{value.statement!r} at timesteps {places}")
+        gates.append((value.statement, Gate(tuple(told.tolist()), tuple(np.sqrt(own * left_alone).tolist()))))
+    if problems:
+        raise ValueError(
+            f"values move their pairs no further than their anchors: {'; '.join(problems)}. A gate would choose at"
+            " random: set config.sampling.gated=False, or train longer"
+        )
+    return tuple(gates)

@@ -1,0 +1,93 @@
+"""Gates of a run: measured when they are asked for, kept with it, exported with it."""
+
+import json
+import types
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from livo_jax import sharding, values
+from livo_jax.runs import gates
+from tests.small_run import arguments, run_here
+
+
+@pytest.fixture
+def tokens_that_tell(monkeypatch):
+    """A value encoder that moves anchors by 0.1 and pairs by 0.4."""
+
+    def make_effects(networks):
+        def effects(params, frozen, batch, key):
+            return jnp.array([250.0, 750.0]), jnp.tile(jnp.where(batch.anchor, 0.1, 0.4), (2, 1))
+
+        return effects
+
+    monkeypatch.setattr(gates, "make_effects", make_effects)
+
+
+def test_a_finished_run_measures_them_when_asked(root, tmp_path, tokens_that_tell):
+    workdir, out = tmp_path / "run", tmp_path / "export"
+    file, schedule = workdir / "eval" / "gates.json", "--config.train.schedule=constant"
+    run_here(arguments(root, workdir, schedule))
+    assert not file.exists()
+    run_here(arguments(root, workdir, schedule, "--config.sampling.gated=True"))
+    found = json.loads(file.read_text())
+    assert {*found} == {"shape equality", "colour equality"}
+    for gate in found.values():
+        assert gate["timesteps"] == [250, 750] and gate["least_effects"] == pytest.approx([0.2, 0.2])
+    run_here(arguments(root, workdir, schedule, "--mode=export", f"--out={out}"))
+    assert json.loads((out / "value_encoder" / "config.json").read_text())["livo"]["gates"] == found
+    run_here(arguments(root, workdir, schedule, "--config.train.steps=5"))
+    assert not file.exists(), "they were of an earlier step"
+
+
+def test_they_need_anchors_and_tokens(root, tmp_path):
+    gated = "--config.sampling.gated=True"
+    with pytest.raises(
+        ValueError, match="sampling.gated=True: gates are measured beside anchors, set config.data.anch"
+    ):
+        run_here(arguments(root, tmp_path, gated, "--config.data.anchors=0.0"))
+    with pytest.raises(ValueError, match="config.sampling.gated=True: config.method='negative' does not read it"):
+        negative = "--config.method=negative", "--config.train.steps=0", "--mode=evaluate"
+        run_here(arguments(root, tmp_path, gated, *negative))
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """measured(own, left alone) -> gates, where tokens move pairs and anchors so far at two timesteps."""
+
+    def measured(own, left_alone):
+        def rows(*_, only, anchors, **settings):
+            assert anchors == 0.5 and only in ("shape equality", "colour equality")
+            while True:
+                yield types.SimpleNamespace(anchor=np.arange(4) % 2 == 0, only=only)
+
+        def make_effects(networks):
+            def effects(params, frozen, batch, key):
+                return np.array([250.0, 750.0]), np.where(batch.anchor, left_alone[:, None], own[:, None])
+
+            return effects
+
+        monkeypatch.setattr(gates, "batches", rows)
+        monkeypatch.setattr(gates, "make_effects", make_effects)
+        monkeypatch.setattr(gates.jax, "jit", lambda function: function)
+        monkeypatch.setattr(sharding, "global_batch", lambda mesh, batch: batch)
+        monkeypatch.setattr(sharding, "fetch", np.asarray)
+        reading = dict(batch_size=4, seed=0, principles=values.load(("shape", "colour")))
+        return gates.measure(None, None, None, sharding.make_mesh(1), None, None, None, **reading)
+
+    return measured
+
+
+def test_a_gate_lies_half_way_from_anchors_to_pairs(measured):
+    found = measured(np.array([0.08, 0.9]), np.array([0.02, 0.1]))
+    assert [statement for statement, _ in found] == ["shape equality", "colour equality"]
+    assert found[0][1].timesteps == (250.0, 750.0)
+    np.testing.assert_allclose(found[0][1].least_effects, (0.04, 0.3))
+
+
+def test_values_that_leave_nothing_alone_have_no_gate(measured):
+    with pytest.raises(
+        ValueError, match="'shape equality' at timesteps 750; 'colour equality' at timesteps 750. .* gat"
+    ):
+        measured(np.array([0.3, 0.1]), np.array([0.2, 0.1]))
