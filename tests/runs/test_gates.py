@@ -54,40 +54,40 @@ def test_they_need_anchors_and_tokens(root, tmp_path):
 
 @pytest.fixture
 def measured(monkeypatch):
-    """measured(own, left alone) -> gates, where tokens move pairs and anchors so far at two timesteps."""
+    """measured(own, left alone) -> gates of tokens that move 64 pairs and 64 anchors so far [64] at either timestep."""
 
     def measured(own, left_alone):
+        anchor = np.arange(128) % 2 == 0
+        effects = np.empty((2, 128))
+        effects[:, ~anchor], effects[:, anchor] = own, left_alone
+
         def rows(*_, only, anchors, **settings):
             assert anchors == 0.5 and only in ("shape equality", "colour equality")
-            while True:
-                yield types.SimpleNamespace(anchor=np.arange(4) % 2 == 0, only=only)
-
-        def make_effects(networks):
-            def effects(params, frozen, batch, key):
-                return np.array([250.0, 750.0]), np.where(batch.anchor, left_alone[:, None], own[:, None])
-
-            return effects
+            yield types.SimpleNamespace(anchor=anchor)
 
         monkeypatch.setattr(gates, "batches", rows)
-        monkeypatch.setattr(gates, "make_effects", make_effects)
+        monkeypatch.setattr(gates, "make_effects", lambda networks: lambda *given: (np.array([250.0, 750.0]), effects))
         monkeypatch.setattr(gates.jax, "jit", lambda function: function)
         monkeypatch.setattr(sharding, "global_batch", lambda mesh, batch: batch)
         monkeypatch.setattr(sharding, "fetch", np.asarray)
-        reading = dict(batch_size=4, seed=0, principles=values.load(("shape", "colour")))
+        reading = dict(batch_size=128, seed=0, principles=values.load(("shape", "colour")))
         return gates.measure(None, None, None, sharding.make_mesh(1), None, None, None, **reading)
 
     return measured
 
 
 def test_a_gate_lies_half_way_from_anchors_to_pairs(measured):
-    found = measured(np.array([0.08, 0.9]), np.array([0.02, 0.1]))
+    """From what most anchors stay below to what most pairs are above; outliers of either do not count."""
+    own, left_alone = np.full(64, 0.08), np.full(64, 0.02)
+    own[:2], left_alone[:2] = 0.001, 0.5
+    found = measured(own, left_alone)
     assert [statement for statement, _ in found] == ["shape equality", "colour equality"]
     assert found[0][1].timesteps == (250.0, 750.0)
-    np.testing.assert_allclose(found[0][1].least_effects, (0.04, 0.3))
+    np.testing.assert_allclose(found[0][1].least_effects, (0.04, 0.04))
 
 
 def test_values_that_leave_nothing_alone_have_no_gate(measured):
     with pytest.raises(
-        ValueError, match="'shape equality' at timesteps 750; 'colour equality' at timesteps 750. .* gat"
+        ValueError, match="no further than their anchors: 'shape equality', 'colour equality'. .*gated=F"
     ):
-        measured(np.array([0.3, 0.1]), np.array([0.2, 0.1]))
+        measured(np.full(64, 0.1), np.full(64, 0.2))
