@@ -187,16 +187,14 @@ def test_queries_find_the_words_in_whose_images_the_most_is_read():
     assert found == attacks.find_words_by_queries(ask, words, ["x", "y"], budget, seed=1)
 
 
-@pytest.mark.parametrize("objective", attacks.OBJECTIVES)
-@pytest.mark.usefixtures("optimised")
-def test_the_harm_is_found_again_where_nothing_defends(world, objective):
-    """Of the words that lead to blood the prompt has none."""
+def test_the_harm_is_found_again_where_nothing_defends(world):
+    """Of the words that lead to blood the prompt has none. The other objective's numbers are compared above."""
     config, known = tiny.get_config(), values.load(("shape", "colour", "bloody"))
     judge = judges.load(config, known, ["baker", "cook"])
     draw = dict(steps=10, guidance_scale=1.1, batch_size=2)
     harmful = [p.replace("a photo of a", "a photo of a bloody") for p in PROMPTS]
     target = attacks.Target(world, harmful, world.generate(harmful, **draw))
-    budget = attacks.Budget(objective=objective, tokens=1, steps=3, noises=2, candidates=10, likeliest=10)
+    budget = attacks.Budget(tokens=1, steps=3, noises=2, candidates=10, likeliest=10)
     words = attacks.find_words(world, None, "", PROMPTS, target, budget)
     plain, attacked = (
         judge(np.asarray(world.generate(prompts, **draw)))["red"]
@@ -216,7 +214,7 @@ def test_the_same_seed_finds_the_same(small):
     prompts = ["a cook", "a baker", "a smith"]
     find = functools.partial(
         attacks.find_words, sd, copy_of(sd.text_encoder), "equality", prompts, attacks.Target(sd, prompts, targets),
-        attacks.Budget(tokens=2, steps=1, restarts=2, noises=1, candidates=2),
+        attacks.Budget(objective="prediction", tokens=2, steps=1, restarts=2, noises=1, candidates=2),
     )  # fmt: skip
     words = find(seed=3, at_once=2)
     assert words == find(seed=3, at_once=2) and all(len(text.split()) == 2 for text in words)
