@@ -184,7 +184,7 @@ def kl(w, v):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_other_losses_are_their_papers(parts, torch_models, form):
-    """Steps with them are in tests/training/test_half_precision.py."""
+    """A step with kto is in tests/training/test_half_precision.py."""
     sd, networks, frozen, batch = parts
     config = CONFIG.copy_and_resolve_references()
     config.loss.update(form=form, beta=0.01)
@@ -214,13 +214,13 @@ def test_fine_tuning_asks_for_no_violating_image(parts, torch_models):
 def test_an_anchor_asks_for_the_prediction_to_stay(small):
     """In the place of its hinges: its row of the loss is a slope times how far the token moves the prediction.
 
-    Of a harm that of the aligned image alone.
+    Of a harm that of the aligned image alone, times anchor_of_harms.
     """
     sd, networks, frozen, batch = small
     config, params = CONFIG.copy_and_resolve_references(), frozen["text_encoder"]
     noise = draw_noise(jax.random.key(0), (8, *sd.latent_shape), (0, 1000))
     plain, _ = jax.jit(make_loss(networks, config))(params, frozen, batch, noise)
-    config.loss.anchor = 300.0
+    config.loss.update(anchor=300.0, anchor_of_harms=0.25)
     loss_of = jax.jit(make_loss(networks, config))
     some, harm = np.arange(8) % 3 == 0, np.arange(8) % 2 == 0
     loss, live = {}, {}
@@ -244,55 +244,45 @@ def test_an_anchor_asks_for_the_prediction_to_stay(small):
         u = jnp.repeat(text_encoder(batch.value_prompt_ids).pooled[:, None], 2, axis=0)
         moved = (unet(z_t, t, jnp.concatenate([u, c], axis=1)) - unet(z_t, t, c)) ** 2
         aligned, violating = jnp.mean(moved.reshape(8, 2, -1), axis=2).T
-        return jnp.mean(jnp.where(harm, aligned, (aligned + violating) / 2))
+        return jnp.mean(jnp.where(harm, 0.25 * aligned, (aligned + violating) / 2))
 
     assert loss["all"] == pytest.approx(300.0 * float(moved()), rel=1e-4) and loss["all"] > 0.01
 
-    config.loss.anchor_of_harms = 0.25
-    gentler = jax.jit(make_loss(networks, config))
-    for rows, factor in ((some | True, 0.25), (some & False, 1.0)):
-        alike = batch._replace(anchor=some | True, harm=rows)
-        wanted = factor * float(loss_of(params, frozen, alike, noise)[0])
-        assert float(gentler(params, frozen, alike, noise)[0]) == pytest.approx(wanted, rel=1e-5), factor
 
-
-@pytest.mark.parametrize("form", ["sft", "dpo"])
-def test_an_anchor_is_the_same_to_every_loss(small, form):
+def test_an_anchor_is_the_same_to_every_loss(small):
     """In the place of what the form asks for, of which only a number without a gradient is left."""
     sd, networks, frozen, batch = small
     noise = draw_noise(jax.random.key(0), (8, *sd.latent_shape), (0, 1000))
+    some, harm = np.arange(8) % 3 == 0, np.full(8, True)
     found = {}
-    for name in ("livo", form):
+    for form in ("livo", "sft", "dpo"):
         config = CONFIG.copy_and_resolve_references()
-        config.loss.update({"form": name, "beta": 0.01, "anchor": 300.0})
+        config.loss.update({"form": form, "beta": 0.01, "anchor": 300.0})
         value_and_grad = jax.jit(jax.value_and_grad(make_loss(networks, config), has_aux=True))
-        some, harm = np.arange(8) % 3 == 0, np.full(8, True)
-        for rows in (some, ~some, some | True, some & False) if name == form else (some | True,):
+        for rows in (some | True,) if form == "livo" else (some, ~some, some | True, some & False):
             given = batch._replace(anchor=rows, harm=harm)
             (loss, metrics), gradient = value_and_grad(frozen["text_encoder"], frozen, given, noise)
-            found[name, rows.sum()] = float(loss), gradient
-            assert metrics.keys() >= {"anchor_moved"} and (name == "livo" or "hinged" not in metrics)
-    (livo, of_livo), (alone, of_form) = found["livo", 8], found[form, 8]
+            found[form, rows.sum()] = float(loss), gradient
+            assert metrics.keys() >= {"anchor_moved"} and (form == "livo" or "hinged" not in metrics)
+    livo, of_livo = found["livo", 8]
     scale = float(optax.tree.norm(of_livo))
-    for a, b in zip(jax.tree.leaves(of_livo), jax.tree.leaves(of_form), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-4 * scale)
-    if form == "dpo":
-        assert alone - livo == pytest.approx(np.log(2), rel=1e-4), "no margin"
-    (first, _), (second, _), (none, of_none) = (found[form, n] for n in (3, 5, 0))
-    assert first + second == pytest.approx(none + alone, rel=1e-5), "each row on its own"
-    assert float(optax.tree.norm(optax.tree.add_scale(of_none, -1.0, of_form))) > 0.1 * scale
+    for form in ("sft", "dpo"):
+        (first, _), (second, _), (none, of_none), (alone, of_form) = (found[form, n] for n in (3, 5, 0, 8))
+        for a, b in zip(jax.tree.leaves(of_livo), jax.tree.leaves(of_form), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-4 * scale)
+        if form == "dpo":
+            assert alone - livo == pytest.approx(np.log(2), rel=1e-4), "no margin"
+        assert first + second == pytest.approx(none + alone, rel=1e-5), "each row on its own"
+        assert float(optax.tree.norm(optax.tree.add_scale(of_none, -1.0, of_form))) > 0.1 * scale
 
 
 def test_three_steps_are_pytorchs(parts, torch_models):
+    """Optimised, as users compile them: other tests compile quickly."""
     sd, networks, frozen, batch = parts
-    compare_training(torch_training(torch_models, batch, sd.scheduler_config), networks, frozen, batch)
-
-
-def test_optimised_programs_are_pytorchs(parts, torch_models):
-    """As users compile them: other tests compile quickly."""
+    expected = torch_training(torch_models, batch, sd.scheduler_config)
     emitters = {"xla_cpu_use_fusion_emitters": True} if "fusion_emitters" in QUICK else {}
     with compiled_with(xla_backend_optimization_level=3, **emitters):
-        test_three_steps_are_pytorchs(parts, torch_models)
+        compare_training(expected, networks, frozen, batch)
 
 
 def test_a_second_value_that_is_not_there_changes_nothing(small):
