@@ -361,15 +361,14 @@ def test_noise_is_normal_and_its_keys_differ():
 
 @pytest.mark.parametrize("sampler", ["euler_ancestral", "lcm", "tcd"])
 def test_noise_of_each_step_is_the_images_own(sd, value_encoder, sampler):
-    """Whatever its place in the batch, and whichever images are beside it; without a value it is the base's."""
+    """Whatever its place in the batch, its device, and the images beside it; without a value it is the base's."""
     settings = SETTINGS | {"sampler": sampler, "guidance_scale": 1.0}
     requests = [Request(p, i, v) for p in ("a baker", "a cook") for i in range(2) for v in ((), DOSE)]
     images = generate.generate(sd, requests, value_encoder, **settings)
     assert len({image.tobytes() for image in images}) == len(requests)
     for order, changes in (
         (slice(None, None, -1), {}),
-        (slice(2, 7), {"batch_size": 2}),
-        (slice(None), {"mesh": None}),
+        (slice(2, 7), {"batch_size": 2, "mesh": sharding.make_mesh(2)}),
     ):
         again = generate.generate(sd, requests[order], value_encoder, **settings | changes)
         assert np.abs(images[order].astype(int) - again).max() <= 1
