@@ -16,7 +16,7 @@ from livo_jax import ValueEncoder, sharding, value_encoders
 from livo_jax.export.export import export, name_base
 from livo_jax.models.weights import split
 from tests.export.conftest import BLOODY, VALUE
-from tests.files.test_modules import hub_of, load_from
+from tests.files.test_modules import hub_of, run_beside
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -76,38 +76,28 @@ def test_round_trip_is_bit_exact(value_encoder, exported, tmp_path):
         )
 
 
-def test_an_export_needs_pytorch_alone(exported, published):
-    """Neither JAX nor this package, nor what they bring."""
-    code = f"""
-import sys
-for name in ("jax", "flax", "livo_jax", "scipy", "grain", "ml_collections", "bm25s", "openai"):
-    sys.modules[name] = None  # an import of it fails
-from diffusers import DiffusionPipeline
-pipe = DiffusionPipeline.from_pretrained(
-    {str(published)!r}, custom_pipeline={str(exported)!r}, trust_remote_code=True, safety_checker=None,
-)
-print(pipe("a bloody baker", "auto", strength=0.5, num_inference_steps=1).applied[0][0].reason)
-"""
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert answer.stdout == "keywords: it says 'bloody'\n", answer.stderr
-
-
-def test_an_export_names_no_path_and_loads_from_anywhere(exported, published, tmp_path):
-    """From a folder that was moved, and from a hub by its id."""
+def test_an_export_needs_pytorch_alone_and_loads_from_anywhere(exported, published, tmp_path):
+    """From a folder that was moved, and from a hub by its id; without JAX, this package, and what they bring."""
     for file in exported.rglob("*"):
         if file.suffix in (".py", ".md", ".json"):
             text = file.read_text()
             assert str(exported.parent) not in text and str(pathlib.Path(published).resolve()) not in text, file
     moved = shutil.copytree(exported, tmp_path / "moved")
-    load = """
+    load = f"""
+import sys
+for name in ("jax", "flax", "livo_jax", "scipy", "grain", "ml_collections", "bm25s", "openai"):
+    sys.modules[name] = None  # an import of it fails
 from diffusers import DiffusionPipeline
-for place in %r:
-    pipe = DiffusionPipeline.from_pretrained(%r, custom_pipeline=place, trust_remote_code=True, safety_checker=None)
+for place in ({str(moved)!r}, "owner/model"):
+    pipe = DiffusionPipeline.from_pretrained(
+        {str(published)!r}, custom_pipeline=place, trust_remote_code=True, safety_checker=None
+    )
     print(type(pipe.value_encoder).__name__)
+    print(pipe("a bloody baker", "auto", strength=0.5, num_inference_steps=1).applied[0][0].reason)
 """
     with hub_of(moved) as hub:
-        answer = load_from(hub, tmp_path / "home", load % ([str(moved), "owner/model"], str(published)))
-    assert answer.stdout == 2 * "CLIPTextModel\n", answer.stderr
+        answer = run_beside(hub, tmp_path / "home", load)
+    assert answer.stdout == 2 * "CLIPTextModel\nkeywords: it says 'bloody'\n", answer.stderr
 
 
 def test_the_card_says_how_and_what(exported, config):

@@ -351,15 +351,19 @@ def hub(copy):
         yield server
 
 
-def load_from(hub, home, code, **environment):
+def run_beside(hub, home, code, **environment):
     """Runs code in a process that knows the hub at `hub` and the cache HF_HOME=`home`."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
     clean |= {"HF_HOME": str(home), "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HUB_DISABLE_XET": "1"}
-    code = "from livo_jax import StableDiffusion, ValueEncoder\n" + code
     return subprocess.run(
         [sys.executable, "-c", code], env=clean | environment, capture_output=True, text=True,
         cwd=pathlib.Path(__file__).parents[2],
     )  # fmt: skip
+
+
+def load_from(hub, home, code, **environment):
+    """Runs code that loads models."""
+    return run_beside(hub, home, "from livo_jax import StableDiffusion, ValueEncoder\n" + code, **environment)
 
 
 def test_a_hub_id_fetches_what_is_needed(hub, tmp_path):

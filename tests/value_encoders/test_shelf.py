@@ -165,15 +165,13 @@ for name in %r:
 """
     with hub_of(root) as hub:
         fetched = hub.RequestHandlerClass.fetched
-        answer = load_from(hub, tmp_path / "home", take % ["shape"])
-        assert answer.stdout == "LoRA\n", answer.stderr
-        assert fetched == {"shelf.json", *(f"shape/adapter/{file}" for file in LoRA.FILES)}
-        fetched.clear()
-        answer = load_from(hub, tmp_path / "home", take % ["soft", "full", "gone"])
-        assert answer.stdout == "Fixed\nValueEncoder\n", answer.stderr
+        answer = load_from(hub, tmp_path / "home", take % ["shape", "soft", "full", "gone"])
+        assert answer.stdout == "LoRA\nFixed\nValueEncoder\n", answer.stderr
         assert "'a fourth' of the shelf owner/model: its folder 'gone' is not there" in answer.stderr
-        wanted = {f"full/value_encoder/{file}" for file in ("config.json", "model.safetensors")}
-        assert fetched == wanted | {f"soft/value_encoder/{SoftTokens.FILE}"}
+        assert fetched == {
+            "shelf.json", *(f"shape/adapter/{file}" for file in LoRA.FILES), f"soft/value_encoder/{SoftTokens.FILE}",
+            *(f"full/value_encoder/{file}" for file in ("config.json", "model.safetensors")),
+        }  # fmt: skip
         fetched.clear()
         answer = load_from(hub, tmp_path / "home", take % ["full", "shape", "colour"], HF_HUB_OFFLINE="1")
         assert answer.stdout == "ValueEncoder\nLoRA\n" and not fetched, answer.stderr
