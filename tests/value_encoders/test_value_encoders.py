@@ -248,8 +248,9 @@ def test_several_values_and_strengths(sd, made, kind):
     assert np.abs(images[0] - draw(requests[:1])[0]).max() <= 1
     assert np.abs(images[1] - draw(requests[1:2], made[kind])[0]).max() <= 1
     assert min(np.abs(images[i] - images[j]).max() for i in range(4) for j in range(i)) > 1
-    divided = draw(requests, made[kind], mesh=sharding.make_mesh(2), batch_size=2)
-    assert np.abs(images - divided).max() <= 1, "on two devices"
+    if kind == "lora":
+        divided = draw(requests, made[kind], mesh=sharding.make_mesh(2), batch_size=2)
+        assert np.abs(images - divided).max() <= 1, "on two devices"
 
 
 @pytest.mark.parametrize("kind", ["lora", "token"])
