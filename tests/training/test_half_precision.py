@@ -1,7 +1,4 @@
-"""A step in bfloat16, the dtype of configs/livo.py, of the methods that train.
-
-dpo and ipo differ from kto by what they make of the same errors, which are float32: test_losses.py has their numbers.
-"""
+"""A step in bfloat16, the dtype of configs/livo.py, of every method that trains."""
 
 import copy
 import importlib
@@ -37,7 +34,7 @@ def config_of(method, model):
 
 
 OF_UNET = ["concept_ablation", "dpo_unet"]
-METHODS = ["full", "lora", "token", "sft", "kto", *OF_UNET]
+METHODS = ["full", "lora", "token", "sft", "dpo", "ipo", "kto", *OF_UNET]
 
 
 @pytest.fixture(scope="module")
