@@ -17,6 +17,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.attributes = 0.25  # so that --ratio can mix attributes
     config.data.anchors = 0.3  # so that a prompt that states an attribute, or no harm, stays as it is
     config.loss.anchor = 15 * config.loss.beta  # the embedded world's ratio
+    config.sampling.gated = not variant  # of few steps a token tells nothing apart
     if not variant:  # more wordings, so that anchors are not of three alone
         config.preferences.templates += (
             "a(n) {} in the rain",

@@ -184,7 +184,7 @@ def kl(w, v):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_other_losses_are_their_papers(parts, torch_models, form):
-    """A step with kto is in tests/training/test_half_precision.py."""
+    """Steps with them are in tests/training/test_half_precision.py."""
     sd, networks, frozen, batch = parts
     config = CONFIG.copy_and_resolve_references()
     config.loss.update(form=form, beta=0.01)
