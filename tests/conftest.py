@@ -212,6 +212,16 @@ def optimised():
         yield
 
 
+@pytest.fixture(scope="module")
+def one_device():
+    """Has pairs drawn and encoded on one device, whatever devices there are: by the program of other runs of one."""
+    from livo_jax import sharding
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "make_local_mesh", lambda: sharding.make_mesh(1))
+        yield
+
+
 @pytest.fixture(autouse=True, scope="module")
 def little_memory():
     """What a module compiled is of no use to the next but for the smallest of it, and would take gigabytes."""

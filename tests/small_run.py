@@ -47,9 +47,15 @@ def environment(devices: int = 1) -> dict:
     return os.environ | {"XLA_FLAGS": f"{DEVICES.format(devices)} {QUICK}"}
 
 
+def overridden(own, given) -> list[str]:
+    """Flags with those that are given in the place of their own: of a tuple that is there twice ml_collections makes
+    one."""
+    names = {flag.partition("=")[0] for flag in given}
+    return [*(flag for flag in own if flag.partition("=")[0] not in names), *given]
+
+
 def arguments(root, workdir, *given) -> list[str]:
-    """The small run's command, of the model and pairs in `root`. What is given stands in the place of its own flags: of
-    a tuple that is there twice ml_collections makes one."""
+    """The small run's command, of the model and pairs in `root`, and with what is given."""
     own = [
         "--config=configs/tiny.py:smoke", f"--workdir={workdir}", f"--config.model={root / 'model'}",
         "--config.random_weights=True", f"--config.data.directory={root / 'pairs'}",
@@ -57,8 +63,7 @@ def arguments(root, workdir, *given) -> list[str]:
         "--config.eval.held_out=('baker',)", "--config.sampling.steps=2", "--config.log.samples_every=0",
         "--config.log.every=1", "--config.data.cache=False",
     ]  # fmt: skip
-    names = {flag.partition("=")[0] for flag in given}
-    return ["run.py", *(flag for flag in own if flag.partition("=")[0] not in names), *given]
+    return ["run.py", *overridden(own, given)]
 
 
 def start(root, workdir, *given, devices: int = 1, **more) -> subprocess.Popen:

@@ -25,6 +25,13 @@ def write(records, blocks, directory):
         dataset.write(work, directory, records.__getitem__, blocks, {})
 
 
+def picture(*channels):
+    """PNG bytes of an image whose first row has these channels, and whose mirror image differs below."""
+    image = np.full((32, 32, 3), channels, np.uint8)
+    image[1:, :8] = 255 - image[1:, :8]
+    return png(image)
+
+
 def make(directory, counts=COUNTS, values=("shape equality", "colour equality")):
     """A dataset whose images tell who they are: channels are (value and scene, number in the block, side)."""
     records, blocks = [], []
@@ -32,7 +39,7 @@ def make(directory, counts=COUNTS, values=("shape equality", "colour equality"))
         for scene, count in counts.items():
             blocks.append(data.Block(value, scene, len(records), count))
             for i in range(count):
-                aligned, violating = (png(np.full((32, 32, 3), (len(blocks), i, side), np.uint8)) for side in (0, 255))
+                aligned, violating = (picture(len(blocks), i, side) for side in (0, 255))
                 records.append(
                     dict(prompt=f"a {scene}", value=value, scene=scene, aligned=aligned, violating=violating,
                          provenance=json.dumps({"aligned_shows": SHOWN[value][i % len(SHOWN[value])],

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from configs import tiny
-from livo_jax import StableDiffusion, sharding, values
+from livo_jax import StableDiffusion, values
 from livo_jax.data import dataset
 from livo_jax.data.preferences import Preferences
 from livo_jax.files import directories
@@ -28,15 +28,9 @@ from livo_jax.runs.build_preferences import Candidate, balanced, candidates, cen
 from livo_jax.sampling.requests import Request
 from tests import small_run
 
+# On other devices than those of `command` pixels may round otherwise.
+pytestmark = pytest.mark.usefixtures("one_device")
 SHAPE, COLOUR, BLOODY = values.load(("shape", "colour", "bloody"))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_device():
-    """On other devices than those of `command` pixels may round otherwise."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "make_local_mesh", lambda: sharding.make_mesh(1))
-        yield
 
 
 @pytest.fixture(scope="module")

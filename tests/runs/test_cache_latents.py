@@ -8,25 +8,33 @@ import numpy as np
 import pytest
 
 from configs import tiny
-from livo_jax import StableDiffusion, data
+from livo_jax import data, sharding
 from livo_jax.data.cache import Cache, cache_directory
 from livo_jax.data.preferences import Preferences
 from livo_jax.files import directories
-from livo_jax.runs import build_preferences, cache_latents
+from livo_jax.runs import cache_latents
+from livo_jax.runs.restore import load_base
 from livo_jax.runs.train import train_and_evaluate
+from tests.data import test_data
+
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory):
+def config(root, tmp_path_factory):
+    """Of the small run's model, whose training ends without images, and of pairs of every kind."""
     config = tiny.get_config("smoke")
-    config.sampling.batch_size, config.sampling.steps = 2, 12
-    config.data.directory = str(tmp_path_factory.mktemp("cache") / "preferences")
-    config.preferences.templates = ("a {}", "the {} at work")  # short, for the small model
+    config.model, config.random_weights = str(root / "model"), True
+    pairs = test_data.make(tmp_path_factory.mktemp("cache") / "preferences", values=test_data.SHOWN)
+    config.data.directory, config.sampling.batch_size = str(pairs), 2
     config.data.random_flip, config.data.anchors, config.data.cache = True, 0.0, False
-    build_preferences.build(config, config.data.directory)
-    # The images that it ends with do not matter here.
-    config.judge, config.sampling.steps, config.mesh.data = "", 1, 1
+    config.judge, config.log.samples_every, config.mesh.data = "", 0, 1
     return config
+
+
+@pytest.fixture
+def sd(config):
+    return load_base(config, sharding.make_mesh(1))
 
 
 def losses(workdir):
@@ -34,10 +42,9 @@ def losses(workdir):
     return [line["train/loss"] for line in lines if "train/loss" in line]
 
 
-def test_the_losses_are_those_of_the_images(config, root, tmp_path):
+def test_the_losses_are_those_of_the_images(config, tmp_path):
     """With second values, named attributes, anchors and mirror images."""
     config = config.copy_and_resolve_references()
-    config.model, config.random_weights = str(root / "model"), True
     config.data.beside = config.data.attributes = config.data.anchors = 0.5
     train_and_evaluate(config, tmp_path / "images")
     cached = config.copy_and_resolve_references()
@@ -47,9 +54,9 @@ def test_the_losses_are_those_of_the_images(config, root, tmp_path):
     assert len(losses(tmp_path / "cache")) == 2
 
 
-def test_a_stale_cache_is_refused(config, tmp_path, monkeypatch, caplog):
+def test_a_stale_cache_is_refused(config, sd, tmp_path, monkeypatch, caplog):
     """Where pairs cannot be written, it is passed over: the run has its own."""
-    sd, preferences = StableDiffusion.from_pretrained(config.model), Preferences(config.data.directory)
+    preferences = Preferences(config.data.directory)
     fewer = config.copy_and_resolve_references()
     fewer.principles = ("bloody",)
     with pytest.raises(ValueError, match="has pairs for the values .*, the config lists"):
@@ -89,8 +96,8 @@ def test_a_stale_cache_is_refused(config, tmp_path, monkeypatch, caplog):
         cache_directory(preferences, "gs://bucket/run", sd, config)
 
 
-def test_an_interrupted_cache_is_none_and_neither_is_one_on_a_full_disk(config, monkeypatch):
-    sd, preferences = StableDiffusion.from_pretrained(config.model), Preferences(config.data.directory)
+def test_an_interrupted_cache_is_none_and_neither_is_one_on_a_full_disk(config, sd, monkeypatch):
+    preferences = Preferences(config.data.directory)
     shutil.rmtree(preferences.directory / "cache", ignore_errors=True)
     decode, calls = data.decode, []
 

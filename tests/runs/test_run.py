@@ -19,19 +19,18 @@ from livo_jax.files import directories
 from livo_jax.runs import attacked_pairs
 from tests import small_run
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 ROOT = pathlib.Path(__file__).parents[2]
-# One device, fewest steps: what is asserted here does not depend on how well the model draws.
-QUICK = (
-    "--config.sampling.steps=6", "--config.sampling.batch_size=8", "--config.log.samples_every=100",
-    "--config.mesh.data=1",
-)  # fmt: skip
+# One device, a bias and a harm, no sheets: what is asserted here does not depend on how well the model draws.
+QUICK = ("--config.mesh.data=1", "--config.principles=('shape', 'bloody')", "--config.log.samples_every=0")
 
 
 CONSTANT = ("--config.train.schedule=constant", "--config.train.warmup_steps=0")
 
 
 def arguments(workdir, *given, config="configs/tiny.py:smoke"):
-    return ["run.py", f"--config={config}", f"--workdir={workdir}", *QUICK, *given]
+    return ["run.py", f"--config={config}", f"--workdir={workdir}", *small_run.overridden(QUICK, given)]
 
 
 def run(workdir, *given, **kw):
@@ -75,7 +74,7 @@ def answer(answer_to):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, one_device):
     """A workdir of a finished run, and what it printed."""
     workdir, printed, progress = tmp_path_factory.mktemp("runs") / "finished", io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(progress):
@@ -215,7 +214,7 @@ def test_evaluate_and_generate_read_the_checkpoint(finished, main, tmp_path):
 
 def test_the_papers_recipe_runs_anywhere(main, answer, tmp_path):
     """Two steps of configs/livo.py on random weights, its answers included; then its checkpoint for another state."""
-    main(tmp_path / "run", config="configs/livo.py:smoke")
+    main(tmp_path / "run", "--config.sampling.steps=5", config="configs/livo.py:smoke")
     for step in (1, 2):
         assert 0 < train_metrics(tmp_path / "run", step)["train/loss"] < 100
     assert (tmp_path / "run" / "eval" / "report.html").exists()
@@ -311,7 +310,7 @@ def test_what_is_wrong_in_a_config_file_is_told_with_its_place(answer_to, tmp_pa
     assert "learning_rate" not in answered, "not all of the fields that there are"
 
 
-@pytest.mark.parametrize("search", ["coordinate", "continuous"])
+@pytest.mark.parametrize("search", ["projected", "continuous"])
 def test_an_attack_leaves_its_rates_and_what_it_found(finished, main, tmp_path, search):
     workdir, *_ = finished
     shutil.copytree(workdir, tmp_path / "run")
@@ -327,10 +326,10 @@ def test_an_attack_leaves_its_rates_and_what_it_found(finished, main, tmp_path, 
     assert means["auto", "harm said", "chosen"] == 1 and means["auto", "neutral", "chosen"] == 0
     # Prompts that nobody seeks: where words are sought.
     known = [means.get(("base", "spelled_around", "R")), means.get(("livo", "implied", "R"))]
-    assert known[0] == 1 and known[1] is not None if search == "coordinate" else known == [None, None]
+    assert known[0] == 1 and known[1] is not None if search == "projected" else known == [None, None]
     assert ("livo", f"attacked by {search}", "R") in means and ("livo", "held_out", "over_refusal") in means
     found = json.loads((tmp_path / "run" / "eval" / "attacks_found.json").read_text())
-    assert [row["method"] for row in found] == (["base"] * 2 + ["livo"] * 2 if search == "coordinate" else [])
+    assert [row["method"] for row in found] == (["base"] * 2 + ["livo"] * 2 if search == "projected" else [])
     assert {row["subject"] for row in found} <= {"cook", "butcher"} and all(map(attacked_pairs.is_row, found))
     assert all(len(row["tokens"]) == 1 and row["prompt"].startswith("a photo of a") for row in found)
     assert f"attacked by {search}" in printed
@@ -350,7 +349,7 @@ def test_a_workdir_keeps_its_config(finished, answer):
 
 def test_nothing_that_is_not_finite_is_saved(root, answer_to, tmp_path):
     """The squares of the parameters overflow at the first learning rate, at the second the next loss alone."""
-    run = (*CONSTANT, "--config.train.steps=6", "--config.checkpoint.every=1")
+    run = (*CONSTANT, "--config.mesh.data=1", "--config.train.steps=6", "--config.checkpoint.every=1")
     told = answer_to(small_run.arguments(root, tmp_path / "at once", *run, "--config.train.learning_rate=1e30"))
     assert "FloatingPointError: the norm of the parameters after step 1 is inf. There is no checkpoint: the " in told
     assert not (tmp_path / "at once" / "checkpoints").exists()
@@ -369,7 +368,7 @@ def test_a_run_of_before_goes_on_longer(root, answer_to, capfd, tmp_path, monkey
     monkeypatch.setattr(os, "access", lambda path, mode: "pairs" not in str(path) and access(path, mode))
 
     def command(*given):
-        of_all = ("--config.data.directory=~/pairs", "--config.data.cache=True", *CONSTANT)
+        of_all = ("--config.mesh.data=1", "--config.data.directory=~/pairs", "--config.data.cache=True", *CONSTANT)
         return small_run.arguments(root, "~/run", *of_all, *given)
 
     small_run.run_here(command("--config.train.steps=2"))
