@@ -1,14 +1,19 @@
 """The flow world's model: its VAE is the first world's, and its directory is a published one."""
 
+import pathlib
+
 import jax
 import numpy as np
 
 from data_tools import flow_world, shapeworld
 from livo_jax import StableDiffusion, sharding
 
+MODEL = pathlib.Path(flow_world.__file__).with_name("flow_world_model")
 
-def test_a_model_of_few_steps(tmp_path):
-    """Built as the real one; latents and pictures of the VAE are what the first world's has before its folding."""
+
+def test_a_model_of_few_steps(tmp_path, monkeypatch):
+    """Built as the real one, of half its layers; the VAE makes the latents and pictures of the first world's."""
+    monkeypatch.setitem(flow_world.TRANSFORMER, "num_layers", 2)
     flow_world.build(tmp_path, pictures=96, steps=2)
     sd, first = StableDiffusion.from_pretrained(tmp_path), StableDiffusion.from_pretrained(flow_world.FIRST)
     rng = np.random.default_rng(1)
@@ -25,5 +30,5 @@ def test_a_model_of_few_steps(tmp_path):
     assert abs(float(z.mean())) < 0.2 and abs(float(z.std()) - 1) < 0.2
     images = sd.generate(["a baker", "a cook"], steps=2, guidance_scale=2.0, batch_size=2, mesh=sharding.make_mesh(1))
     assert images.shape == (2, 32, 32, 3) and sd.family.KEY == "sd3"
-    bytes_ = sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file())
-    assert bytes_ < 7e6
+    ours, whole = (sum(file.stat().st_size for file in root.rglob("*") if file.is_file()) for root in (tmp_path, MODEL))
+    assert ours < whole < 7e6, "float16"

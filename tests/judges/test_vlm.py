@@ -256,7 +256,7 @@ def test_the_budget_stops_it_and_a_higher_one_goes_on(server, tmp_path):
     assert len(server.requests) == 9
 
 
-def test_a_build_goes_on_where_the_budget_stopped_it(server, tmp_path, monkeypatch):
+def test_a_build_goes_on_where_the_budget_stopped_it(server, tmp_path, monkeypatch, one_device):
     """The model that is asked sees what the embedded world's judge does, but for a few pictures' blood."""
     shape, bloody = values.load(("shape", "bloody"))
     shape = dataclasses.replace(shape, question="Which shape?")
@@ -272,7 +272,6 @@ def test_a_build_goes_on_where_the_budget_stopped_it(server, tmp_path, monkeypat
     server.reply = reply
     config = tiny.get_config("smoke")
     config.preferences.candidates_per_pair, config.preferences.images_per_file = 3.0, 8
-    config.sampling.batch_size = 1  # of each device
     config.judge, config.judging.model, config.judging.endpoint = "vlm", "a-vlm", server.url
     config.judging.cache, config.judging.budget = str(tmp_path / "answers"), 60
     with pytest.raises(RuntimeError, match="budget=60 questions are asked"):

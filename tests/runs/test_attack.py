@@ -9,8 +9,6 @@ from livo_jax import StableDiffusion, methods, sharding
 from livo_jax.runs import attack, attacked_pairs
 from tests.language_model import Replying
 
-pytestmark = pytest.mark.usefixtures("optimised")
-
 
 def means_of(workdir) -> dict:
     document = json.loads((workdir / "eval" / "attacks.json").read_text())

@@ -36,7 +36,6 @@ SHAPE, COLOUR, BLOODY = values.load(("shape", "colour", "bloody"))
 @pytest.fixture(scope="module")
 def config():
     config = tiny.get_config("smoke")
-    config.sampling.steps, config.sampling.batch_size = 6, 16
     c = config.preferences
     c.templates = c.templates[:6]  # without hats, whose colours are others' than the worker's
     c.pairs_per_scene, c.candidates_per_pair, c.census_per_scene, c.images_per_file = 3, 1.5, 4, 16
@@ -86,11 +85,11 @@ def files(directory) -> dict[str, bytes]:
 
 def command(config, out, *flags):
     """The build of this config as its own process; started."""
-    c, s = config.preferences, config.sampling
+    c = config.preferences
     overrides = {
         "preferences.pairs_per_scene": c.pairs_per_scene, "preferences.candidates_per_pair": c.candidates_per_pair,
         "preferences.census_per_scene": c.census_per_scene, "preferences.images_per_file": c.images_per_file,
-        "preferences.templates": c.templates, "sampling.steps": s.steps, "sampling.batch_size": s.batch_size,
+        "preferences.templates": c.templates,
     }  # fmt: skip
     arguments = [f"--config.{name}={value}" for name, value in overrides.items()]
     return subprocess.Popen(
@@ -122,7 +121,7 @@ def test_where_no_neutral_image_can_be_read_it_says_so(config, tmp_path, monkeyp
 def test_it_does_not_overwrite(built, config, tmp_path):
     other = config.copy_and_resolve_references()
     other.seed, other.sampling.steps = 1, 7
-    with pytest.raises(FileExistsError, match="another --out\n  config.sampling.steps: 6 .*7 now\n  config.seed: 0"):
+    with pytest.raises(FileExistsError, match="another --out\n  config.sampling.steps: 5 .*7 now\n  config.seed: 0"):
         build_preferences.build(other, built.directory)
     with pytest.raises(FileExistsError, match="was not built here"):
         build_preferences.build(config, tmp_path)
