@@ -14,9 +14,10 @@ from tests import small_run
 from tests.runs import served
 from tests.runs.served import DIE, read_answer, send
 
-# eps: a key's bias has no gradient but rounding, which Adam would make as large as any.
-RUN = ("--config.train.steps=2", "--config.checkpoint.every=1", "--config.train.ema_decay=0.9",
-       "--config.train.eps=1e-3")  # fmt: skip
+# One program for runs of any length. eps: a key's bias has no gradient but rounding, which Adam would make as large as
+# any.
+STEP = ("--config.train.schedule=constant", "--config.train.ema_decay=0.9", "--config.train.eps=1e-3")
+RUN = (*STEP, "--config.train.steps=2", "--config.checkpoint.every=1")
 SHARDED = ("--config.mesh.fsdp=2", "--config.mesh.tensor=2", "--config.shard_frozen=True")
 # The embedded world's own model, whose pictures the judge can read; few of them.
 MODEL = tiny.get_config().model
@@ -24,7 +25,7 @@ EVALUATED = ("--mode=evaluate", f"--config.model={MODEL}", f"--config.value_enco
              "--config.random_weights=False", "--config.judge=shapeworld", "--config.principles=('shape',)",
              "--config.sampling.batch_size=2", "--config.eval.left_alone_images=1",
              "--config.eval.rate_images=1")  # fmt: skip
-ENDLESS = ("--config.train.steps=100000", "--config.checkpoint.every=100000", "--config.train.schedule=constant")
+ENDLESS = (*STEP, *SHARDED, "--config.train.steps=100000", "--config.checkpoint.every=100000")
 
 
 def start_pair() -> list:
@@ -59,10 +60,10 @@ def run_two(pair, root):
 
 @pytest.fixture
 def alone(root, capfd):
-    """alone(workdir, flags) is what the same command prints in this process, on four devices."""
+    """alone(workdir, flags) is what the same command prints in this process, on one device."""
 
     def alone(workdir, *flags) -> str:
-        small_run.run_here(small_run.arguments(root, workdir, "--config.mesh.data=4", *flags))
+        small_run.run_here(small_run.arguments(root, workdir, "--config.mesh.data=1", *flags))
         return capfd.readouterr().out
 
     return alone
@@ -80,7 +81,7 @@ def assert_close(workdir, alone):
 
 
 def test_two_processes_train_as_one(run_two, alone, tmp_path):
-    """By rows and sharded, beside one that divides rows alone. And one process goes on with what two have begun."""
+    """By rows and sharded, beside one that divides nothing. And one process goes on with what two have begun."""
     workdir, whole = tmp_path / "two", tmp_path / "one"
     alone(whole, *RUN)
     (out, error), (other, other_error) = run_two((workdir, workdir), *RUN, *SHARDED)
