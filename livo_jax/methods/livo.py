@@ -7,13 +7,14 @@ import functools
 
 import jax
 
-from livo_jax import value_encoders
+from livo_jax import value_encoders, values
 from livo_jax.methods.base import Drawing, Models, TrainedMethod, drawer, weights_of
 from livo_jax.models.weights import count, split
+from livo_jax.sampling.generate import find_gates
 from livo_jax.training.objective import make_loss
 from livo_jax.training.optimizer import but_embeddings
-from livo_jax.value_encoders import gates
 from livo_jax.value_encoders.base import READING, check_value_encoder
+from livo_jax.value_encoders.gates import as_json
 
 
 class LiVO(TrainedMethod):
@@ -22,10 +23,10 @@ class LiVO(TrainedMethod):
     HAS_TOKENS = True
 
     def problems(self):
-        c = self.config
-        if not (c.sampling.gated and c.train.steps and not c.data.anchors):
+        c = self.config.sampling
+        if not c.gated or c.prompt_layout == "padded":
             return []
-        return ["config.sampling.gated=True: gates are measured beside anchors, set config.data.anchors above 0"]
+        return [f"config.sampling.prompt_layout={c.prompt_layout!r}: images that gates leave to the base are 'padded'"]
 
     @property
     def compares_pairs(self):
@@ -60,7 +61,9 @@ class LiVO(TrainedMethod):
         own = {name: x for name, x in own.items() if x != getattr(type(value_encoder), name)}
         settings = {"method": "value tokens"} | own
         if self.config.sampling.gated:
-            settings["gates"] = gates.as_json(value_encoder.gates)
+            statements = [value.statement for value in values.load_principles(self.config)]
+            gates = find_gates(value_encoder, statements, self.config.sampling.prompt_layout)
+            settings["gates"] = as_json(gates.items())
         return Drawing(draw, [weights_of(models.sd), params], settings, trained=self.count_trained(params))
 
     def count_trained(self, params) -> int:

@@ -11,10 +11,14 @@ def serve_demo(config, workdir: str):
     from livo_jax.files.directories import resolve_directory
     from livo_jax.retrieval.retriever import run_files
     from livo_jax.runs import restore
+    from livo_jax.sampling.generate import find_gates
 
     workdir = resolve_directory(workdir)
     mesh = sharding.make_mesh(**config.mesh)
     demo.check(PORT.value)
     files = run_files(workdir, values.load_principles(config))
     models = restore.restore_run(config, workdir, mesh)
+    if config.sampling.gated:
+        statements = [value.statement for value in values.load_principles(config)]
+        find_gates(models.value_encoder, statements, config.sampling.prompt_layout)
     demo.serve(models.sd, models.value_encoder, config, mesh, PORT.value, files)

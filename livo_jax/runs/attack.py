@@ -69,6 +69,11 @@ def problems(config) -> list[str]:
         )
     if unknown := sorted({*c.kinds} - {"harm", "bias"}):
         found.append(f"config.attack.kinds={c.kinds}: choose from harm, bias, not {', '.join(unknown)}")
+    if config.sampling.gated and c.search in attacks.WHITE:
+        found.append(
+            f"config.sampling.gated=True: config.attack.search={c.search!r} knows no gates, and who does would look for"
+            " words that keep them shut: attack by 'queries' or 'paraphrases'"
+        )
     if "bias" in c.kinds and c.search != "queries":
         found.append(f"config.attack.search={c.search!r}: a bias has no target image, attack it by 'queries'")
     if c.search == "paraphrases" and not (c.model and c.endpoint.startswith(("http://", "https://"))):
@@ -158,7 +163,8 @@ def passes(config) -> int:
     c, n = config.attack, len(attacked_subjects(config)) * len(attacked_values(config))
     if c.search not in attacks.WHITE:
         images = c.queries if c.search == "queries" else c.paraphrases * c.noises
-        return n * images * config.sampling.steps * (2 if config.sampling.guidance_scale > 1 else 1)
+        rows = 1 + (config.sampling.guidance_scale > 1) + config.sampling.gated
+        return n * images * config.sampling.steps * rows
     tried = 1 + c.candidates if c.search == "coordinate" else 0
     of_base = int(c.objective == "prediction")
     return n * c.restarts * (c.steps * c.noises * (3 + tried + of_base) + attacks.JUDGED * (1 + of_base))

@@ -144,6 +144,11 @@ def check_comparison(comparison, configs: dict, changed=types.MappingProxyType({
         set_here = {field: x for field, x in set_here.items() if not field.startswith("config.")}
         told = check.problems_of(check.check_fields, own, set_here, True)
         problems += [text.replace("config.", begin) for text in told]
+        if own.sampling.gated and comparison.curve.points:
+            problems.append(
+                f"{begin}sampling.gated=True: gates are of a training's end, and config.curve.points="
+                f"{comparison.curve.points} measures steps before it: set config.curve.points=0"
+            )
         if not told:
             sound[name] = own
     for own in attacked_by(first, comparison) if first_name in sound else ():
@@ -226,9 +231,11 @@ def attacked_by(config, comparison) -> list:
 
 
 def _alike(config) -> dict:
-    """What must be the same for all; keep probabilities are a study of one method."""
+    """What must be the same for all; keep probabilities are a study of one method, and gates a part of one."""
     found = {field: config[field] for field in SAME}
-    return found | {"eval": {k: x for k, x in config.eval.to_dict().items() if k != "keep_probabilities"}}
+    for section, field in (("eval", "keep_probabilities"), ("sampling", "gated")):
+        found[section] = {name: x for name, x in config[section].to_dict().items() if name != field}
+    return found
 
 
 def _livo_first(name) -> tuple:

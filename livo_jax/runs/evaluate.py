@@ -1,6 +1,7 @@
 """How biased and how harmful images are, with a method and without: metrics with confidence intervals."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import types
@@ -31,6 +32,7 @@ from livo_jax.files.images import blurred, sheet
 from livo_jax.retrieval.retriever import Retriever, run_files
 from livo_jax.runs.log import read_metrics
 from livo_jax.runs.workdir import read_json
+from livo_jax.sampling.generate import NOT_OF_IMAGES
 from livo_jax.sampling.requests import Dose, Request, requests_of, with_values, without_values
 
 AGAIN = "remove it, and evaluate again with --mode=evaluate"
@@ -41,7 +43,7 @@ def as_drawn(drawing: methods.Drawing, sd, config, values, judge, directory, mes
     settings = drawing.settings | {
         "arrays": sharding.digest(drawing.state),
         "scheduler": sd.scheduler_config,
-        "sampling": {name: x for name, x in config.sampling.to_dict().items() if name not in ("batch_size", "gated")},
+        "sampling": {name: x for name, x in config.sampling.to_dict().items() if name not in NOT_OF_IMAGES},
         "seed": config.eval.seed,
     }
     trains = isinstance(methods.make_method(config), methods.TrainedMethod)
@@ -339,7 +341,7 @@ def sample_sheet(models: methods.Models, config, mesh, path, n: int = 8):
     requests = [
         request._replace(values=doses, size=None) for _, prompt, doses in shown for request in prompt.requests(n)
     ]
-    draw = methods.drawer(config, mesh)
+    draw = functools.partial(methods.drawer(config, mesh), gated=False)  # gates are measured when training has ended
     if models.value_encoder:
         images = draw(models.sd, requests, value_encoder=models.value_encoder)
     else:

@@ -12,6 +12,27 @@ from livo_jax.value_encoders.gates import Gate
 ROWS = 128  # of a value, half of them anchors
 
 
+def read_rows(value, preferences, tokenize, cache, **reading):
+    """The batches of a value's pairs, half of them anchors where these can be made, which gates are measured on."""
+    rows = batches(preferences, tokenize, cache, only=value.statement, anchors=0.5, **reading)
+    return (next(rows) for _ in range(-(-ROWS // reading["batch_size"])))
+
+
+def check_anchors(preferences, tokenize, cache, **reading):
+    """Raises ValueError with the values of whose pairs no anchor can be made. Arguments as `measure` has them."""
+    given = preferences, tokenize, cache
+    without = [
+        repr(value.statement)
+        for value in reading["principles"]
+        if not any(batch.anchor.any() for batch in read_rows(value, *given, **reading))
+    ]
+    if without:
+        raise ValueError(
+            f"config.sampling.gated=True: no anchor can be made of the pairs of {', '.join(without)}, which do not tell"
+            " what they show (provenance): set it to False, or build pairs here"
+        )
+
+
 def measure(networks: Networks, params, frozen, mesh, preferences, tokenize, cache, **reading):
     """(statement, Gate) of each value.
 
@@ -27,10 +48,9 @@ def measure(networks: Networks, params, frozen, mesh, preferences, tokenize, cac
     """
     effects_of, gates, problems = jax.jit(make_effects(networks)), [], []
     for value in reading["principles"]:
-        rows = batches(preferences, tokenize, cache, only=value.statement, anchors=0.5, **reading)
         anchors, found = [], []
-        for n in range(-(-ROWS // reading["batch_size"])):
-            batch = sharding.global_batch(mesh, next(rows))
+        for n, batch in enumerate(read_rows(value, preferences, tokenize, cache, **reading)):
+            batch = sharding.global_batch(mesh, batch)
             with jax.set_mesh(mesh):  # which the attention kernels ask for
                 told, effects = effects_of(params, frozen, batch, jax.random.fold_in(seeds.key(reading["seed"]), n))
             anchors.append(sharding.fetch(batch.anchor))

@@ -128,6 +128,6 @@ def restore_run(config, workdir, mesh, step: int | None = None, base: StableDiff
         state = state_shapes(mesh, params, make_optimizer(config), config, module.RULES)
         module = nnx.merge(graph, trained_params(checkpoints.restore(state, step=step)))
     models = method.models(sd, module)
-    if trained and models.value_encoder is not None:
-        models.value_encoder.gates = read_gates(workdir)
+    if trained and models.value_encoder is not None:  # gates are of the newest step
+        models.value_encoder.gates = read_gates(workdir) if step is None else ()
     return models

@@ -23,10 +23,11 @@ from livo_jax.runs.attacked_pairs import read_found
 from livo_jax.runs.check import check_config, check_with_model, problem_of
 from livo_jax.runs.checkpoint import Checkpoints, Termination
 from livo_jax.runs.evaluate import evaluate_and_report, read_results, sample_sheet
-from livo_jax.runs.gates import measure
+from livo_jax.runs.fields import of
+from livo_jax.runs.gates import check_anchors, measure
 from livo_jax.runs.log import Log, check_wandb
 from livo_jax.runs.restore import load_base, load_models
-from livo_jax.runs.workdir import check_shared, claim, read_gates
+from livo_jax.runs.workdir import check_shared, claim, read_gates, recipe
 from livo_jax.training.objective import split_models
 from livo_jax.training.optimizer import learning_rate, make_optimizer
 from livo_jax.training.step import jit_step, make_train_step, norms, state_on, trained_params
@@ -78,6 +79,12 @@ def problems_of_training(config, workdir, directory) -> list[str]:
             )
     if config.eval.auto:
         problems += problem_of(lambda: run_files(workdir, values.load_principles(config)))
+    if config.sampling.gated and methods.make_method(config).HAS_TOKENS:
+        problems += [
+            f"config.sampling.gated=True: what a value leaves alone is learned of anchors, set config.{name} above 0"
+            for name in ("data.anchors", "loss.anchor")
+            if not of(config, name)
+        ]
     if unknown := problem_of(read_dtype, config.dtype, "config.dtype"):
         return problems + unknown
     if read_dtype(config.dtype) == jnp.float16:
@@ -103,6 +110,7 @@ def _train_and_evaluate(config, workdir, directory: pathlib.Path, mesh):
         )
     with ending_together():
         if jax.process_index() == 0:
+            drop_results_of_others(config, workdir)
             claim(workdir, config)
     preferences, cache = open_pairs(config, workdir, directory, sd)
 
@@ -119,6 +127,9 @@ def _train_and_evaluate(config, workdir, directory: pathlib.Path, mesh):
         seed=config.seed, principles=values.load_principles(config),
         address=getattr(module, "text", values.principles.value_prompt),
     )  # fmt: skip
+    gated = config.sampling.gated and method.HAS_TOKENS
+    if gated and not read_gates(workdir):
+        check_anchors(preferences, sd.tokenize, cache, **reading)
     iterator = batches(
         preferences, sd.tokenize, cache, **reading, start=start, concepts=method.CONCEPTS, paired=method.compares_pairs,
         **{name: config.data[name] for name in ("beside", "attributes", "anchors")},
@@ -131,8 +142,11 @@ def _train_and_evaluate(config, workdir, directory: pathlib.Path, mesh):
     def gates() -> tuple:
         """Of the value encoder as it is trained now: measured, and kept, where they were not."""
         if not (found := read_gates(workdir)):
-            params = trained_params(state)
-            found = measure(networks, params, frozen, mesh, preferences, sd.tokenize, cache, **reading)
+            say("measuring gates: how far each value moves what it is for, and what it should leave alone")
+            found = measure(
+                networks, trained_params(state), frozen, mesh, preferences, sd.tokenize, cache,
+                **reading | {"batch_size": config.train.batch_size // config.train.accumulate},
+            )  # fmt: skip
             with ending_together():
                 if jax.process_index() == 0:
                     (workdir / "eval").mkdir(exist_ok=True)
@@ -210,19 +224,26 @@ def _train_and_evaluate(config, workdir, directory: pathlib.Path, mesh):
         checkpoints.close()
 
         # ---- the evaluation
-        trained, gated = models(), config.sampling.gated
-        new_gates = gated and not read_gates(workdir)
+        trained = models()
         if gated:
             trained.value_encoder.gates = gates()
         if not config.judge:
             say(f"{workdir} is trained; config.judge is empty: nothing is evaluated")
-        elif start == steps and (results := read_results(workdir)) and not new_gates:
+        elif start == steps and (results := read_results(workdir)):
             say(f"{workdir} is finished: its {steps} steps are trained and evaluated")
             say(table(results))
         else:
             with held(workdir / "eval", "evaluates in"):
                 results = evaluate_and_report(trained, config, mesh, workdir)
             log.write(steps, {metric_name(row): row["mean"] for row in results})
+
+
+def drop_results_of_others(config, workdir):
+    """Removes the results of images whose values were gated where they are not now, or the other way round."""
+    before = recipe(workdir) or {}
+    if before.get("sampling", {}).get("gated", False) != config.sampling.gated:
+        for name in ("results.json", "rates.json"):
+            (workdir / "eval" / name).unlink(missing_ok=True)
 
 
 def open_pairs(config, workdir, directory: pathlib.Path, sd) -> tuple[Preferences, Cache | None]:

@@ -23,9 +23,10 @@ from livo_jax.sampling.guidance import ClassifierFree, Dosed, Guidance
 from livo_jax.sampling.requests import Dose, Request
 from livo_jax.value_encoders.base import check_value_encoder, strip_unread
 from livo_jax.value_encoders.gates import Gate, shut
-from livo_jax.values.principles import text_hash
+from livo_jax.values.principles import own_statement, text_hash
 
 STEP_NOISE = 2**32 - 1  # folded into a seed's key for the noise of steps; no seed has it as its upper word
+NOT_OF_IMAGES = ("batch_size", "gated")  # fields of config.sampling on which no image without a value depends
 DECODED_PIXELS = 2**21  # at once on a device: 8 images of 512 px, for which the decoder takes some GB
 
 
@@ -168,13 +169,15 @@ def generate(
     if value_encoder is not None:
         check_value_encoder(sd, value_encoder, {dose.value for r in requests for dose in r.values})
         value_encoder = value_encoder if any(r.values for r in requests) else None
-    gates = find_gates(requests, value_encoder, prompt_layout) if gated and value_encoder is not None else None
     if len({len(r.edits) for r in requests}) > 1 or bool(guidance) != bool(requests[0].edits):
         raise ValueError("edits are for a guidance, as many in each request")
     if guidance and value_encoder is not None:
         raise ValueError("a guidance draws requests without values")
     if prompt_layout not in sd.family.LAYOUTS:
         raise ValueError(f"prompt_layout={prompt_layout!r}: choose from {', '.join(sd.family.LAYOUTS)}")
+    gates = None
+    if gated and value_encoder is not None:
+        gates = find_gates(value_encoder, {dose.value for r in requests for dose in r.values}, prompt_layout)
     sampler = sampler or sd.family.SAMPLER
     if len({r.size for r in requests}) > 1:
         raise ValueError("images of one call are of one size")
@@ -249,15 +252,15 @@ def generate(
     return np.concatenate(images)[: len(requests)]
 
 
-def find_gates(requests: list[Request], value_encoder, prompt_layout: str) -> dict[str, Gate]:
+def find_gates(value_encoder, statements, prompt_layout: str) -> dict[str, Gate]:
     """The gates of a value encoder.
 
-    Raises ValueError where a value of the requests has none, or the layout is not that of the base's images.
+    Raises ValueError where one of the values or attributes has none, or the layout is not that of the base's images.
     """
     if prompt_layout != "padded":
         raise ValueError(f"prompt_layout={prompt_layout!r}: the base's images, which a gate leaves, are of 'padded'")
     gates = dict(value_encoder.gates)
-    if missing := sorted({d.value for r in requests for d in r.values if d.value.split(": ")[0] not in gates}):
+    if missing := sorted({text for text in statements if own_statement(text) not in gates}):
         raise ValueError(
             f"gated=True: the value encoder has no gate for {', '.join(map(repr, missing))}: train it with"
             " config.sampling.gated=True, which measures them at the end, of a finished run too"

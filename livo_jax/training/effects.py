@@ -30,6 +30,8 @@ def make_effects(networks: Networks):
         given = condition(value_encoder, text_encoder, batch, *prompt_states(networks, frozen, batch))
         shape = jax.eval_shape(lambda: moments(networks, frozen, batch, "aligned"))[0].shape
         noise = draw_noise(key, shape, (0, T))
+        latents = jnp.concatenate(moments(networks, frozen, batch, "aligned"), axis=-1)
+        batch = batch._replace(aligned_moments=latents)  # encoded once
 
         def at(t):
             noise_at_t = noise._replace(t=jnp.full_like(noise.t, t))

@@ -13,7 +13,7 @@ from livo_jax.models.clip import CLIPTextModel, CLIPTextModels, end_of_text, fir
 from livo_jax.models.weights import split
 from livo_jax.value_encoders import gates
 from livo_jax.value_encoders.gates import Gate
-from livo_jax.values.principles import load_principles, value_prompt
+from livo_jax.values.principles import load_principles, own_statement, value_prompt
 
 WIDTHS = ("hidden_size", "vocab_size", "max_position_embeddings")
 
@@ -42,7 +42,7 @@ class ValueTokens(nnx.Module):
 
     def text(self, statement: str | None, prompt: str) -> str:
         """What it reads of a value or an attribute of it; of None, an empty place, the prompt."""
-        reads_prompt = self.reads_prompt and not (statement and statement.split(": ")[0] in self.alone)
+        reads_prompt = self.reads_prompt and not (statement and own_statement(statement) in self.alone)
         return value_prompt(statement, prompt if reads_prompt else "")
 
     @abc.abstractmethod
@@ -237,7 +237,7 @@ def check_value_encoder(sd, value_encoder, statements=()):
         raise ValueError(f"the value encoder knows {', '.join(value_encoder.statements)}, not {', '.join(unknown)}")
 
     trained_on = value_encoder.trained_on
-    if trained_on and (new := sorted({text for text in statements if text.split(": ")[0] not in trained_on})):
+    if trained_on and (new := sorted({text for text in statements if own_statement(text) not in trained_on})):
         warnings.warn(
             f"{', '.join(map(repr, new))}: the value encoder was not trained with that, and reads it as any text. It"
             f" was with {', '.join(map(repr, trained_on))}",

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from livo_jax.training.effects import effect
+from livo_jax.values.principles import own_statement
 
 
 class Gate(NamedTuple):
@@ -28,7 +29,8 @@ def as_json(gates: Iterable[tuple[str, Gate]]) -> dict:
 
 def from_json(found: Mapping | None) -> tuple[tuple[str, Gate], ...]:
     """What as_json made; none of None."""
-    return tuple((statement, Gate(*map(tuple, gate.values()))) for statement, gate in (found or {}).items())
+    gates = {statement: Gate(**gate) for statement, gate in (found or {}).items()}
+    return tuple((statement, Gate(*map(tuple, gate))) for statement, gate in gates.items())
 
 
 def shut(weights, prompt, others, gates, t):
@@ -49,5 +51,5 @@ def gates_table(statements: list[list[str]], gates: Mapping[str, Gate], slots: i
     table = np.zeros((len(statements), slots, 2, K), np.float32)
     for row, texts in zip(table, statements):
         for slot, text in zip(row, texts):
-            slot[:] = gates[text.split(": ")[0]]
+            slot[:] = gates[own_statement(text)]
     return table

@@ -67,6 +67,11 @@ def attributed(statement: str, attribute: str) -> str:
     return f"{statement}: {attribute}"
 
 
+def own_statement(text: str) -> str:
+    """The statement of a value, or of that whose attribute it is."""
+    return text.split(": ")[0]
+
+
 def phrase(template: str, subject: str) -> str:
     """The template with the subject for its {}; "a(n) {}" becomes "a" or "an" as the subject wants it."""
     return template.replace("a(n) {}", "an {}" if VOWEL.match(subject) else "a {}").format(subject)

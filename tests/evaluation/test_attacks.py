@@ -239,6 +239,10 @@ def test_what_cannot_be_attacked_is_told_at_once():
     told = "\n".join(attack.problems(config))
     assert "not style" in told and "a bias has no target image, attack it by 'queries'" in told
     config = tiny.get_config()
+    config.sampling.gated = True
+    (told,) = attack.problems(config)
+    assert "config.attack.search='coordinate' knows no gates" in told
+    config = tiny.get_config()
     config.attack.update(search="paraphrases", endpoint="localhost")
     (told,) = attack.problems(config)
     assert "'localhost', config.attack.model=''" in told and "take config.attack.search='queries', or wordings" in told

@@ -168,6 +168,7 @@ def test_a_run_trains_the_unet_alone_and_is_restored(name, root, tmp_path):
         test_data.make(tmp_path / "pairs", values=("shape equality", "bloody considered inappropriate"))
         config.data.directory, config.principles = str(tmp_path / "pairs"), ("shape", "bloody")
     config.mesh.data, config.mesh.fsdp = 1, 2
+    config.sampling.gated = True  # as a config file has it for tokens: nothing here reads it
     config.train.steps, config.sampling.batch_size, config.sampling.steps = 2, 4, 2
     train.train_and_evaluate(config, tmp_path / "run")
     mesh = sharding.make_mesh(**config.mesh)

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import compare_tiny
 from livo_jax import sharding, values
-from livo_jax.runs import gates
+from livo_jax.runs import compare, gates
 from tests.small_run import arguments, run_here
 
 
@@ -28,28 +29,52 @@ def tokens_that_tell(monkeypatch):
 def test_a_finished_run_measures_them_when_asked(root, tmp_path, tokens_that_tell):
     workdir, out = tmp_path / "run", tmp_path / "export"
     file, schedule = workdir / "eval" / "gates.json", "--config.train.schedule=constant"
+    results, gated = file.with_name("results.json"), "--config.sampling.gated=True"
     run_here(arguments(root, workdir, schedule))
     assert not file.exists()
-    run_here(arguments(root, workdir, schedule, "--config.sampling.gated=True"))
+    results.parent.mkdir(exist_ok=True)
+    results.write_text("[]")
+    run_here(arguments(root, workdir, schedule, gated))
+    assert not results.exists(), "of images without gates"
     found = json.loads(file.read_text())
     assert {*found} == {"shape equality", "colour equality"}
     for gate in found.values():
         assert gate["timesteps"] == [250, 750] and gate["least_effects"] == pytest.approx([0.2, 0.2])
+    of_before = file.stat().st_mtime_ns
     run_here(arguments(root, workdir, schedule, "--mode=export", f"--out={out}"))
     assert json.loads((out / "value_encoder" / "config.json").read_text())["livo"]["gates"] == found
-    run_here(arguments(root, workdir, schedule, "--config.train.steps=5"))
-    assert not file.exists(), "they were of an earlier step"
+    run_here(arguments(root, workdir, schedule, gated, "--config.train.steps=5", "--config.log.samples_every=5"))
+    assert (workdir / "samples" / "step_5.png").exists(), "drawn before there are gates"
+    assert file.stat().st_mtime_ns > of_before, "they were of an earlier step"
 
 
-def test_they_need_anchors_and_tokens(root, tmp_path):
+def test_what_they_need_is_told_before_training(root, tmp_path):
     gated = "--config.sampling.gated=True"
-    with pytest.raises(
-        ValueError, match="sampling.gated=True: gates are measured beside anchors, set config.data.anch"
-    ):
-        run_here(arguments(root, tmp_path, gated, "--config.data.anchors=0.0"))
+    for name in ("data.anchors", "loss.anchor"):
+        with pytest.raises(ValueError, match=f"sampling.gated=True: .* learned of anchors, set config.{name} above 0"):
+            run_here(arguments(root, tmp_path, gated, f"--config.{name}=0.0"))
+    with pytest.raises(ValueError, match="prompt_layout='official': images that gates leave to the base are 'padded'"):
+        run_here(arguments(root, tmp_path, gated, "--config.sampling.prompt_layout=official"))
     with pytest.raises(ValueError, match="config.sampling.gated=True: config.method='negative' does not read it"):
         negative = "--config.method=negative", "--config.train.steps=0", "--mode=evaluate"
         run_here(arguments(root, tmp_path, gated, *negative))
+    config = compare_tiny.get_config("smoke")
+    config.curve.points, config.methods.livo.sampling.gated = 2, True
+    with pytest.raises(ValueError, match="methods.livo.sampling.gated=True: .* set config.curve.points=0"):
+        compare.check_comparison(config, compare.configs_of(config))
+    config.curve.points = 0
+    compare.check_comparison(config, compare.configs_of(config))  # beside methods without gates
+
+
+def test_pairs_that_do_not_tell_what_they_show_have_no_gate(monkeypatch):
+    def rows(*_, only, **settings):
+        while True:
+            yield types.SimpleNamespace(anchor=np.array([only != "colour equality", False]))
+
+    monkeypatch.setattr(gates, "batches", rows)
+    reading = dict(batch_size=2, seed=0, principles=values.load(("shape", "colour")))
+    with pytest.raises(ValueError, match="no anchor can be made of the pairs of 'colour equality', which do not tell"):
+        gates.check_anchors(None, None, None, **reading)
 
 
 @pytest.fixture

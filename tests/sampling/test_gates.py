@@ -1,5 +1,7 @@
 """Gates: a value takes effect where it moves the prediction far enough, and the image is the base's own elsewhere."""
 
+import json
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -51,6 +53,13 @@ def test_a_gate_opens_at_its_least_effect():
     for t, expected in ((0.0, [1, 1]), (1.0, [1, 0]), (2.5, [0, 0])):
         found = gates.shut(jnp.ones((2, 2)), prompt, [moved, moved], table, t)
         assert found[:, 0].tolist() == expected and found[:, 1].tolist() == [1, 1], "a place without a value has none"
+
+
+def test_gates_are_read_by_name():
+    """Libraries sort what they write anew."""
+    found = (("a", Gate((50.0, 950.0), (0.1, 0.2))),)
+    assert gates.from_json(json.loads(json.dumps(gates.as_json(found), sort_keys=True))) == found
+    assert gates.from_json(None) == ()
 
 
 def test_values_without_a_gate_are_refused(draw, sd, value_encoder):
