@@ -10,11 +10,10 @@ import jax
 from livo_jax import value_encoders, values
 from livo_jax.methods.base import Drawing, Models, TrainedMethod, drawer, weights_of
 from livo_jax.models.weights import count, split
-from livo_jax.sampling.generate import find_gates
 from livo_jax.training.objective import make_loss
 from livo_jax.training.optimizer import but_embeddings
 from livo_jax.value_encoders.base import READING, check_value_encoder
-from livo_jax.value_encoders.gates import as_json
+from livo_jax.value_encoders.gates import as_json, find_gates
 
 
 class LiVO(TrainedMethod):

@@ -11,7 +11,7 @@ def serve_demo(config, workdir: str):
     from livo_jax.files.directories import resolve_directory
     from livo_jax.retrieval.retriever import run_files
     from livo_jax.runs import restore
-    from livo_jax.sampling.generate import find_gates
+    from livo_jax.value_encoders.gates import find_gates
 
     workdir = resolve_directory(workdir)
     mesh = sharding.make_mesh(**config.mesh)

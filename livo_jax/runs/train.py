@@ -129,7 +129,8 @@ def _train_and_evaluate(config, workdir, directory: pathlib.Path, mesh):
     )  # fmt: skip
     gated = config.sampling.gated and method.HAS_TOKENS
     if gated and not read_gates(workdir):
-        check_anchors(preferences, sd.tokenize, cache, **reading)
+        with ending_together():
+            check_anchors(preferences, sd.tokenize, cache, **reading)
     iterator = batches(
         preferences, sd.tokenize, cache, **reading, start=start, concepts=method.CONCEPTS, paired=method.compares_pairs,
         **{name: config.data[name] for name in ("beside", "attributes", "anchors")},

@@ -22,8 +22,8 @@ from livo_jax.sampling.conditioning import (
 from livo_jax.sampling.guidance import ClassifierFree, Dosed, Guidance
 from livo_jax.sampling.requests import Dose, Request
 from livo_jax.value_encoders.base import check_value_encoder, strip_unread
-from livo_jax.value_encoders.gates import Gate, shut
-from livo_jax.values.principles import own_statement, text_hash
+from livo_jax.value_encoders.gates import find_gates, shut
+from livo_jax.values.principles import text_hash
 
 STEP_NOISE = 2**32 - 1  # folded into a seed's key for the noise of steps; no seed has it as its upper word
 NOT_OF_IMAGES = ("batch_size", "gated")  # fields of config.sampling on which no image without a value depends
@@ -250,22 +250,6 @@ def generate(
             raise FloatingPointError(why_not_finite([*dict.fromkeys(spoilt)], modules, settings))
         images.append(drawn)
     return np.concatenate(images)[: len(requests)]
-
-
-def find_gates(value_encoder, statements, prompt_layout: str) -> dict[str, Gate]:
-    """The gates of a value encoder.
-
-    Raises ValueError where one of the values or attributes has none, or the layout is not that of the base's images.
-    """
-    if prompt_layout != "padded":
-        raise ValueError(f"prompt_layout={prompt_layout!r}: the base's images, which a gate leaves, are of 'padded'")
-    gates = dict(value_encoder.gates)
-    if missing := sorted({text for text in statements if own_statement(text) not in gates}):
-        raise ValueError(
-            f"gated=True: the value encoder has no gate for {', '.join(map(repr, missing))}: train it with"
-            " config.sampling.gated=True, which measures them at the end, of a finished run too"
-        )
-    return gates
 
 
 def scale_of(request: Request, guidance_scale: float) -> float:

@@ -28,10 +28,9 @@ def make_effects(networks: Networks):
         value_encoder = networks.merge("trained", params)
         text_encoder = networks.merge("text_encoder", frozen["text_encoder"])
         given = condition(value_encoder, text_encoder, batch, *prompt_states(networks, frozen, batch))
-        shape = jax.eval_shape(lambda: moments(networks, frozen, batch, "aligned"))[0].shape
-        noise = draw_noise(key, shape, (0, T))
-        latents = jnp.concatenate(moments(networks, frozen, batch, "aligned"), axis=-1)
-        batch = batch._replace(aligned_moments=latents)  # encoded once
+        mean, logvar = moments(networks, frozen, batch, "aligned")
+        batch = batch._replace(aligned_moments=jnp.concatenate([mean, logvar], axis=-1))  # encoded once
+        noise = draw_noise(key, mean.shape, (0, T))
 
         def at(t):
             noise_at_t = noise._replace(t=jnp.full_like(noise.t, t))

@@ -33,6 +33,22 @@ def from_json(found: Mapping | None) -> tuple[tuple[str, Gate], ...]:
     return tuple((statement, Gate(*map(tuple, gate))) for statement, gate in gates.items())
 
 
+def find_gates(value_encoder, statements, prompt_layout: str) -> dict[str, Gate]:
+    """The gates of a value encoder.
+
+    Raises ValueError where one of the values or attributes has none, or the layout is not that of the base's images.
+    """
+    if prompt_layout != "padded":
+        raise ValueError(f"prompt_layout={prompt_layout!r}: the base's images, which a gate leaves, are of 'padded'")
+    gates = dict(value_encoder.gates)
+    if missing := sorted({text for text in statements if own_statement(text) not in gates}):
+        raise ValueError(
+            f"gated=True: the value encoder has no gate for {', '.join(map(repr, missing))}: train it with"
+            " config.sampling.gated=True, which measures them at the end, of a finished run too"
+        )
+    return gates
+
+
 def shut(weights, prompt, others, gates, t):
     """The weights [B, E] of values, 0 where the gate is shut.
 
