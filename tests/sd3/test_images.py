@@ -110,7 +110,7 @@ def test_a_value_moves_the_pooled_text(sd, config, made, kind):
     """Of each row by the values that it sees."""
     value_encoder = kinds.assert_moves_pooled(sd, made[kind], of_kind(config, kind))
     requests = [Request(p, 0, values) for p, values in zip(PROMPTS, [(Dose(VALUE),), (Dose(VALUE), Dose(OTHER, 0.5))])]
-    columns, strengths = conditioning.value_columns(sd, requests, text=value_encoder.text)
+    columns, strengths, _ = conditioning.value_columns(sd, requests, text=value_encoder.text)
     prompts, negative = (sd.tokenize(texts) for texts in (PROMPTS, ["", ""]))
     batch = conditioning.Batch(*[np.zeros(2, np.uint32)] * 4, prompts, negative, strengths, values=columns)
 
