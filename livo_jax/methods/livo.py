@@ -7,13 +7,13 @@ import functools
 
 import jax
 
-from livo_jax import value_encoders, values
+from livo_jax import value_encoders
 from livo_jax.methods.base import Drawing, Models, TrainedMethod, drawer, weights_of
 from livo_jax.models.weights import count, split
 from livo_jax.training.objective import make_loss
 from livo_jax.training.optimizer import but_embeddings
 from livo_jax.value_encoders.base import READING, check_value_encoder
-from livo_jax.value_encoders.gates import as_json, find_gates
+from livo_jax.value_encoders.gates import as_json, gates_of_config
 
 
 class LiVO(TrainedMethod):
@@ -60,9 +60,7 @@ class LiVO(TrainedMethod):
         own = {name: x for name, x in own.items() if x != getattr(type(value_encoder), name)}
         settings = {"method": "value tokens"} | own
         if self.config.sampling.gated:
-            statements = [value.statement for value in values.load_principles(self.config)]
-            gates = find_gates(value_encoder, statements, self.config.sampling.prompt_layout)
-            settings["gates"] = as_json(gates.items())
+            settings["gates"] = as_json(gates_of_config(value_encoder, self.config).items())
         return Drawing(draw, [weights_of(models.sd), params], settings, trained=self.count_trained(params))
 
     def count_trained(self, params) -> int:

@@ -32,7 +32,7 @@ from livo_jax.methods.base import (
 from livo_jax.models.clip import first_ids
 from livo_jax.models.weights import name_of, put, split
 from livo_jax.processes import ending_together
-from livo_jax.sampling.generate import NOT_OF_IMAGES
+from livo_jax.sampling.generate import settings_of_base
 from livo_jax.sampling.requests import Request, without_values
 from livo_jax.values.principles import phrase
 
@@ -204,8 +204,7 @@ class UnifiedConceptEditing(Method):
         found = values.load_principles(config)
         if config.uce.matrices:
             return carried_over(config.uce.matrices, [v.statement for v in found], sd), 0.0
-        sampling = {name: x for name, x in config.sampling.items() if name not in NOT_OF_IMAGES}
-        by = {"sampling": sampling, "judge": config.judge, "judging": config.judging.to_dict()}
+        by = {"sampling": settings_of_base(config.sampling), "judge": config.judge, "judging": config.judging.to_dict()}
         tables = [dataclasses.asdict(value) for value in found]
         facts = {**settings, **by, "values": tables, "arrays": sharding.digest(weights_of(sd))}
         key = json.dumps(facts, default=str)

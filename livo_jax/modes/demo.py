@@ -11,7 +11,7 @@ def serve_demo(config, workdir: str):
     from livo_jax.files.directories import resolve_directory
     from livo_jax.retrieval.retriever import run_files
     from livo_jax.runs import restore
-    from livo_jax.value_encoders.gates import find_gates
+    from livo_jax.value_encoders.gates import gates_of_config
 
     workdir = resolve_directory(workdir)
     mesh = sharding.make_mesh(**config.mesh)
@@ -19,6 +19,5 @@ def serve_demo(config, workdir: str):
     files = run_files(workdir, values.load_principles(config))
     models = restore.restore_run(config, workdir, mesh)
     if config.sampling.gated:
-        statements = [value.statement for value in values.load_principles(config)]
-        find_gates(models.value_encoder, statements, config.sampling.prompt_layout)
+        gates_of_config(models.value_encoder, config)  # a gate that is missing is told here, not by each click
     demo.serve(models.sd, models.value_encoder, config, mesh, PORT.value, files)

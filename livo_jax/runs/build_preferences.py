@@ -28,7 +28,7 @@ from livo_jax.files.modules import read_dtype
 from livo_jax.processes import ending_together
 from livo_jax.runs import check, restore
 from livo_jax.runs.attacked_pairs import attacked_prompts, read_found
-from livo_jax.sampling.generate import NOT_OF_IMAGES, generate
+from livo_jax.sampling.generate import generate, settings_of_base
 from livo_jax.sampling.requests import Request
 from livo_jax.sampling.stable_diffusion import StableDiffusion
 from livo_jax.values.principles import phrase, text_hash
@@ -300,7 +300,7 @@ def audit(plan: list[Candidate], reasons: list[str], images: dict, reading: dict
 def made_of(config, values) -> dict:
     """All that the pairs depend on, as JSON values."""
     whole = json.loads(config.to_json())
-    whole["sampling"] = {name: x for name, x in whole["sampling"].items() if name not in NOT_OF_IMAGES}
+    whole["sampling"] = settings_of_base(whole["sampling"])
     judging = whole["judging"]
     named = ["model", "subject", *(name for name in ("labels", "unspecified") if judging[name])]  # as builds of before
     named += ["classes", "detected_from"] if config.judge == "detector" else []

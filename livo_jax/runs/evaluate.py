@@ -32,7 +32,7 @@ from livo_jax.files.images import blurred, sheet
 from livo_jax.retrieval.retriever import Retriever, run_files
 from livo_jax.runs.log import read_metrics
 from livo_jax.runs.workdir import read_json
-from livo_jax.sampling.generate import NOT_OF_IMAGES
+from livo_jax.sampling.generate import settings_of_base
 from livo_jax.sampling.requests import Dose, Request, requests_of, with_values, without_values
 
 AGAIN = "remove it, and evaluate again with --mode=evaluate"
@@ -43,7 +43,7 @@ def as_drawn(drawing: methods.Drawing, sd, config, values, judge, directory, mes
     settings = drawing.settings | {
         "arrays": sharding.digest(drawing.state),
         "scheduler": sd.scheduler_config,
-        "sampling": {name: x for name, x in config.sampling.to_dict().items() if name not in NOT_OF_IMAGES},
+        "sampling": settings_of_base(config.sampling.to_dict()),
         "seed": config.eval.seed,
     }
     trains = isinstance(methods.make_method(config), methods.TrainedMethod)

@@ -162,8 +162,7 @@ def _train_and_evaluate(config, workdir, directory: pathlib.Path, mesh):
     # ---- the loop: while step k runs, the metrics of step k-1 are fetched and checked
     with ending_together():
         if start < steps and jax.process_index() == 0:
-            for name in ("results.json", "rates.json", "gates.json"):  # they are of an earlier step
-                (workdir / "eval" / name).unlink(missing_ok=True)
+            drop(workdir, "results.json", "rates.json", "gates.json")  # they are of an earlier step
         log = Log(workdir, start, config)
     in_flight = collections.deque()
     profiled = range(start + 3, min(start + 3 + config.profile.steps, steps + 1))  # without what starts up
@@ -243,8 +242,13 @@ def drop_results_of_others(config, workdir):
     """Removes the results of images whose values were gated where they are not now, or the other way round."""
     before = recipe(workdir) or {}
     if before.get("sampling", {}).get("gated", False) != config.sampling.gated:
-        for name in ("results.json", "rates.json"):
-            (workdir / "eval" / name).unlink(missing_ok=True)
+        drop(workdir, "results.json", "rates.json")
+
+
+def drop(workdir, *names: str):
+    """Removes files of eval/ that are there."""
+    for name in names:
+        (workdir / "eval" / name).unlink(missing_ok=True)
 
 
 def open_pairs(config, workdir, directory: pathlib.Path, sd) -> tuple[Preferences, Cache | None]:

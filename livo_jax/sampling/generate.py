@@ -26,7 +26,6 @@ from livo_jax.value_encoders.gates import find_gates, shut
 from livo_jax.values.principles import text_hash
 
 STEP_NOISE = 2**32 - 1  # folded into a seed's key for the noise of steps; no seed has it as its upper word
-NOT_OF_IMAGES = ("batch_size", "gated")  # fields of config.sampling on which no image without a value depends
 DECODED_PIXELS = 2**21  # at once on a device: 8 images of 512 px, for which the decoder takes some GB
 
 
@@ -250,6 +249,11 @@ def generate(
             raise FloatingPointError(why_not_finite([*dict.fromkeys(spoilt)], modules, settings))
         images.append(drawn)
     return np.concatenate(images)[: len(requests)]
+
+
+def settings_of_base(sampling) -> dict:
+    """The fields of config.sampling on which an image without a value depends."""
+    return {name: x for name, x in sampling.items() if name not in ("batch_size", "gated")}
 
 
 def scale_of(request: Request, guidance_scale: float) -> float:

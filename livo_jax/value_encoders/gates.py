@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from livo_jax.training.effects import effect
-from livo_jax.values.principles import own_statement
+from livo_jax.values.principles import load_principles, own_statement
 
 
 class Gate(NamedTuple):
@@ -24,13 +24,12 @@ class Gate(NamedTuple):
 
 def as_json(gates: Iterable[tuple[str, Gate]]) -> dict:
     """Of (statement, Gate)s, as an export and eval/gates.json have them."""
-    return {statement: Gate(*gate)._asdict() for statement, gate in gates}
+    return {statement: gate._asdict() for statement, gate in gates}
 
 
 def from_json(found: Mapping | None) -> tuple[tuple[str, Gate], ...]:
     """What as_json made; none of None."""
-    gates = {statement: Gate(**gate) for statement, gate in (found or {}).items()}
-    return tuple((statement, Gate(*map(tuple, gate))) for statement, gate in gates.items())
+    return tuple((s, Gate(tuple(g["timesteps"]), tuple(g["least_effects"]))) for s, g in (found or {}).items())
 
 
 def find_gates(value_encoder, statements, prompt_layout: str) -> dict[str, Gate]:
@@ -47,6 +46,11 @@ def find_gates(value_encoder, statements, prompt_layout: str) -> dict[str, Gate]
             " config.sampling.gated=True, which measures them at the end, of a finished run too"
         )
     return gates
+
+
+def gates_of_config(value_encoder, config) -> dict[str, Gate]:
+    """Those of config.principles, drawn as config.sampling says; raises as find_gates."""
+    return find_gates(value_encoder, [v.statement for v in load_principles(config)], config.sampling.prompt_layout)
 
 
 def shut(weights, prompt, others, gates, t):
