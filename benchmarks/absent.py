@@ -6,13 +6,16 @@
 Needs `libtpu` for TPUs and `jax[cuda13]` for GPUs, as those machines have them. No weights are made, nothing runs.
 Times of a TPU are its compiler's estimates: the cycles of all instructions, one after another. Pallas kernels have
 none: for them stands the limit that their products, filled up to the matrix unit, or the bytes that they read and write
-once, set at the chip's peak. Of a GPU there are counts alone, where its compiler gives them. JAX's own cache of
-programs does not serve devices that are not here: what is told of one is kept beside it, for the next start.
+once, set at the chip's peak. Of --what=attention there is also the most that they take but for waiting: the cycles of
+the instructions that the compiler made of them, all branches taken. Of a GPU there are counts alone, where its compiler
+gives them. JAX's own cache of programs does not serve devices that are not here: what is told of one is kept beside it,
+for the next start.
 """
 
 import functools
 import os
 import pathlib
+import tempfile
 from typing import NamedTuple
 
 from absl import app, flags, logging
@@ -155,14 +158,20 @@ def trace_sampler(config, mesh):
 
 
 def trace_attention(config, mesh):
-    """The self-attention of a UNet's first level that attends, forward and backward, of all images of a step."""
+    """The self-attention of a UNet's first level that attends, or a transformer's of image and text, forward and
+    backward, of all images of a step.
+    """
     sd = plan.abstract_model(config)
-    if sd.family.DENOISER != "unet":
-        raise app.UsageError(f"--what=attention is of a UNet's first level, and {config.model} has none")
-    unet, (h, w, _) = sd.unet.config, sd.latent_shape
-    level = next(i for i, name in enumerate(unet.down_block_types) if name.startswith("CrossAttn"))
-    attend = functools.partial(attention, heads=unet.per_level("attention_head_dim")[level])
-    shape = (2 * config.train.batch_size, h * w >> 2 * level, unet.block_out_channels[level])
+    network, (h, w, _) = sd.unet.config, sd.latent_shape
+    if sd.family.DENOISER == "unet":
+        level = next(i for i, name in enumerate(network.down_block_types) if name.startswith("CrossAttn"))
+        heads, width = network.per_level("attention_head_dim")[level], network.block_out_channels[level]
+        tokens = h * w >> 2 * level
+    else:
+        heads, width = network.num_attention_heads, network.width
+        tokens = h * w // network.patch_size**2 + sd.family.states_shape[0] + 1  # the value's
+    attend = functools.partial(attention, heads=heads)
+    shape = (2 * config.train.batch_size, tokens, width)
     x = jax.ShapeDtypeStruct(shape, config.dtype, sharding=sharding.over_batch(mesh))
 
     def forward_and_backward(q, k, v, gradient):
@@ -173,19 +182,31 @@ def trace_attention(config, mesh):
     return jax.jit(forward_and_backward).trace(x, x, x, x)
 
 
-def kernel_rows(work: list[hlo.Work], jaxpr, chip: plan.Chip, unit: int) -> list[dict]:
-    """Pallas kernels, like ones counted: FLOPs as they are and filled up, bytes, and the seconds that these set."""
+def have_bundles_written(directory: str):
+    """Has libtpu, which is not loaded yet, write the final program of each instruction that it compiles."""
+    settings = {"dump_to": directory, "dump_llo_text": "true", "dump_llo_pass_label_regex": ".*final_bundles"}
+    given = os.environ.get("LIBTPU_INIT_ARGS", "")
+    os.environ["LIBTPU_INIT_ARGS"] = " ".join([given, *(f"--xla_jf_{name}={x}" for name, x in settings.items())])
+
+
+def kernel_rows(work: list[hlo.Work], jaxpr, chip: plan.Chip, tpu: Target, bundles: dict) -> list[dict]:
+    """Pallas kernels, like ones counted: FLOPs as they are and filled up, bytes, and the time that these set.
+
+    bundles: of hlo.read_bundles, which set a time too; empty where they are not written.
+    """
     known, rows = arithmetic.kernels(jaxpr, "tpu"), {}
     for x in work:
         if x.kind != "kernel":
             continue
         given = " ".join(shape for _, shape in x.operands)
         equation = known[hlo.sizes(given), hlo.sizes(x.shape)]
-        flops, filled = (arithmetic.flops_of(equation, "tpu", side) for side in (1, unit))
+        flops, filled = (arithmetic.flops_of(equation, "tpu", side) for side in (1, tpu.unit))
         moved = hlo.memory(given)[0] + x.bytes
         seconds = max(filled / chip.flops, moved / chip.bandwidth)
         row = {"kernel": x.name.rsplit(".", 1)[0], "of": str(hlo.sizes(x.shape)[0]), "count": 0}
         row |= {"gflop": flops / 1e9, "filled_gflop": filled / 1e9, "mb": moved / 1e6, "limit_ms": 1e3 * seconds}
+        if bundles:
+            row["bundles_ms"] = None if bundles[x.name] is None else 1e3 * bundles[x.name] / tpu.clock
         rows.setdefault(tuple(row.values()), row)["count"] += x.times
     return sorted(rows.values(), key=lambda row: -row["limit_ms"] * row["count"])
 
@@ -197,6 +218,9 @@ def main(_):
     logging.set_verbosity(logging.WARNING)
     config, target = CONFIG.value, TARGET.value
     chip, tpu = plan.CHIPS[target], TPUS.get(target)
+    written = tempfile.mkdtemp() if tpu and WHAT.value == "attention" else None  # of a step it would be gigabytes
+    if written:
+        have_bundles_written(written)
     devices = devices_of(target, TOPOLOGY.value)
     shape = sharding.mesh_shape(len(devices), **config.mesh)
     mesh = jax.make_mesh(
@@ -204,7 +228,7 @@ def main(_):
     )
     traced = TRACES[WHAT.value](config, mesh)
     directory = os.path.join(jax.config.jax_compilation_cache_dir, "absent")
-    told, from_cache = hlo.compile_once(traced.lower(), f"{target} {TOPOLOGY.value}", directory)
+    told, from_cache = hlo.compile_once(traced.lower(), f"{target} {TOPOLOGY.value}", directory, written)
     if TEXT.value:
         pathlib.Path(TEXT.value).write_text(told["text"], encoding="utf-8")
     work, jaxpr = hlo.read(told["text"]), traced.jaxpr.jaxpr
@@ -223,7 +247,7 @@ def main(_):
     tables = {"collectives": hlo.collectives(work), "buffers": hlo.buffers(work, LEAST_MIB.value * 2**20)}
     if tpu:
         cycles = sum(x.cycles or 0 for x in work)
-        tables["kernels"] = kernel_rows(work, jaxpr, chip, tpu.unit)
+        tables["kernels"] = kernel_rows(work, jaxpr, chip, tpu, told["bundles"])
         kernels_ms = sum(kernel["limit_ms"] * kernel["count"] for kernel in tables["kernels"])
         row |= {
             "filled_ms": 1e3 * arithmetic.flops(jaxpr, platform, tpu.unit) / mesh.size / chip.flops,

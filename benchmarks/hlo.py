@@ -251,16 +251,44 @@ def buffers(work: list[Work], least: int) -> list[dict]:
     return rows
 
 
-def compile_once(lowered, target: str, directory) -> tuple[dict, bool]:
+def bundles(text: str) -> int | None:
+    """The instruction bundles that a TPU runs of a program, as libtpu writes it; None where a loop's end is no number.
+
+    A core issues a bundle in a cycle. Those of branches are counted as if taken each time; waiting for memory is not.
+    """
+    counts, trips = [0], [1]  # of the loops that a line is in, the outermost first
+    for nested, bundle in re.findall(r"^ *(?:0x[0-9a-f]+|0) +\w*: (>*) (.*)", text, re.M):
+        depth = len(counts) - 1 if bundle.startswith("{}") else len(nested)  # an empty one is where a branch waits
+        while len(counts) <= depth:
+            counts.append(0)
+            trips.append(None)
+        while len(counts) > depth + 1:
+            count, times = counts.pop(), trips.pop()
+            if times is None:
+                return None
+            counts[-1] += count * times
+        counts[depth] += 1
+        if end := re.search(r"scmp\.ge[^;}]*, (\d+) /\* loop exit test", bundle):
+            trips[depth] = int(end[1])
+    return counts[0]
+
+
+def read_bundles(directory) -> dict[str, int | None]:
+    """The bundles of each program that libtpu left in a directory, by the name of its instruction."""
+    files = pathlib.Path(directory).glob("*-final_bundles.txt")
+    return {re.fullmatch(r"\d+-(.+)-\d+-final_bundles", file.stem)[1]: bundles(file.read_text()) for file in files}
+
+
+def compile_once(lowered, target: str, directory, written=None) -> tuple[dict, bool]:
     """What is told of a lowered program once it is compiled for a target, and whether the directory had that.
 
     text; seconds of compiling; arguments, temporary: bytes of a device's memory; flops, bytes: as XLA counts them, None
-    where it does not.
+    where it does not; bundles of read_bundles where `written` is the directory that libtpu writes programs to.
     """
     versions = [
         (d.name, d.version) for d in importlib.metadata.distributions() if d.name in ("jax", "jaxlib", "libtpu")
     ]
-    key = hashlib.sha256(f"{lowered.as_text()} {target} {sorted(versions)}".encode()).hexdigest()
+    key = hashlib.sha256(f"{lowered.as_text()} {target} {sorted(versions)} {bool(written)}".encode()).hexdigest()
     file = pathlib.Path(directory) / f"{key}.json.gz"
     if file.exists():
         return json.loads(gzip.decompress(file.read_bytes())), True
@@ -274,6 +302,7 @@ def compile_once(lowered, target: str, directory) -> tuple[dict, bool]:
         "temporary": memory.temp_size_in_bytes,
         "flops": counted.get("flops"),
         "bytes": counted.get("bytes accessed"),
+        "bundles": read_bundles(written) if written else {},
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(gzip.compress(json.dumps(told).encode()))

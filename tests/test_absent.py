@@ -147,6 +147,29 @@ def test_a_program_is_compiled_once(tmp_path):
     assert again[0] == first[0] and first[0]["arguments"] == 8 * 8 * 4 and "ENTRY" in first[0]["text"]
 
 
+OF_KERNEL = """\
+LB: loop body
+
+     0   :  { %s1_s1 = smov.u32 0 }
+   0x1   :  { %s2_s2 = smov.u32 0 }
+   0x2 LB: > { %s3_s3 = sadd.s32 1, %s1_s1 }
+   0x3   : > { %40 = sbr.rel (%p5_p1) target = $region16 }
+   0x4   :  {}
+   0x5 LB: >> { %v91_v0 = vld [vmem:[%s7_s2] sm:$0xff] }
+   0x6   : >> { %p1_p1 = scmp.ge.s32.totalorder %s4_s3, 8 /* loop exit test */  ;;  %s5 = smov.u32 1 }
+   0x7   : > { %p7_p2 = scmp.ge.s32.totalorder %s3_s3, 326 /* loop exit test */ }
+   0x8   :  {} /* End region 4 */
+   0x9   :  { %2413 = vsyncpa [#allocation6], 1 }
+"""
+
+
+def test_the_bundles_of_a_program(tmp_path):
+    assert hlo.bundles(OF_KERNEL) == 3 + 326 * (5 + 8 * 2), "what waits for a branch lies where the branch does"
+    (tmp_path / "17-splash_fwd.1-01-final_bundles.txt").write_text(OF_KERNEL.replace("%s4_s3, 8", "%s4_s3, %s9_s9"))
+    (tmp_path / "17-splash_fwd.1-00-schedule-analysis_final_bundles.txt").write_text("Schedule analysis:")
+    assert hlo.read_bundles(tmp_path) == {"splash_fwd.1": None}, "no loop's length is guessed"
+
+
 @pytest.mark.parametrize("strides, groups", [(1, 1), (2, 1), (1, 2)])
 def test_convolutions_and_their_gradients(strides, groups):
     x, kernel, side = jnp.ones((2, 9, 9, 4)), jnp.ones((3, 3, 4 // groups, 6)), (9 - 3) // strides + 1

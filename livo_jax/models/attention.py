@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-BLOCK = 128  # queries and keys of Pallas' flash attention come in multiples of it
-HELD = 4608  # so many keys, and as many values, are held by a TPU core at once
+BLOCK = 128  # queries and keys of Pallas' splash attention come in multiples of it
+BLOCKS = (512, 256, BLOCK)  # of queries, in a step of its grid; 128 are too little work
+HELD = 4096  # so many keys, and as many values, are held by a TPU core at once
 
 
 def attention(q, k, v, heads: int, mask=None, causal: bool = False, bias=None, scale: float | None = None):
@@ -48,9 +49,9 @@ def attention(q, k, v, heads: int, mask=None, causal: bool = False, bias=None, s
     return out.reshape(shape)
 
 
-def _filled_up(multiple: int, q, k, v):
-    """q, k, v [B, L, N, K] with zeros up to the next multiple of tokens: the kernels take few lengths."""
-    return (jnp.pad(x, ((0, 0), (0, -x.shape[1] % multiple), (0, 0), (0, 0))) for x in (q, k, v))
+def _filled_up(length: int, q, k, v):
+    """q, k, v [B, L, N, K] with zeros up to so many tokens: the kernels take few lengths."""
+    return (jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0), (0, 0))) for x in (q, k, v))
 
 
 def _cudnn_of_odd(q, k, v, is_causal):
@@ -58,7 +59,7 @@ def _cudnn_of_odd(q, k, v, is_causal):
     B, L = q.shape[:2]
     lengths = jnp.full(B, L, jnp.int32)
     settings = dict(query_seq_lengths=lengths, key_value_seq_lengths=lengths, is_causal=is_causal)
-    return jax.nn.dot_product_attention(*_filled_up(2, q, k, v), implementation="cudnn", **settings)[:, :L]
+    return jax.nn.dot_product_attention(*_filled_up(L + 1, q, k, v), implementation="cudnn", **settings)[:, :L]
 
 
 def _takes(kernel, *args) -> bool:
@@ -91,6 +92,12 @@ def _flash_on_mesh(q, k, v, mask=None):
     return jax.shard_map(_flash, in_specs=specs, out_specs=spec, check_vma=False)(*arrays)
 
 
+def _filled_length(L: int) -> int:
+    """The length that L tokens are filled up to: of the largest blocks that add a sixteenth at most."""
+    lengths = (-(-L // block) * block for block in BLOCKS)
+    return next((length for length in lengths if 16 * (length - L) <= L), -(-L // BLOCK) * BLOCK)
+
+
 def _flash(q, k, v, mask=None):
     """[B, L, N, K] from q [B, L, N, K] and k, v [B, S, N, K]; L and S are multiples of 128, or equal.
 
@@ -103,22 +110,22 @@ def _flash(q, k, v, mask=None):
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     (B, L, N, K), seen = q.shape, None
-    if L % BLOCK:
-        q, k, v = _filled_up(BLOCK, q, k, v)
-    filled, S = q.shape[1], k.shape[1]
-    if L % BLOCK or mask is not None:  # what is filled up, or hidden, is a segment that no query of the others sees
+    filled = _filled_length(L) if L == k.shape[1] else L
+    if filled > L:
+        q, k, v = _filled_up(filled, q, k, v)
+    S = k.shape[1]
+    if filled > L or mask is not None:  # what is filled up, or hidden, is a segment that no query of the others sees
         there = jnp.arange(filled) < L
         shown = there if mask is None else jnp.pad(mask, ((0, 0), (0, filled - L)))
         seen = splash.SegmentIds(*(x.astype(jnp.int32) for x in (jnp.broadcast_to(there, shown.shape), shown)))
     heads = (B * N,) if mask is None else (B, N)  # without a mask rows are as heads are: all see the same keys
     q, k, v = (x.swapaxes(1, 2).reshape(*heads, -1, K) for x in (q * K**-0.5, k, v))
-    # The kernel's own default, 128, is too little work for each step of its grid.
-    block_q, block_k = math.gcd(512, filled), math.gcd(512, S)
-    # The backward kernel writes a gradient of all queries for each block of keys that it holds.
+    block_q, block_k = math.gcd(512, filled), math.gcd(256, S)
+    # The fewer blocks of keys, the fewer steps; and the backward kernel writes a gradient of all queries for each.
     held = max(size for size in range(block_k, min(S, HELD) + 1, block_k) if S % size == 0)
     sizes = splash.BlockSizes(
-        block_q=block_q, block_kv=block_k, block_q_dkv=block_q, block_kv_dkv=held, block_kv_dkv_compute=block_k,
-        use_fused_bwd_kernel=True,
+        block_q=block_q, block_kv=held, block_kv_compute=block_k,
+        block_q_dkv=block_q, block_kv_dkv=held, block_kv_dkv_compute=block_k, use_fused_bwd_kernel=True,
     )  # fmt: skip
     full = splash.MultiHeadMask([splash.FullMask((filled, S))])
     kernel = splash.make_splash_mha(full, block_sizes=sizes, head_shards=1, q_seq_shards=1)

@@ -128,6 +128,13 @@ def _try_readers(comparison, config, noise):
                 objects.stated_shown(stated, reading)
 
 
+def passes(requests, sampling) -> int:
+    """Of the UNet, to draw them: for the prompt, the negative prompt, and each value that has a row of its own."""
+    guided = sampling.guidance_scale > 1
+    own_rows = sum(sampling.gated or dose.strength not in (0, 1) for request in requests for dose in request.values)
+    return sampling.steps * (len(requests) * (1 + guided) + own_rows)
+
+
 def cost(comparison, configs: dict) -> str:
     """What a comparison or a board will cost, as if nothing of it were there: images, passes of the UNet, bytes.
 
@@ -140,16 +147,15 @@ def cost(comparison, configs: dict) -> str:
         evaluate.drop_rates(own)
         asked = evaluate.requests_asked(*evaluate.ask(own))
         base |= dict.fromkeys(without_values(asked))
-        images = sum(bool(request.values) for request in asked)
+        drawn = [request for request in asked if request.values]
         times = trainings.count_of(own, comparison)
-        lines.append((name, images * times, own.train.steps * own.train.batch_size * times))
-    lines.insert(0, ("base", len(base), 0))
-    total = sum(images for _, images, _ in lines)
-    guided = first.sampling.guidance_scale > 1
-    at_once = (2 if guided else 1) * first.sampling.steps  # for the prompt, and against the negative prompt
+        pairs = own.train.steps * own.train.batch_size
+        lines.append((name, times * np.array([len(drawn), passes(drawn, own.sampling), pairs])))
+    lines.insert(0, ("base", np.array([len(base), passes(base, first.sampling), 0])))
+    lines.append(("all, at least", sum(counts for _, counts in lines)))
+    total = lines[-1][1][0]
     told = [f"{'':20}{'images':>12}{'UNet passes':>16}{'pairs trained on':>18}"]
-    told += [f"{name:20}{images:>12,}{images * at_once:>16,}{pairs:>18,}" for name, images, pairs in lines]
-    told.append(f"{'all, at least':20}{total:>12,}{total * at_once:>16,}{sum(pairs for *_, pairs in lines):>18,}")
+    told += [f"{name:20}{images:>12,}{evaluations:>16,}{pairs:>18,}" for name, (images, evaluations, pairs) in lines]
     for search in comparison.get("attacks", ()):
         of_base, *ways = (attack.by_search(own, search) for own in (first, *configs.values()))
         attacked = [own for own in ways if attack.is_attacked(own)]

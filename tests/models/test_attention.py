@@ -12,7 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType
 
 from livo_jax import sharding
-from livo_jax.models.attention import _flash, _flash_on_mesh, attention
+from livo_jax.models.attention import _filled_length, _flash, _flash_on_mesh, attention
 from tests.conftest import relative_error
 
 B, L, HEADS, K = 2, 256, 2, 40
@@ -95,6 +95,15 @@ def test_each_platform_has_its_kernel(cudnn_is_there):
 
 def test_without_cudnn_there_is_xla():
     assert kernels("cuda", qkv(dtype=jnp.bfloat16)) == []
+
+
+@pytest.mark.parametrize(
+    "tokens, length",
+    [(4429, 4608), (4032, 4096), (2304, 2304), (1000, 1024), (4480, 4608), (576, 640), (333, 384), (256, 256)],
+)
+def test_blocks_are_large_where_that_adds_little(tokens, length):
+    """Of 512, 256 or 128 tokens, for a sixteenth more at most: 576 would be 1,024 or 768."""
+    assert _filled_length(tokens) == length
 
 
 @pytest.mark.parametrize("length, masked", [(L, False), (L, True), (200, False), (200, True)])

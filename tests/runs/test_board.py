@@ -365,6 +365,11 @@ def test_the_cost_is_told_beforehand(comparison):
     both = f"{base + with_value:,}"
     assert both in total and readings.startswith(f"readings: {both}, by 3 further") and "of images" in of_bytes
     assert cases.name_beside_others("words", cases.PLAIN) == "words, plain"
+    comparison.methods.livo.sampling.gated = True
+    _, _, gated, *_ = board.cost(comparison, comparison.methods).splitlines()
+    apart = sum(len(request.values) for request in asked)
+    assert gated.split()[2] == f"{with_value * 10 + apart * 5:,}" and apart > with_value, "some have two values"
+    comparison.methods.livo.sampling.gated = False
     comparison.methods.livo.sampling.guidance_scale = 1.0
     _, unguided, *_ = board.cost(comparison, comparison.methods).splitlines()
     assert unguided.split() == ["base", f"{base:,}", f"{base * 5:,}", "0"]
