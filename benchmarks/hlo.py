@@ -257,19 +257,20 @@ def bundles(text: str) -> int | None:
     A core issues a bundle in a cycle. Those of branches are counted as if taken each time; waiting for memory is not.
     """
     counts, trips = [0], [1]  # of the loops that a line is in, the outermost first
-    for nested, bundle in re.findall(r"^ *(?:0x[0-9a-f]+|0) +\w*: (>*) (.*)", text, re.M):
-        depth = len(counts) - 1 if bundle.startswith("{}") else len(nested)  # an empty one is where a branch waits
-        while len(counts) <= depth:
-            counts.append(0)
-            trips.append(None)
+    for begins, nested, bundle in re.findall(r"^ *(?:0x[0-9a-f]+|0) +(LB)?\w*: (>*) (.*)", text, re.M):
+        # One that is empty, or waits for the branch at a loop's end, may not say what it is in.
+        depth = len(counts) - 1 if bundle.startswith("{}") else min(len(nested) - bool(begins), len(counts) - 1)
         while len(counts) > depth + 1:
             count, times = counts.pop(), trips.pop()
             if times is None:
                 return None
             counts[-1] += count * times
-        counts[depth] += 1
+        if begins:
+            counts.append(0)
+            trips.append(None)
+        counts[-1] += 1
         if end := re.search(r"scmp\.ge[^;}]*, (\d+) /\* loop exit test", bundle):
-            trips[depth] = int(end[1])
+            trips[-1] = int(end[1])
     return counts[0]
 
 
