@@ -218,9 +218,9 @@ def main(_):
     logging.set_verbosity(logging.WARNING)
     config, target = CONFIG.value, TARGET.value
     chip, tpu = plan.CHIPS[target], TPUS.get(target)
-    written = tempfile.mkdtemp() if tpu and WHAT.value == "attention" else None  # of a step it would be gigabytes
-    if written:
-        have_bundles_written(written)
+    written = tempfile.TemporaryDirectory()
+    if WHAT.value == "attention":  # of a step they would be gigabytes
+        have_bundles_written(written.name)
     devices = devices_of(target, TOPOLOGY.value)
     shape = sharding.mesh_shape(len(devices), **config.mesh)
     mesh = jax.make_mesh(
@@ -228,7 +228,7 @@ def main(_):
     )
     traced = TRACES[WHAT.value](config, mesh)
     directory = os.path.join(jax.config.jax_compilation_cache_dir, "absent")
-    told, from_cache = hlo.compile_once(traced.lower(), f"{target} {TOPOLOGY.value}", directory, written)
+    told, from_cache = hlo.compile_once(traced.lower(), f"{target} {TOPOLOGY.value}", directory, written.name)
     if TEXT.value:
         pathlib.Path(TEXT.value).write_text(told["text"], encoding="utf-8")
     work, jaxpr = hlo.read(told["text"]), traced.jaxpr.jaxpr

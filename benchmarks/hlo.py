@@ -280,16 +280,16 @@ def read_bundles(directory) -> dict[str, int | None]:
     return {re.fullmatch(r"\d+-(.+)-\d+-final_bundles", file.stem)[1]: bundles(file.read_text()) for file in files}
 
 
-def compile_once(lowered, target: str, directory, written=None) -> tuple[dict, bool]:
+def compile_once(lowered, target: str, directory, written) -> tuple[dict, bool]:
     """What is told of a lowered program once it is compiled for a target, and whether the directory had that.
 
     text; seconds of compiling; arguments, temporary: bytes of a device's memory; flops, bytes: as XLA counts them, None
-    where it does not; bundles of read_bundles where `written` is the directory that libtpu writes programs to.
+    where it does not; bundles: of read_bundles, of the directory `written`.
     """
     versions = [
         (d.name, d.version) for d in importlib.metadata.distributions() if d.name in ("jax", "jaxlib", "libtpu")
     ]
-    key = hashlib.sha256(f"{lowered.as_text()} {target} {sorted(versions)} {bool(written)}".encode()).hexdigest()
+    key = hashlib.sha256(f"{lowered.as_text()} {target} {sorted(versions)} bundles".encode()).hexdigest()
     file = pathlib.Path(directory) / f"{key}.json.gz"
     if file.exists():
         return json.loads(gzip.decompress(file.read_bytes())), True
@@ -303,7 +303,7 @@ def compile_once(lowered, target: str, directory, written=None) -> tuple[dict, b
         "temporary": memory.temp_size_in_bytes,
         "flops": counted.get("flops"),
         "bytes": counted.get("bytes accessed"),
-        "bundles": read_bundles(written) if written else {},
+        "bundles": read_bundles(written),
     }
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(gzip.compress(json.dumps(told).encode()))

@@ -142,9 +142,11 @@ def test_a_compiled_program():
 
 def test_a_program_is_compiled_once(tmp_path):
     lowered = jax.jit(lambda x: x @ x).lower(jnp.ones((8, 8)))
-    first, again, other = (hlo.compile_once(lowered, target, tmp_path) for target in ("here", "here", "there"))
+    targets = ("here", "here", "there")
+    first, again, other = (hlo.compile_once(lowered, target, tmp_path, tmp_path) for target in targets)
     assert [there for _, there in (first, again, other)] == [False, True, False]
-    assert again[0] == first[0] and first[0]["arguments"] == 8 * 8 * 4 and "ENTRY" in first[0]["text"]
+    told = first[0]
+    assert again[0] == told and told["arguments"] == 8 * 8 * 4 and "ENTRY" in told["text"] and not told["bundles"]
 
 
 OF_KERNEL = """\
