@@ -277,7 +277,8 @@ def bundles(text: str) -> int | None:
 def read_bundles(directory) -> dict[str, int | None]:
     """The bundles of each program that libtpu left in a directory, by the name of its instruction."""
     files = pathlib.Path(directory).glob("*-final_bundles.txt")
-    return {re.fullmatch(r"\d+-(.+)-\d+-final_bundles", file.stem)[1]: bundles(file.read_text()) for file in files}
+    texts = {re.fullmatch(r"\d+-(.+)-\d+-final_bundles", x.stem)[1]: x.read_text(encoding="utf-8") for x in files}
+    return {name: bundles(text) for name, text in texts.items()}
 
 
 def compile_once(lowered, target: str, directory, written) -> tuple[dict, bool]:
