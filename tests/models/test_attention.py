@@ -106,10 +106,14 @@ def test_blocks_are_large_where_that_adds_little(tokens, length):
     assert _filled_length(tokens) == length
 
 
-@pytest.mark.parametrize("length, masked", [(L, False), (L, True), (200, False), (200, True)])
-def test_the_tpu_kernel_computes_the_same(length, masked):
-    """In its interpreter, which runs anywhere; of a length that is filled up, with keys hidden in each row too."""
-    arrays = [x[:, :length] for x in qkv()]
+@pytest.mark.parametrize("length, masked, held", [(L, False, L), (L, True, L), (200, False, L), (300, True, 128)])
+def test_the_tpu_kernel_computes_the_same(length, masked, held, monkeypatch):
+    """In its interpreter, which runs anywhere; of a length that is filled up, with keys hidden in each row, and of more
+    keys than a core holds, too.
+    """
+    monkeypatch.setattr("livo_jax.models.attention.HELD", held)
+    q, k = qkv(length)[1:]
+    arrays = [q, k, q[:, ::-1]]
     mask = jnp.ones((B, length), bool).at[0, 3].set(False).at[1, 150:].set(False) if masked else None
 
     def flash(*qkv):
