@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from livo_jax.files.directories import replacing
 from livo_jax.processes import ending_together
-from livo_jax.sampling.requests import without_values
+from livo_jax.sampling.requests import has_own_row, without_values
 
 AT_ONCE = 4  # batches: so many are drawn again at most
 
@@ -53,7 +53,7 @@ class Drawn:
         new = [request for request in dict.fromkeys(requests) if _name(request) not in self.read]
         progress.update(len(requests) - len(new))
         # Requests of as many values are of one program, and only those of a strength pay for it.
-        new.sort(key=lambda r: ([d.value for d in r.values], [d.strength not in (0, 1) for d in r.values]))
+        new.sort(key=lambda r: ([d.value for d in r.values], [has_own_row(d, gated=False) for d in r.values]))
         new.sort(key=lambda r: _name(r) in self.there)  # stable
         of_sizes = {}  # images that are drawn, and read, together are of one size
         for request in new:

@@ -94,8 +94,11 @@ def _flash_on_mesh(q, k, v, mask=None):
 
 def _filled_length(L: int) -> int:
     """The length that L tokens are filled up to: of the largest blocks that add a sixteenth at most."""
-    lengths = (-(-L // block) * block for block in BLOCKS)
-    return next((length for length in lengths if 16 * (length - L) <= L), -(-L // BLOCK) * BLOCK)
+    for block in BLOCKS:
+        length = -(-L // block) * block
+        if 16 * (length - L) <= L:
+            break
+    return length
 
 
 def _flash(q, k, v, mask=None):
@@ -120,7 +123,7 @@ def _flash(q, k, v, mask=None):
         seen = splash.SegmentIds(*(x.astype(jnp.int32) for x in (jnp.broadcast_to(there, shown.shape), shown)))
     heads = (B * N,) if mask is None else (B, N)  # without a mask rows are as heads are: all see the same keys
     q, k, v = (x.swapaxes(1, 2).reshape(*heads, -1, K) for x in (q * K**-0.5, k, v))
-    block_q, block_k = math.gcd(512, filled), math.gcd(256, S)
+    block_q, block_k = math.gcd(BLOCKS[0], filled), math.gcd(256, S)
     # The fewer blocks of keys, the fewer steps; and the backward kernel writes a gradient of all queries for each.
     held = max(size for size in range(block_k, min(S, HELD) + 1, block_k) if S % size == 0)
     sizes = splash.BlockSizes(

@@ -19,7 +19,7 @@ from livo_jax.files.settings import flatten
 from livo_jax.judges import hash_files
 from livo_jax.runs import attack, check, evaluate, plan, trainings
 from livo_jax.runs.further import Further, load_networks, load_readers
-from livo_jax.sampling.requests import without_values
+from livo_jax.sampling.requests import has_own_row, without_values
 
 FIELDS = ("judges", "quality")  # of a comparison, that make it a board
 PACKAGES = (  # whose versions the card has
@@ -131,7 +131,7 @@ def _try_readers(comparison, config, noise):
 def passes(requests, sampling) -> int:
     """Of the UNet, to draw them: for the prompt, the negative prompt, and each value that has a row of its own."""
     guided = sampling.guidance_scale > 1
-    own_rows = sum(sampling.gated or dose.strength not in (0, 1) for request in requests for dose in request.values)
+    own_rows = sum(has_own_row(dose, sampling.gated) for request in requests for dose in request.values)
     return sampling.steps * (len(requests) * (1 + guided) + own_rows)
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from livo_jax.models.clip import first_ids, widened
-from livo_jax.sampling.requests import Request
+from livo_jax.sampling.requests import Request, has_own_row
 from livo_jax.value_encoders.gates import gates_table
 from livo_jax.values.principles import value_prompt
 
@@ -136,10 +136,10 @@ def value_columns(
     gates: {statement: Gate} of all values, each of which has a row of its own then; None for none.
     """
     G = 2 if guided else 1
-    shared = () if gates else (1,)  # the strengths at which values share the prompt's row
     slots = (0, sum(slots)) if gates else slots
-    full = [[dose for dose in r.values if dose.strength in shared] for r in requests]
-    partial = [[dose for dose in r.values if dose.strength not in (0, *shared)] for r in requests]
+    shown = [[dose for dose in r.values if dose.strength] for r in requests]
+    full = [[dose for dose in doses if not has_own_row(dose, bool(gates))] for doses in shown]
+    partial = [[dose for dose in doses if has_own_row(dose, bool(gates))] for doses in shown]
     F, P = (max(least, *map(len, doses)) for least, doses in zip(slots, (full, partial)))
     N, V = len(requests), F + P
     texts, visible, strength = [], np.zeros((N, G + P, V), bool), np.zeros((N, P), np.float32)

@@ -31,6 +31,11 @@ class Request(NamedTuple):
     size: tuple[int, int] | None = None
 
 
+def has_own_row(dose: Dose, gated: bool) -> bool:
+    """Whether a value is drawn in a row of its own, and not in the prompt's, which those of full strength share."""
+    return dose.strength != 0 and (gated or dose.strength != 1)
+
+
 def with_doses(request: Request, doses: list[tuple[Dose, float]], seed: int) -> Request:
     """The request with those of `choose`'s values that it gets by their shares."""
     return request._replace(values=applied(doses, seed, request.prompt, request.index))
