@@ -95,17 +95,19 @@ def candidates(values, config, favourite: dict, attacked=types.MappingProxyType(
     c = config.preferences
     plan = []
     for value, scene in values_and_scenes(values, config):
-        # At random: in step with the attributes, a template would tell the attribute.
         rng = np.random.default_rng([config.seed, text_hash(value.statement), text_hash(scene)])
-        if value.kind == "bias":
-            if not (stereotype := favourite.get((value.name, scene))):
-                continue
-            others = itertools.cycle(a for a in value.attributes if a != stereotype)
+        stereotype = favourite.get((value.name, scene))
+        if value.kind == "bias" and not stereotype:
+            continue
+        others = [attribute for attribute in value.attributes if attribute != stereotype] or [""]
         for i in range(math.ceil(pairs_per_scene(value, config) * c.candidates_per_pair)):
-            template, wording = str(rng.choice(c.templates)), value.wordings[i % len(value.wordings)]
+            turn, place = divmod(i, len(others))
+            if place == 0:  # one for all of a turn: of a few pairs, templates of their own would tell the attribute
+                template = str(rng.choice(c.templates))
+            wording = value.wordings[turn % len(value.wordings)]
             if value.kind == "bias":
                 prompt = phrase(template, scene)
-                shown = {"aligned": next(others), "violating": stereotype}
+                shown = {"aligned": others[place], "violating": stereotype}
                 sides = [
                     (side, attribute, phrase(template, wording.format(attribute=attribute, subject=scene)))
                     for side, attribute in shown.items()

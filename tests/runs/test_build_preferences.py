@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
@@ -268,6 +269,20 @@ def test_candidates_say_the_attribute_and_are_filed_under_the_neutral_prompt(con
         assert aligned.prompt == violating.prompt == violating.request.prompt and "bloody" in aligned.prompt
         assert "bloody" not in aligned.request.prompt
         assert aligned.request.noise == violating.request.noise, "the same noise on both sides"
+
+
+def test_no_prompt_tells_the_attribute():
+    """Each prompt of a bias has every attribute but the favoured one, as often as the others."""
+    config, favourite = tiny.get_config(), {("shape", "cook"): "round", ("colour", "cook"): "blue"}
+    config.preferences.scenes = ("cook",)
+    for value, others in ((SHAPE, 1), (COLOUR, 4)):
+        shown = defaultdict(Counter)
+        for candidate in candidates((value,), config, favourite):
+            if candidate.side == "aligned":
+                shown[candidate.prompt][candidate.shows] += 1
+        assert len(shown) > 1
+        for counts in shown.values():
+            assert len(counts) == others and len(set(counts.values())) == 1
 
 
 def test_the_judge_drops_what_does_not_show_it():
