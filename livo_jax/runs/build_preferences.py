@@ -163,13 +163,17 @@ def png(image: np.ndarray) -> bytes:
 
 
 def draw(folder: pathlib.Path, requests: list[Request], sd, judge, config) -> Drawn:
-    """Draws and judges images, in files of `folder`; each process draws its share of those that are not there."""
+    """Draws and judges images, in files of `folder`; each process draws its share of those that are not there.
+
+    A file's name tells what it was asked for: what an earlier version was asked for is not taken for it.
+    """
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
     folder.mkdir(exist_ok=True)
     size, mesh = config.preferences.images_per_file, sharding.make_local_mesh()
     chunks = [requests[start : start + size] for start in range(0, len(requests), size)]
-    images_of, reading_of = ([folder / f"{k:05d}.{kind}" for k in range(len(chunks))] for kind in ("images", "json"))
+    names = [f"{k:05d}-{text_hash(repr(chunk)):08x}" for k, chunk in enumerate(chunks)]
+    images_of, reading_of = ([folder / f"{name}.{kind}" for name in names] for kind in ("images", "json"))
     mine = dataset.my_share(len(chunks))
     missing = [k for k in mine if not reading_of[k].exists()]
     total, left = (sum(len(chunks[k]) for k in which) for which in (mine, missing))

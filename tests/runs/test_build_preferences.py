@@ -128,6 +128,20 @@ def test_it_does_not_overwrite(built, config, tmp_path):
         build_preferences.build(config, tmp_path)
 
 
+def test_what_an_earlier_version_drew_is_drawn_again(config, tmp_path, monkeypatch):
+    drawn = []
+
+    def generate(sd, requests, **_):
+        drawn.extend(request.prompt for request in requests)
+        return np.zeros((len(requests), 8, 8, 3), np.uint8)
+
+    monkeypatch.setattr(build_preferences, "generate", generate)
+    for prompt in ("a cook", "a cook", "the cook"):
+        found = build_preferences.draw(tmp_path / "candidates", [Request(prompt)], None, lambda _: {}, config)
+        assert len(found.png) == 1
+    assert drawn == ["a cook", "the cook"]
+
+
 def test_two_builds_in_one_folder(config, tmp_path):
     with directories.held(tmp_path / ".preferences.partial"), pytest.raises(FileExistsError, match="another process"):
         build_preferences.build(config, tmp_path / "preferences")
@@ -180,7 +194,7 @@ def test_two_processes_build_what_one_does(built, config, tmp_path):
 def test_a_full_disk_leaves_what_can_go_on(built, config, tmp_path):
     """A file may have no more than `size` bytes: the system refuses the rest as a full disk does."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    for size, file in ((500, r"config\.json"), (5000, r"00000\.images")):
+    for size, file in ((500, r"config\.json"), (5000, r"00000-\w{8}\.images")):
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
         try:
             with pytest.raises(OSError, match=rf"^no space left for .*\.partial: .*{file}.*Free some and run the same"):
