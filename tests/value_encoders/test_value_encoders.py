@@ -24,6 +24,7 @@ from livo_jax.training.batch import Batch
 from livo_jax.training.objective import make_loss, split_models
 from livo_jax.training.step import init_state, make_train_step
 from livo_jax.value_encoders.base import check_value_encoder
+from livo_jax.value_encoders.gates import Gate
 from livo_jax.value_encoders.lora import LoRA
 from livo_jax.value_encoders.soft_tokens import SoftTokens
 from livo_jax.values.principles import text_hash
@@ -275,8 +276,9 @@ def test_the_pipeline_draws_the_same_images(sd, made, config, kind, tmp_path):
 
 @pytest.mark.parametrize("kind", ["lora", "token"])
 def test_an_export_is_read_again(sd, made, config, kind, tmp_path):
-    """Bit for bit, by the kind that wrote it; the merged weights are a value encoder of kind full."""
+    """Bit for bit, by the kind that wrote it, with its gates; the merged weights are a value encoder of kind full."""
     config, out = of_kind(config, kind, start=str(tmp_path / "out")), tmp_path / "out"
+    made[kind].gates = ((STATEMENTS[0], Gate((0.0, 999.0), (0.25, 0.5))),)
     export.export(out, sd, made[kind], config)
     assert f"ve = {type(made[kind]).__name__}.from_pretrained(HERE, sd=sd)" in (out / "README.md").read_text()
     if kind == "lora":  # each layer named alone, as diffusers and peft leave what they loaded
@@ -286,6 +288,7 @@ def test_an_export_is_read_again(sd, made, config, kind, tmp_path):
         file.write_text(json.dumps(named))
     again = value_encoders.start(config, sd, sharding.make_mesh())
     jax.tree.map(np.testing.assert_array_equal, split(again)[1], split(made[kind])[1])
+    assert again.gates == made[kind].gates
     if kind == "lora":
         ids = sd.tokenize(PROMPTS)
         merged = ValueEncoder.from_pretrained(out)(ids).pooled
