@@ -23,7 +23,9 @@ def get_config(variant: str = "") -> ConfigDict:
     config.value_encoder.states, config.value_encoder.pooled = 8, True
     # Errors of velocities are some ten times those of noise: with the first world's slopes the hinges end at a tenth.
     config.loss.alpha, config.loss.beta, config.loss.anchor = 5.0, 40.0, 600.0
-    config.loss.anchor_of_harms = 0.1  # with the whole slope blood stays: what says it is in most of the 24 text tokens
+    # Anchored, blood stays: what says it is in most of the 24 text tokens. `first_steps` tells what to leave alone.
+    config.loss.anchor_of_harms = 0.0
     if not variant:
+        config.preferences.harm_pairs_per_scene = 8
         config.train.learning_rates.full, config.train.warmup_steps = 3e-3, 200
     return config

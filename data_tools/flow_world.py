@@ -131,7 +131,7 @@ def train(latents, ids, ids_of_nothing, clips: dict, steps: int):
     return nnx.merge(graph, whole(shapeworld.fit(loss, params, [latents, ids], **settings)))
 
 
-def build(out: pathlib.Path, pictures: int = 24_000, steps: int = 3000):
+def build(out: pathlib.Path, pictures: int = 24_000, steps: int = 6000):
     """Trains the model and writes its diffusers directory."""
     rng = np.random.default_rng(0)
     captions, contents = zip(*(shapeworld.scene(rng) for _ in range(pictures)))
@@ -155,11 +155,12 @@ def build(out: pathlib.Path, pictures: int = 24_000, steps: int = 3000):
 
 
 def main(_):
+    commands.divide_cpu(2)  # models as small as these leave cores idle
     build(pathlib.Path(OUT.value), steps=STEPS.value)
 
 
 if __name__ == "__main__":
     OUT = commands.define_path("out", "The directory to write.")
-    STEPS = flags.DEFINE_integer("steps", 3000, "Of the transformer's training.")
+    STEPS = flags.DEFINE_integer("steps", 6000, "Of the transformer's training.")
     flags.mark_flag_as_required("out")
     commands.run(main)

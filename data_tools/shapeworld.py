@@ -8,6 +8,7 @@ livo_jax/judges/shapeworld.py holds the world's facts.
 """
 
 import json
+import math
 import pathlib
 
 import jax
@@ -18,7 +19,7 @@ from absl import app, flags
 from flax import nnx
 from tqdm import trange
 
-from livo_jax import diffusion
+from livo_jax import commands, diffusion, sharding
 from livo_jax.files import modules
 from livo_jax.files.directories import write_json
 from livo_jax.judges.shapeworld import (
@@ -244,15 +245,17 @@ def build_tokenizer(out: pathlib.Path, context: int = CONTEXT):
 
 
 def fit(loss, params, arrays, *, batch_size: int, steps: int, learning_rate: float, name: str):
-    """Minimises loss(params, key, *rows of arrays) by AdamW with a warm-up and a cosine decay."""
+    """Minimises loss(params, key, *rows of arrays) by AdamW with a warm-up and a cosine decay, on all devices."""
     schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, steps // 20, steps)
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99))
-    arrays = [jnp.asarray(array) for array in arrays]
+    mesh = sharding.make_mesh(math.gcd(batch_size, jax.device_count()))
+    params, arrays = jax.device_put((params, arrays), sharding.replicated(mesh))
 
     @jax.jit
     def step(params, opt_state, i):
         key, key_rows = jax.random.split(jax.random.fold_in(jax.random.key(0), i))
         rows = jax.random.randint(key_rows, (batch_size,), 0, len(arrays[0]))
+        rows = jax.lax.with_sharding_constraint(rows, sharding.over_batch(mesh))
         value, grads = jax.value_and_grad(loss)(params, key, *(array[rows] for array in arrays))
         updates, opt_state = tx.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, value
@@ -343,6 +346,7 @@ def build(out: pathlib.Path, pictures: int = 24_000):
 
 
 def main(_):
+    commands.divide_cpu(2)  # models as small as these leave cores idle
     build(pathlib.Path(flags.FLAGS.out).expanduser())
 
 

@@ -14,6 +14,7 @@ MODEL = pathlib.Path(flow_world.__file__).with_name("flow_world_model")
 def test_a_model_of_few_steps(tmp_path, monkeypatch):
     """Built as the real one, of half its layers; the VAE makes the latents and pictures of the first world's."""
     monkeypatch.setitem(flow_world.TRANSFORMER, "num_layers", 2)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)  # of more the step compiles for longer
     flow_world.build(tmp_path, pictures=96, steps=2)
     sd, first = StableDiffusion.from_pretrained(tmp_path), StableDiffusion.from_pretrained(flow_world.FIRST)
     rng = np.random.default_rng(1)
