@@ -245,7 +245,10 @@ def build_tokenizer(out: pathlib.Path, context: int = CONTEXT):
 
 
 def fit(loss, params, arrays, *, batch_size: int, steps: int, learning_rate: float, name: str):
-    """Minimises loss(params, key, *rows of arrays) by AdamW with a warm-up and a cosine decay, on all devices."""
+    """Minimises loss(params, key, *rows of arrays) by AdamW with a warm-up and a cosine decay.
+
+    A batch is divided over the devices, as many as divide it.
+    """
     schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, steps // 20, steps)
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99))
     mesh = sharding.make_mesh(math.gcd(batch_size, jax.device_count()))
