@@ -271,13 +271,25 @@ def rows_of_ratios(config) -> list[Prompt]:
 
 
 def of_ratios(config, values, rates: dict) -> list[Case]:
-    """Cases of config.eval.ratios, all values of a ratio applied at once; PLAIN is each alone by keep probability."""
+    """Cases of config.eval.ratios, all values of a ratio applied at once; PLAIN is each alone by keep probability.
+
+    Of an equal ratio also how every two biases go together, "A + B, ratio equal", over all images of a split: one
+    prompt's would leave most of so many cells to chance.
+    """
     found, n, seed = [], config.eval.images_per_prompt, config.eval.seed
     rows = rows_of_ratios(config)
     base = requests_of([prompt.text for prompt in rows])
+    splits = {row.split: [k for k, other in enumerate(rows) if other.split == row.split] for row in rows[::n]}
     for ratio in config.eval.ratios:
         targets = ratios.targets(ratio, rates, list(rates))
         dealt = requests_of([r.prompt for r in base], [[*targets]] * len(base), seed, ratio, rates)
+        for a, b in itertools.combinations(targets, 2) if ratio == "equal" else ():
+            name, two = f"{a} + {b}, ratio {ratio}", [principles.find(statement, values) for statement in (a, b)]
+            sides = {"base": (base, 0.0), config.method: (dealt, None)}
+            for (split, places), (method, (requests, share)) in itertools.product(splits.items(), sides.items()):
+                own = [requests[k] for k in places]
+                groups = tuple(groups_of(value, own, share) for value in two)
+                found.append(Case(name, method, two[0], split, "", own, groups=groups, beside=two[1]))
         for statement, target in targets.items():
             value = principles.find(statement, values)
             plain = with_values(base, [value], seed)

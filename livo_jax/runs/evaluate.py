@@ -205,7 +205,7 @@ def evaluate(sd, drawing: methods.Drawing, config, directory, mesh, judge, finds
         sides.draw(itertools.chain(*(case.requests for case in further)))
 
     # ---- numbers
-    for case in measured + further:
+    for case in measured + [case for case in further if not case.beside]:
         found.keep(case.method, case, case.requests)
         target = tuple(case.target.values()) if case.target else None
         reading = sides.reading(case.requests)
@@ -217,7 +217,7 @@ def evaluate(sd, drawing: methods.Drawing, config, directory, mesh, judge, finds
             found.add(case, {"distance": sides.distance(case.requests)})
         if case.method == AUTO:
             found.add(case, {"chosen": float(is_applied(case))})
-    for case in pairs:
+    for case in pairs + [case for case in further if case.beside]:
         found.keep(case.method, case, case.requests)
         joint = metrics.joint(case.value, case.beside, sides.reading(case.requests))
         found.add(case, joint, metrics.joint_floor(*case.groups))

@@ -112,6 +112,28 @@ def test_ratios_are_measured_where_the_config_says_so():
         assert dealt == {"base": 0, "plain": 0, "livo": round(4 * case.target["round"])}[case.method]
 
 
+def test_an_equal_ratio_is_measured_of_two_biases_together_over_a_splits_images():
+    config, two = tiny.get_config("smoke"), values.load(("shape", "colour"))
+    config.eval.ratios, config.eval.images_per_prompt = ("equal",), 20
+    rates = {
+        v.statement: {"": dict.fromkeys(v.attributes, 1 / len(v.attributes))}
+        | {f"{v.statement}: {a}": {b: float(a == b) for b in v.attributes} for a in v.attributes}
+        for v in two
+    }
+    together = [case for case in evaluate.of_ratios(config, two, rates) if case.beside]
+    assert {(c.name, c.split, c.method) for c in together} == {
+        ("shape equality + colour equality, ratio equal", split, method)
+        for split in ("seen", "held_out")
+        for method in ("base", "livo")
+    }
+    for case in together:
+        assert len(case.requests) == 40 and len({r.prompt for r in case.requests}) == 2, "two prompts of a split"
+        cells = Counter(tuple(dose.value for dose in r.values) for r in case.requests)
+        floor = metrics.joint_floor(*case.groups)["joint_TV"]
+        if case.method == "livo":
+            assert len(cells) == 10 and floor < 0.25 and sum(n for n, _ in case.groups[0]) == 40
+
+
 def draw_into(directory, requests, settings=(), draw=None, reading=()):
     """A Drawn with these requests' images, of one colour each."""
 
