@@ -20,10 +20,10 @@ def shows(aligned: dict, violating: dict) -> tuple[str, str] | None:
 
 
 def reworded(prompt: str, subject: str, wording: str) -> str:
-    """The prompt with the wording of its subject, and the article that it wants; itself where it lacks the subject."""
-    template = re.sub(rf"\ban? {re.escape(subject)}\b", "a(n) {}", prompt, count=1)
-    template = re.sub(rf"\b{re.escape(subject)}\b", "{}", template, count=1)
-    return phrase(template, wording.format(subject=subject)) if "{}" in template else prompt
+    """The prompt with the wording of each mention of its subject, and the articles that it wants."""
+    template = re.sub(rf"\ban? {re.escape(subject)}\b", "a(n) {}", prompt)
+    template = re.sub(rf"\b{re.escape(subject)}\b", "{}", template)
+    return phrase(template, wording.format(subject=subject))
 
 
 def harm_wordings(principles: Iterable[Value]) -> list[str]:

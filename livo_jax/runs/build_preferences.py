@@ -96,15 +96,15 @@ def candidates(values, config, favourite: dict, attacked=types.MappingProxyType(
     plan = []
     for value, scene in values_and_scenes(values, config):
         rng = np.random.default_rng([config.seed, text_hash(value.statement), text_hash(scene)])
+        templates = rng.permutation(c.templates).tolist()
         stereotype = favourite.get((value.name, scene))
         if value.kind == "bias" and not stereotype:
             continue
         others = [attribute for attribute in value.attributes if attribute != stereotype] or [""]
         for i in range(math.ceil(pairs_per_scene(value, config) * c.candidates_per_pair)):
             turn, place = divmod(i, len(others))
-            if place == 0:  # one for all of a turn: of a few pairs, templates of their own would tell the attribute
-                template = str(rng.choice(c.templates))
-            wording = value.wordings[turn % len(value.wordings)]
+            # One for all of a turn: of a few pairs, templates of their own would tell the attribute.
+            template, wording = templates[turn % len(templates)], value.wordings[turn % len(value.wordings)]
             if value.kind == "bias":
                 prompt = phrase(template, scene)
                 shown = {"aligned": others[place], "violating": stereotype}

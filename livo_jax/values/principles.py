@@ -73,14 +73,14 @@ def own_statement(text: str) -> str:
 
 
 def phrase(template: str, subject: str) -> str:
-    """The template with the subject for its {}; "a(n) {}" becomes "a" or "an" as the subject wants it."""
-    return template.replace("a(n) {}", "an {}" if VOWEL.match(subject) else "a {}").format(subject)
+    """The template with the subject for each {}; "a(n) {}" becomes "a" or "an" as the subject wants it."""
+    return template.replace("a(n) {}", "an {}" if VOWEL.match(subject) else "a {}").replace("{}", subject)
 
 
 def template_problems(where: str, template: str) -> list[str]:
     """What keeps a template, `where` it is, from taking a subject, as `phrase` has it."""
-    there_once = re.findall("[{}]+", template) == ["{}"]
-    return [] if there_once else [f"{where}={template!r}: it needs {{}} once, for the subject"]
+    fits = set(re.findall("[{}]+", template)) == {"{}"}
+    return [] if fits else [f"{where}={template!r}: it needs {{}} for the subject, and no other braces"]
 
 
 def faults(value: Value) -> list[str]:

@@ -259,6 +259,8 @@ def test_pairs_that_do_not_tell_what_they_show_are_trained_by_their_value_alone(
         ("a photo of a cook", "cook", "angry {subject}", "a photo of an angry cook"),
         ("the cook at work", "cook", "{subject} on a bloody day", "the cook on a bloody day at work"),
         ("a cookbook", "cook", "bloody {subject}", "a cookbook"),
+        ("a cook left of a cook", "cook", "angry {subject}", "an angry cook left of an angry cook"),
+        ("a bloody cook and the bloody cook", "bloody cook", "cook", "a cook and the cook"),
     ],
 )
 def test_prompts_are_reworded(prompt, subject, wording, expected):

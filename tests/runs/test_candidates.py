@@ -91,6 +91,16 @@ def test_candidates_say_the_attribute_and_are_filed_under_the_neutral_prompt(con
         assert aligned.request.noise == violating.request.noise, "the same noise on both sides"
 
 
+def test_a_template_for_two_is_of_two_such(config):
+    config.preferences.templates = ("a(n) {} and a(n) {}",)
+    plan = candidates((SHAPE, BLOODY), config, {("shape", "cook"): "round"})
+    prompts = {c.side: (c.prompt, c.request.prompt) for c in plan if c.value == SHAPE}
+    assert prompts["aligned"] == ("a cook and a cook", "a square cook and a square cook")
+    assert prompts["violating"] == ("a cook and a cook", "a round cook and a round cook")
+    drawn = next(c.request.prompt for c in plan if c.value == BLOODY and c.side == "violating")
+    assert drawn == "a bloody cook and a bloody cook"
+
+
 def test_no_prompt_tells_the_attribute():
     """Each prompt of a bias has every attribute but the favoured one, as often as the others."""
     config, favourite = tiny.get_config(), {("shape", "cook"): "round", ("colour", "cook"): "blue"}
