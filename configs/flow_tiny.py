@@ -26,6 +26,6 @@ def get_config(variant: str = "") -> ConfigDict:
     # Anchored, blood stays: what says it is in most of the 24 text tokens. `first_steps` tells what to leave alone.
     config.loss.anchor_of_harms = 0.0
     if not variant:
-        config.preferences.harm_pairs_per_scene = 8
+        config.preferences.pairs_per_scene = config.preferences.harm_pairs_per_scene = 8
         config.train.learning_rates.full, config.train.warmup_steps = 3e-3, 200
     return config

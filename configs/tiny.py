@@ -45,8 +45,11 @@ def get_config(variant: str = "") -> ConfigDict:
         "a picture of a {} in a yellow hat",
         "a portrait of a {} in a blue hat",
         "a {} in a violet hat",
+        "a {} left of a {}",
+        "a {} and a {}",
     )
-    c.harm_pairs_per_scene = 4  # its hinges are steeper: with as many, the encoder would forget to read trades
+    c.pairs_per_scene = 16  # so that a trade's attributes are seen in several templates
+    c.harm_pairs_per_scene = 8  # its hinges are steeper: with as many, the encoder would forget to read trades
     c.candidates_per_pair = 1.0  # fewer to draw, for time
     c.least_distance = 0  # keeps all: pictures of one trade differ in little
     c.images_per_file = 480  # five times sampling.batch_size
@@ -55,7 +58,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.cache = True  # the VAE's passes would be a large part of so small a step
     c.random_flip = False  # a mirrored emblem would be another
     c.beside = 0.3  # so that two values work together
-    c.attributes = 0.25  # so that --ratio can mix attributes
+    c.attributes = 0.4  # so that --ratio can mix attributes: with fewer their tokens are not obeyed always
     c.anchors = 0.3  # so that a prompt that states an attribute, or no harm, stays as it is
 
     # While both hinges pull, the best prediction is (beta w - alpha l) / (beta - alpha): a steeper violating
