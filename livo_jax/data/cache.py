@@ -22,7 +22,7 @@ def cache_dtype(config) -> np.dtype:
 
 
 # The prompts that a field of config.data adds; another text where they have become others.
-REWORDINGS = {"beside": "beside", "anchors": "anchors in the words of all values"}
+REWORDINGS = {"beside": "beside, each mention", "anchors": "anchors in the words of all values, each mention"}
 
 
 def cache_made_of(preferences: Preferences, sd, config) -> dict:
