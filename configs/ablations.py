@@ -22,7 +22,7 @@ SWEEPS = {  # a field of configs/tiny.py: what it is set to; its own setting the
 }
 PARTS = {  # what configs/tiny.py has beside the paper's recipe, taken away
     "loss.anchor": (0.0, 6000.0),
-    "data.attributes": (0.0, 0.25),
+    "data.attributes": (0.0, 0.4),
     "data.beside": (0.0, 0.3),
     "value_encoder.alone": ((), ("harm",)),
     "train.train_embeddings": (True, False),
