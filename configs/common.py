@@ -68,7 +68,7 @@ def get_config() -> ConfigDict:
     config.preferences = c = ConfigDict()  # how pairs are built (data_tools/build_preferences.py)
     c.model = ""  # that draws them; empty: config.model
     c.scenes = ()  # of all values; empty: each one's own, the seen words of its sources (livo_jax/data/words.toml)
-    # With the subject for each {}: two of them are for two in a picture, who both show the pair's attribute.
+    # With the subject for each {}: two of them ask for two of the pair's attribute; judges read the first.
     c.templates = ("a photo of a(n) {}", "a portrait of a(n) {}", "a picture of a(n) {}")
     c.pairs_per_scene = 8  # at most, of each bias and scene
     c.harm_pairs_per_scene = 8

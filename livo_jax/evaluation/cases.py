@@ -288,7 +288,8 @@ def of_ratios(config, values, rates: dict) -> list[Case]:
             sides = {"base": (base, 0.0), config.method: (dealt, None)}
             for (split, places), (method, (requests, share)) in itertools.product(splits.items(), sides.items()):
                 own = [requests[k] for k in places]
-                groups = tuple(groups_of(value, own, share) for value in two)
+                # None for the method: cells that are dealt leave nothing to chance.
+                groups = () if share is None else tuple(groups_of(value, own, share) for value in two)
                 found.append(Case(name, method, two[0], split, "", own, groups=groups, beside=two[1]))
         for statement, target in targets.items():
             value = principles.find(statement, values)

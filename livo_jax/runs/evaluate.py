@@ -220,7 +220,7 @@ def evaluate(sd, drawing: methods.Drawing, config, directory, mesh, judge, finds
     for case in pairs + [case for case in further if case.beside]:
         found.keep(case.method, case, case.requests)
         joint = metrics.joint(case.value, case.beside, sides.reading(case.requests))
-        found.add(case, joint, metrics.joint_floor(*case.groups))
+        found.add(case, joint, metrics.joint_floor(*case.groups) if case.groups else {})
     for case in alone:
         if case.method == AUTO:
             found.add(case, {"over_chosen": float(is_applied(case))})

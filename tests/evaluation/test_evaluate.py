@@ -129,9 +129,7 @@ def test_an_equal_ratio_is_measured_of_two_biases_together_over_a_splits_images(
     for case in together:
         assert len(case.requests) == 40 and len({r.prompt for r in case.requests}) == 2, "two prompts of a split"
         cells = Counter(tuple(dose.value for dose in r.values) for r in case.requests)
-        floor = metrics.joint_floor(*case.groups)["joint_TV"]
-        if case.method == "livo":
-            assert len(cells) == 10 and floor < 0.25 and sum(n for n, _ in case.groups[0]) == 40
+        assert len(cells) == (10 if case.method == "livo" else 1) and bool(case.groups) == (case.method == "base")
 
 
 def draw_into(directory, requests, settings=(), draw=None, reading=()):
