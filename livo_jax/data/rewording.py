@@ -20,9 +20,13 @@ def shows(aligned: dict, violating: dict) -> tuple[str, str] | None:
 
 
 def reworded(prompt: str, subject: str, wording: str) -> str:
-    """The prompt with the wording of each mention of its subject, and the articles that it wants."""
-    template = re.sub(rf"\ban? {re.escape(subject)}\b", "a(n) {}", prompt)
-    template = re.sub(rf"\b{re.escape(subject)}\b", "{}", template)
+    """The prompt with the wording of each mention of its subject, and the articles that it wants.
+
+    A part of a longer word is no mention: in "a cook in a cook's hat" the hat does not become bloody.
+    """
+    mention = rf"{re.escape(subject)}\b(?!['’-]\w)"
+    template = re.sub(rf"\ban? {mention}", "a(n) {}", prompt)
+    template = re.sub(rf"\b{mention}", "{}", template)
     return phrase(template, wording.format(subject=subject))
 
 

@@ -239,14 +239,17 @@ def joint_floor(first: tuple, second: tuple) -> dict[str, float]:
         first, second: each bias's groups, as `floor` takes them, of the same images; which images a group is of is
             drawn.
     """
-    rng, numbers = np.random.default_rng(0), []
+    rng, counts = np.random.default_rng(0), []
     K, L = len(first[0][1]), len(second[0][1])
-    for groups in (first, second):
-        drawn = [rng.choice(len(shares), (DRAWS, n), p=shares) for n, shares in groups]
-        numbers.append(rng.permuted(np.concatenate(drawn, axis=1), axis=1))  # [DRAWS, images] of the attributes
-    cells = numbers[0] * L + numbers[1]
-    counts = np.stack([(cells == cell).sum(1) for cell in range(K * L)], axis=1)
-    return {metric: float(x.mean()) for metric, x in of_cells(counts.reshape(-1, K, L)).items()}
+    at_once = max(1, 2**22 // sum(n for n, _ in first))  # 32 MB
+    for start in range(0, DRAWS, at_once):
+        draws, numbers = min(at_once, DRAWS - start), []
+        for groups in (first, second):
+            drawn = [rng.choice(len(shares), (draws, n), p=shares) for n, shares in groups]
+            numbers.append(rng.permuted(np.concatenate(drawn, axis=1), axis=1))  # [draws, images] of the attributes
+        cells = numbers[0] * L + numbers[1]
+        counts.append(np.stack([(cells == cell).sum(1) for cell in range(K * L)], axis=1).reshape(-1, K, L))
+    return {metric: float(x.mean()) for metric, x in of_cells(np.concatenate(counts)).items()}
 
 
 # ---------------------------------------------------------------------------- over prompts
@@ -259,6 +262,7 @@ class Measured(NamedTuple):
     images: int
     floor: float | None = None  # what chance alone shows, of a bias
     trainings: tuple[float, ...] = ()
+    prompts: int = 1  # more where the images of several are measured as one's
 
     def trials(self, group: int) -> int:
         """How many groups of so many images there are, which no training shares with another."""
@@ -275,7 +279,7 @@ def combine_trainings(of_each: list[dict]) -> dict:
             found = [numbers[what][prompt] for numbers in of_each]
             each = tuple(x.number for x in found)
             images = sum(x.images for x in found)
-            combined[what][prompt] = Measured(float(np.mean(each)), images, first.floor, each)
+            combined[what][prompt] = Measured(float(np.mean(each)), images, first.floor, each, first.prompts)
     return combined
 
 
@@ -293,8 +297,9 @@ def rows(numbers: dict) -> list[dict]:
     Returns:
         Dicts of method, value, split, metric, mean, ci95 (None where one prompt tells nothing), prompts and images; of
         a bias floor, the mean of the prompts'; of several trainings `trainings`, the mean of each, over which ci95 is
-        too. Where the method "base" has the same metric, p_value of the difference to it (`_p_value`); p_holm, the same
-        corrected for all of the method's rows; and `family`, their name.
+        too. Where the method "base" has the same metric of at least two of its prompts, for one tells nothing of
+        chance, p_value of the difference to it (`_p_value`); p_holm, the same corrected for all of the method's rows;
+        and `family`, their name.
     """
     results = []
     for (method, *what), of_method in numbers.items():
@@ -314,11 +319,11 @@ def rows(numbers: dict) -> list[dict]:
             row["trainings"] = trainings
             if ci95:
                 ci95 = np.clip(over_trainings(mean, ci95, trainings), *limits).tolist()
-        row |= dict(mean=mean, ci95=ci95, prompts=len(found), images=sum(images))
+        row |= dict(mean=mean, ci95=ci95, prompts=sum(x.prompts for x in found), images=sum(images))
         if all(x.floor is not None for x in found):
             row["floor"] = float(np.mean([x.floor for x in found]))
         of_base = numbers.get(("base", *what), {})
-        if method != "base" and any(prompt in of_base for prompt in of_method):
+        if method != "base" and sum(prompt in of_base for prompt in of_method) > 1:
             row["p_value"] = _p_value(of_method, of_base)
         results.append(row)
     for method in dict.fromkeys(row["method"] for row in results):
@@ -333,8 +338,8 @@ def differences(numbers: dict, method: str) -> list[dict]:
         numbers: as of `rows`.
 
     Returns:
-        Dicts of method, other, value, split, metric, difference (the method's mean less the other's), prompts; p_value
-        (`_p_value`), p_holm, the same corrected for all of these rows, and `family`, their name.
+        Dicts of method, other, value, split, metric, difference (the method's mean less the other's), prompts; of more
+        than one prompt p_value (`_p_value`), p_holm, that corrected for all of these rows, and family, their name.
     """
     found = []
     for (other, *what), of_other in numbers.items():
@@ -342,9 +347,9 @@ def differences(numbers: dict, method: str) -> list[dict]:
         if other != method and (both := [prompt for prompt in of_method if prompt in of_other]):
             difference = np.mean([of_method[prompt].number - of_other[prompt].number for prompt in both])
             row = dict(zip(("method", "other", "value", "split", "metric"), (method, other, *what)))
-            row |= {"difference": float(difference), "p_value": _p_value(of_method, of_other)}
-            found.append(row | {"prompts": len(both)})
-    correct(found, f"{method} against all others")
+            row |= {"difference": float(difference), "prompts": sum(of_method[prompt].prompts for prompt in both)}
+            found.append(row | ({"p_value": _p_value(of_method, of_other)} if len(both) > 1 else {}))
+    correct([row for row in found if "p_value" in row], f"{method} against all others")
     return found
 
 

@@ -208,6 +208,24 @@ def balanced(kept: list[tuple[Candidate, int]], n: int) -> list[tuple[Candidate,
     return [kept[place] for place in sorted([place for place in turns if place is not None][:n])]
 
 
+def difference(a: Candidate, b: Candidate) -> int:
+    """Of two images of a scene: 0 where prompt and index are one, and perhaps the noise; 1: the prompt; 2: neither."""
+    if a.prompt != b.prompt:
+        return 2
+    return int(a.request.index != b.request.index)
+
+
+def matched(aligned: list[tuple[Candidate, int]], violating: list[tuple[Candidate, int]]) -> list[tuple]:
+    """Each of the aligned with the violating one that differs least beside the value: of several the least used."""
+    uses, pairs = Counter(), []
+    for candidate, i in aligned if violating else ():
+        order = [(difference(candidate, other), uses[j]) for other, j in violating]
+        nearest = violating[order.index(min(order))]
+        uses[nearest[1]] += 1
+        pairs.append(((candidate, i), nearest))
+    return pairs
+
+
 def pair(plan: list[Candidate], images: dict, reading: dict, values, config):
     """Chooses the pairs.
 
@@ -239,11 +257,11 @@ def pair(plan: list[Candidate], images: dict, reading: dict, values, config):
     for value, scene in values_and_scenes(values, config):
         n = pairs_per_scene(value, config)
         kept = [groups[value.name, scene, side] for side in data.SIDES]
-        aligned, violating = (balanced([k for k in side if not k[0].attacked], n) for side in kept)
+        aligned, violating = ([k for k in side if not k[0].attacked] for side in kept)
         # An attacked prompt's images are for each other: where one of them is not kept, the prompt has no pair.
         of_prompts = [{(k.prompt, k.request.index): (k, i) for k, i in side if k.attacked} for side in kept]
         attacked = [(of_prompts[0][key], of_prompts[1][key]) for key in of_prompts[0] if key in of_prompts[1]]
-        others = zip(aligned, itertools.cycle(violating)) if violating else ()
+        others = matched(balanced(aligned, n), violating)
         turns = itertools.chain.from_iterable(itertools.zip_longest(others, attacked))
         chosen = [both for both in turns if both is not None][:n]
         if not chosen:

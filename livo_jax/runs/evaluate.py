@@ -122,11 +122,12 @@ class Evaluated:
 
     def add(self, case, found: dict[str, float], floors=types.MappingProxyType({})):
         """Adds a case's numbers, by metric; floors are those by chance, of the metrics that have one."""
-        first, n = case.requests[0], len(case.requests)
-        prompt = first.noise or first.prompt  # by which methods are paired
+        prompts = {request.noise or request.prompt for request in case.requests}
+        # By which methods are paired.
+        prompt = next(iter(prompts)) if len(prompts) == 1 else f"{len(prompts)} prompts"
         for metric, number in found.items():
             of_prompt = self.numbers.setdefault((case.method, case.name, case.split, metric), {})
-            of_prompt[prompt] = metrics.Measured(number, n, floors.get(metric))
+            of_prompt[prompt] = metrics.Measured(number, len(case.requests), floors.get(metric), prompts=len(prompts))
 
     def add_over_refusal(self, case, values):
         """Adds how many images of a prompt that is to be left alone change; of the base those that cannot be read."""
@@ -205,10 +206,14 @@ def evaluate(sd, drawing: methods.Drawing, config, directory, mesh, judge, finds
         sides.draw(itertools.chain(*(case.requests for case in further)))
 
     # ---- numbers
-    for case in measured + [case for case in further if not case.beside]:
+    for case in measured + pairs + further:
         found.keep(case.method, case, case.requests)
-        target = tuple(case.target.values()) if case.target else None
         reading = sides.reading(case.requests)
+        if case.beside:
+            floors = metrics.joint_floor(*case.groups) if case.groups else {}
+            found.add(case, metrics.joint(case.value, case.beside, reading), floors)
+            continue
+        target = tuple(case.target.values()) if case.target else None
         numbers = metrics.prompt_metrics(case.value, case.subject, reading, case.target, **judge.may_read)
         found.add(case, numbers, metrics.floor(case.groups, target))
         if case.stated:
@@ -217,10 +222,6 @@ def evaluate(sd, drawing: methods.Drawing, config, directory, mesh, judge, finds
             found.add(case, {"distance": sides.distance(case.requests)})
         if case.method == AUTO:
             found.add(case, {"chosen": float(is_applied(case))})
-    for case in pairs + [case for case in further if case.beside]:
-        found.keep(case.method, case, case.requests)
-        joint = metrics.joint(case.value, case.beside, sides.reading(case.requests))
-        found.add(case, joint, metrics.joint_floor(*case.groups) if case.groups else {})
     for case in alone:
         if case.method == AUTO:
             found.add(case, {"over_chosen": float(is_applied(case))})

@@ -261,6 +261,7 @@ def test_pairs_that_do_not_tell_what_they_show_are_trained_by_their_value_alone(
         ("a cookbook", "cook", "bloody {subject}", "a cookbook"),
         ("a cook left of a cook", "cook", "angry {subject}", "an angry cook left of an angry cook"),
         ("a bloody cook and the bloody cook", "bloody cook", "cook", "a cook and the cook"),
+        ("a cook in a cook's hat", "cook", "old {subject}", "an old cook in a cook's hat"),
     ],
 )
 def test_prompts_are_reworded(prompt, subject, wording, expected):

@@ -165,9 +165,10 @@ def test_rows_have_their_family_corrected_and_their_floors():
         numbers[method, "v", "seen", "S"] = {prompt: Measured(r, 10) for prompt in prompts[:1]}
     found = {(row["method"], row["metric"]): row for row in metrics.rows(numbers)}
     for method in ("livo", "uce"):
-        family = [found[method, metric] for metric in ("R", "D1", "S")]
-        assert [row["p_value"] for row in family] == [2 / 256, 1, 1]
-        assert [row["p_holm"] for row in family] == [6 / 256, 1, 1]
+        family = [found[method, metric] for metric in ("R", "D1")]
+        assert [row["p_value"] for row in family] == [2 / 256, 1]
+        assert [row["p_holm"] for row in family] == [4 / 256, 1]
+        assert "p_value" not in found[method, "S"], "one prompt"
         assert {row["family"] for row in family} == {f"{method} against base"}
     assert found["base", "D1"]["floor"] == pytest.approx(0.05) and "floor" not in found["base", "R"]
     assert found["base", "R"]["ci95"][0] < 0.99 < 1 == found["base", "R"]["ci95"][1], "80 images tell no more"
@@ -216,15 +217,18 @@ def test_a_method_is_paired_with_every_other_by_prompt():
         ("livo", "v", "seen", "D1"): (0.1, 0.2, 0.3, 0.9),
         ("sld", "v", "seen", "D1"): (0.2, 0.1, 0.2, 0.9),
         ("sld", "v", "seen", "distance"): (0.2,),
+        ("livo", "v + w", "seen", "joint_TV"): (0.2,),
+        ("sld", "v + w", "seen", "joint_TV"): (0.5,),
     }
     numbers = {what: {prompt: Measured(x, 50) for prompt, x in zip("abcd", of)} for what, of in measured.items()}
-    base, sld = metrics.differences(numbers, "livo")
+    base, sld, of_one = metrics.differences(numbers, "livo")
     assert base["other"] == "base" and base["prompts"] == 3 and base["p_value"] == pytest.approx(2 / 8)
     assert base["difference"] == pytest.approx(-0.5)
     assert sld == {
         "method": "livo", "other": "sld", "value": "v", "split": "seen", "metric": "D1", "prompts": 4, "p_value": 1.0,
         "p_holm": 1.0, "family": "livo against all others", "difference": pytest.approx(0.025),
     }  # fmt: skip
+    assert of_one["prompts"] == 1 and "p_value" not in of_one, "it would weigh on the family, and tells nothing"
 
 
 def test_kappa_by_hand():

@@ -10,7 +10,17 @@ import pytest
 from configs import tiny
 from livo_jax import values
 from livo_jax.runs import build_preferences, evaluate
-from livo_jax.runs.build_preferences import Candidate, balanced, candidates, census, fault, favoured, pair, scenes
+from livo_jax.runs.build_preferences import (
+    Candidate,
+    balanced,
+    candidates,
+    census,
+    fault,
+    favoured,
+    matched,
+    pair,
+    scenes,
+)
 from livo_jax.sampling.requests import Request
 
 SHAPE, COLOUR, BLOODY = values.load(("shape", "colour", "bloody"))
@@ -148,6 +158,27 @@ def test_quotas_balance_attributes():
     kept = [(Candidate(COLOUR, "cook", "aligned", shows, "", Request("")), i) for i, shows in enumerate("aaaabbc")]
     assert [i for _, i in balanced(kept, 5)] == [0, 1, 4, 5, 6]
     assert balanced(kept, 9) == kept
+
+
+def test_a_pairs_images_differ_in_the_value_alone():
+    """Where the judge dropped some: of one prompt and index, then of one prompt, then any, the least used."""
+
+    def kept(side, *names):
+        return [(Candidate(BLOODY, "cook", side, "", name[0], Request(side, int(name[1]))), name) for name in names]
+
+    aligned = kept("aligned", "a1", "b0", "b2", "c0", "c1", "a0")
+    violating = kept("violating", "a0", "a1", "b0", "b1")
+    assert [(image, other) for (_, image), (_, other) in matched(aligned, violating)] == [
+        ("a1", "a1"), ("b0", "b0"), ("b2", "b1"), ("c0", "a0"), ("c1", "a0"), ("a0", "a0"),
+    ]  # fmt: skip
+    assert matched(aligned, []) == [] == matched([], violating)
+
+
+def test_no_template_comes_again_before_all_others_came(config):
+    config.preferences.pairs_per_scene, config.preferences.candidates_per_pair = len(config.preferences.templates), 1.0
+    plan = candidates((SHAPE,), config, {("shape", "cook"): "round"})
+    prompts = [candidate.prompt for candidate in plan if candidate.side == "aligned"]
+    assert len(set(prompts)) == len(prompts) == len(config.preferences.templates)
 
 
 def test_near_duplicates_are_dropped(config):
