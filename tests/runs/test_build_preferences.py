@@ -93,7 +93,7 @@ def command(config, out, *flags):
     return subprocess.Popen(
         [sys.executable, "-m", "data_tools.build_preferences", "--config=configs/tiny.py:smoke", f"--out={out}"]
         + arguments + list(flags),
-        env=small_run.environment(),
+        env=small_run.environment() | {"NPROC": "8"},  # as many threads as the tests' devices: jax 0.12 rounds by them
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
